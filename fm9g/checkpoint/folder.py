@@ -1,0 +1,125 @@
+"""A checkpoint: a folder `<step>` with weights, optimizer state, data position and what describes them.
+
+It is written under a temporary name, with the size of every file in manifest.json, and renamed when whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fm9g.checkpoint.weights import read_weights, write_weights
+from fm9g.errors import UserError
+from fm9g.files import new_folder
+
+MANIFEST, POSITION, MODEL_CONFIG, TOKENIZER = "manifest.json", "data_position.json", "config.json", "tokenizer"
+_STEM = "fm9g_live_checkpoint"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint holds.
+
+    weights: name -> whole tensor, once. optimizer, random_state: as an engine gives them. position: as the loader
+    gives it. counts: iteration, global_token_pass, global_total_task_token. documents: file name -> JSON content.
+    tokenizer_files: are copied.
+    """
+
+    weights: Iterable[tuple[str, torch.Tensor]]
+    optimizer: dict[str, dict[str, torch.Tensor]]
+    random_state: dict[str, torch.Tensor]
+    position: dict[str, Any]
+    counts: dict[str, Any]
+    documents: dict[str, Any]
+    tokenizer_files: list[Path]
+
+
+def save_checkpoint(root: Path, step: int, snapshot: Snapshot) -> Path:
+    """Writes root/<step>, in place of one that is there. Raises UserError for a full disk, which changes nothing."""
+    target = root / str(step)
+    with new_folder(target, overwrite=True) as folder:
+        write_weights(folder / f"{_STEM}-{step}.pt", snapshot.weights)
+        rank_state = {"optimizer": snapshot.optimizer, "random_state": snapshot.random_state}
+        torch.save(rank_state, folder / f"{_STEM}-{step}.rank-0.opt")
+        documents = {f"{_STEM}-{step}.log_ckpt": snapshot.counts, POSITION: snapshot.position, **snapshot.documents}
+        for name, content in documents.items():
+            (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+        (folder / TOKENIZER).mkdir()
+        for file in snapshot.tokenizer_files:
+            shutil.copyfile(file, folder / TOKENIZER / file.name)
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        manifest = {"step": step, "files": {str(file.relative_to(folder)): file.stat().st_size for file in files}}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    return target
+
+
+class Checkpoint:
+    """An existing checkpoint; opening it compares every file's size with the manifest."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UserError where the folder is no checkpoint, or a file is missing or cut short."""
+        self.folder = folder
+        if not (folder / MANIFEST).is_file():
+            raise UserError(f"{folder}: not a checkpoint ({MANIFEST} is missing)")
+        manifest = self._read(MANIFEST)
+        self.step: int = manifest["step"]
+        for name, size in manifest["files"].items():
+            file = folder / name
+            found = file.stat().st_size if file.is_file() else None
+            if found != size:
+                state = "is missing" if found is None else f"has {found} of {size} bytes"
+                raise UserError(f"{file}: {state}; the checkpoint is damaged. Resume from another step")
+
+    @property
+    def weight_file(self) -> Path:
+        return self.folder / f"{_STEM}-{self.step}.pt"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the tokenizer's files."""
+        return self.folder / TOKENIZER
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return read_weights(self.weight_file)
+
+    def rank_state(self, rank: int) -> dict[str, Any]:
+        """{"optimizer": ..., "random_state": ...} of a rank, as engines take them."""
+        file = self.folder / f"{_STEM}-{self.step}.rank-{rank}.opt"
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{file}: cannot be read ({reason}); resume from another step") from None
+
+    def position(self) -> dict[str, Any]:
+        return self._read(POSITION)
+
+    def counts(self) -> dict[str, Any]:
+        return self._read(f"{_STEM}-{self.step}.log_ckpt")
+
+    def _read(self, name: str) -> dict[str, Any]:
+        try:
+            return json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder / name}: cannot be read: {error}") from None
+
+
+def steps_in(root: Path) -> list[int]:
+    """The steps of the checkpoints in a run's folder, in order. Unfinished ones are not among them."""
+    if not root.is_dir():
+        return []
+    return sorted(int(folder.name) for folder in root.iterdir() if folder.name.isdigit() and (folder / MANIFEST).is_file())
+
+
+def open_step(root: Path, step: int) -> Checkpoint:
+    """The checkpoint of a step. Raises UserError that lists those that are there."""
+    steps = steps_in(root)
+    if step not in steps:
+        raise UserError(f"{root}: no checkpoint of step {step}; there are: {', '.join(map(str, steps)) or 'none'}")
+    return Checkpoint(root / str(step))

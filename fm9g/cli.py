@@ -1,0 +1,231 @@
+"""The command `fm9g`: its verbs, each a thin function over the library.
+
+Only what argument parsing needs is imported here, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from fm9g import __version__
+from fm9g.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command line; returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if rest and options.run is not _train and options.run is not _config_show:
+        parser.error(f"unknown arguments: {' '.join(rest)} (see fm9g {options.verb} --help)")
+    try:
+        options.rest = rest
+        options.run(options)
+    except UserError as error:
+        print(f"fm9g: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fm9g: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as in `fm9g ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "fm9g", description="Pretrain and finetune the 9G language models.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"fm9g {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run: Any, help: str, under: Any = verbs) -> argparse.ArgumentParser:
+        sub = under.add_parser(name, help=help, description=help, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        return sub
+
+    def group(name: str, help: str) -> Any:
+        sub = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
+        return sub.add_subparsers(dest=f"{name}_verb", required=True, metavar="VERB")
+
+    quick = verb("quickstart", _quickstart, "the whole path on this machine: text, index, training, export, generation")
+    quick.add_argument("--out", type=Path, default=Path("quickstart"), help="folder for all that is made (%(default)s)")
+    quick.add_argument("--steps", type=int, default=400, help="optimizer steps (%(default)s)")
+    quick.add_argument("--overwrite", action="store_true", help="replace --out if it holds something")
+
+    train = verb("train", _train, "train a model; --KEY VALUE sets any key that `fm9g config keys` lists")
+    _add_run_arguments(train)
+
+    config = group("config", "look at configurations")
+    show = verb("show", _config_show, "every value of a run's configuration and where it came from", under=config)
+    _add_run_arguments(show)
+    verb("keys", _config_keys, "every key of the three kinds of configuration file", under=config)
+
+    data = group("data", "prepare data")
+    txt = verb("txt2jsonl", _data_txt2jsonl, "plain text on stdin, a record a line, to jsonl on stdout", under=data)
+    txt.set_defaults(run=_data_txt2jsonl)
+    add_index_arguments(verb("index", _data_index, "make an indexed dataset from a .jsonl file", under=data))
+    tokenizer = verb("tokenizer", _data_tokenizer, "train a byte-level BPE tokenizer on .jsonl or .txt files", under=data)
+    tokenizer.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    tokenizer.add_argument("--vocab_size", type=int, required=True)
+    tokenizer.add_argument("--output", type=Path, required=True, help="folder of the new tokenizer")
+
+    convert = verb("convert", _convert, "a Hugging Face folder to a 9G .pt file, or a 9G checkpoint to such a folder")
+    convert.add_argument("source", type=Path, help="a Hugging Face folder, a checkpoint folder, or a .pt file")
+    convert.add_argument("target", type=Path, help="FILE.pt for a 9G file, else a new Hugging Face folder")
+    convert.add_argument("--reference", type=Path, help="Hugging Face folder to take configuration and tokenizer from")
+    convert.add_argument("--dtype", default="", choices=["bf16", "fp16", "fp32"], help="of the exported weights; default: unchanged")
+    convert.add_argument("--overwrite", action="store_true", help="replace a folder that holds something")
+
+    generate = verb("generate", _generate, "continue a prompt with the model of a Hugging Face folder")
+    generate.add_argument("folder", type=Path)
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--max_new_tokens", type=int, default=100)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    generate.add_argument("--top_p", type=float, default=1.0)
+    generate.add_argument("--repetition_penalty", type=float, default=1.0)
+    generate.add_argument("--seed", type=int, default=1234)
+    return parser
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="NAME", help="a name in train_configs/ or model_configs/, or a path")
+    parser.epilog = (
+        "Also --KEY VALUE for every training key, --model.KEY VALUE for a key of the model, --data.TASK.KEY VALUE for one "
+        "of a dataset. `fm9g config keys` lists them."
+    )
+
+
+def add_index_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `fm9g data index` and of tools/convert_json2index.py."""
+    parser.add_argument("--path", type=Path, required=True, help="the .jsonl file")
+    parser.add_argument("--language", required=True, choices=["zh", "en", "code"], help="for the estimate of its tokens")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the new dataset")
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder that holds something")
+
+
+def _overrides(options: argparse.Namespace) -> dict[str, str]:
+    """`--key value` and `--key=value` pairs that the parser does not know by name."""
+    pairs: dict[str, str] = {}
+    rest = list(options.rest)
+    while rest:
+        word = rest.pop(0)
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not key:
+            raise UserError(f"command line: found {word!r}, expected --key value")
+        if not equals:
+            if not rest:
+                raise UserError(f"command line: --{key}: its value is missing")
+            value = rest.pop(0)
+        pairs[key] = value
+    return pairs
+
+
+def _quickstart(options: argparse.Namespace) -> None:
+    from fm9g.quickstart import quickstart
+
+    quickstart(options.out, options.steps, options.overwrite)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from fm9g.config.run import load_run
+
+    run = load_run(options.config, _overrides(options))
+    from fm9g.train.run import run_training
+
+    result = run_training(run)
+    rate = result.tokens / max(result.seconds, 1e-9)
+    print(f"step {result.step}: {result.tokens} tokens in {result.seconds:.0f} s, {rate:.0f} tokens/s")
+    print(f"checkpoint: {result.checkpoint or 'none (save is false)'}")
+    print(f"figures: {result.metrics_file}\nTensorBoard: {result.tensorboard}")
+
+
+def _config_show(options: argparse.Namespace) -> None:
+    from fm9g.config.run import load_run
+
+    run = load_run(options.config, _overrides(options))
+    for section, values in run.to_json().items():
+        print(f"[{section}]")
+        for key, item in values.items():
+            print(f"  {key:<28} {item['value']!r:<32} {item['from']}")
+    for note in run.notes:
+        print(f"note: {note}")
+
+
+def _config_keys(options: argparse.Namespace) -> None:
+    from fm9g.config.fields import describe, keys_of, schema_of
+    from fm9g.config.mixture import DatasetConfig
+    from fm9g.config.model import ModelConfig
+    from fm9g.config.train import TrainConfig
+
+    for folder, cls in (("train_configs", TrainConfig), ("model_configs", ModelConfig), ("dataset_configs", DatasetConfig)):
+        print(f"[{folder}]")
+        properties = schema_of(cls)["properties"]
+        for key, field in keys_of(cls).items():
+            default = "required" if key in schema_of(cls)["required"] else f"default {_default(field)!r}"
+            print(f"  {key}: {describe(properties[key])}; {default}\n      {field.metadata['help']}")
+
+
+def _default(field: Any) -> Any:
+    import dataclasses
+
+    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
+
+
+def _data_txt2jsonl(options: argparse.Namespace) -> None:
+    txt2jsonl()
+
+
+def txt2jsonl() -> None:
+    """Plain text on stdin, jsonl on stdout."""
+    from fm9g.data.records import text_records, to_line
+
+    sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")  # type: ignore[union-attr]
+    try:
+        for record in text_records(sys.stdin):
+            sys.stdout.buffer.write(to_line(record))
+        sys.stdout.buffer.flush()
+    except UnicodeDecodeError as error:
+        raise UserError(f"stdin: not UTF-8 text: {error}; convert it first, for example with iconv") from None
+
+
+def _data_index(options: argparse.Namespace) -> None:
+    index(options)
+
+
+def index(options: argparse.Namespace) -> None:
+    """Makes an indexed dataset from parsed arguments and says what it holds."""
+    from fm9g.data.build import build_index
+
+    meta = build_index(options.path, options.output, options.language, options.overwrite)
+    print(f"{options.output}: {meta['nlines']} records, {meta['nbytes']} bytes, about {meta['avg_token_per_line']:.0f} tokens each")
+
+
+def _data_tokenizer(options: argparse.Namespace) -> None:
+    from fm9g.data.build import texts_of
+    from fm9g.data.tokenizer import train_tokenizer
+
+    size = train_tokenizer(texts_of(options.files), options.vocab_size, options.output)
+    print(f"{options.output}: {size} tokens")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from fm9g.convert.hf import export_folder, import_folder
+
+    if options.target.suffix == ".pt":
+        config = import_folder(options.source, options.target)
+        print(f"{options.target}: written; its model configuration is {config}")
+    else:
+        name = export_folder(options.source, options.target, options.reference, options.dtype, options.overwrite)
+        print(f"{options.target}: {name}, loads with transformers")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from fm9g.infer.generate import generate
+
+    settings = {key: getattr(options, key) for key in ("max_new_tokens", "temperature", "top_p", "repetition_penalty", "seed")}
+    print(options.prompt + generate(options.folder, options.prompt, **settings))

@@ -1,0 +1,133 @@
+"""Options of a configuration: one dataclass field holds its type, default, meaning and JSON schema."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+import jsonschema
+
+from fm9g.errors import UserError
+
+_JSON_TYPES: dict[str, Any] = {
+    "bool": {"type": "boolean"},
+    "int": {"type": "integer"},
+    "float": {"type": "number"},
+    "str": {"type": "string"},
+    "str | None": {"type": ["string", "null"]},
+    "float | None": {"type": ["number", "null"]},
+    "int | None": {"type": ["integer", "null"]},
+    "list[float]": {"type": "array", "items": {"type": "number", "minimum": 0}},
+}
+
+
+def option(default: Any = dataclasses.MISSING, *, help: str, key: str = "", any_case: bool = False, **schema: Any):
+    """A dataclass field that is also a key of a configuration file.
+
+    default: a list stands for a fresh copy of it in every object; without a default the key is required.
+    key: its name in files and on the command line when that differs from the attribute.
+    any_case: the value is folded to lower case before it is checked.
+    schema: further JSON schema keywords (minimum, enum, ...).
+    """
+    metadata = {"help": help, "key": key, "any_case": any_case, "schema": schema}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def key_of(field: dataclasses.Field) -> str:
+    return field.metadata["key"] or field.name
+
+
+def keys_of(cls: type) -> dict[str, dataclasses.Field]:
+    """File key -> field, in the order of declaration."""
+    return {key_of(field): field for field in dataclasses.fields(cls)}
+
+
+def field_schema(field: dataclasses.Field) -> dict[str, Any]:
+    return {**_JSON_TYPES[str(field.type)], **field.metadata["schema"]}
+
+
+def schema_of(cls: type) -> dict[str, Any]:
+    """The JSON schema (2020-12) of a configuration class."""
+    fields = keys_of(cls)
+    no_default = dataclasses.MISSING
+    return {
+        "type": "object",
+        "properties": {key: {**field_schema(f), "description": f.metadata["help"]} for key, f in fields.items()},
+        "required": [
+            key for key, f in fields.items() if f.default is no_default and f.default_factory is no_default
+        ],
+        "additionalProperties": False,
+    }
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """A hint for a misspelt word, or an empty string."""
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def from_text(text: str, field: dataclasses.Field) -> Any:
+    """The value that a string on the command line spells; the string itself where it spells none of the type.
+
+    The 9G guide writes every value as a string ("4096", "False", "1e-2", "0" for no), so training
+    configurations are read the same way.
+    """
+    kinds = field_schema(field)["type"]
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if "boolean" in kinds and text.lower() in ("true", "1", "false", "0"):
+        return text.lower() in ("true", "1")
+    if "null" in kinds and text.lower() in ("none", "null"):
+        return None
+    if "integer" in kinds or "number" in kinds:
+        try:
+            number = float(text)
+        except ValueError:
+            return text
+        return int(number) if number.is_integer() and "integer" in kinds else number
+    if "array" in kinds:
+        try:
+            return [float(part) for part in text.strip("[]").split(",")]
+        except ValueError:
+            return text
+    return text
+
+
+def check(cls: type, values: dict[str, Any], origins: dict[str, str], prefix: str = "") -> None:
+    """Raises UserError that names every wrong key: where it came from, what was found, what is allowed."""
+    complaints = []
+    known = list(keys_of(cls))
+    for error in jsonschema.Draft202012Validator(schema_of(cls)).iter_errors(values):
+        if error.validator == "additionalProperties":
+            for key in sorted(set(values) - set(known)):
+                hint = nearest(key, known) or f"; known keys: {', '.join(known)}"
+                complaints.append(f"{origins[key]}: {prefix}{key}: unknown key{hint}")
+        elif error.validator == "required":
+            missing = [key for key in error.validator_value if key not in values]
+            where = next(iter(origins.values()), "defaults")
+            complaints += [f"{where}: {prefix}{key}: missing, and it has no default" for key in missing]
+        else:
+            key = str(error.absolute_path[0])
+            path = prefix + ".".join(str(part) for part in error.absolute_path)
+            allowed = describe(schema_of(cls)["properties"][key])
+            hint = nearest(str(error.instance), [str(v) for v in error.schema.get("enum", [])])
+            complaints.append(f"{origins[key]}: {path}: found {error.instance!r}, allowed: {allowed}{hint}")
+    if complaints:
+        raise UserError("\n".join(dict.fromkeys(complaints)))
+
+
+def describe(schema: dict[str, Any]) -> str:
+    """What a schema of ours allows, in words."""
+    if "const" in schema:
+        return f"only {schema['const']!r}"
+    if "enum" in schema:
+        return "one of " + ", ".join(repr(value) for value in schema["enum"])
+    kinds = schema["type"]
+    text = " or ".join([kinds] if isinstance(kinds, str) else kinds)
+    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {schema[word]}" for word, sign in bounds.items() if word in schema]
+    if schema.get("minLength"):
+        limits.append("not empty")
+    return " ".join([text, " and ".join(limits)]).strip()

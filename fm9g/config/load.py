@@ -1,0 +1,126 @@
+"""From files and `--key value` to checked, frozen configuration objects that remember where each value came from."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from fm9g.config.fields import check, from_text, key_of, keys_of, nearest
+from fm9g.errors import UserError
+
+T = TypeVar("T")
+COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Some values of a configuration and the place they were written in. Later layers win.
+
+    text: values may be strings that spell a number or a truth value, as the 9G guide writes them.
+    """
+
+    origin: str
+    values: dict[str, Any]
+    text: bool = False
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[T]):
+    """A configuration and, for every key, where its value came from."""
+
+    value: T
+    origins: dict[str, str]
+
+    def rows(self) -> list[tuple[str, Any, str]]:
+        return [(key_of(f), getattr(self.value, f.name), self.origins[key_of(f)]) for f in fields(self.value)]  # type: ignore[arg-type]
+
+
+def build(cls: type[T], layers: list[Layer], prefix: str = "") -> Loaded[T]:
+    """Merges the layers over the defaults and checks the result against the class's schema.
+
+    Raises UserError that names each wrong key with its origin.
+    """
+    known = keys_of(cls)
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for layer in layers:
+        for key, value in layer.values.items():
+            if layer.text and key in known:
+                if isinstance(value, str):
+                    value = from_text(value, known[key])
+                elif known[key].type == "bool" and value in (0, 1):
+                    value = bool(value)
+            if key in known and known[key].metadata["any_case"] and isinstance(value, str):
+                value = value.lower()
+            values[key] = value
+            origins[key] = layer.origin
+    check(cls, values, origins, prefix)
+    kwargs = {}
+    for key, value in values.items():
+        kind = known[key].type
+        exact = int(value) if kind == "int" else float(value) if kind == "float" else value
+        kwargs[known[key].name] = exact
+    try:
+        config = cls(**kwargs)
+    except UserError as error:  # a rule between several keys, from __post_init__
+        raise UserError(f"{', '.join(dict.fromkeys(origins.values()))}: {prefix}{error}") from None
+    return Loaded(config, {key: origins.get(key, "default") for key in known})
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; UserError with file, line and column otherwise. A repeated key is an error."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in seen:
+                raise UserError(f"{path}: key {key!r} is given twice; keep one of them")
+            seen[key] = value
+        return seen
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: found {type(content).__name__}, expected a JSON object {{...}}")
+    return content
+
+
+def config_folders(kind: str) -> list[Path]:
+    """Where `model_configs`, `train_configs` or `dataset_configs` are looked for, first match wins."""
+    checkout = Path(__file__).resolve().parents[2]
+    return [Path(kind), checkout / kind, Path(sys.prefix) / "share" / "fm9g" / kind]
+
+
+def find_config(kind: str, name: str) -> Path | None:
+    """The file that NAME or a path stands for in a configuration folder, or None."""
+    if name.endswith(".json") or "/" in name:
+        return Path(name) if Path(name).is_file() else None
+    for folder in config_folders(kind):
+        if (folder / f"{name}.json").is_file():
+            return folder / f"{name}.json"
+    return None
+
+
+def require_config(kind: str, name: str) -> Path:
+    """As find_config, but a name that is not there is a UserError that lists those that are."""
+    path = find_config(kind, name)
+    if path is None:
+        known = sorted({file.stem for folder in config_folders(kind) for file in folder.glob("*.json")})
+        raise UserError(
+            f"{name!r} is neither a file nor a name in {kind}/{nearest(name, known)} "
+            f"Known names: {', '.join(known) or 'none'}"
+        )
+    return path

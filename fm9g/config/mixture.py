@@ -1,0 +1,87 @@
+"""What a run trains on: the entries of `dataset_configs/*.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fm9g.config.fields import nearest, option
+from fm9g.config.load import Layer, Loaded, build, read_json
+from fm9g.errors import UserError
+
+UNUSED = "descriptive; nothing depends on it"
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """One dataset of a mixture."""
+
+    task_name: str = option(help="unique name; the loss is reported under it", minLength=1)
+    path: str = option(help="folder of an indexed dataset, relative to this JSON file", minLength=1)
+    dataset_name: str = option("", help=UNUSED)
+    abs_weight: float | None = option(None, help="share of the tokens of a run, relative to the others", minimum=0)
+    weight: float = option(1.0, help="without abs_weight: the share is weight times the size in bytes", minimum=0)
+    transforms: str | None = option(None, help="Python file with transform(data, num_sample, r), relative to this file")
+    allow_repeat: bool = option(True, help="start again, in a new order, when used up; false: leave the mixture")
+    nlines: int | None = option(None, help="number of records; a figure that does not match is reported", minimum=0)
+    ave_tokens_per_line: float | None = option(None, help="average tokens of a record", exclusiveMinimum=0)
+    avg_tokens: float | None = option(None, help="another name of ave_tokens_per_line", exclusiveMinimum=0)
+    ave_tokens: float | None = option(None, help="another name of ave_tokens_per_line", exclusiveMinimum=0)
+    total_tokens: float | None = option(None, help=f"10^9 tokens; {UNUSED}", minimum=0)
+    oversize_rule: str = option(
+        "segment", help="what becomes of a record longer than max_length", enum=["drop", "head", "segment"]
+    )
+    incontext_weight: list[float] = option([1.0], help="odds of num_sample being 0, 1, 2, ...", minItems=1)
+    do_compact: bool = option(False, help=UNUSED)
+    is_long: bool = option(False, help=UNUSED)
+
+    @property
+    def mean_tokens(self) -> float | None:
+        """The configured average tokens of a record."""
+        return self.ave_tokens_per_line or self.avg_tokens or self.ave_tokens
+
+    def __post_init__(self) -> None:
+        if sum(self.incontext_weight) <= 0:
+            raise UserError("incontext_weight: at least one weight must be above 0")
+
+
+def load_mixture(path: Path, overrides: dict[str, dict[str, Any]] | None = None) -> list[Loaded[DatasetConfig]]:
+    """Reads a mixture; paths inside come back absolute.
+
+    overrides: task name -> `--data.TASK.KEY value` from the command line, as strings.
+    Raises UserError that names the file, the entry and the key.
+    """
+    overrides = dict(overrides or {})
+    content = read_json(path)
+    if not isinstance(content, list) or not content:
+        raise UserError(f"{path}: expected a list of at least one dataset: [{{\"task_name\": ..., \"path\": ...}}]")
+    loaded: list[Loaded[DatasetConfig]] = []
+    for number, entry in enumerate(content):
+        if not isinstance(entry, dict):
+            raise UserError(f"{path}: [{number}]: found {entry!r}, expected a JSON object")
+        layers = [Layer(str(path), entry)]
+        task = str(entry.get("task_name", ""))
+        if task in overrides:
+            layers.append(Layer(f"command line (--data.{task}.)", overrides.pop(task), text=True))
+        item = build(DatasetConfig, layers, prefix=f"[{number}].")
+        loaded.append(Loaded(_absolute(item.value, path), item.origins))
+    tasks = [item.value.task_name for item in loaded]
+    for task in tasks:
+        if tasks.count(task) > 1:
+            raise UserError(f"{path}: task_name {task!r} is used {tasks.count(task)} times; give each its own")
+    for task in overrides:
+        raise UserError(f"--data.{task}.: {path} has no such task_name{nearest(task, tasks)} It has: {', '.join(tasks)}")
+    if not any(item.value.abs_weight or (item.value.abs_weight is None and item.value.weight) for item in loaded):
+        raise UserError(f"{path}: every weight is 0; nothing to train on")
+    given = [item.value.task_name for item in loaded if item.value.abs_weight is not None]
+    if given and len(given) < len(loaded):
+        without = [task for task in tasks if task not in given]
+        raise UserError(f"{path}: abs_weight is missing for {', '.join(without)}; give it to all datasets or to none")
+    return loaded
+
+
+def _absolute(config: DatasetConfig, file: Path) -> DatasetConfig:
+    base = file.resolve().parent
+    transforms = str(base / config.transforms) if config.transforms else None
+    return replace(config, path=str(base / config.path), transforms=transforms)

@@ -1,0 +1,119 @@
+"""What a 9G model is: the keys of `model_configs/*.json`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fm9g.config.fields import key_of, option
+from fm9g.config.load import Layer, Loaded, build, read_object
+from fm9g.errors import UserError
+
+ROPE_SCALINGS = ("", "linear", "ntk-aware", "dynamic ntk", "ntk-by-parts", "yarn")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Attributes carry the field's names, `key` the names in 9G files."""
+
+    vocab_size: int = option(help="number of token ids", minimum=1)
+    hidden_size: int = option(help="width of the hidden states", key="dim_model", minimum=1)
+    intermediate_size: int = option(help="width inside the feed-forward layers", key="dim_ff", minimum=1)
+    num_layers: int = option(help="transformer layers", minimum=1)
+    num_heads: int = option(help="query heads", minimum=1)
+    num_kv_heads: int = option(0, help="key and value heads; 0: as many as num_heads", minimum=0)
+    head_dim: int = option(0, help="width of a head; 0: dim_model / num_heads", key="dim_head", minimum=0)
+    activation: str = option("silu", help="of the feed-forward gate", key="activate_fn", enum=["silu", "gelu"])
+    norm_eps: float = option(1e-5, help="epsilon of RMSNorm", key="eps", exclusiveMinimum=0)
+    dropout: float = option(
+        0.0, help="of each residual branch's output, in training", key="dropout_p", minimum=0, exclusiveMaximum=1
+    )
+    init_std: float = option(0.02, help="standard deviation of initial weights", exclusiveMinimum=0)
+    scale: bool = option(False, help="width-scaled arithmetic (2b, 4b): scale_emb and dim_model_base act")
+    scale_emb: float = option(1.0, help="embeddings times this, where scale is true", exclusiveMinimum=0)
+    scale_depth: float = option(-1.0, help="residual branches times scale_depth/sqrt(num_layers), where > 0")
+    base_hidden_size: int = option(
+        0, help="hidden states are divided by dim_model/this before the output", key="dim_model_base", minimum=0
+    )
+    qkv_bias: bool = option(False, help="biases on the query, key and value projections")
+    qk_norm: bool = option(False, help="not part of any published 9G model", const=False)
+    tie_word_embeddings: bool = option(False, help="output weights are the embedding's", key="tie_lm_head")
+    ffn_gated: bool = option(True, help="all 9G models have gated feed-forward layers", const=True)
+    rope_theta: float = option(10000.0, help="base of the rotary embedding", key="base", exclusiveMinimum=0)
+    rope_scaling: str = option(
+        "",
+        help="how rotary positions stretch to longer texts",
+        key="rope_scaling_type",
+        any_case=True,
+        enum=list(ROPE_SCALINGS),
+    )
+    rope_factor: float = option(1.0, help="by how much positions stretch", key="rope_scaling_factor", minimum=1)
+    max_length: int = option(8192, help="longest text in tokens that the model is made for", minimum=1)
+    orig_max_length: int = option(
+        0, help="longest text before the stretch; 0: max_length / rope_scaling_factor", minimum=0
+    )
+    half: bool = option(True, help="false: compute in fp32 whatever half_type says")
+    half_type: str = option("bf16", help="compute and export precision", enum=["bf16", "fp16", "fp32"])
+    use_flash_attn: bool = option(True, help="false: never the flash-attn kernel")
+    flash_attn_mask_shape: str = option("1d", help="packed rows are the only mask", const="1d")
+    use_checkpoint: bool = option(False, help="recompute activations in the backward pass")
+    model_type: str = option("fm9g", help="constant", const="fm9g")
+
+    def __post_init__(self) -> None:
+        # Frozen: the derived defaults are written once, here.
+        object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
+        if not self.head_dim:
+            if self.hidden_size % self.num_heads:
+                raise UserError(f"dim_model {self.hidden_size} is not a multiple of num_heads {self.num_heads}; set dim_head")
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise UserError(f"dim_head {self.head_dim} is odd; rotary pairs need an even one")
+        if self.scale and not self.base_hidden_size:
+            raise UserError("scale is true and dim_model_base is missing")
+        if not self.orig_max_length:
+            object.__setattr__(self, "orig_max_length", max(1, int(self.max_length / self.rope_factor)))
+
+    @property
+    def scale_width(self) -> float:
+        """dim_model / dim_model_base where scale is true, else 1."""
+        return self.hidden_size / self.base_hidden_size if self.scale else 1.0
+
+    @property
+    def embedding_multiplier(self) -> float:
+        return self.scale_emb if self.scale else 1.0
+
+    @property
+    def residual_multiplier(self) -> float:
+        return self.scale_depth / math.sqrt(self.num_layers) if self.scale_depth > 0 else 1.0
+
+    @property
+    def dtype_name(self) -> str:
+        """bf16, fp16 or fp32."""
+        return self.half_type if self.half else "fp32"
+
+    def to_json(self) -> dict[str, Any]:
+        """The 9G keys, every one with its value."""
+        values = {key_of(f): getattr(self, f.name) for f in fields(self)}
+        return {**values, "architectures": ["FM9GForCausalLM"]}
+
+
+def load_model_config(path: Path, overrides: dict[str, Any] | None = None) -> Loaded[ModelConfig]:
+    """Reads a 9G model configuration.
+
+    overrides: `--model.KEY value` from the command line, as strings.
+    Raises UserError for unknown keys, wrong types and values out of range.
+    """
+    raw = read_object(path)
+    if raw.pop("architectures", ["FM9GForCausalLM"]) != ["FM9GForCausalLM"]:
+        raise UserError(f"{path}: architectures: expected ['FM9GForCausalLM']")
+    if "ori_max_length" in raw:  # a spelling that files in the wild use
+        raw.setdefault("orig_max_length", raw.pop("ori_max_length"))
+    if raw.get("dim_model_base") is None:
+        raw.pop("dim_model_base", None)
+    return build(
+        ModelConfig, [Layer(str(path), raw), Layer("command line (--model.)", overrides or {}, text=True)]
+    )

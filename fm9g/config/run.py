@@ -1,0 +1,56 @@
+"""Everything a run is made from: training, model and mixture configuration, with the command line on top."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fm9g.config.load import Loaded, require_config
+from fm9g.config.mixture import DatasetConfig, load_mixture
+from fm9g.config.model import ModelConfig, load_model_config
+from fm9g.config.train import TrainConfig, load_train_config
+from fm9g.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The resolved configuration of a run. notes: what the user should know about it, a line each."""
+
+    train: Loaded[TrainConfig]
+    model: Loaded[ModelConfig]
+    mixture: list[Loaded[DatasetConfig]]
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Every value with its origin, as kept in checkpoints."""
+        sections = {"train": self.train, "model": self.model}
+        sections |= {f"data.{item.value.task_name}": item for item in self.mixture}
+        return {
+            name: {key: {"value": value, "from": origin} for key, value, origin in loaded.rows()}
+            for name, loaded in sections.items()
+        }
+
+
+def load_run(name: str, overrides: dict[str, str]) -> RunConfig:
+    """The configuration that `fm9g train --config NAME --key value ...` names.
+
+    overrides: KEY, model.KEY or data.TASK.KEY -> text. Raises UserError.
+    """
+    plain: dict[str, str] = {}
+    model: dict[str, str] = {}
+    data: dict[str, dict[str, str]] = {}
+    for key, value in overrides.items():
+        section, _, rest = key.partition(".")
+        if section == "model" and rest:
+            model[rest] = value
+        elif section == "data" and "." in rest:
+            task, _, name_in_task = rest.rpartition(".")
+            data.setdefault(task, {})[name_in_task] = value
+        else:
+            plain[key] = value
+    train, model_file, notes = load_train_config(name, plain)
+    for key in ("dataset_config", "tokenizer_path"):
+        if not getattr(train.value, key):
+            raise UserError(f"{key}: missing; give --{key}, or set it in a file of train_configs/")
+    mixture = load_mixture(require_config("dataset_configs", train.value.dataset_config), data)
+    return RunConfig(train, load_model_config(model_file, model), mixture, notes)

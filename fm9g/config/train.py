@@ -1,0 +1,139 @@
+"""How a run trains: the parameters of `train_configs/*.json` and of the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fm9g.config.fields import option
+from fm9g.config.load import COMMAND_LINE, Layer, Loaded, build, find_config, read_object, require_config
+from fm9g.errors import UserError
+
+# Names of the 9G guide that this version accepts and that change nothing: name -> what holds instead.
+RETIRED = {
+    "async_save": "a checkpoint is written before the next step starts",
+    "dataloader": "indexed datasets are the only kind",
+    "dataloader_num_threads": "dataloader_num_workers sets how many processes encode",
+    "dataloader_prefetch": "dataloader_prefetch_factor sets how far they run ahead",
+    "ignore_cuda_oom": "a batch that does not fit in memory ends the run; lower batch_size or set use_checkpoint",
+    "inspect_iters": "weights and gradients are not inspected",
+    "load_dataloader_ckpt": "resume_ckpt always restores the data position",
+    "load_grad": "a checkpoint is taken between steps and holds no gradients",
+    "local": "paths are used as they are given",
+    "only_load_model": "pretrained_model loads the weights alone, resume_ckpt everything",
+    "parallel_load_datastate": "the data position is a few integers and needs no parallel reading",
+    "stop_when_end": "a run ends at train_iters, or when datasets with allow_repeat false are used up",
+    "tensorboard_all_tasks": "the loss of every task is always written",
+}
+# Names of the guide of which this version has one value: name -> (that value, why no other).
+FIXED = {
+    "n_gpus": (1, "this version trains in one process"),
+    "only_run_dataloader": (False, "the loader alone cannot be run yet"),
+    "tp_size": (1, "this version trains in one process"),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Attributes are the 9G guide's names where the guide has one."""
+
+    config: str = option("", help="name in model_configs/, or a path")
+    dataset_config: str = option("", help="name in dataset_configs/, or a path")
+    tokenizer_path: str = option("", help="a tokenizer file, or a folder that holds one")
+    model_unique: str = option("", help="name of the run; its outputs are kept under it; default: the --config name")
+    exp_group: str = option("", help="put in front of model_unique in the TensorBoard folder")
+    output_dir: str = option("data", help="where checkpoints/, tensorboard/ and logs/ go", minLength=1)
+    pretrained_model: str = option("", help="a 9G .pt file to start from, at step 0")
+    strict_state_dict: bool = option(True, help="pretrained_model must hold every weight and no other")
+    resume_ckpt: str = option("", help="step of this run's checkpoint to go on from")
+    resume_no_optimze: bool = option(False, help="resume without the optimizer's state")
+
+    train_iters: int = option(10000, help="optimizer steps of the whole run", minimum=1)
+    stop_iters: int = option(0, help="stop, with a checkpoint, at this step although train_iters is later; 0: do not", minimum=0)
+    save: bool = option(True, help="write checkpoints")
+    overwrite: bool = option(False, help="start anew although the run has checkpoints, and delete these")
+    save_iters: int = option(500, help="steps between checkpoints; the end always saves", minimum=1)
+    log_iters: int = option(1, help="steps between log lines", minimum=1)
+    seed: int = option(1234, help="of the weights, the order of samples and dropout", minimum=0)
+
+    batch_size: int = option(1, help="a micro-batch is one row of batch_size * max_length tokens", minimum=1)
+    max_length: int = option(4096, help="longest sample, in tokens", minimum=4)
+    grad_accum: int = option(1, help="micro-batches a step, on each process", minimum=1)
+    dataloader_num_workers: int = option(1, help="processes that encode; 0: the training process itself", minimum=0)
+    dataloader_prefetch_factor: int = option(2, help="chunks of records each worker prepares ahead", minimum=1)
+
+    lr: float = option(1e-2, help="learning rate at the top of the schedule", minimum=0)
+    lr_scheduler: str = option(
+        "cosine",
+        help="learning rate schedule",
+        any_case=True,
+        enum=["cosine", "warmupstabledrop", "warmupstableexp"],
+    )
+    warmup_iters: float = option(20, help="steps of linear warmup; below 1: a share of train_iters", minimum=0)
+    drop_iters: float = option(
+        0.1, help="steps of the final drop (warmupstableexp: of one decay by drop_rate); below 1: a share", minimum=0
+    )
+    drop_begin: int = option(-1, help="step at which warmupstableexp starts to decay; -1: never", minimum=-1)
+    drop_rate: float = option(0.5, help="decay of warmupstableexp every drop_iters", exclusiveMinimum=0, maximum=1)
+    weight_decay: float = option(0.1, help="AdamW's decoupled weight decay, on every weight", minimum=0)
+    beta1: float = option(0.9, help="AdamW's decay of the first moment", minimum=0, exclusiveMaximum=1)
+    beta2: float = option(0.95, help="AdamW's decay of the second moment", minimum=0, exclusiveMaximum=1)
+    eps: float = option(1e-6, help="AdamW's epsilon", exclusiveMinimum=0)
+    clip_grad: float = option(1.0, help="largest norm of the gradients; 0: no clipping", minimum=0)
+
+    device: str = option("auto", help="auto: a GPU where there is one", enum=["auto", "cpu", "cuda"])
+    flash: str = option(
+        "cuda", help="attention: cuda is flash-attn where GPU and package are there; none never", enum=["cuda", "none"]
+    )
+    use_checkpoint: bool = option(False, help="recompute activations in the backward pass, to save memory")
+    grad_ckpt_num: int = option(160, help="with use_checkpoint: how many layers, from the first", minimum=0)
+
+    def __post_init__(self) -> None:
+        if self.resume_ckpt and not self.resume_ckpt.isdigit():
+            raise UserError(f"resume_ckpt: found {self.resume_ckpt!r}, expected the number of a step")
+        if self.resume_ckpt and self.pretrained_model:
+            raise UserError("resume_ckpt and pretrained_model are both given; a run starts from one of them")
+        if 0 < self.drop_iters < 1 and self.drop_iters * self.train_iters < 1 and self.lr_scheduler == "warmupstabledrop":
+            raise UserError(f"drop_iters {self.drop_iters} of train_iters {self.train_iters} is less than one step")
+
+
+def load_train_config(name: str, overrides: dict[str, Any]) -> tuple[Loaded[TrainConfig], Path, list[str]]:
+    """The configuration of a run: defaults < train_configs/NAME.json ("pretrain") < command line.
+
+    name: of a file in train_configs/ or, where there is none, of a model in model_configs/.
+    overrides: `--key value` from the command line, as strings.
+    Returns the configuration, the path of its model configuration, and a line for each given name that changes
+    nothing. Raises UserError.
+    """
+    layers = [Layer(COMMAND_LINE, {"config": name, "model_unique": Path(name).stem})]
+    file = find_config("train_configs", name)
+    if file is not None and "vocab_size" not in (content := read_object(file)):
+        layers.append(_pretrain_section(file, content))
+    layers.append(Layer(COMMAND_LINE, overrides, text=True))
+    notes: list[str] = []
+    layers = [Layer(layer.origin, _acting(layer, notes), layer.text) for layer in layers]
+    loaded = build(TrainConfig, layers)
+    return loaded, require_config("model_configs", loaded.value.config), notes
+
+
+def _pretrain_section(file: Path, content: dict[str, Any]) -> Layer:
+    unknown = sorted(set(content) - {"pretrain"})
+    if "finetune" in unknown:
+        raise UserError(f"{file}: finetune: LoRA is not part of this version; remove the section to train in full")
+    if unknown or not isinstance(content.get("pretrain"), dict):
+        raise UserError(f'{file}: expected one object {{"pretrain": {{...}}}}, found the keys {", ".join(content)}')
+    return Layer(str(file), content["pretrain"], text=True)
+
+
+def _acting(layer: Layer, notes: list[str]) -> dict[str, Any]:
+    """The layer's values without those of the guide's names that change nothing; a note for each of these."""
+    values = dict(layer.values)
+    for key in sorted(RETIRED.keys() & values.keys()):
+        notes.append(f"{layer.origin}: {key} changes nothing: {RETIRED[key]}")
+        del values[key]
+    for key in sorted(FIXED.keys() & values.keys()):
+        only, why = FIXED[key]
+        if str(values.pop(key)).lower() not in (str(only).lower(), str(int(only))):
+            raise UserError(f"{layer.origin}: {key}: only {only} is possible: {why}")
+    return values

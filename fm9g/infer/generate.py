@@ -1,0 +1,42 @@
+"""Text from a Hugging Face folder, by transformers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fm9g.errors import UserError
+
+
+def generate(
+    folder: Path,
+    prompt: str,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 1234,
+) -> str:
+    """The continuation of a prompt. temperature 0 takes the likeliest token each time.
+
+    Raises UserError where the folder is not one that transformers loads.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: not a Hugging Face folder (config.json is missing); make one with `fm9g convert`")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: transformers cannot load it: {error}") from None
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    set_seed(seed)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    output = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, pad_token_id=model.config.eos_token_id, **sampling
+    )
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,69 @@
+"""Rotary position embedding (Su et al. 2021) and the ways to stretch it to longer texts.
+
+Shapes: T tokens of a packed row, D width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fm9g.config.model import ModelConfig
+
+# Rotations within the original length above which a frequency is kept, and below which it is interpolated
+# (NTK-by-parts and YaRN: Peng et al. 2023, section 3.2).
+_FAST, _SLOW = 32, 1
+
+
+def _frequencies(theta: float | torch.Tensor, dim: int, device: torch.device) -> torch.Tensor:
+    """theta^(-2i/D): (D/2,) for one theta, (T, D/2) for thetas of shape (T, 1)."""
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+    return 1.0 / (theta**exponents)
+
+
+def _by_parts(config: ModelConfig, inv_freq: torch.Tensor) -> torch.Tensor:
+    """Keeps fast frequencies, divides slow ones by the factor, blends those between."""
+    dim, theta = config.head_dim, config.rope_theta
+
+    def index_of(rotations: float) -> float:  # of the frequency that turns so often within the original length
+        return dim * math.log(config.orig_max_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = max(math.floor(index_of(_FAST)), 0), min(math.ceil(index_of(_SLOW)), dim - 1)
+    steps = torch.arange(dim // 2, dtype=torch.float32, device=inv_freq.device)
+    slow = ((steps - low) / max(high - low, 0.001)).clamp(0, 1)
+    return inv_freq / config.rope_factor * slow + inv_freq * (1 - slow)
+
+
+def cos_sin(
+    config: ModelConfig, positions: torch.Tensor, cu_seqlens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines (T, D), fp32, for positions (T,) in documents with borders cu_seqlens."""
+    kind, factor, dim, device = config.rope_scaling, config.rope_factor, config.head_dim, positions.device
+    theta: float | torch.Tensor = config.rope_theta
+    if kind == "ntk-aware":
+        theta *= factor ** (dim / (dim - 2))
+    elif kind == "dynamic ntk":
+        # The stretch follows each document's own length, so that packing changes nothing.
+        lengths = cu_seqlens.diff().to(torch.float32)
+        growth = (factor * lengths / config.orig_max_length - (factor - 1)).clamp(min=1.0)
+        stretched = theta * growth ** (dim / (dim - 2))
+        theta = stretched.repeat_interleave(cu_seqlens.diff(), output_size=len(positions))[:, None]
+    inv_freq = _frequencies(theta, dim, device)
+    if kind == "linear":
+        inv_freq = inv_freq / factor
+    elif kind in ("ntk-by-parts", "yarn"):
+        inv_freq = _by_parts(config, inv_freq)
+    angles = positions[:, None].to(torch.float32) * inv_freq
+    angles = torch.cat((angles, angles), dim=-1)  # (T, D)
+    # YaRN also sharpens attention: queries and keys each grow by this factor (section 3.4).
+    scale = 0.1 * math.log(factor) + 1.0 if kind == "yarn" and factor > 1 else 1.0
+    return angles.cos() * scale, angles.sin() * scale
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns x (T, heads, D) by its positions, in fp32, over half-split pairs; same type out."""
+    wide = x.float()
+    left, right = wide.chunk(2, dim=-1)
+    turned = wide * cos[:, None, :] + torch.cat((-right, left), dim=-1) * sin[:, None, :]
+    return turned.to(x.dtype)

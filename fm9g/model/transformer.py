@@ -1,0 +1,190 @@
+"""The 9G transformer, in plain torch: it knows no engine, no rank and no file.
+
+Modules carry the names of 9G checkpoints, so that a state dict of this model is the content of a 9G .pt file and
+adapters find the layers that users name. Shapes: T tokens of a packed row, C hidden size, H and K query and key heads,
+D width of a head, F intermediate size, V token ids.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fm9g.config.model import ModelConfig
+from fm9g.model.attention import attend
+from fm9g.model.loss import linear_cross_entropy
+from fm9g.model.rotary import cos_sin, rotate
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One packed row on the model's device; lengths alone is on the host.
+
+    input_ids, positions: (T,). cu_seqlens: (documents + 1,) int32; lengths: the same documents' lengths.
+    target_rows: (R,) the positions that have a target; targets: (R,) int64, the token after each of them.
+    """
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    cu_seqlens: torch.Tensor
+    lengths: list[int]
+    target_rows: torch.Tensor
+    targets: torch.Tensor
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalization (Zhang, Sennrich 2019): statistics in fp32, cast back, then times weight."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim, self.flash = config.head_dim, config.use_flash_attn
+        query, shared = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.project_q = nn.Linear(config.hidden_size, query, bias=config.qkv_bias)
+        self.project_k = nn.Linear(config.hidden_size, shared, bias=config.qkv_bias)
+        self.project_v = nn.Linear(config.hidden_size, shared, bias=config.qkv_bias)
+        self.attention_out = nn.Linear(query, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor, lengths: list[int]
+    ) -> torch.Tensor:
+        query = rotate(self.project_q(x).unflatten(-1, (-1, self.head_dim)), cos, sin)  # (T, H, D)
+        key = rotate(self.project_k(x).unflatten(-1, (-1, self.head_dim)), cos, sin)  # (T, K, D)
+        value = self.project_v(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
+        mixed = attend(query, key, value, cu_seqlens, lengths, self.flash)
+        return self.attention_out(mixed.flatten(-2))  # (T, C)
+
+
+class Gate(nn.Module):
+    """act(w_0 x) * (w_1 x)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w_0 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.w_1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.activation = {"silu": F.silu, "gelu": F.gelu}[config.activation]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.w_0(x)) * self.w_1(x)  # (T, F)
+
+
+class FeedForward(nn.Module):
+    """Gated feed-forward layer (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w_in = Gate(config)
+        self.w_out = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w_out(self.w_in(x))
+
+
+class AttentionBranch(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layernorm_before_attention = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attention = Attention(config)
+
+
+class FeedForwardBranch(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layernorm_before_ffn = RMSNorm(config.hidden_size, config.norm_eps)
+        self.ffn = FeedForward(config)
+
+
+class Layer(nn.Module):
+    """One pre-norm transformer layer: two residual branches."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_att = AttentionBranch(config)
+        self.ffn = FeedForwardBranch(config)
+        self.residual_multiplier, self.dropout = config.residual_multiplier, config.dropout
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor, lengths: list[int]
+    ) -> torch.Tensor:
+        normed = self.self_att.layernorm_before_attention(x)
+        x = self._add(x, self.self_att.self_attention(normed, cos, sin, cu_seqlens, lengths))
+        return self._add(x, self.ffn.ffn(self.ffn.layernorm_before_ffn(x)))
+
+    def _add(self, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        return x + F.dropout(branch, self.dropout, self.training) * self.residual_multiplier
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.output_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+
+
+class FM9G(nn.Module):
+    """A 9G language model. Build it under torch.device("meta") and let an engine fill it, or call init_weight."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.input_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.encoder = Encoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of a packed row: its sum over targets, in nats, and (R,) the loss of each target (no gradient)."""
+        hidden = self.hidden_states(batch)[batch.target_rows]
+        return linear_cross_entropy(hidden, self.output_weight, batch.targets)
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """(T, V) scores of the token after each position."""
+        return F.linear(self.hidden_states(batch), self.output_weight)
+
+    def hidden_states(self, batch: Batch) -> torch.Tensor:
+        """(T, C) what the output weights are applied to."""
+        cos, sin = cos_sin(self.config, batch.positions, batch.cu_seqlens)
+        x = self.input_embedding(batch.input_ids) * self.config.embedding_multiplier
+        for layer in self.encoder.layers:
+            x = layer(x, cos, sin, batch.cu_seqlens, batch.lengths)
+        return self.encoder.output_layernorm(x) / self.config.scale_width
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        return (self.input_embedding if self.config.tie_word_embeddings else self.lm_head).weight
+
+    @torch.no_grad()
+    def init_weight(self, name: str, weight: torch.Tensor, seed: int) -> None:
+        """Fills a weight with its initial values, a function of its name and the seed alone.
+
+        Linear layers: normal with init_std / sqrt(scale_width); embedding and output: normal with init_std.
+        """
+        if name.endswith(".bias"):
+            weight.zero_()
+        elif weight.dim() == 1:
+            weight.fill_(1.0)
+        else:
+            std = self.config.init_std / (self.config.scale_width**0.5 if is_width_scaled(name) else 1.0)
+            generator = torch.Generator(weight.device).manual_seed((seed << 32) + zlib.crc32(name.encode()))
+            weight.normal_(0.0, std, generator=generator)
+
+
+def is_width_scaled(name: str) -> bool:
+    """Whether a weight is that of a linear layer, whose learning rate is divided by scale_width."""
+    return name.startswith("encoder.layers.") and name.endswith(".weight") and "layernorm" not in name

@@ -1,0 +1,152 @@
+"""`fm9g quickstart`: the whole path on text that every machine has, the Python standard library's sources."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sysconfig
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from fm9g.config.load import require_config
+from fm9g.config.model import load_model_config
+from fm9g.config.run import load_run
+from fm9g.convert.hf import export_folder
+from fm9g.data.build import build_index, texts_of
+from fm9g.data.records import text_records, to_line
+from fm9g.data.tokenizer import train_tokenizer
+from fm9g.errors import UserError
+from fm9g.infer.generate import generate
+from fm9g.progress import Progress
+from fm9g.train.metrics import read_metrics
+from fm9g.train.plot import plot_loss
+from fm9g.train.run import Result, run_training
+
+CONFIG = "tiny"
+TOKENIZER_BYTES = 8_000_000  # of the sources that the tokenizer is trained on
+PROMPT = "def read_lines(path):\n"
+
+
+def quickstart(out: Path, steps: int, overwrite: bool = False) -> None:
+    """Makes everything under `out` and prints what it made. Raises UserError."""
+    if steps < 2:
+        raise UserError(f"--steps: found {steps}, expected at least 2: the run stops half-way and resumes")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+        raise UserError(f"{out}: it holds something; choose another --out, or add --overwrite")
+    started = time.monotonic()
+    _say(1, "Text: the sources and docstrings of Python's standard library")
+    sources, docstrings = write_corpus(out / "text")
+    _say(2, "Indexed datasets")
+    indexed = {"sources": sources, "docstrings": docstrings}
+    for name, file in indexed.items():
+        build_index(file, out / "datasets" / name, {"sources": "code", "docstrings": "en"}[name], overwrite=overwrite)
+    _say(3, "Tokenizer")
+    vocab_size = load_model_config(require_config("model_configs", CONFIG)).value.vocab_size
+    train_tokenizer(texts_of([sources, docstrings], TOKENIZER_BYTES), vocab_size, out / "tokenizer")
+    mixture = out / "mixture.json"
+    mixture.write_text(json.dumps(MIXTURE, indent=4), encoding="utf-8")
+
+    settings = {
+        "dataset_config": str(mixture.resolve()),
+        "tokenizer_path": str(out / "tokenizer"),
+        "output_dir": str(out / "data"),
+        "train_iters": str(steps),
+        "save_iters": str(steps),
+        "overwrite": str(overwrite),
+    }
+    half = steps // 2
+    _say(4, f"Pretraining: {half} steps, a stop, and on from the checkpoint to step {steps}")
+    first = run_training(load_run(CONFIG, {**settings, "stop_iters": str(half)}))
+    print(f"stopped at step {first.step}; resuming from {first.checkpoint}")
+    second = run_training(load_run(CONFIG, {**settings, "resume_ckpt": str(first.step)}))
+    assert second.checkpoint is not None
+    _say(5, "Hugging Face folder")
+    name = export_folder(second.checkpoint, out / "hf", overwrite=overwrite)
+    picture = out / "loss.png"
+    plot_loss(second.metrics_file, picture, {half: "stopped, resumed"})
+    _say(6, f"Generation: {name}, with transformers alone")
+    text = generate(out / "hf", PROMPT, max_new_tokens=120, repetition_penalty=1.1)
+    print(_indented(PROMPT + text))
+    _print_table(out, second, [first, second], picture, time.monotonic() - started)
+
+
+MIXTURE = [
+    {"task_name": "sources", "path": "datasets/sources", "abs_weight": 0.9},
+    {"task_name": "docstrings", "path": "datasets/docstrings", "abs_weight": 0.1},
+]
+
+
+def write_corpus(folder: Path) -> tuple[Path, Path]:
+    """Writes sources.jsonl (a file a record) and docstrings.jsonl (a docstring a record); returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sources, text = folder / "sources.jsonl", folder / "docstrings.txt"
+    files = library_sources()
+    with sources.open("wb") as out, text.open("w", encoding="utf-8") as lines:
+        with Progress("reading the library", total=len(files), unit="files") as progress:
+            for file in files:
+                source = file.read_text(encoding="utf-8", errors="replace")
+                out.write(to_line({"input": "", "output": source}))
+                lines.writelines(f"{docstring}\n" for docstring in docstrings_of(source))
+                progress.advance()
+    docstrings = folder / "docstrings.jsonl"
+    with text.open(encoding="utf-8") as lines, docstrings.open("wb") as out:
+        out.writelines(to_line(record) for record in text_records(lines))
+    return sources, docstrings
+
+
+def library_sources() -> list[Path]:
+    """The standard library's files, in a fixed order; without its tests, which are no prose anybody would learn from."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "encodings"}
+    return sorted(
+        file
+        for file in root.rglob("*.py")
+        if file.stat().st_size and not left_out & set(file.relative_to(root).parts)
+    )
+
+
+def docstrings_of(source: str) -> Iterator[str]:
+    """The docstrings of a module, its classes and functions, each on one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old escapes in the library's own sources
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            if docstring := ast.get_docstring(node):
+                yield " ".join(docstring.split())
+
+
+def _say(number: int, text: str) -> None:
+    print(f"\n[{number}/6] {text}", flush=True)
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def _print_table(out: Path, last: Result, parts: list[Result], picture: Path, seconds: float) -> None:
+    figures = read_metrics(last.metrics_file)
+    tokens, training = sum(part.tokens for part in parts), sum(part.seconds for part in parts)
+    rows = [
+        ("text", out / "text"),
+        ("indexed datasets", out / "datasets"),
+        ("tokenizer", out / "tokenizer"),
+        ("mixture", out / "mixture.json"),
+        ("checkpoint", last.checkpoint),
+        ("Hugging Face folder", out / "hf"),
+        ("figures", last.metrics_file),
+        ("TensorBoard", last.tensorboard),
+        ("picture of the loss", picture),
+        ("loss at start and end", f"{figures[0]['Loss/train']:.3f}, {figures[-1]['Loss/train']:.3f}"),
+        ("tokens trained on", f"{tokens:,}"),
+        ("tokens per second", f"{tokens / training:,.0f}"),
+        ("time, all in all", f"{seconds:.0f} s"),
+    ]
+    print()
+    for name, value in rows:
+        print(f"  {name:<24}{value}")

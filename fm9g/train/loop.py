@@ -1,0 +1,120 @@
+"""The training loop: fetch, forward and backward over micro-batches, step, log, save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from fm9g.config.train import TrainConfig
+from fm9g.data.encode import IGNORED
+from fm9g.data.loader import Loader
+from fm9g.data.pack import Pack
+from fm9g.engine.base import Engine
+from fm9g.model.transformer import Batch
+from fm9g.train.metrics import Metrics
+from fm9g.train.schedule import learning_rate
+
+
+@dataclass
+class Progress:
+    """How far a run is. task_tokens: tokens trained on, for each task; on rank 0 those before a resume are included."""
+
+    step: int
+    task_tokens: np.ndarray
+    finished: bool = False
+    last_loss: float = field(default=float("nan"))
+
+
+def train(
+    config: TrainConfig,
+    tasks: list[str],
+    engine: Engine,
+    loader: Loader,
+    metrics: Metrics,
+    progress: Progress,
+    save: Callable[[], None],
+    should_stop: Callable[[], bool],
+) -> None:
+    """Trains from progress.step until train_iters, stop_iters, the end of the data, or should_stop.
+
+    tasks: the names behind the packs' task ids. save: writes a checkpoint of `progress`; called once more at the end.
+    """
+    saved = progress.step
+    clock = Clock()
+    while not (progress.finished or should_stop() or progress.step == config.stop_iters):
+        packs = loader.next_step()
+        targets = engine.sum(torch.tensor(sum(pack.target_tokens for pack in packs), device=engine.device))
+        if not loader.endless and targets.item() == 0:
+            progress.finished = True
+            break
+        task_losses = torch.zeros(len(tasks), device=engine.device)
+        for pack in packs:
+            batch, row_tasks = to_batch(pack, engine.device)
+            loss_sum, losses = engine.forward(batch)
+            engine.backward(loss_sum / targets.clamp(min=1))
+            task_losses.index_add_(0, row_tasks, losses)
+            progress.task_tokens += np.bincount(pack.task_ids[pack.task_ids >= 0], minlength=len(tasks))
+        lr = learning_rate(config, progress.step)
+        grad_norm = engine.step(lr, config.clip_grad)
+
+        progress.step += 1
+        progress.finished = progress.step >= config.train_iters
+        clock.count(sum(pack.tokens for pack in packs))
+        metrics.advance()
+        if progress.step % config.log_iters == 0 or progress.finished:
+            task_targets = torch.from_numpy(_targets_by_task(packs, len(tasks))).to(engine.device)
+            figures = step_figures(tasks, engine.sum(task_losses), engine.sum(task_targets))
+            figures |= {"Optimizer/lr": lr, "Optimizer/grad_norm": grad_norm.item(), "Optimizer/scale": 1.0}
+            figures["Throughput/tokens_per_second"] = sum(engine.gather(clock.rate()))
+            progress.last_loss = figures["Loss/train"]
+            metrics.write(progress.step, figures)
+        if progress.step % config.save_iters == 0:
+            save()
+            saved = progress.step
+    if saved != progress.step:
+        save()
+
+
+def to_batch(pack: Pack, device: torch.device) -> tuple[Batch, torch.Tensor]:
+    """A pack on the device, and (R,) the task of each of its targets."""
+    rows = np.flatnonzero(pack.targets != IGNORED)
+    arrays = (pack.input_ids, pack.positions, pack.cu_seqlens, rows, pack.targets[rows], pack.task_ids[rows])
+    ids, positions, cu_seqlens, target_rows, targets, tasks = (
+        torch.from_numpy(array).to(device, non_blocking=True) for array in arrays
+    )
+    lengths = np.diff(pack.cu_seqlens).tolist()
+    return Batch(ids, positions, cu_seqlens, lengths, target_rows, targets.long()), tasks
+
+
+def step_figures(tasks: list[str], losses: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+    """The mean loss over all targets of a step, and over those of each task that had one."""
+    sums, counts = losses.tolist(), targets.tolist()
+    figures = {"Loss/train": sum(sums) / max(1, sum(counts))}
+    for task, loss, count in zip(tasks, sums, counts):
+        if count:
+            figures[f"Loss/train/{task}"] = loss / count
+    return figures
+
+
+def _targets_by_task(packs: list[Pack], tasks: int) -> np.ndarray:
+    return sum(np.bincount(pack.task_ids[pack.targets != IGNORED], minlength=tasks) for pack in packs)  # type: ignore[return-value]
+
+
+class Clock:
+    """Tokens a second since the last time it was asked."""
+
+    def __init__(self) -> None:
+        self._tokens, self._since = 0, time.monotonic()
+
+    def count(self, tokens: int) -> None:
+        self._tokens += tokens
+
+    def rate(self) -> float:
+        now = time.monotonic()
+        rate = self._tokens / max(now - self._since, 1e-9)
+        self._tokens, self._since = 0, now
+        return rate

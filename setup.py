@@ -1,0 +1,41 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+CONFIG_FOLDERS = ("model_configs", "train_configs", "dataset_configs")
+
+setup(
+    name="fm9g",
+    version="0.1.0",
+    description="Pretrain and finetune the 9G language models: raw text in, a Hugging Face model out",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.14",
+    packages=find_packages(include=["fm9g", "fm9g.*"]),
+    data_files=[(f"share/fm9g/{name}", [str(file) for file in Path(name).glob("*.*")]) for name in CONFIG_FOLDERS],
+    entry_points={"console_scripts": ["fm9g = fm9g.cli:main"]},
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=4.51",
+        "tokenizers",
+        "sentencepiece",
+        "safetensors",
+        "numpy",
+        "orjson",
+        "h5py",
+        "jsonschema",
+        "tensorboardX",
+        "matplotlib",
+        "tqdm",
+    ],
+    extras_require={
+        # The GPU ones are built against one CUDA and one torch: docs/install.md says how.
+        "bmtrain": ["bmtrain==1.0.1"],
+        "flash-attn": ["flash-attn"],
+        "opendelta": ["opendelta==0.3.2"],
+        "quantization": ["bitsandbytes"],
+        "data": ["datasets"],
+        "dev": ["pytest", "ruff", "mypy", "tensorboard", "pre-commit"],
+    },
+)
