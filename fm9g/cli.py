@@ -66,10 +66,15 @@ def _parser() -> argparse.ArgumentParser:
     verb("keys", _config_keys, "every key of the three kinds of configuration file", under=config)
 
     data = group("data", "prepare data")
-    txt = verb("txt2jsonl", _data_txt2jsonl, "plain text on stdin, a record a line, to jsonl on stdout", under=data)
-    txt.set_defaults(run=_data_txt2jsonl)
-    add_index_arguments(verb("index", _data_index, "make an indexed dataset from a .jsonl file", under=data))
-    tokenizer = verb("tokenizer", _data_tokenizer, "train a byte-level BPE tokenizer on .jsonl or .txt files", under=data)
+    verb("txt2jsonl", _data_txt2jsonl, "plain text on stdin, a record a line, to jsonl on stdout", under=data)
+    index = verb("index", _data_index, "make an indexed dataset from a .jsonl file", under=data)
+    index.add_argument("--path", type=Path, required=True, help="the .jsonl file")
+    index.add_argument("--language", required=True, choices=["zh", "en", "code"], help="for the estimate of its tokens")
+    index.add_argument("--output", type=Path, required=True, help="folder of the new dataset")
+    index.add_argument("--overwrite", action="store_true", help="replace a folder that holds something")
+    tokenizer = verb(
+        "tokenizer", _data_tokenizer, "train a byte-level BPE tokenizer on .jsonl or .txt files", under=data
+    )
     tokenizer.add_argument("files", type=Path, nargs="+", metavar="FILE")
     tokenizer.add_argument("--vocab_size", type=int, required=True)
     tokenizer.add_argument("--output", type=Path, required=True, help="folder of the new tokenizer")
@@ -78,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("source", type=Path, help="a Hugging Face folder, a checkpoint folder, or a .pt file")
     convert.add_argument("target", type=Path, help="FILE.pt for a 9G file, else a new Hugging Face folder")
     convert.add_argument("--reference", type=Path, help="Hugging Face folder to take configuration and tokenizer from")
-    convert.add_argument("--dtype", default="", choices=["bf16", "fp16", "fp32"], help="of the exported weights; default: unchanged")
+    convert.add_argument(
+        "--dtype", default="", choices=["bf16", "fp16", "fp32"], help="of the exported weights; default: unchanged"
+    )
     convert.add_argument("--overwrite", action="store_true", help="replace a folder that holds something")
 
     generate = verb("generate", _generate, "continue a prompt with the model of a Hugging Face folder")
@@ -93,19 +100,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="NAME", help="a name in train_configs/ or model_configs/, or a path")
-    parser.epilog = (
-        "Also --KEY VALUE for every training key, --model.KEY VALUE for a key of the model, --data.TASK.KEY VALUE for one "
-        "of a dataset. `fm9g config keys` lists them."
+    parser.add_argument(
+        "--config", required=True, metavar="NAME", help="a name in train_configs/ or model_configs/, or a path"
     )
-
-
-def add_index_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `fm9g data index` and of tools/convert_json2index.py."""
-    parser.add_argument("--path", type=Path, required=True, help="the .jsonl file")
-    parser.add_argument("--language", required=True, choices=["zh", "en", "code"], help="for the estimate of its tokens")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the new dataset")
-    parser.add_argument("--overwrite", action="store_true", help="replace a folder that holds something")
+    parser.epilog = (
+        "Also --KEY VALUE for every training key, --model.KEY VALUE for a key of the model, --data.TASK.KEY VALUE for "
+        "one of a dataset. `fm9g config keys` lists them."
+    )
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, str]:
@@ -162,7 +163,11 @@ def _config_keys(options: argparse.Namespace) -> None:
     from fm9g.config.model import ModelConfig
     from fm9g.config.train import TrainConfig
 
-    for folder, cls in (("train_configs", TrainConfig), ("model_configs", ModelConfig), ("dataset_configs", DatasetConfig)):
+    for folder, cls in (
+        ("train_configs", TrainConfig),
+        ("model_configs", ModelConfig),
+        ("dataset_configs", DatasetConfig),
+    ):
         print(f"[{folder}]")
         properties = schema_of(cls)["properties"]
         for key, field in keys_of(cls).items():
@@ -177,11 +182,6 @@ def _default(field: Any) -> Any:
 
 
 def _data_txt2jsonl(options: argparse.Namespace) -> None:
-    txt2jsonl()
-
-
-def txt2jsonl() -> None:
-    """Plain text on stdin, jsonl on stdout."""
     from fm9g.data.records import text_records, to_line
 
     sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")  # type: ignore[union-attr]
@@ -194,15 +194,11 @@ def txt2jsonl() -> None:
 
 
 def _data_index(options: argparse.Namespace) -> None:
-    index(options)
-
-
-def index(options: argparse.Namespace) -> None:
-    """Makes an indexed dataset from parsed arguments and says what it holds."""
     from fm9g.data.build import build_index
 
     meta = build_index(options.path, options.output, options.language, options.overwrite)
-    print(f"{options.output}: {meta['nlines']} records, {meta['nbytes']} bytes, about {meta['avg_token_per_line']:.0f} tokens each")
+    size = f"{meta['nlines']} records, {meta['nbytes']} bytes, about {meta['avg_token_per_line']:.0f} tokens each"
+    print(f"{options.output}: {size}")
 
 
 def _data_tokenizer(options: argparse.Namespace) -> None:
@@ -227,5 +223,7 @@ def _convert(options: argparse.Namespace) -> None:
 def _generate(options: argparse.Namespace) -> None:
     from fm9g.infer.generate import generate
 
-    settings = {key: getattr(options, key) for key in ("max_new_tokens", "temperature", "top_p", "repetition_penalty", "seed")}
+    settings = {
+        key: getattr(options, key) for key in ("max_new_tokens", "temperature", "top_p", "repetition_penalty", "seed")
+    }
     print(options.prompt + generate(options.folder, options.prompt, **settings))

@@ -22,7 +22,9 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     if target.exists() and not target.is_dir():
         raise UserError(f"{target}: a file is in the way; remove it or choose another name")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise UserError(f"{target}: the folder holds something; choose another or allow it to be replaced (--overwrite)")
+        raise UserError(
+            f"{target}: the folder holds something; choose another or allow it to be replaced (--overwrite)"
+        )
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     old = target.parent / f".{target.name}.{os.getpid()}.old"
     try:
@@ -46,7 +48,7 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target`; the file written there becomes `target` when the block ends without an error."""
+    """A temporary path beside `target`; a file written there becomes `target` if the block ends without an error."""
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -97,13 +97,11 @@ def write_corpus(folder: Path) -> tuple[Path, Path]:
 
 
 def library_sources() -> list[Path]:
-    """The standard library's files, in a fixed order; without its tests, which are no prose anybody would learn from."""
+    """The standard library's files, in a fixed order."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "encodings"}
+    left_out = {"site-packages", "dist-packages", "__pycache__"}
     return sorted(
-        file
-        for file in root.rglob("*.py")
-        if file.stat().st_size and not left_out & set(file.relative_to(root).parts)
+        file for file in root.rglob("*.py") if file.stat().st_size and not left_out & set(file.relative_to(root).parts)
     )
 
 
@@ -116,9 +114,9 @@ def docstrings_of(source: str) -> Iterator[str]:
     except (SyntaxError, ValueError):
         return
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            if docstring := ast.get_docstring(node):
-                yield " ".join(docstring.split())
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        if documented and (docstring := ast.get_docstring(node)):  # type: ignore[arg-type]
+            yield " ".join(docstring.split())
 
 
 def _say(number: int, text: str) -> None:

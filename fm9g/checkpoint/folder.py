@@ -114,7 +114,9 @@ def steps_in(root: Path) -> list[int]:
     """The steps of the checkpoints in a run's folder, in order. Unfinished ones are not among them."""
     if not root.is_dir():
         return []
-    return sorted(int(folder.name) for folder in root.iterdir() if folder.name.isdigit() and (folder / MANIFEST).is_file())
+    return sorted(
+        int(folder.name) for folder in root.iterdir() if folder.name.isdigit() and (folder / MANIFEST).is_file()
+    )
 
 
 def open_step(root: Path, step: int) -> Checkpoint:

@@ -35,7 +35,9 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def check_weights(weights: dict[str, torch.Tensor], shapes: dict[str, torch.Size], where: str, strict: bool) -> list[str]:
+def check_weights(
+    weights: dict[str, torch.Tensor], shapes: dict[str, torch.Size], where: str, strict: bool
+) -> list[str]:
     """Compares the weights of a file with those of a model.
 
     strict: missing and unknown names are errors; else they come back as lines to show. A wrong shape always is one.

@@ -56,9 +56,7 @@ def schema_of(cls: type) -> dict[str, Any]:
     return {
         "type": "object",
         "properties": {key: {**field_schema(f), "description": f.metadata["help"]} for key, f in fields.items()},
-        "required": [
-            key for key, f in fields.items() if f.default is no_default and f.default_factory is no_default
-        ],
+        "required": [key for key, f in fields.items() if f.default is no_default and f.default_factory is no_default],
         "additionalProperties": False,
     }
 

@@ -55,7 +55,7 @@ def load_mixture(path: Path, overrides: dict[str, dict[str, Any]] | None = None)
     overrides = dict(overrides or {})
     content = read_json(path)
     if not isinstance(content, list) or not content:
-        raise UserError(f"{path}: expected a list of at least one dataset: [{{\"task_name\": ..., \"path\": ...}}]")
+        raise UserError(f'{path}: expected a list of at least one dataset: [{{"task_name": ..., "path": ...}}]')
     loaded: list[Loaded[DatasetConfig]] = []
     for number, entry in enumerate(content):
         if not isinstance(entry, dict):
@@ -71,7 +71,9 @@ def load_mixture(path: Path, overrides: dict[str, dict[str, Any]] | None = None)
         if tasks.count(task) > 1:
             raise UserError(f"{path}: task_name {task!r} is used {tasks.count(task)} times; give each its own")
     for task in overrides:
-        raise UserError(f"--data.{task}.: {path} has no such task_name{nearest(task, tasks)} It has: {', '.join(tasks)}")
+        raise UserError(
+            f"--data.{task}.: {path} has no such task_name{nearest(task, tasks)} It has: {', '.join(tasks)}"
+        )
     if not any(item.value.abs_weight or (item.value.abs_weight is None and item.value.weight) for item in loaded):
         raise UserError(f"{path}: every weight is 0; nothing to train on")
     given = [item.value.task_name for item in loaded if item.value.abs_weight is not None]

@@ -66,7 +66,9 @@ class ModelConfig:
         object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
         if not self.head_dim:
             if self.hidden_size % self.num_heads:
-                raise UserError(f"dim_model {self.hidden_size} is not a multiple of num_heads {self.num_heads}; set dim_head")
+                raise UserError(
+                    f"dim_model {self.hidden_size} is not a multiple of num_heads {self.num_heads}; set dim_head"
+                )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
@@ -114,6 +116,4 @@ def load_model_config(path: Path, overrides: dict[str, Any] | None = None) -> Lo
         raw.setdefault("orig_max_length", raw.pop("ori_max_length"))
     if raw.get("dim_model_base") is None:
         raw.pop("dim_model_base", None)
-    return build(
-        ModelConfig, [Layer(str(path), raw), Layer("command line (--model.)", overrides or {}, text=True)]
-    )
+    return build(ModelConfig, [Layer(str(path), raw), Layer("command line (--model.)", overrides or {}, text=True)])

@@ -23,7 +23,7 @@ class RunConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Every value with its origin, as kept in checkpoints."""
-        sections = {"train": self.train, "model": self.model}
+        sections: dict[str, Loaded[Any]] = {"train": self.train, "model": self.model}
         sections |= {f"data.{item.value.task_name}": item for item in self.mixture}
         return {
             name: {key: {"value": value, "from": origin} for key, value, origin in loaded.rows()}

@@ -50,7 +50,9 @@ class TrainConfig:
     resume_no_optimze: bool = option(False, help="resume without the optimizer's state")
 
     train_iters: int = option(10000, help="optimizer steps of the whole run", minimum=1)
-    stop_iters: int = option(0, help="stop, with a checkpoint, at this step although train_iters is later; 0: do not", minimum=0)
+    stop_iters: int = option(
+        0, help="stop, with a checkpoint, at this step although train_iters is later; 0: do not", minimum=0
+    )
     save: bool = option(True, help="write checkpoints")
     overwrite: bool = option(False, help="start anew although the run has checkpoints, and delete these")
     save_iters: int = option(500, help="steps between checkpoints; the end always saves", minimum=1)
@@ -94,7 +96,11 @@ class TrainConfig:
             raise UserError(f"resume_ckpt: found {self.resume_ckpt!r}, expected the number of a step")
         if self.resume_ckpt and self.pretrained_model:
             raise UserError("resume_ckpt and pretrained_model are both given; a run starts from one of them")
-        if 0 < self.drop_iters < 1 and self.drop_iters * self.train_iters < 1 and self.lr_scheduler == "warmupstabledrop":
+        if (
+            0 < self.drop_iters < 1
+            and self.drop_iters * self.train_iters < 1
+            and self.lr_scheduler == "warmupstabledrop"
+        ):
             raise UserError(f"drop_iters {self.drop_iters} of train_iters {self.train_iters} is less than one step")
 
 

@@ -1,8 +1,8 @@
 """Which transformers class has a 9G model's arithmetic, and the two configurations in terms of each other.
 
-Without scaling it is Qwen2's (biases on q, k, v) or Llama's (none). The scaled models are Granite's: embedding_multiplier
-= scale_emb, residual_multiplier = scale_depth / sqrt(num_layers), logits_scaling = dim_model / dim_model_base,
-attention_multiplier = 1 / sqrt(dim_head).
+Without scaling it is Qwen2's (biases on q, k, v) or Llama's (none). The scaled models are Granite's:
+embedding_multiplier = scale_emb, residual_multiplier = scale_depth / sqrt(num_layers),
+logits_scaling = dim_model / dim_model_base, attention_multiplier = 1 / sqrt(dim_head).
 """
 
 from __future__ import annotations
@@ -156,5 +156,3 @@ def _rope_from_hf(hf: dict[str, Any], rope: dict[str, Any], where: str) -> dict[
     if kind == "linear":
         return {"rope_scaling_type": "linear", "rope_scaling_factor": factor}
     raise UserError(f"{where}: rope_type {kind!r} with {rope}: the 9G arithmetic has no such positions")
-
-

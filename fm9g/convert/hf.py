@@ -145,7 +145,8 @@ def _write_shards(weights: dict[str, torch.Tensor], folder: Path, dtype: torch.d
             size = 0
         shards[-1].append(name)
         size += nbytes
-    total, where = 0, {}
+    total = 0
+    where: dict[str, str] = {}
     with Progress("writing weights", total=len(weights), unit="tensors") as progress:
         for number, names in enumerate(shards, 1):
             single = len(shards) == 1

@@ -107,10 +107,8 @@ def _copy_lines(source: Path, target: Path, language: str) -> tuple[Statistics, 
     return statistics, bounds
 
 
-
-
 def texts_of(files: Iterable[Path], limit: int | None = None) -> Iterator[str]:
-    """The texts that a tokenizer is trained on: each line of .txt files, input and output of the records of .jsonl files.
+    """The texts that a tokenizer is trained on: the lines of .txt files, input and output of the records of .jsonl.
 
     limit: bytes to read of each file. Raises UserError for a missing file and a bad line.
     """

@@ -27,7 +27,9 @@ class IndexedDataset:
         self.folder = Path(folder)
         self._data = self.folder / DATA
         if not self._data.is_file():
-            raise UserError(f"{self.folder}: no indexed dataset here ({DATA} is missing); make one with `fm9g data index`")
+            raise UserError(
+                f"{self.folder}: no indexed dataset here ({DATA} is missing); make one with `fm9g data index`"
+            )
         self.nbytes = self._data.stat().st_size
         self._ends = self._read_index()
         if len(self._ends) and self._ends[0] == 0:
@@ -67,7 +69,7 @@ class IndexedDataset:
         start = int(self._ends[number - 1]) if number else 0
         line = os.pread(self._file, max(0, int(self._ends[number]) - start), start)
         where = f"{self._data}, line {number + 1}"
-        if line[-1:] != b"\n" and number + 1 < len(self) or line.count(b"\n", 0, -1):
+        if (line[-1:] != b"\n" and number + 1 < len(self)) or line.count(b"\n", 0, -1):
             raise UserError(f"{where}: the index does not match the data; index it again with `fm9g data index`")
         return parse_record(line, where)
 

@@ -47,6 +47,7 @@ class Loader:
 
         Raises UserError where the ranks do not divide global_batch, or the position belongs to other data.
         """
+        assert capacity >= mixture.max_length  # else a sample might fit into no pack
         if global_batch % world_size:
             fits = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
             raise UserError(f"{global_batch} packs a step cannot be dealt to {world_size} processes; possible: {fits}")
@@ -155,4 +156,6 @@ def _check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises UserError that names what the order of samples depends on and that has changed."""
     changed = [f"{key}: was {saved.get(key)}, is {now[key]}" for key in now if saved.get(key) != now[key]]
     if changed:
-        raise UserError("the checkpoint was made from other data; its position means nothing here:\n" + "\n".join(changed))
+        raise UserError(
+            "the checkpoint was made from other data; its position means nothing here:\n" + "\n".join(changed)
+        )

@@ -28,8 +28,8 @@ Draw = tuple[int, int]  # dataset, place
 class Odds:
     """What the choice of records depends on.
 
-    names, sizes: of each dataset, its records. repeats: whether it starts again when used up. chances: the odds that the next
-    record is from it. streams: G.
+    names: of the datasets. sizes: their records. repeats: whether one starts again when used up. chances: the odds
+    that the next record is from it. streams: G.
     """
 
     names: list[str]

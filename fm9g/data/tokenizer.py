@@ -57,7 +57,8 @@ class VocabTokenizer(Tokenizer):
 
     def __init__(self, file: Path) -> None:
         self._words = []
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        # Not splitlines(): some words hold characters that it takes for line ends.
+        for number, line in enumerate(file.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
             try:
                 self._words.append(json.loads(line))
             except json.JSONDecodeError as error:
@@ -111,7 +112,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._model = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._model.no_padding()
         self._model.no_truncation()
-        config = {}
+        config: dict[str, Any] = {}
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             if (folder / name).is_file():
                 config = {**_read(folder / name), **config}

@@ -31,7 +31,7 @@ class TorchEngine:
         """device: auto, cpu or cuda. seed: of dropout. Raises UserError where there is no GPU to use."""
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("device: cuda, but torch sees no GPU here; use auto or cpu")
-        on_gpu = device == "cuda" or device == "auto" and torch.cuda.is_available()
+        on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         torch.manual_seed(seed)
 

@@ -43,7 +43,11 @@ def attend(
     documents = zip(query.split(lengths), key.split(lengths), value.split(lengths))
     outputs = [
         F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], is_causal=True, enable_gqa=grouped
+            q.transpose(0, 1)[None],
+            k.transpose(0, 1)[None],
+            v.transpose(0, 1)[None],
+            is_causal=True,
+            enable_gqa=grouped,
         )[0].transpose(0, 1)
         for q, k, v in documents
     ]

@@ -78,7 +78,7 @@ class Gate(nn.Module):
         super().__init__()
         self.w_0 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.w_1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.activation = {"silu": F.silu, "gelu": F.gelu}[config.activation]
+        self.activation = F.silu if config.activation == "silu" else F.gelu
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.activation(self.w_0(x)) * self.w_1(x)  # (T, F)

@@ -29,6 +29,8 @@ class Interrupt:
         print(f"{name}: stopping with a checkpoint after this step; Ctrl-C again ends at once", file=sys.stderr)
         signal.signal(signal.SIGINT, self._before[signal.SIGINT])
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)

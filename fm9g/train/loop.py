@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,8 +25,6 @@ class Progress:
 
     step: int
     task_tokens: np.ndarray
-    finished: bool = False
-    last_loss: float = field(default=float("nan"))
 
 
 def train(
@@ -43,13 +41,13 @@ def train(
 
     tasks: the names behind the packs' task ids. save: writes a checkpoint of `progress`; called once more at the end.
     """
+    last = min(config.stop_iters or config.train_iters, config.train_iters)
     saved = progress.step
     clock = Clock()
-    while not (progress.finished or should_stop() or progress.step == config.stop_iters):
+    while progress.step < last and not should_stop():
         packs = loader.next_step()
         targets = engine.sum(torch.tensor(sum(pack.target_tokens for pack in packs), device=engine.device))
         if not loader.endless and targets.item() == 0:
-            progress.finished = True
             break
         task_losses = torch.zeros(len(tasks), device=engine.device)
         for pack in packs:
@@ -62,15 +60,13 @@ def train(
         grad_norm = engine.step(lr, config.clip_grad)
 
         progress.step += 1
-        progress.finished = progress.step >= config.train_iters
         clock.count(sum(pack.tokens for pack in packs))
         metrics.advance()
-        if progress.step % config.log_iters == 0 or progress.finished:
+        if progress.step % config.log_iters == 0 or progress.step == last:
             task_targets = torch.from_numpy(_targets_by_task(packs, len(tasks))).to(engine.device)
             figures = step_figures(tasks, engine.sum(task_losses), engine.sum(task_targets))
             figures |= {"Optimizer/lr": lr, "Optimizer/grad_norm": grad_norm.item(), "Optimizer/scale": 1.0}
             figures["Throughput/tokens_per_second"] = sum(engine.gather(clock.rate()))
-            progress.last_loss = figures["Loss/train"]
             metrics.write(progress.step, figures)
         if progress.step % config.save_iters == 0:
             save()

@@ -32,7 +32,9 @@ def plot_loss(metrics_file: Path, picture: Path, marks: dict[int, str] | None = 
     axes.plot(steps, smooth, color="tab:blue", label="running mean")
     rates = axes.twinx()
     rates.set_ylabel("learning rate")
-    rates.plot(steps, [line["Optimizer/lr"] for line in figures], color="tab:orange", linestyle=":", label="learning rate")
+    rates.plot(
+        steps, [line["Optimizer/lr"] for line in figures], color="tab:orange", linestyle=":", label="learning rate"
+    )
     for step, text in (marks or {}).items():
         axes.axvline(step, color="grey", linestyle="--", linewidth=1)
         axes.annotate(text, (step, max(losses)), xytext=(4, -4), textcoords="offset points", va="top")

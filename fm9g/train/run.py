@@ -49,8 +49,8 @@ def run_training(run: RunConfig) -> Result:
     checkpoint = open_step(root, int(config.resume_ckpt)) if config.resume_ckpt else None
     if checkpoint is None and steps_in(root) and config.save and not config.overwrite:
         raise UserError(
-            f"{root}: holds checkpoints of steps {', '.join(map(str, steps_in(root)))}; go on with --resume_ckpt, choose "
-            "another --model_unique, or have them deleted with --overwrite true"
+            f"{root}: holds checkpoints of steps {', '.join(map(str, steps_in(root)))}; go on with --resume_ckpt, "
+            "choose another --model_unique, or have them deleted with --overwrite true"
         )
     engine: Engine = TorchEngine(config.device, config.seed)
     mixture = Mixture([item.value for item in run.mixture], config.tokenizer_path, config.max_length, config.seed)
@@ -62,16 +62,20 @@ def run_training(run: RunConfig) -> Result:
         print(f"note: {note}")
     if checkpoint is None and config.overwrite:
         shutil.rmtree(root, ignore_errors=True)
-    with Loader(
-        mixture,
-        capacity=config.batch_size * config.max_length,
-        global_batch=config.grad_accum * engine.world_size,
-        rank=engine.rank,
-        world_size=engine.world_size,
-        workers=config.dataloader_num_workers,
-        prefetch=config.dataloader_prefetch_factor,
-        position=checkpoint.position() if checkpoint else None,
-    ) as loader, Metrics(tensorboard, log, progress.step, config.train_iters) as metrics, Interrupt() as interrupt:
+    with (
+        Loader(
+            mixture,
+            capacity=config.batch_size * config.max_length,
+            global_batch=config.grad_accum * engine.world_size,
+            rank=engine.rank,
+            world_size=engine.world_size,
+            workers=config.dataloader_num_workers,
+            prefetch=config.dataloader_prefetch_factor,
+            position=checkpoint.position() if checkpoint else None,
+        ) as loader,
+        Metrics(tensorboard, log, progress.step, config.train_iters) as metrics,
+        Interrupt() as interrupt,
+    ):
 
         def save() -> None:
             if config.save:
@@ -92,7 +96,9 @@ def run_training(run: RunConfig) -> Result:
     )
 
 
-def build_model(engine: Engine, config: TrainConfig, model_config: ModelConfig, checkpoint: Checkpoint | None) -> list[str]:
+def build_model(
+    engine: Engine, config: TrainConfig, model_config: ModelConfig, checkpoint: Checkpoint | None
+) -> list[str]:
     """Gives the engine a model with the weights of the checkpoint, of pretrained_model, or new ones.
 
     Returns what differs between the weights and the model, a line each, where strict_state_dict lets it pass.
@@ -131,7 +137,9 @@ def build_model(engine: Engine, config: TrainConfig, model_config: ModelConfig, 
 def compute_dtype(model_config: ModelConfig, device: torch.device) -> tuple[torch.dtype, list[str]]:
     """The precision of the computation: the model's half_type where the machine is fast at it, else fp32."""
     if model_config.dtype_name == "fp16":
-        raise UserError("half_type: fp16 needs loss scaling, which this version has not; --model.half_type bf16 or fp32")
+        raise UserError(
+            "half_type: fp16 needs loss scaling, which this version has not; --model.half_type bf16 or fp32"
+        )
     if model_config.dtype_name == "fp32":
         return torch.float32, []
     if has_fast_bf16(device):
@@ -169,16 +177,15 @@ def _restore(engine: Engine, config: TrainConfig, checkpoint: Checkpoint | None,
     counts = checkpoint.counts()
     trained = counts["global_total_task_token"]
     tokens = np.array([trained.get(task, 0) if engine.rank == 0 else 0 for task in tasks], np.int64)
-    finished = counts["iteration"] >= config.train_iters
-    return Progress(counts["iteration"], tokens, finished)
+    return Progress(counts["iteration"], tokens)
 
 
 def _check_fit(config: TrainConfig, model: ModelConfig, mixture: Mixture) -> list[str]:
     """Raises UserError where tokenizer and model do not fit; returns what may be meant, a line each."""
     if mixture.tokenizer.vocab_size > model.vocab_size:
         raise UserError(
-            f"tokenizer_path: {config.tokenizer_path} has {mixture.tokenizer.vocab_size} tokens, the model's vocab_size "
-            f"is {model.vocab_size}; they do not belong together"
+            f"tokenizer_path: {config.tokenizer_path} has {mixture.tokenizer.vocab_size} tokens, the model's "
+            f"vocab_size is {model.vocab_size}; they do not belong together"
         )
     if config.max_length > model.max_length:
         return [f"max_length {config.max_length} is more than the model is made for ({model.max_length})"]

@@ -1,0 +1,202 @@
+"""Configuration files and the command line: precedence, origins, and one clear message for each mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fm9g.config.fields import keys_of
+from fm9g.config.load import read_json, require_config
+from fm9g.config.mixture import load_mixture
+from fm9g.config.model import ModelConfig, load_model_config
+from fm9g.config.run import load_run
+from fm9g.config.train import FIXED, RETIRED, TrainConfig, load_train_config
+from fm9g.errors import UserError
+
+GUIDE = """
+pretrained_model resume_ckpt tokenizer_path dataset_config model_unique config n_gpus flash max_length local
+dataloader save load_grad grad_ckpt_num exp_group ignore_cuda_oom tensorboard_all_tasks stop_when_end
+only_run_dataloader eps inspect_iters strict_state_dict resume_no_optimze tp_size async_save batch_size save_iters
+train_iters dataloader_num_threads dataloader_prefetch dataloader_prefetch_factor dataloader_num_workers
+parallel_load_datastate lr warmup_iters drop_iters only_load_model lr_scheduler load_dataloader_ckpt drop_begin
+drop_rate use_checkpoint
+""".split()  # noqa: SIM905
+
+
+def write(path: Path, content: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> Path:
+    return require_config("model_configs", "tiny")
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("tiny", 0.0105), ("2b", 2.725), ("4b", 4.130), ("7b", 7.669), ("8b", 8.765), ("70b", 80.81)]
+)
+def test_every_shipped_size_builds_with_its_parameter_count(name: str, billions: float) -> None:
+    import torch
+
+    from fm9g.model.transformer import FM9G
+
+    config = load_model_config(require_config("model_configs", name)).value
+    with torch.device("meta"):
+        count = sum(weight.numel() for weight in FM9G(config).parameters())
+    assert count / 1e9 == pytest.approx(billions, rel=1e-3 if name != "tiny" else 0.01)
+
+
+def test_a_misspelt_key_is_named_with_file_and_nearest_key(tmp_path: Path, model_file: Path) -> None:
+    values = read_json(model_file)
+    values["num_layer"] = values.pop("num_layers")
+    path = write(tmp_path / "wrong.json", values)
+    with pytest.raises(UserError) as error:
+        load_model_config(path)
+    assert f"{path}: num_layer: unknown key; did you mean 'num_layers'?" in str(error.value)
+    assert "num_layers: missing" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("num_layers", "four", "found 'four', allowed: integer >= 1"),
+        ("dim_model", 0, "found 0, allowed: integer >= 1"),
+        ("activate_fn", "sillu", "did you mean 'silu'?"),
+        ("qk_norm", True, "found True, allowed: only False"),
+        ("ffn_gated", False, "found False, allowed: only True"),
+        ("flash_attn_mask_shape", "2d", "only '1d'"),
+        ("rope_scaling_type", "yarm", "did you mean 'yarn'?"),
+        ("half_type", "int8", "one of 'bf16', 'fp16', 'fp32'"),
+        ("num_kv_heads", 3, "num_heads 8 is not a multiple of num_kv_heads 3"),
+    ],
+)
+def test_wrong_values_of_a_model_are_refused(
+    tmp_path: Path, model_file: Path, key: str, value: object, expected: str
+) -> None:
+    path = write(tmp_path / "wrong.json", {**read_json(model_file), key: value})
+    with pytest.raises(UserError) as error:
+        load_model_config(path)
+    assert str(path) in str(error.value)
+    assert key in str(error.value)
+    assert expected in str(error.value)
+
+
+def test_a_model_configuration_survives_a_round_trip(tmp_path: Path, model_file: Path) -> None:
+    config = load_model_config(model_file).value
+    assert load_model_config(write(tmp_path / "again.json", config.to_json())).value == config
+
+
+def test_the_other_spelling_of_the_original_length_is_read(tmp_path: Path, model_file: Path) -> None:
+    path = write(tmp_path / "old.json", {**read_json(model_file), "ori_max_length": 512})
+    assert load_model_config(path).value.orig_max_length == 512
+
+
+def test_not_json_is_reported_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text('{\n  "vocab_size": 5,\n  oops\n}')
+    with pytest.raises(UserError, match=r"broken.json, line 3, column 3: not JSON"):
+        load_model_config(path)
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.json"
+    path.write_text('{"vocab_size": 5, "vocab_size": 6}')
+    with pytest.raises(UserError, match="'vocab_size' is given twice"):
+        load_model_config(path)
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"did you mean 'tiny'.*Known names: 2b, 4b, 70b, 7b, 8b, tiny"):
+        load_train_config("tyny", {})
+
+
+def test_precedence_is_defaults_then_file_then_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "train_configs" / "mine.json", {"pretrain": {"config": "tiny", "lr": "2e-3", "train_iters": 7}})
+    loaded, model, _ = load_train_config("mine", {"train_iters": "9"})
+    assert (loaded.value.lr, loaded.value.train_iters, loaded.value.eps) == (2e-3, 9, 1e-6)
+    assert loaded.origins["lr"] == "train_configs/mine.json"
+    assert loaded.origins["train_iters"] == "command line"
+    assert loaded.origins["eps"] == "default"
+    assert loaded.value.model_unique == "mine"
+    assert model.name == "tiny.json"
+
+
+def test_the_guides_way_of_writing_values_is_understood() -> None:
+    given = {"lr_scheduler": "Cosine", "save": "False", "use_checkpoint": "1", "max_length": "4096", "lr": "1e-2"}
+    config = load_train_config("tiny", given)[0].value
+    assert (config.lr_scheduler, config.save, config.use_checkpoint) == ("cosine", False, True)
+    assert (config.max_length, config.lr) == (4096, 0.01)
+
+
+@pytest.mark.parametrize("key", GUIDE)
+def test_every_parameter_of_the_guide_is_known_in_exactly_one_way(key: str) -> None:
+    assert (key in keys_of(TrainConfig)) + (key in RETIRED) + (key in FIXED) == 1
+
+
+def test_a_parameter_that_changes_nothing_says_so() -> None:
+    notes = load_train_config("tiny", {"local": "False", "tp_size": "1"})[2]
+    assert notes == ["command line: local changes nothing: paths are used as they are given"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("tp_size", "2", "tp_size: only 1 is possible"),
+        ("learning_rate", "1", "learning_rate: unknown key"),
+        ("train_iter", "5", "did you mean 'train_iters'?"),
+        ("batch_size", "two", "batch_size: found 'two', allowed: integer >= 1"),
+        ("lr_scheduler", "cosin", "did you mean 'cosine'?"),
+        ("lr", "-1", "lr: found -1"),
+        ("resume_ckpt", "last", "expected the number of a step"),
+    ],
+)
+def test_wrong_values_on_the_command_line_are_refused(key: str, value: str, expected: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_train_config("tiny", {key: value})
+    assert "command line" in str(error.value)
+    assert expected in str(error.value)
+
+
+def test_mixture_keys_are_checked_and_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    entry = {"task_name": "a", "path": "sets/a", "transforms": "t.py"}
+    (item,) = load_mixture(write(tmp_path / "m.json", [entry]))
+    assert item.value.path == str(tmp_path / "sets/a")
+    assert item.value.transforms == str(tmp_path / "t.py")
+    for wrong, expected in [
+        ([{**entry, "abs_wieght": 1}], r"\[0\].abs_wieght: unknown key; did you mean 'abs_weight'"),
+        ([{"path": "x"}], r"\[0\].task_name: missing"),
+        ([{**entry, "oversize_rule": "cut"}], "oversize_rule: found 'cut'"),
+        ([entry, entry], "task_name 'a' is used 2 times"),
+        ([{**entry, "abs_weight": 0}], "every weight is 0"),
+        ([{**entry, "abs_weight": 1}, {**entry, "task_name": "b"}], "abs_weight is missing for b"),
+        ({}, "expected a list"),
+        ([3], r"\[0\]: found 3"),
+    ]:
+        with pytest.raises(UserError, match=expected):
+            load_mixture(write(tmp_path / "m.json", wrong))
+
+
+def test_overrides_reach_the_model_and_the_mixture(tmp_path: Path) -> None:
+    mixture = write(tmp_path / "m.json", [{"task_name": "a.b", "path": "x"}])
+    given = {"dataset_config": str(mixture), "tokenizer_path": "t", "model.num_layers": "9", "data.a.b.weight": "0.5"}
+    run = load_run("tiny", given)
+    assert run.model.value.num_layers == 9
+    assert run.mixture[0].value.weight == 0.5
+    assert run.to_json()["model"]["num_layers"]["from"] == "command line (--model.)"
+    with pytest.raises(UserError, match="has no such task_name"):
+        load_run("tiny", {**given, "data.c.weight": "1"})
+
+
+def test_configuration_does_not_import_torch() -> None:
+    code = "import sys, fm9g.config.run, fm9g.data.index, fm9g.data.build; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_model_defaults_are_derived() -> None:
+    config = ModelConfig(vocab_size=8, hidden_size=64, intermediate_size=8, num_layers=1, num_heads=4)
+    assert (config.num_kv_heads, config.head_dim, config.orig_max_length) == (4, 16, config.max_length)

@@ -1,0 +1,178 @@
+"""Indexed datasets: what is written, both kinds of index read, and what happens to bad input."""
+
+import json
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from support import write_jsonl
+
+from fm9g.data.build import build_index, estimated_tokens
+from fm9g.data.index import IndexedDataset
+from fm9g.errors import UserError
+
+RECORDS = [{"input": "问题", "output": "回答一"}, {"input": "", "output": "second"}, {"input": "", "output": "最后"}]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    (tmp_path / "raw").mkdir()
+    return write_jsonl(tmp_path / "raw" / "a.jsonl", RECORDS)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, source: Path) -> Path:
+    build_index(source, tmp_path / "out", "zh")
+    return tmp_path / "out"
+
+
+def test_the_four_files_hold_what_the_format_says(dataset: Path, source: Path) -> None:
+    data = (dataset / "data.jsonl").read_bytes()
+    lines = data.splitlines(keepends=True)
+    bounds = [0, *np.cumsum([len(line) for line in lines]).tolist()]
+    assert data == source.read_bytes()
+    assert [int(line) for line in (dataset / "index").read_text().split()] == bounds
+    assert h5py.File(dataset / "index.h5")["index"][:].tolist() == bounds
+    meta = json.loads((dataset / "meta.json").read_text())
+    expected_tokens = [0.7 * len(line.decode().strip()) for line in lines]
+    assert meta == {
+        "language": "zh",
+        "nlines": 3,
+        "nbytes": len(data),
+        "length_distribute": {"less_4k": 3} | dict.fromkeys(list(meta["length_distribute"])[1:], 0),
+        "avg_token_per_line": pytest.approx(sum(expected_tokens) / 3),
+        "data_sample": RECORDS[0],
+    }
+    assert list(meta["length_distribute"]) == [
+        "less_4k", "4k-8k", "8k-16k", "16k-32k", "32k-64k", "64k-128k", "128k-256k", "more_256k",
+    ]  # fmt: skip
+
+
+def test_lengths_fall_into_their_buckets_and_long_samples_are_cut(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [{"output": "w " * words} for words in (10, 3000, 200_000)])
+    meta = build_index(source, tmp_path / "out", "en")
+    counts = {name: count for name, count in meta["length_distribute"].items() if count}
+    assert counts == {"less_4k": 1, "4k-8k": 1, "more_256k": 1}
+    source = write_jsonl(tmp_path / "b.jsonl", [{"output": "x" * 51}])
+    assert build_index(source, tmp_path / "out2", "en")["data_sample"] == {"output": "x" * 50 + "..."}
+
+
+def test_tokens_are_estimated_by_language() -> None:
+    assert estimated_tokens("一二三 四".encode(), "zh") == pytest.approx(3.5)
+    assert estimated_tokens(b"one two three", "en") == estimated_tokens(b"one two three", "code") == 4.5
+
+
+def test_every_record_is_read_the_first_one_included(dataset: Path) -> None:
+    opened = IndexedDataset(dataset)
+    assert [opened[i] for i in range(len(opened))] == RECORDS
+    with pytest.raises(IndexError):
+        opened[3]
+
+
+@pytest.mark.parametrize("keep", ["index", "index.h5"])
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_either_index_file_and_both_kinds_of_bounds_are_read(
+    dataset: Path, keep: str, published: bool, chunked: bool
+) -> None:
+    bounds = h5py.File(dataset / "index.h5")["index"][:]
+    if published:  # the published converter wrote the N line ends only
+        bounds = bounds[1:]
+    (dataset / "index").write_text("\n".join(map(str, bounds)) + "\n")
+    with h5py.File(dataset / "index.h5", "w") as file:
+        file.create_dataset("index", data=bounds, chunks=(1,) if chunked else None)
+    os.remove(dataset / ("index" if keep == "index.h5" else "index.h5"))
+    opened = IndexedDataset(dataset)
+    assert [opened[i] for i in range(len(opened))] == RECORDS
+
+
+def test_byte_order_mark_crlf_blank_lines_and_a_missing_newline_are_put_right(tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(b'\xef\xbb\xbf{"output": "a"}\r\n\n  \n{"output": "b"}')
+    build_index(source, tmp_path / "out", "en")
+    assert (tmp_path / "out" / "data.jsonl").read_bytes() == b'{"output": "a"}\n{"output": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "the file is empty"),
+        (b"\n\n", "the file is empty"),
+        (b'{"output": "a"}\nnot json\n', r"a.jsonl, line 2: not JSON.*not json"),
+        (b'{"output": "a"}\n[1]\n', "line 2: found a JSON list, expected an object"),
+        (b'{"output": 3}\n', "line 1: output: found int, expected a string"),
+        (b'{"output": "\xff"}\n', "line 1: not JSON"),
+    ],
+)
+def test_bad_input_is_refused_and_leaves_nothing_behind(tmp_path: Path, content: bytes, expected: str) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(content)
+    with pytest.raises(UserError, match=expected):
+        build_index(source, tmp_path / "out", "en")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_missing_file_and_a_wrong_language_are_refused(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(UserError, match=r"none.jsonl: no such file"):
+        build_index(tmp_path / "none.jsonl", tmp_path / "out", "en")
+    with pytest.raises(UserError, match="language: found 'fr', expected one of zh, en, code"):
+        build_index(source, tmp_path / "out", "fr")
+
+
+def test_an_output_folder_that_holds_something_is_kept(tmp_path: Path, source: Path, dataset: Path) -> None:
+    (dataset / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="the folder holds something"):
+        build_index(source, dataset, "zh")
+    source.write_text("bad")
+    with pytest.raises(UserError, match="line 1"):
+        build_index(source, dataset, "zh", overwrite=True)
+    assert (dataset / "mine.txt").read_text() == "precious"
+    write_jsonl(source, RECORDS[:1])
+    build_index(source, dataset, "zh", overwrite=True)
+    assert len(IndexedDataset(dataset)) == 1
+    assert not (dataset / "mine.txt").exists()
+
+
+def test_the_folder_of_the_source_is_never_the_output(source: Path) -> None:
+    with pytest.raises(UserError, match="the folder of the source file itself"):
+        build_index(source, source.parent, "zh", overwrite=True)
+    assert source.exists()
+
+
+def test_an_index_that_does_not_match_its_data_is_refused(dataset: Path) -> None:
+    data = dataset / "data.jsonl"
+    whole = data.read_bytes()
+    data.write_bytes(whole + b'{"output": "more"}\n')
+    with pytest.raises(UserError, match="one of them was changed; index it again"):
+        IndexedDataset(dataset)
+    data.write_bytes(whole.replace(b'"}\n{', b'"}{\n'))  # as long as before, other line ends
+    opened = IndexedDataset(dataset)
+    with pytest.raises(UserError, match=r"data.jsonl, line 1: the index does not match the data"):
+        opened[0]
+
+
+def test_a_broken_or_missing_index_is_reported(dataset: Path) -> None:
+    (dataset / "index.h5").write_bytes(b"garbage")
+    with pytest.raises(UserError, match="the index cannot be read"):
+        IndexedDataset(dataset)
+    os.remove(dataset / "index.h5")
+    os.remove(dataset / "index")
+    with pytest.raises(UserError, match=r"neither index.h5 nor index is there"):
+        IndexedDataset(dataset)
+    with pytest.raises(UserError, match="no indexed dataset here"):
+        IndexedDataset(dataset.parent)
+
+
+def test_a_full_disk_is_reported_and_nothing_half_written_stays(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(h5py.File, "create_dataset", full)
+    with pytest.raises(UserError, match="the disk is full; nothing was changed"):
+        build_index(source, tmp_path / "out", "zh")
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))

@@ -1,0 +1,80 @@
+"""From records to samples to rows: shift by one, the three oversize rules, and the layout of a pack."""
+
+import numpy as np
+import pytest
+
+from fm9g.data.encode import EMPTY, IGNORED, LONG_INPUT, OVERSIZE, encode
+from fm9g.data.pack import Sample, collate
+
+
+class Letters:
+    """A tokenizer of one id a letter: a=97; bos 1, eos 2."""
+
+    bos_id, eos_id, vocab_size, files = 1, 2, 128, ()
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode()
+
+
+def run(record: dict, max_length: int = 100, rule: str = "segment"):
+    encoded = encode(record, Letters(), max_length, rule)  # type: ignore[arg-type]
+    return [(ids.tolist(), targets.tolist()) for ids, targets in encoded.pieces], encoded.skipped
+
+
+def test_targets_are_the_next_token_and_the_input_has_none() -> None:
+    pieces, _ = run({"input": "ab", "output": "cd"})
+    assert pieces == [([1, 97, 98, 99, 100], [IGNORED, IGNORED, 99, 100, 2])]
+
+
+def test_records_without_output_and_with_too_long_an_input_are_skipped() -> None:
+    assert run({"input": "ab", "output": ""}) == ([], EMPTY)
+    assert run({"input": "ab"}) == ([], EMPTY)
+    assert run({"input": "a" * 8, "output": "b"}, max_length=10) == ([], LONG_INPUT)
+    assert run({"input": "a" * 7, "output": "b"}, max_length=10)[1] == ""
+
+
+def test_a_record_that_just_fits_is_whole_under_every_rule() -> None:
+    for rule in ("drop", "head", "segment"):
+        pieces, _ = run({"output": "abcd"}, 5, rule)
+        assert pieces == [([1, 97, 98, 99, 100], [97, 98, 99, 100, 2])]
+
+
+def test_drop_discards_and_head_keeps_the_beginning() -> None:
+    assert run({"output": "abcdef"}, 5, "drop") == ([], OVERSIZE)
+    assert run({"output": "abcdef"}, 5, "head")[0] == [([1, 97, 98, 99, 100], [97, 98, 99, 100, 101])]
+
+
+@pytest.mark.parametrize("length", [5, 9, 10, 11, 23])
+def test_segments_lose_and_double_nothing(length: int) -> None:
+    text = "abcdefghijklmnopqrstuvw"[:length]
+    pieces, _ = run({"output": text}, 5)
+    assert [i for ids, _ in pieces for i in ids] == [1, *text.encode()]
+    assert [t for _, targets in pieces for t in targets] == [*text.encode(), 2]
+    assert all(len(ids) == len(targets) <= 5 for ids, targets in pieces)
+
+
+def test_a_long_record_with_an_input_is_cut_at_the_end() -> None:
+    assert run({"input": "a", "output": "bcdef"}, 5)[0] == [([1, 97, 98, 99, 100], [IGNORED, 98, 99, 100, 101])]
+
+
+def sample(ids: list[int], dataset: int) -> Sample:
+    return Sample(np.array(ids), np.array(ids) + 1, dataset, 0, 0)
+
+
+def test_a_pack_is_laid_out_as_the_format_says() -> None:
+    pack = collate([sample([5, 6, 7], 0), sample([8, 9], 1)], 8)
+    assert pack.input_ids.tolist() == [5, 6, 7, 8, 9, 0, 0, 0]
+    assert pack.targets.tolist() == [6, 7, 8, 9, 10, IGNORED, IGNORED, IGNORED]
+    assert pack.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
+    assert pack.cu_seqlens.tolist() == [0, 3, 5, 8]
+    assert pack.task_ids.tolist() == [0, 0, 0, 1, 1, -1, -1, -1]
+    assert (pack.tokens, pack.target_tokens) == (5, 5)
+
+
+def test_a_full_and_an_empty_pack() -> None:
+    assert collate([sample([5, 6], 0)], 2).cu_seqlens.tolist() == [0, 2]
+    assert collate([], 2).cu_seqlens.tolist() == [0, 2]
+    assert collate([], 2).target_tokens == 0

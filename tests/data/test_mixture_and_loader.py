@@ -1,0 +1,193 @@
+"""Mixtures on disk and the loader: the packs of a step depend on no rank, worker or restart."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import records
+
+from fm9g.config.mixture import load_mixture
+from fm9g.data.loader import Loader, merge_positions
+from fm9g.data.mixture import Mixture
+from fm9g.data.pack import Pack
+from fm9g.errors import UserError
+
+Make = Callable[..., Path]
+
+
+def open_mixture(path: Path, tokenizer: Path, max_length: int = 64, seed: int = 3) -> Mixture:
+    return Mixture([item.value for item in load_mixture(path)], str(tokenizer), max_length, seed)
+
+
+def steps(
+    mixture: Mixture, count: int, ranks: int = 1, workers: int = 0, position: dict | None = None, streams: int = 4
+):
+    """The packs of `count` steps in the order of the streams, and the position after them."""
+    loaders = [
+        Loader(
+            mixture,
+            capacity=128,
+            global_batch=streams,
+            rank=rank,
+            world_size=ranks,
+            workers=workers,
+            position=position,
+        )
+        for rank in range(ranks)
+    ]
+    made = []
+    try:
+        for _ in range(count):
+            by_rank = [loader.next_step() for loader in loaders]
+            made.append([by_rank[s % ranks][s // ranks] for s in range(streams)])
+        return made, json.loads(json.dumps(merge_positions([loader.position() for loader in loaders])))
+    finally:
+        for loader in loaders:
+            loader.close()
+
+
+def assert_same(some: list[list[Pack]], others: list[list[Pack]]) -> None:
+    assert len(some) == len(others)
+    for one, other in zip((p for step in some for p in step), (p for step in others for p in step)):
+        for key in ("input_ids", "targets", "positions", "cu_seqlens", "task_ids"):
+            np.testing.assert_array_equal(getattr(one, key), getattr(other, key))
+
+
+@pytest.fixture
+def mixture(make_mixture: Make, tokenizer_path: Path) -> Mixture:
+    path = make_mixture({"few": records(3, 1), "many": records(60, 2, longest=120)}, few={"allow_repeat": True})
+    return open_mixture(path, tokenizer_path)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_packs_do_not_depend_on_the_number_of_ranks(mixture: Mixture, ranks: int) -> None:
+    assert_same(steps(mixture, 12)[0], steps(mixture, 12, ranks=ranks)[0])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_packs_do_not_depend_on_the_number_of_workers(mixture: Mixture, workers: int) -> None:
+    assert_same(steps(mixture, 12)[0], steps(mixture, 12, workers=workers)[0])
+
+
+def test_another_number_of_ranks_and_workers_goes_on_with_the_same_packs(mixture: Mixture) -> None:
+    whole, _ = steps(mixture, 14)
+    first, position = steps(mixture, 5, ranks=2, workers=1)
+    assert_same(whole, first + steps(mixture, 9, ranks=4, position=position)[0])
+
+
+def test_ranks_that_do_not_divide_the_packs_are_refused(mixture: Mixture) -> None:
+    with pytest.raises(UserError, match=r"4 packs a step cannot be dealt to 3 processes; possible: \[1, 2, 4\]"):
+        Loader(mixture, capacity=128, global_batch=4, world_size=3)
+
+
+def test_a_position_of_other_data_is_refused_and_says_what_changed(
+    mixture: Mixture, make_mixture: Make, tokenizer_path: Path
+) -> None:
+    _, position = steps(mixture, 2)
+    other = open_mixture(make_mixture({"few": records(4, 1), "many": records(60, 2)}), tokenizer_path, seed=4)
+    with pytest.raises(UserError) as error:
+        steps(other, 1, position=position)
+    assert "seed: was 3, is 4" in str(error.value)
+    assert "datasets: was" in str(error.value)
+
+
+def test_the_first_record_of_a_dataset_is_trained_on(make_mixture: Make, tokenizer_path: Path) -> None:
+    mixture = open_mixture(make_mixture({"a": records(20)}, a={"allow_repeat": False}), tokenizer_path, max_length=512)
+    seen = []
+    loader = Loader(mixture, capacity=512, global_batch=1)
+    while (pack := loader.next_step()[0]).tokens:
+        for start, end in zip(pack.cu_seqlens, pack.cu_seqlens[1:]):
+            if pack.task_ids[start] >= 0:
+                seen.append(mixture.tokenizer.decode(pack.input_ids[start + 1 : end].tolist()))
+    assert Counter(seen) == Counter(record["input"] + record["output"] for record in records(20))
+
+
+def test_shares_of_tokens_follow_abs_weight_whatever_the_lengths(make_mixture: Make, tokenizer_path: Path) -> None:
+    datasets = {"short": records(50, 1, longest=3), "long": records(50, 2, longest=300)}
+    path = make_mixture(datasets, short={"abs_weight": 0.3}, long={"abs_weight": 0.7})
+    mixture = open_mixture(path, tokenizer_path, max_length=512)
+    made, _ = steps(mixture, 400)
+    tokens = Counter(int(task) for step in made for pack in step for task in pack.task_ids)
+    assert tokens[0] / (tokens[0] + tokens[1]) == pytest.approx(0.3, abs=0.01)
+
+
+def test_without_abs_weight_the_share_is_weight_times_size(make_mixture: Make, tokenizer_path: Path) -> None:
+    path = make_mixture(
+        {"a": records(10), "b": records(30)}, a={"abs_weight": None, "weight": 2.0}, b={"abs_weight": None}
+    )
+    mixture = open_mixture(path, tokenizer_path)
+    a, b = (dataset.nbytes for dataset in mixture.datasets)
+    assert mixture.shares() == pytest.approx([2 * a / (2 * a + b), b / (2 * a + b)])
+
+
+def test_average_tokens_are_configured_or_measured(make_mixture: Make, tokenizer_path: Path) -> None:
+    path = make_mixture(
+        {"a": records(40), "b": records(40), "c": records(40)}, a={"ave_tokens_per_line": 9}, b={"avg_tokens": 9e9}
+    )
+    mixture = open_mixture(path, tokenizer_path)
+    measured = np.mean([mixture.encode(2, place).tokens for place in range(40)])
+    assert mixture.mean_tokens() == [9, 64, pytest.approx(measured)]
+
+
+def test_a_transform_shapes_the_record_and_draws_from_its_own_generator(
+    make_mixture: Make, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "add_template.py"
+    script.write_text(
+        "def transform(data, num_sample, r):\n"
+        "    return {'input': f'User: {data[\"input\"]}', 'output': f'{num_sample} {r.random()}'}\n"
+    )
+    extra = {"transforms": "add_template.py", "incontext_weight": [0, 1]}
+    path = make_mixture({"a": [{"input": "x", "output": "y"}]}, a=extra)
+
+    def texts(mixture: Mixture) -> list[str]:
+        pieces = [mixture.encode(0, place).pieces[0][0].tolist() for place in range(3)]
+        return [mixture.tokenizer.decode(ids[1:]) for ids in pieces]
+
+    some = texts(open_mixture(path, tokenizer_path))
+    assert some == texts(open_mixture(path, tokenizer_path))
+    assert len(set(some)) == 3
+    assert all(text.startswith("User: x1 0.") for text in some)
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        (
+            "def transform(data, num_sample, r):\n    return data['nothing']\n",
+            r"a, line 1 of .*bad.py: KeyError: 'nothing'",
+        ),
+        ("def transform(data, num_sample, r):\n    return 'text'\n", r"returned 'text', expected"),
+        ("def other(): pass\n", r"defines no function transform"),
+        ("def transform(:\n", r"bad.py: SyntaxError"),
+    ],
+)
+def test_a_transform_that_fails_is_named_with_dataset_and_line(
+    make_mixture: Make, tokenizer_path: Path, tmp_path: Path, script: str, expected: str
+) -> None:
+    (tmp_path / "bad.py").write_text(script)
+    path = make_mixture({"a": records(1)}, a={"transforms": "bad.py"})
+    with pytest.raises(UserError, match=expected):
+        open_mixture(path, tokenizer_path).encode(0, 0)
+
+
+def test_an_error_in_a_worker_reaches_the_user(make_mixture: Make, tokenizer_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text("def transform(data, num_sample, r):\n    raise RuntimeError('boom')\n")
+    path = make_mixture({"a": records(5)}, a={"transforms": "bad.py", "ave_tokens_per_line": 10})
+    with pytest.raises(UserError, match="boom"):
+        steps(open_mixture(path, tokenizer_path), 1, workers=1)
+
+
+def test_a_worker_that_is_killed_is_reported(make_mixture: Make, tokenizer_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "kill.py").write_text("import os\ndef transform(data, num_sample, r):\n    os._exit(9)\n")
+    path = make_mixture({"a": records(5)}, a={"transforms": "kill.py", "ave_tokens_per_line": 10})
+    with pytest.raises(UserError, match="a worker that encodes records was killed"):
+        steps(open_mixture(path, tokenizer_path), 1, workers=1)
+
+
+def test_a_wrong_number_of_lines_is_noted(make_mixture: Make, tokenizer_path: Path) -> None:
+    path = make_mixture({"a": records(4)}, a={"nlines": 5})
+    assert "nlines is 5 in the configuration, 4 in" in open_mixture(path, tokenizer_path).notes()[0]

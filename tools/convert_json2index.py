@@ -1,0 +1,7 @@
+"""jsonl to an indexed dataset: python convert_json2index.py --path F.jsonl --language zh|en|code --output FOLDER"""
+
+import sys
+
+from fm9g.cli import main
+
+sys.exit(main(["data", "index", *sys.argv[1:]]))

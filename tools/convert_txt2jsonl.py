@@ -1,0 +1,7 @@
+"""Plain text to jsonl: cat pretrain.txt | python convert_txt2jsonl.py > pretrain.jsonl"""
+
+import sys
+
+from fm9g.cli import main
+
+sys.exit(main(["data", "txt2jsonl", *sys.argv[1:]]))

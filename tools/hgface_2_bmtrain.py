@@ -1,0 +1,14 @@
+"""A Hugging Face folder to a 9G .pt file, with the paths of the 9G guide as defaults."""
+
+import argparse
+import sys
+
+from fm9g.cli import main
+
+parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+parser.add_argument("--huggingface-dir", default="./ckpt", help="(default: %(default)s)")
+parser.add_argument("--bmtrain-ckpt-path", default="./9g_models/7b.pt", help="FILE.pt (default: %(default)s)")
+options = parser.parse_args()
+if not options.bmtrain_ckpt_path.endswith(".pt"):
+    parser.error(f"--bmtrain-ckpt-path: found {options.bmtrain_ckpt_path!r}, expected a name that ends in .pt")
+sys.exit(main(["convert", options.huggingface_dir, options.bmtrain_ckpt_path]))
