@@ -8,12 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import text, write_jsonl
+from support import ROOT, text, write_jsonl
 
 from fm9g.data.build import build_index
 from fm9g.data.tokenizer import train_tokenizer
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")

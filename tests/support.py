@@ -8,6 +8,7 @@ from pathlib import Path
 from fm9g.config.model import ModelConfig
 from fm9g.data.records import to_line
 
+ROOT = Path(__file__).resolve().parents[1]
 WORDS = """
 the quick brown fox jumps over lazy dogs while seven wizards quietly mix 一 二 三 深度 学习 模型
 """.split()  # noqa: SIM905

@@ -177,6 +177,7 @@ def _write_tokenizer(source: Path | None, folder: Path) -> dict[str, int | None]
             "unk_token": "<unk>",
             "add_bos_token": True,
             "add_eos_token": False,
+            "add_prefix_space": tokenizer.adds_prefix_space,
             "legacy": False,
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")

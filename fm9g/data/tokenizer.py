@@ -44,6 +44,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._model = sentencepiece.SentencePieceProcessor(model_file=str(file))
         self.bos_id, self.eos_id = self._model.bos_id(), self._model.eos_id()
         self.vocab_size, self.files = self._model.get_piece_size(), [file]
+        self.adds_prefix_space: bool = self._model.encode("a", out_type=str)[0].startswith("\u2581")
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)

@@ -16,20 +16,20 @@ from fm9g.data.pack import Pack
 from fm9g.errors import UserError
 
 Make = Callable[..., Path]
+BY_SIZE = {"abs_weight": None}
 
 
 def open_mixture(path: Path, tokenizer: Path, max_length: int = 64, seed: int = 3) -> Mixture:
     return Mixture([item.value for item in load_mixture(path)], str(tokenizer), max_length, seed)
 
 
-def steps(
-    mixture: Mixture, count: int, ranks: int = 1, workers: int = 0, position: dict | None = None, streams: int = 4
-):
+def steps(mixture: Mixture, count: int, ranks: int = 1, workers: int = 0, position: dict | None = None):
     """The packs of `count` steps in the order of the streams, and the position after them."""
+    streams = 4
     loaders = [
         Loader(
             mixture,
-            capacity=128,
+            capacity=2 * mixture.max_length,
             global_batch=streams,
             rank=rank,
             world_size=ranks,
@@ -115,18 +115,14 @@ def test_shares_of_tokens_follow_abs_weight_whatever_the_lengths(make_mixture: M
 
 
 def test_without_abs_weight_the_share_is_weight_times_size(make_mixture: Make, tokenizer_path: Path) -> None:
-    path = make_mixture(
-        {"a": records(10), "b": records(30)}, a={"abs_weight": None, "weight": 2.0}, b={"abs_weight": None}
-    )
+    path = make_mixture({"a": records(10), "b": records(30)}, a={**BY_SIZE, "weight": 2.0}, b=BY_SIZE)
     mixture = open_mixture(path, tokenizer_path)
     a, b = (dataset.nbytes for dataset in mixture.datasets)
     assert mixture.shares() == pytest.approx([2 * a / (2 * a + b), b / (2 * a + b)])
 
 
 def test_average_tokens_are_configured_or_measured(make_mixture: Make, tokenizer_path: Path) -> None:
-    path = make_mixture(
-        {"a": records(40), "b": records(40), "c": records(40)}, a={"ave_tokens_per_line": 9}, b={"avg_tokens": 9e9}
-    )
+    path = make_mixture({name: records(40) for name in "abc"}, a={"ave_tokens_per_line": 9}, b={"avg_tokens": 9e9})
     mixture = open_mixture(path, tokenizer_path)
     measured = np.mean([mixture.encode(2, place).tokens for place in range(40)])
     assert mixture.mean_tokens() == [9, 64, pytest.approx(measured)]
