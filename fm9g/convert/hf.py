@@ -109,6 +109,8 @@ def _open_source(source: Path, reference: Path | None) -> tuple[Path, ModelConfi
     """The .pt file, the model configuration and the tokenizer's folder of what is to be exported."""
     folder = Checkpoint(source) if source.is_dir() else None
     file = folder.weight_file if folder else source
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
     if reference is not None:
         config = from_hf_config(read_object(reference / "config.json"), str(reference / "config.json"))
         return file, config, reference

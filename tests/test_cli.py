@@ -1,0 +1,119 @@
+"""The command line and the guide's data tools, as a user types them."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import ROOT, write_jsonl
+
+from fm9g.cli import main
+from fm9g.data.index import IndexedDataset
+
+
+def shell(command: str, cwd: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.run(command, shell=True, cwd=cwd, capture_output=True, text=True, env=environment)
+
+
+def test_help_and_configuration_need_no_torch() -> None:
+    code = "import sys; from fm9g.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    heavy = "print([name for name in ('torch', 'numpy', 'transformers', 'jsonschema') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code + heavy], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "quickstart" in done.stdout
+
+
+def test_the_guides_data_commands_work_as_typed_on_text(tmp_path: Path, shared: Path) -> None:
+    tools = tmp_path / "tools"
+    tools.symlink_to(ROOT / "tools")
+    lines = (shared / "data" / "wiki_demo.txt").read_text(encoding="utf-8").split("\n")
+    (tools.parent / "pretrain.txt").write_text("\n".join(lines), encoding="utf-8")
+    done = shell("cat pretrain.txt | python tools/convert_txt2jsonl.py > pretrain.jsonl", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    records = [json.loads(line) for line in (tmp_path / "pretrain.jsonl").open(encoding="utf-8")]
+    # The guide's own script, line by line: the same records.
+    with (tmp_path / "pretrain.txt").open(encoding="utf-8") as file:
+        expected = [{"input": "", "output": line.strip()} for line in file if line.strip() != ""]
+    assert records == expected
+
+
+def test_the_guides_index_command_works_as_typed_on_alpaca(tmp_path: Path, shared: Path) -> None:
+    work, data = tmp_path / "apps" / "fm9g_7b", tmp_path / "data_test" / "converted_data" / "alpaca"
+    work.mkdir(parents=True)
+    data.mkdir(parents=True)
+    (work / "convert_json2index.py").symlink_to(ROOT / "tools" / "convert_json2index.py")
+    alpaca = json.loads((shared / "data" / "alpaca_zh_demo.json").read_text(encoding="utf-8"))
+    records = [{"input": f"<用户>{r['instruction']}{r['input']}<AI>", "output": r["output"]} for r in alpaca]
+    write_jsonl(data / "alpaca_zh.jsonl", records)
+    command = """python convert_json2index.py \
+      --path ../../data_test/converted_data/alpaca/alpaca_zh.jsonl \
+      --language zh \
+      --output ../../data_test/indexed_data/data_ralpaca_zh"""
+    done = shell(command, work)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "data_test" / "indexed_data" / "data_ralpaca_zh"
+    assert {file.name for file in folder.iterdir()} == {"data.jsonl", "index", "index.h5", "meta.json"}
+    raw = (data / "alpaca_zh.jsonl").read_bytes()
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    assert meta["nlines"] == len(records) == sum(meta["length_distribute"].values())
+    assert meta["nbytes"] == len(raw)
+    estimate = sum(0.7 * len(line) for line in raw.decode().splitlines()) / len(records)
+    assert meta["avg_token_per_line"] == pytest.approx(estimate)
+    assert meta["data_sample"]["input"] == records[0]["input"][:50] + ("..." if len(records[0]["input"]) > 50 else "")
+    opened = IndexedDataset(folder)
+    assert (opened[0], opened[len(opened) - 1]) == (records[0], records[-1])
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("data index --path none.jsonl --language zh --output o", "none.jsonl: no such file"),
+        ("train --config none", "'none' is neither a file nor a name in model_configs/"),
+        ("train --config tiny", "dataset_config: missing; give --dataset_config"),
+        ("train --config tiny --lr", "--lr: its value is missing"),
+        ("train --config tiny lr 3", "found 'lr', expected --key value"),
+        ("train --config tiny --learning_rat=3", "learning_rat: unknown key"),
+        ("convert none out", "none: no such file"),
+        ("convert . out.pt", "config.json: no such file"),
+        ("generate . --prompt x", "not a Hugging Face folder"),
+        ("data tokenizer none.txt --vocab_size 300 --output t", "none.txt: no such file"),
+        ("quickstart --steps 1", "--steps: found 1"),
+    ],
+)
+def test_mistakes_get_one_message_and_status_2(
+    command: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(command)) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_config_show_tells_values_and_where_they_are_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.json").write_text('[{"task_name": "a", "path": "x"}]')
+    arguments = "config show --config tiny --dataset_config ./m.json --tokenizer_path t --lr=0.5 --local False"
+    assert main(shlex.split(arguments)) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["lr", "0.5", "command", "line"] in lines
+    assert ["eps", "1e-06", "default"] in lines
+    assert any(line[:2] == ["dim_model", "512"] and line[2].endswith("model_configs/tiny.json") for line in lines)
+    assert any(line[:2] == ["note:", "command"] for line in lines)
+
+
+def test_config_keys_lists_every_key_with_its_meaning(capsys: pytest.CaptureFixture) -> None:
+    assert main(["config", "keys"]) == 0
+    text = capsys.readouterr().out
+    assert "grad_accum: integer >= 1; default 1" in text
+    assert "task_name: string not empty; required" in text
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    done = shell(f"printf '\\377' | python -m fm9g data txt2jsonl > {tmp_path}/o", ROOT)
+    assert done.returncode == 2
+    assert "stdin: not UTF-8 text" in done.stderr

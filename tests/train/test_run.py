@@ -1,0 +1,287 @@
+"""Whole runs: resume equals never having stopped, figures reach every sink, mistakes are refused."""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support import records, small_model
+
+from fm9g.checkpoint.folder import Checkpoint, open_step, steps_in
+from fm9g.checkpoint.weights import read_weights
+from fm9g.config.run import load_run
+from fm9g.errors import UserError
+from fm9g.train.metrics import read_metrics
+from fm9g.train.run import Result, run_training
+
+Train = Callable[..., Result]
+STEPS = 12
+
+
+@pytest.fixture
+def train(make_mixture: Callable[..., Path], tokenizer_path: Path, tmp_path: Path) -> Train:
+    """train(out, key=value, ...): a run of a two-layer model with dropout on two small datasets of unequal lengths.
+
+    An epoch of `few` ends between steps 1 and 7: the packers draw about 150 records at first, then 20 a step.
+    """
+    mixture = make_mixture({"few": records(100, 1), "many": records(150, 2)}, few={"abs_weight": 0.5})
+    model = tmp_path / "model.json"
+    model.write_text(json.dumps(small_model(dropout=0.1, scale=True, base_hidden_size=16).to_json()))
+
+    def run(out: str, **changes: object) -> Result:
+        settings: dict[str, object] = {
+            "config": model,
+            "dataset_config": mixture,
+            "tokenizer_path": tokenizer_path,
+            "output_dir": tmp_path / out,
+            "model_unique": "m",
+            "train_iters": STEPS,
+            "save_iters": STEPS,
+            "batch_size": 2,
+            "max_length": 64,
+            "grad_accum": 2,
+            "warmup_iters": 2,
+            "dataloader_num_workers": 0,
+            "device": "cpu",
+        }
+        given = {**settings, **changes}
+        return run_training(load_run(str(model), {key: str(value) for key, value in given.items()}))
+
+    return run
+
+
+def weights(result: Result) -> dict[str, torch.Tensor]:
+    assert result.checkpoint is not None
+    return read_weights(Checkpoint(result.checkpoint).weight_file)
+
+
+def figures(result: Result) -> list[dict]:
+    return [{k: v for k, v in line.items() if "Throughput" not in k} for line in read_metrics(result.metrics_file)]
+
+
+def assert_same_run(one: Result, other: Result) -> None:
+    assert figures(one) == figures(other)
+    assert (one.checkpoint, other.checkpoint) != (None, None)
+    some, others = weights(one), weights(other)
+    assert some.keys() == others.keys()
+    assert all(torch.equal(some[name], others[name]) for name in some)
+    assert _position(one) == _position(other)
+    for state, other_state in zip(_optimizer(one).values(), _optimizer(other).values()):
+        assert all(torch.equal(state[key], other_state[key]) for key in state)
+
+
+def _position(result: Result) -> dict:
+    assert result.checkpoint is not None
+    return Checkpoint(result.checkpoint).position()
+
+
+def _optimizer(result: Result) -> dict:
+    assert result.checkpoint is not None
+    return Checkpoint(result.checkpoint).rank_state(0)["optimizer"]
+
+
+@pytest.fixture
+def whole(train: Train) -> Result:
+    return train("whole")
+
+
+@pytest.mark.parametrize("stop", [1, 7])
+@pytest.mark.parametrize("scheduler", ["cosine", "warmupstabledrop"])
+def test_resume_equals_never_having_stopped(train: Train, stop: int, scheduler: str) -> None:
+    """Step 1 lies in the middle of the first epoch; at step 7 an epoch of `few` has ended."""
+    first = train("parts", stop_iters=stop, lr_scheduler=scheduler, drop_iters=4)
+    draws = sum(state["draws"][0] for state in _position(first)["streams"].values())
+    assert (draws < 100) == (stop == 1)
+    assert any(state["waiting"] for state in _position(first)["streams"].values())
+    second = train("parts", resume_ckpt=first.step, lr_scheduler=scheduler, drop_iters=4)
+    assert_same_run(train("whole", lr_scheduler=scheduler, drop_iters=4), second)
+
+
+def test_resume_with_workers_and_recomputed_activations_is_the_same_run(train: Train, whole: Result) -> None:
+    first = train("parts", stop_iters=5, dataloader_num_workers=2)
+    assert_same_run(whole, train("parts", resume_ckpt=first.step, dataloader_num_workers=1, use_checkpoint=1))
+
+
+def test_the_test_of_resuming_can_fail(train: Train, whole: Result) -> None:
+    first = train("parts", stop_iters=5)
+    second = train("parts", resume_ckpt=first.step, resume_no_optimze=1)
+    assert figures(whole)[:5] == figures(second)[:5]
+    assert figures(whole)[-1]["Loss/train"] != figures(second)[-1]["Loss/train"]
+
+
+def test_recomputing_activations_changes_no_figure(train: Train, whole: Result) -> None:
+    assert_same_run(whole, train("other", use_checkpoint="1", grad_ckpt_num=1))
+
+
+def test_the_loss_falls_and_every_sink_has_the_same_figures(train: Train) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = train("out", train_iters=40, lr=0.03, exp_group="group_")
+    lines = read_metrics(result.metrics_file)
+    assert lines[-1]["Loss/train"] < lines[0]["Loss/train"] - 1
+    assert result.tensorboard == result.metrics_file.parents[2] / "tensorboard" / "group_m"
+    events = EventAccumulator(str(result.tensorboard)).Reload()
+    tags = {"Loss/train", "Loss/train/few", "Loss/train/many", "Optimizer/lr", "Optimizer/grad_norm", "Optimizer/scale"}
+    assert tags <= set(events.Tags()["scalars"])
+    for tag in tags:
+        assert [event.step for event in events.Scalars(tag)] == [line["step"] for line in lines if tag in line]
+        assert [event.value for event in events.Scalars(tag)] == pytest.approx(
+            [line[tag] for line in lines if tag in line]
+        )
+
+
+def test_a_checkpoint_holds_what_the_format_says(train: Train, whole: Result, tokenizer_path: Path) -> None:
+    assert whole.checkpoint is not None
+    assert {str(file.relative_to(whole.checkpoint)) for file in whole.checkpoint.rglob("*") if file.is_file()} == {
+        f"fm9g_live_checkpoint-{STEPS}.pt",
+        f"fm9g_live_checkpoint-{STEPS}.rank-0.opt",
+        f"fm9g_live_checkpoint-{STEPS}.log_ckpt",
+        "data_position.json",
+        "config.json",
+        "run_config.json",
+        "manifest.json",
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+    }
+    counts = Checkpoint(whole.checkpoint).counts()
+    assert counts["iteration"] == STEPS
+    assert counts["global_token_pass"] == sum(counts["global_total_task_token"].values()) == whole.tokens
+    assert 0.9 * STEPS * 2 * 2 * 64 < whole.tokens <= STEPS * 2 * 2 * 64
+    few = counts["global_total_task_token"]["few"] / whole.tokens
+    assert few == pytest.approx(0.5 / 1.5, abs=0.06)
+
+
+def test_counts_go_on_after_a_resume(train: Train, whole: Result) -> None:
+    first = train("parts", stop_iters=5)
+    second = train("parts", resume_ckpt=5)
+    assert first.tokens + second.tokens == whole.tokens
+    assert whole.checkpoint is not None
+    assert second.checkpoint is not None
+    assert Checkpoint(second.checkpoint).counts() == Checkpoint(whole.checkpoint).counts()
+
+
+def test_datasets_without_repeat_end_the_run_with_a_checkpoint(train: Train, make_mixture: Callable[..., Path]) -> None:
+    once = make_mixture(
+        {"few": records(30, 1), "many": records(20, 2)}, few={"allow_repeat": False}, many={"allow_repeat": False}
+    )
+    result = train("out", dataset_config=once, train_iters=1000)
+    assert 1 < result.step < 20
+    assert result.checkpoint is not None
+    streams = Checkpoint(result.checkpoint).position()["streams"].values()
+    assert np.sum([state["draws"] for state in streams], axis=0).tolist() == [30, 20]
+    assert not any(state["waiting"] for state in streams)
+
+
+def test_pretrained_weights_are_the_start(
+    train: Train, whole: Result, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert whole.checkpoint is not None
+    source = Checkpoint(whole.checkpoint).weight_file
+    result = train("tuned", pretrained_model=source, train_iters=1, lr=0)
+    given, kept = read_weights(source), weights(result)
+    assert all(torch.equal(given[name], kept[name]) for name in given)
+    part = {name: tensor for name, tensor in given.items() if name != "lm_head.weight"} | {"odd": torch.ones(1)}
+    torch.save(part, tmp_path / "part.pt")
+    with pytest.raises(UserError, match=r"lm_head.weight is missing"):
+        train("strict", pretrained_model=tmp_path / "part.pt")
+    train("lenient", pretrained_model=tmp_path / "part.pt", strict_state_dict=0, train_iters=1)
+    assert "odd is not part of the model" in capsys.readouterr().out
+
+
+def test_saving_every_few_steps_and_not_at_all(train: Train, tmp_path: Path) -> None:
+    train("out", save_iters=5)
+    assert steps_in(tmp_path / "out" / "checkpoints" / "m") == [5, 10, 12]
+    assert train("none", save=False).checkpoint is None
+    assert not (tmp_path / "none" / "checkpoints").exists()
+
+
+def test_log_lines_come_every_log_iters_and_at_the_end(train: Train) -> None:
+    assert [line["step"] for line in figures(train("out", log_iters=5))] == [5, 10, 12]
+
+
+def test_a_run_that_has_checkpoints_is_not_started_anew_unasked(train: Train, whole: Result, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds checkpoints of steps 12; go on with --resume_ckpt"):
+        train("whole")
+    train("whole", overwrite=True, train_iters=3)
+    assert steps_in(tmp_path / "whole" / "checkpoints" / "m") == [3]
+
+
+def test_ctrl_c_saves_between_two_steps(train: Train, tmp_path: Path) -> None:
+    def interrupt() -> None:
+        log = tmp_path / "out" / "logs" / "m" / "metrics.jsonl"
+        while not (log.is_file() and log.stat().st_size):
+            pass
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    result = train("out", train_iters=100_000)
+    thread.join()
+    assert 0 < result.step < 100_000
+    assert open_step(tmp_path / "out" / "checkpoints" / "m", result.step).step == result.step
+
+
+@pytest.mark.parametrize(
+    "name", ["fm9g_live_checkpoint-12.pt", "fm9g_live_checkpoint-12.rank-0.opt", "data_position.json"]
+)
+def test_a_checkpoint_cut_in_half_is_refused(train: Train, whole: Result, name: str) -> None:
+    assert whole.checkpoint is not None
+    file = whole.checkpoint / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match=rf"{name}: has \d+ of \d+ bytes; the checkpoint is damaged"):
+        train("whole", resume_ckpt=12)
+    file.unlink()
+    with pytest.raises(UserError, match=f"{name}: is missing"):
+        train("whole", resume_ckpt=12)
+
+
+def test_a_missing_step_lists_those_that_are_there(train: Train, whole: Result) -> None:
+    with pytest.raises(UserError, match=r"no checkpoint of step 7; there are: 12"):
+        train("whole", resume_ckpt=7)
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = train("out", stop_iters=4)
+    save = torch.save
+
+    def full(content: object, path: Path) -> None:
+        save(content, path)
+        if str(path).endswith(".opt"):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="the disk is full; nothing was changed"):
+        train("out", resume_ckpt=4)
+    monkeypatch.undo()
+    root = tmp_path / "out" / "checkpoints" / "m"
+    assert [folder.name for folder in root.iterdir()] == ["4"]
+    assert_same_run(train("whole"), train("out", resume_ckpt=first.step))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"resume_ckpt": 12, "grad_accum": 4}, "global_batch: was 2, is 4"),
+        ({"resume_ckpt": 12, "seed": 5}, "seed: was 1234, is 5"),
+        ({"resume_ckpt": 12, "model.num_layers": 3}, "is missing"),
+        ({"model.vocab_size": 100}, "the model's vocab_size is 100"),
+        ({"model.half_type": "fp16"}, "fp16 needs loss scaling"),
+        ({"tokenizer_path": "nowhere"}, "nowhere: no such tokenizer"),
+        ({"dataset_config": "nowhere"}, "'nowhere' is neither a file nor a name in dataset_configs/"),
+    ],
+)
+def test_what_does_not_fit_is_refused(train: Train, whole: Result, changes: dict, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        train("whole" if "resume_ckpt" in changes else "other", **changes)
+
+
+def test_a_cuda_device_that_is_not_there_is_refused(train: Train) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(UserError, match="torch sees no GPU here"):
+        train("out", device="cuda")
