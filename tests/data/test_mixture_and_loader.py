@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import records
+from support import ROOT, records
 
 from fm9g.config.mixture import load_mixture
 from fm9g.data.loader import Loader, merge_positions
@@ -187,3 +187,14 @@ def test_a_worker_that_is_killed_is_reported(make_mixture: Make, tokenizer_path:
 def test_a_wrong_number_of_lines_is_noted(make_mixture: Make, tokenizer_path: Path) -> None:
     path = make_mixture({"a": records(4)}, a={"nlines": 5})
     assert "nlines is 5 in the configuration, 4 in" in open_mixture(path, tokenizer_path).notes()[0]
+
+
+def test_the_shipped_template_is_the_one_of_the_guide(make_mixture: Make, tokenizer_path: Path) -> None:
+    script = ROOT / "dataset_configs" / "add_template.py"
+    path = make_mixture({"a": [{"input": "问", "output": "答"}]}, a={"transforms": str(script)})
+    mixture = open_mixture(path, tokenizer_path, max_length=512)
+    ids, targets = mixture.encode(0, 0).pieces[0]
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    prompt = f"{system}<|im_start|>User\n问<|im_end|>\n<|im_start|>assistant\n"
+    assert mixture.tokenizer.decode(ids[1:].tolist()) == prompt + "答<|im_end|>"
+    assert mixture.tokenizer.decode(targets[targets >= 0].tolist()[:-1]) == "答<|im_end|>"
