@@ -30,11 +30,12 @@ setup(
         "tqdm",
     ],
     extras_require={
-        # The GPU ones are built against one CUDA and one torch: docs/install.md says how.
+        # The first two are built against one CUDA and one torch; opendelta is installed with --no-deps.
         "bmtrain": ["bmtrain==1.0.1"],
         "flash-attn": ["flash-attn"],
         "opendelta": ["opendelta==0.3.2"],
         "quantization": ["bitsandbytes"],
+        "serving": ["vllm"],
         "data": ["datasets"],
         "dev": ["pytest", "ruff", "mypy", "tensorboard", "pre-commit"],
     },

@@ -27,12 +27,15 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"fm9g: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # what no room expected: the system's own words name the file
+        if isinstance(error, BrokenPipeError):  # the reader of our output went away, as in `fm9g ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        print(f"fm9g: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("fm9g: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output went away, as in `fm9g ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     return 0
 
 

@@ -20,7 +20,7 @@ from fm9g.train.schedule import learning_rate
 
 
 @dataclass
-class Progress:
+class TrainState:
     """How far a run is. task_tokens: tokens trained on, for each task; on rank 0 those before a resume are included."""
 
     step: int
@@ -33,18 +33,18 @@ def train(
     engine: Engine,
     loader: Loader,
     metrics: Metrics,
-    progress: Progress,
+    state: TrainState,
     save: Callable[[], None],
     should_stop: Callable[[], bool],
 ) -> None:
-    """Trains from progress.step until train_iters, stop_iters, the end of the data, or should_stop.
+    """Trains from state.step until train_iters, stop_iters, the end of the data, or should_stop.
 
-    tasks: the names behind the packs' task ids. save: writes a checkpoint of `progress`; called once more at the end.
+    tasks: the names behind the packs' task ids. save: writes a checkpoint of `state`; called once more at the end.
     """
     last = min(config.stop_iters or config.train_iters, config.train_iters)
-    saved = progress.step
+    saved = state.step
     clock = Clock()
-    while progress.step < last and not should_stop():
+    while state.step < last and not should_stop():
         packs = loader.next_step()
         targets = engine.sum(torch.tensor(sum(pack.target_tokens for pack in packs), device=engine.device))
         if not loader.endless and targets.item() == 0:
@@ -55,23 +55,23 @@ def train(
             loss_sum, losses = engine.forward(batch)
             engine.backward(loss_sum / targets.clamp(min=1))
             task_losses.index_add_(0, row_tasks, losses)
-            progress.task_tokens += np.bincount(pack.task_ids[pack.task_ids >= 0], minlength=len(tasks))
-        lr = learning_rate(config, progress.step)
+            state.task_tokens += np.bincount(pack.task_ids[pack.task_ids >= 0], minlength=len(tasks))
+        lr = learning_rate(config, state.step)
         grad_norm = engine.step(lr, config.clip_grad)
 
-        progress.step += 1
+        state.step += 1
         clock.count(sum(pack.tokens for pack in packs))
         metrics.advance()
-        if progress.step % config.log_iters == 0 or progress.step == last:
+        if state.step % config.log_iters == 0 or state.step == last:
             task_targets = torch.from_numpy(_targets_by_task(packs, len(tasks))).to(engine.device)
             figures = step_figures(tasks, engine.sum(task_losses), engine.sum(task_targets))
             figures |= {"Optimizer/lr": lr, "Optimizer/grad_norm": grad_norm.item(), "Optimizer/scale": 1.0}
             figures["Throughput/tokens_per_second"] = sum(engine.gather(clock.rate()))
-            metrics.write(progress.step, figures)
-        if progress.step % config.save_iters == 0:
+            metrics.write(state.step, figures)
+        if state.step % config.save_iters == 0:
             save()
-            saved = progress.step
-    if saved != progress.step:
+            saved = state.step
+    if saved != state.step:
         save()
 
 

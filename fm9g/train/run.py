@@ -6,7 +6,6 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from fm9g.engine.torch import TorchEngine, has_fast_bf16
 from fm9g.errors import UserError
 from fm9g.model.transformer import FM9G, is_width_scaled
 from fm9g.train.interrupt import Interrupt
-from fm9g.train.loop import Progress, train
+from fm9g.train.loop import TrainState, train
 from fm9g.train.metrics import METRICS_FILE, Metrics
 
 
@@ -57,7 +56,7 @@ def run_training(run: RunConfig) -> Result:
     notes = run.notes + mixture.notes() + _check_fit(config, run.model.value, mixture)
     notes += build_model(engine, config, run.model.value, checkpoint)
     tasks = [item.value.task_name for item in run.mixture]
-    progress = _restore(engine, config, checkpoint, tasks)
+    state = _restore(engine, config, checkpoint, tasks)
     for note in notes:
         print(f"note: {note}")
     if checkpoint is None and config.overwrite:
@@ -73,26 +72,26 @@ def run_training(run: RunConfig) -> Result:
             prefetch=config.dataloader_prefetch_factor,
             position=checkpoint.position() if checkpoint else None,
         ) as loader,
-        Metrics(tensorboard, log, progress.step, config.train_iters) as metrics,
+        Metrics(tensorboard, log, state.step, config.train_iters) as metrics,
         Interrupt() as interrupt,
     ):
 
         def save() -> None:
             if config.save:
-                save_checkpoint(root, progress.step, take_snapshot(run, engine, loader, mixture, progress, tasks))
+                save_checkpoint(root, state.step, take_snapshot(run, engine, loader, mixture, state, tasks))
 
-        started, first = time.monotonic(), int(progress.task_tokens.sum())
-        train(config, tasks, engine, loader, metrics, progress, save, lambda: interrupt.requested)
+        started, first = time.monotonic(), int(state.task_tokens.sum())
+        train(config, tasks, engine, loader, metrics, state, save, lambda: interrupt.requested)
         seconds = time.monotonic() - started
         for reason, count in loader.skipped().items():
             print(f"note: {count} records were not trained on: {reason}")
     return Result(
-        step=progress.step,
-        tokens=int(progress.task_tokens.sum()) - first,
+        step=state.step,
+        tokens=int(state.task_tokens.sum()) - first,
         seconds=seconds,
         metrics_file=log / METRICS_FILE,
         tensorboard=tensorboard,
-        checkpoint=root / str(progress.step) if config.save else None,
+        checkpoint=root / str(state.step) if config.save else None,
     )
 
 
@@ -148,17 +147,17 @@ def compute_dtype(model_config: ModelConfig, device: torch.device) -> tuple[torc
 
 
 def take_snapshot(
-    run: RunConfig, engine: Engine, loader: Loader, mixture: Mixture, progress: Progress, tasks: list[str]
+    run: RunConfig, engine: Engine, loader: Loader, mixture: Mixture, state: TrainState, tasks: list[str]
 ) -> Snapshot:
     """What a checkpoint of this moment holds. All ranks must take part."""
-    tokens = sum(engine.gather(progress.task_tokens))
+    tokens = sum(engine.gather(state.task_tokens))
     return Snapshot(
         weights=engine.weights(),
         optimizer=engine.optimizer_state(),
         random_state=engine.random_state(),
         position=merge_positions(engine.gather(loader.position())),
         counts={
-            "iteration": progress.step,
+            "iteration": state.step,
             "global_token_pass": int(np.sum(tokens)),
             "global_total_task_token": dict(zip(tasks, tokens.tolist())),  # type: ignore[union-attr]
         },
@@ -167,17 +166,17 @@ def take_snapshot(
     )
 
 
-def _restore(engine: Engine, config: TrainConfig, checkpoint: Checkpoint | None, tasks: list[str]) -> Progress:
+def _restore(engine: Engine, config: TrainConfig, checkpoint: Checkpoint | None, tasks: list[str]) -> TrainState:
     if checkpoint is None:
-        return Progress(0, np.zeros(len(tasks), np.int64))
-    state: dict[str, Any] = checkpoint.rank_state(engine.rank)
+        return TrainState(0, np.zeros(len(tasks), np.int64))
+    saved = checkpoint.rank_state(engine.rank)
     if not config.resume_no_optimze:
-        engine.load_optimizer_state(state["optimizer"])
-    engine.load_random_state(state["random_state"])
+        engine.load_optimizer_state(saved["optimizer"])
+    engine.load_random_state(saved["random_state"])
     counts = checkpoint.counts()
     trained = counts["global_total_task_token"]
     tokens = np.array([trained.get(task, 0) if engine.rank == 0 else 0 for task in tasks], np.int64)
-    return Progress(counts["iteration"], tokens)
+    return TrainState(counts["iteration"], tokens)
 
 
 def _check_fit(config: TrainConfig, model: ModelConfig, mixture: Mixture) -> list[str]:
