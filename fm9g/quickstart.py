@@ -58,9 +58,9 @@ def quickstart(out: Path, steps: int, overwrite: bool = False) -> None:
     }
     half = steps // 2
     _say(4, f"Pretraining: {half} steps, a stop, and on from the checkpoint to step {steps}")
-    first = run_training(load_run(CONFIG, {**settings, "stop_iters": str(half)}))
+    first = _train({**settings, "stop_iters": str(half)})
     print(f"stopped at step {first.step}; resuming from {first.checkpoint}")
-    second = run_training(load_run(CONFIG, {**settings, "resume_ckpt": str(first.step)}))
+    second = _train({**settings, "resume_ckpt": str(first.step)})
     assert second.checkpoint is not None
     _say(5, "Hugging Face folder")
     name = export_folder(second.checkpoint, out / "hf", overwrite=overwrite)
@@ -117,6 +117,13 @@ def docstrings_of(source: str) -> Iterator[str]:
         documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
         if documented and (docstring := ast.get_docstring(node)):  # type: ignore[arg-type]
             yield " ".join(docstring.split())
+
+
+def _train(settings: dict[str, str]) -> Result:
+    result = run_training(load_run(CONFIG, settings))
+    if result.interrupted:
+        raise KeyboardInterrupt
+    return result
 
 
 def _say(number: int, text: str) -> None:

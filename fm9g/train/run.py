@@ -28,7 +28,7 @@ from fm9g.train.metrics import METRICS_FILE, Metrics
 
 @dataclass(frozen=True)
 class Result:
-    """What a run left behind. checkpoint: None where it was told not to save."""
+    """What a run left behind. checkpoint: None where it was told not to save. interrupted: by a signal."""
 
     step: int
     tokens: int
@@ -36,6 +36,7 @@ class Result:
     metrics_file: Path
     tensorboard: Path
     checkpoint: Path | None
+    interrupted: bool
 
 
 def run_training(run: RunConfig) -> Result:
@@ -92,6 +93,7 @@ def run_training(run: RunConfig) -> Result:
         metrics_file=log / METRICS_FILE,
         tensorboard=tensorboard,
         checkpoint=root / str(state.step) if config.save else None,
+        interrupted=interrupt.requested,
     )
 
 
