@@ -1,12 +1,13 @@
 # A fresh machine needs two commands: `make quickstart` and `make test`. Both make their own virtual environment.
 PYTHON ?= python3
+ARGS ?= --overwrite
 VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: quickstart test check format clean
 
 quickstart: $(VENV)/installed
-	$(BIN)/fm9g quickstart --overwrite $(ARGS)
+	$(BIN)/fm9g quickstart $(ARGS)
 
 test: check
 	$(BIN)/python -m pytest -q

@@ -115,6 +115,8 @@ def load_train_config(name: str, overrides: dict[str, Any]) -> tuple[Loaded[Trai
     layers = [Layer(COMMAND_LINE, {"config": name, "model_unique": Path(name).stem})]
     file = find_config("train_configs", name)
     if file is not None and "vocab_size" not in (content := read_object(file)):
+        # A training file that names no model means the one that is called as it is itself.
+        layers = [Layer(COMMAND_LINE, {"config": Path(name).stem, "model_unique": Path(name).stem})]
         layers.append(_pretrain_section(file, content))
     layers.append(Layer(COMMAND_LINE, overrides, text=True))
     notes: list[str] = []

@@ -19,10 +19,10 @@ from typing import Any
 from fm9g.data.encode import Encoded
 from fm9g.data.mixture import Mixture
 from fm9g.data.pack import Pack
-from fm9g.data.stream import Draw, Odds, Stream
+from fm9g.data.stream import Odds, Stream
 from fm9g.errors import UserError
 
-CHUNK = 32  # records a worker encodes at a time
+CHUNK = 16  # records a worker encodes at a time
 
 _worker_mixture: Mixture  # of a worker process
 
@@ -71,7 +71,8 @@ class Loader:
         own = range(rank, global_batch, world_size)
         self._pool = _start_workers(mixture, workers) if workers else None
         self._mixture = mixture
-        self._ahead = max(1, math.ceil(workers * prefetch / len(own)))  # chunks in flight, for each stream
+        # Chunks in flight, for each dataset of each stream.
+        self._ahead = max(1, math.ceil(workers * prefetch / (len(own) * len(mixture.configs))))
         self._streams = {
             s: Stream(s, odds, capacity, mixture.encode, self._read_ahead, states.get(str(s))) for s in own
         }
@@ -92,7 +93,7 @@ class Loader:
         """How many records gave no sample, by reason."""
         total: dict[str, int] = {}
         for stream in self._streams.values():
-            for reason, count in stream.state()["skipped"].items():
+            for reason, count in stream.skipped.items():
                 total[reason] = total.get(reason, 0) + count
         return total
 
@@ -107,15 +108,15 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read_ahead(self, draws: Iterator[Draw]) -> Iterator[tuple[Draw, Encoded]]:
+    def _read_ahead(self, dataset: int, places: Iterator[int]) -> Iterator[tuple[int, Encoded]]:
         if self._pool is None:
-            for draw in draws:
-                yield draw, self._mixture.encode(*draw)
+            for place in places:
+                yield place, self._mixture.encode(dataset, place)
             return
-        running: deque[tuple[list[Draw], Future[list[Encoded]]]] = deque()
+        running: deque[tuple[list[int], Future[list[Encoded]]]] = deque()
         while True:
-            while len(running) < self._ahead and (chunk := list(islice(draws, CHUNK))):
-                running.append((chunk, self._pool.submit(_encode_chunk, chunk)))
+            while len(running) < self._ahead and (chunk := list(islice(places, CHUNK))):
+                running.append((chunk, self._pool.submit(_encode_chunk, dataset, chunk)))
             if not running:
                 return
             chunk, future = running.popleft()
@@ -148,8 +149,8 @@ def _start_worker(*recipe: Any) -> None:
     _worker_mixture = Mixture(*recipe)
 
 
-def _encode_chunk(draws: list[Draw]) -> list[Encoded]:
-    return [_worker_mixture.encode(*draw) for draw in draws]
+def _encode_chunk(dataset: int, places: list[int]) -> list[Encoded]:
+    return [_worker_mixture.encode(dataset, place) for place in places]
 
 
 def _check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:

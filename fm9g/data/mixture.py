@@ -96,9 +96,9 @@ class Mixture:
         return encode(record, self.tokenizer, self.max_length, config.oversize_rule)
 
     def mean_tokens(self) -> list[float]:
-        """Average tokens a record of each dataset gives: as configured (at most max_length), else measured.
+        """Average tokens of a sample of each dataset: as configured (at most max_length), else measured.
 
-        The measure is the mean over the same 256 records in every process.
+        The measure is the mean over the samples of the same 256 records in every process.
         """
         means = []
         for number, (config, dataset) in enumerate(zip(self.configs, self.datasets)):
@@ -107,8 +107,8 @@ class Mixture:
                 continue
             draw = Permutation(len(dataset), self.seed, _MEAN, self._names[number])
             lines = [draw(i) for i in range(min(_MEAN_RECORDS, len(dataset)))]
-            tokens = [self._encode_record(number, line, place=line).tokens for line in lines]
-            means.append(max(1.0, sum(tokens) / len(tokens)))
+            lengths = [len(ids) for line in lines for ids, _ in self._encode_record(number, line, place=line).pieces]
+            means.append(sum(lengths) / len(lengths) if lengths else 1.0)
         return means
 
     def shares(self) -> list[float]:

@@ -17,7 +17,7 @@ class Sample:
     targets: np.ndarray
     dataset: int
     place: int
-    segment: int
+    piece: int
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """A stream: one of the endless sequences of packs that a run consists of.
 
-A run with G packs a step has G streams, whatever the number of processes; stream s makes pack s of every step. Which
-records it draws is a pure function of (seed, s, number of draws), so its whole state is a count a dataset and the
-names of the samples that wait for a pack they fit in.
+A run with G packs a step has G streams, whatever the number of processes; stream s makes pack s of every step. All it
+does is a function of (seed, s, data): each sample's dataset comes from a low-discrepancy sequence, its record from the
+dataset's sequence of epochs. So its whole state is a few counts and the names of the records that it has begun.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cache
+from itertools import accumulate, count
 from typing import Any
 
 from fm9g.data.encode import Encoded
@@ -19,9 +20,8 @@ from fm9g.data.pack import Pack, Sample, collate
 from fm9g.errors import UserError
 
 WINDOW = 64  # samples that may wait for a pack they fit in
+OPEN = 16  # long records of a dataset that are cut at the same time, a piece from each in turn
 _PICK = 0  # what a random number is for
-
-Draw = tuple[int, int]  # dataset, place
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Odds:
     """What the choice of records depends on.
 
     names: of the datasets. sizes: their records. repeats: whether one starts again when used up. chances: the odds
-    that the next record is from it. streams: G.
+    that the next sample is from it. streams: G.
     """
 
     names: list[str]
@@ -39,32 +39,25 @@ class Odds:
     streams: int
     seed: int
 
-    def draws(self, stream: int, counts: list[int]) -> Iterator[Draw]:
-        """The records that a stream draws after `counts` draws of each dataset; ends when all are used up.
+    def pick(self, stream: int, number: int, candidates: list[int]) -> int:
+        """The dataset, among the candidates, of a stream's sample `number`."""
+        cumulative = list(accumulate(self.chances[d] for d in candidates))
+        point = spread(number, self.seed, _PICK, stream) * cumulative[-1]
+        return candidates[min(bisect_right(cumulative, point), len(candidates) - 1)]
 
-        With k draws of dataset d behind it, stream s takes place k * G + s of d's endless sequence: the streams
-        share each epoch without talking to each other.
+    def places(self, stream: int, dataset: int, begun: int) -> Iterator[int]:
+        """The places of a dataset that a stream takes after the first `begun`, in order; ends when it is used up.
+
+        Stream s takes place k * G + s for k = 0, 1, ...: the streams share each epoch without talking to each other.
         """
-        counts = list(counts)
-        number = sum(counts)
-        open_before: list[int] = []
-        while True:
-            places = [count * self.streams + stream for count in counts]
-            still_open = [
-                d
-                for d, chance in enumerate(self.chances)
-                if chance > 0 and (self.repeats[d] or places[d] < self.sizes[d])
-            ]
-            if not still_open:
+        for k in count(begun):
+            place = k * self.streams + stream
+            if place >= self.sizes[dataset] and not self.repeats[dataset]:
                 return
-            if still_open != open_before:
-                cumulative = list(accumulate(self.chances[d] for d in still_open))
-                open_before = still_open
-            point = spread(number, self.seed, _PICK, stream) * cumulative[-1]
-            dataset = still_open[min(bisect_right(cumulative, point), len(still_open) - 1)]
-            yield dataset, places[dataset]
-            counts[dataset] += 1
-            number += 1
+            yield place
+
+
+ReadAhead = Callable[[int, Iterator[int]], Iterator[tuple[int, Encoded]]]
 
 
 class Stream:
@@ -76,74 +69,93 @@ class Stream:
         odds: Odds,
         capacity: int,
         encode: Callable[[int, int], Encoded],
-        read_ahead: Callable[[Iterator[Draw]], Iterator[tuple[Draw, Encoded]]],
+        read_ahead: ReadAhead,
         state: dict[str, Any] | None = None,
     ) -> None:
-        """state: as `state()` gave it, to go on from there. read_ahead: encodes draws in order, maybe elsewhere."""
-        state = state or {"draws": [0] * len(odds.sizes), "waiting": [], "skipped": {}}
-        self._odds, self._capacity = odds, capacity
-        self._counts: list[int] = list(state["draws"])
-        self._skipped: dict[str, int] = dict(state["skipped"])
-        self._waiting: list[Sample] = []
-        for dataset, place, first, last in state["waiting"]:
-            pieces = _samples((dataset, place), encode(dataset, place))
-            self._waiting += pieces[first : last + 1]
-        self._encoded = read_ahead(odds.draws(index, self._counts))
-        self._barren = [0] * len(odds.sizes)  # records in a row that gave no sample
+        """read_ahead: encodes a dataset's places in order, maybe elsewhere, as (place, encoded). state: as `state()`
+        gave it, to go on from there."""
+        datasets = range(len(odds.sizes))
+        state = state or {"picks": 0, "begun": [0 for _ in datasets], "open": [[] for _ in datasets], "waiting": []}
+        self._index, self._odds, self._capacity = index, odds, capacity
+        self._picks: int = state["picks"]
+        self._begun: list[int] = list(state["begun"])
+        self.skipped: dict[str, int] = dict(state.get("skipped", {}))
+
+        @cache  # many pieces of one record may wait
+        def pieces(dataset: int, place: int) -> list[Sample]:
+            return _samples(dataset, place, encode(dataset, place))
+
+        self._waiting = [pieces(dataset, place)[piece] for dataset, place, piece in state["waiting"]]
+        self._open = [[pieces(d, place)[piece:] for place, piece in state["open"][d]] for d in datasets]
+        self._records = [read_ahead(d, odds.places(index, d, self._begun[d])) for d in datasets]
 
     def next_pack(self) -> Pack:
         """The next pack; without a sample in it when the datasets are used up."""
         chosen: list[Sample] = []
+        kept: list[Sample] = []
         room = self._capacity
-        candidates, self._waiting = self._waiting, []
-        while True:
-            for sample in candidates:  # oldest first, so that none waits for ever
-                if len(sample.ids) <= room:
-                    chosen.append(sample)
-                    room -= len(sample.ids)
-                else:
-                    self._waiting.append(sample)
-            if room == 0 or len(self._waiting) >= WINDOW:
-                break
-            drawn = self._draw()
-            if drawn is None:
-                break
-            candidates = drawn
+        for sample in self._waiting:  # oldest first, so that none waits for ever
+            if len(sample.ids) <= room:
+                chosen.append(sample)
+                room -= len(sample.ids)
+            else:
+                kept.append(sample)
+        while room and len(kept) < WINDOW and (drawn := self._draw()) is not None:
+            if len(drawn.ids) <= room:
+                chosen.append(drawn)
+                room -= len(drawn.ids)
+            else:
+                kept.append(drawn)
+        self._waiting = kept
         return collate(chosen, self._capacity)
 
-    def _draw(self) -> list[Sample] | None:
-        """The samples of the next record; none where it is skipped; None when the datasets are used up."""
-        draw, encoded = next(self._encoded, (None, None))
-        if draw is None or encoded is None:
-            return None
-        self._counts[draw[0]] += 1
-        if encoded.skipped:
-            self._skipped[encoded.skipped] = self._skipped.get(encoded.skipped, 0) + 1
-            self._check_barren(draw[0], encoded.skipped)
-        else:
-            self._barren[draw[0]] = 0
-        return _samples(draw, encoded)
+    def _draw(self) -> Sample | None:
+        """The next sample; None when the datasets are used up."""
+        while candidates := [d for d in range(len(self._begun)) if self._has_more(d)]:
+            dataset = self._odds.pick(self._index, self._picks, candidates)
+            self._picks += 1
+            open_records = self._open[dataset]
+            fresh = self._begin_record(dataset) if len(open_records) < OPEN else None
+            if fresh or open_records:  # else its last records were all skipped
+                sample, *rest = fresh or open_records.pop(0)
+                if rest:
+                    open_records.append(rest)
+                return sample
+        return None
 
-    def _check_barren(self, dataset: int, reason: str) -> None:
-        self._barren[dataset] += 1
-        if self._barren[dataset] > max(1000, min(2 * self._odds.sizes[dataset], 100_000)):
-            raise UserError(
-                f"{self._odds.names[dataset]}: {self._barren[dataset]} records in a row gave nothing to "
-                f"train on (the last one: {reason}); see its transforms, oversize_rule and max_length"
-            )
+    def _has_more(self, dataset: int) -> bool:
+        odds = self._odds
+        unused = self._begun[dataset] * odds.streams + self._index < odds.sizes[dataset]
+        return odds.chances[dataset] > 0 and (odds.repeats[dataset] or unused or bool(self._open[dataset]))
+
+    def _begin_record(self, dataset: int) -> list[Sample] | None:
+        """The pieces of the dataset's next record that has any; None when it is used up."""
+        for barren, (place, encoded) in enumerate(self._records[dataset], 1):
+            self._begun[dataset] += 1
+            if not encoded.skipped:
+                return _samples(dataset, place, encoded)
+            self.skipped[encoded.skipped] = self.skipped.get(encoded.skipped, 0) + 1
+            if barren > max(1000, min(2 * self._odds.sizes[dataset], 100_000)):
+                raise UserError(
+                    f"{self._odds.names[dataset]}: {barren} records in a row gave nothing to train on (the last one: "
+                    f"{encoded.skipped}); see its transforms, oversize_rule and max_length"
+                )
+        return None
 
     def state(self) -> dict[str, Any]:
-        """Where the stream stands, as JSON: draws of each dataset, waiting samples as (dataset, place, first and last
-        segment), and how many records were skipped for which reason."""
-        waiting: list[list[int]] = []
-        for sample in self._waiting:
-            if waiting and waiting[-1][:2] == [sample.dataset, sample.place] and waiting[-1][3] == sample.segment - 1:
-                waiting[-1][3] = sample.segment
-            else:
-                waiting.append([sample.dataset, sample.place, sample.segment, sample.segment])
-        return {"draws": list(self._counts), "waiting": waiting, "skipped": dict(self._skipped)}
+        """Where the stream stands, as JSON.
+
+        picks: samples drawn. For each dataset, begun: records begun, and open: (place, next piece) of those that are
+        not used up. waiting: (dataset, place, piece) of the samples that wait. skipped: records by reason.
+        """
+        return {
+            "picks": self._picks,
+            "begun": list(self._begun),
+            "open": [[[pieces[0].place, pieces[0].piece] for pieces in records] for records in self._open],
+            "waiting": [[sample.dataset, sample.place, sample.piece] for sample in self._waiting],
+            "skipped": dict(self.skipped),
+        }
 
 
-def _samples(draw: Draw, encoded: Encoded) -> list[Sample]:
-    dataset, place = draw
+def _samples(dataset: int, place: int, encoded: Encoded) -> list[Sample]:
     return [Sample(ids, targets, dataset, place, n) for n, (ids, targets) in enumerate(encoded.pieces)]

@@ -26,7 +26,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 def keep_freed_memory() -> None:
     """Has glibc keep large freed blocks for the next allocation; elsewhere nothing happens.
 
-    By default each activation of a CPU step is new memory from the system, and the page faults cost up to half the step.
+    By default each activation of a step is new memory from the system, and the page faults cost up to half the time.
     """
     mmap_max, trim_threshold = -4, -1  # options of mallopt(3)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -1,13 +1,14 @@
 """The order of samples: each of the five properties that must hold, without any file."""
 
 from collections import Counter
+from itertools import islice
 
 import numpy as np
 import pytest
 
 from fm9g.data.encode import Encoded
 from fm9g.data.order import Permutation, mix, spread
-from fm9g.data.stream import WINDOW, Odds, Stream
+from fm9g.data.stream import OPEN, WINDOW, Odds, Stream
 from fm9g.errors import UserError
 
 
@@ -24,8 +25,8 @@ def encode(dataset: int, place: int) -> Encoded:
     return Encoded([(np.full(length, place), np.full(length, dataset)) for _ in range(pieces)])
 
 
-def read(draws):
-    return ((draw, encode(*draw)) for draw in draws)
+def read(dataset, places):
+    return ((place, encode(dataset, place)) for place in places)
 
 
 def stream(index: int, of: Odds, state: dict | None = None, capacity: int = 100) -> Stream:
@@ -57,56 +58,82 @@ def test_the_sequence_spreads_better_than_chance() -> None:
 
 
 @pytest.mark.parametrize("streams", [1, 4, 7])
-def test_every_epoch_uses_every_record_once(streams: int) -> None:
-    of = odds([5, 30], streams)  # a dataset smaller than the number of streams, too
-    drawn: list[tuple[int, int]] = []
-    for index in range(streams):
-        draws = of.draws(index, [0, 0])
-        drawn += [next(draws) for _ in range(120)]
-    assert len(drawn) == len(set(drawn))
-    for dataset in (0, 1):
-        places = sorted(place for d, place in drawn if d == dataset)
-        for index in range(streams):  # stream s takes the places congruent to s, without a gap
-            own = [place for place in places if place % streams == index]
-            assert own == list(range(index, own[-1] + 1, streams))
+@pytest.mark.parametrize("size", [5, 30])
+def test_every_epoch_uses_every_record_once(streams: int, size: int) -> None:
+    of = odds([size], streams)  # a dataset smaller than the number of streams, too
+    taken = sorted(place for s in range(streams) for place in islice(of.places(s, 0, 0), 3 * size))
+    assert taken == list(range(3 * size * streams))
+    assert list(islice(of.places(2, 0, 5), 2)) == [5 * streams + 2, 6 * streams + 2]
 
 
 def test_datasets_without_repeat_leave_the_mixture() -> None:
     of = odds([10, 40], 3, repeats=[False, False])
-    drawn = [draw for index in range(3) for draw in of.draws(index, [0, 0])]
-    assert Counter(d for d, _ in drawn) == {0: 10, 1: 40}
-    mixed = odds([10, 40], 1, repeats=[False, True]).draws(0, [0, 0])
-    assert Counter(d for d, _ in (next(mixed) for _ in range(200)))[0] == 10
+    assert sorted(place for s in range(3) for place in of.places(s, 0, 0)) == list(range(10))
+    one = stream(0, odds([10, 40], 1, repeats=[False, True]))
+    for _ in range(50):
+        one.next_pack()
+    assert one.state()["begun"][0] == 10
+    assert one.state()["begun"][1] > 100
 
 
 def test_shares_follow_the_chances_from_the_start() -> None:
-    draws = odds([1000, 1000, 1000], 1, chances=[0.6, 0.3, 0.1]).draws(0, [0, 0, 0])
-    counts = Counter(next(draws)[0] for _ in range(1000))
+    of = odds([1000, 1000, 1000], 1, chances=[0.6, 0.3, 0.1])
+    counts = Counter(of.pick(0, number, [0, 1, 2]) for number in range(1000))
     assert [counts[d] for d in range(3)] == pytest.approx([600, 300, 100], abs=6)
+    assert Counter(of.pick(0, number, [1, 2]) for number in range(1000))[1] == pytest.approx(750, abs=6)
 
 
 @pytest.mark.parametrize("stop", [1, 3, 20])
-def test_a_stream_goes_on_from_its_state_as_if_it_had_never_stopped(stop: int) -> None:
-    of = odds([50, 30], 2)
+@pytest.mark.parametrize("repeats", [[True, True], [False, True], [False, False]])
+def test_a_stream_goes_on_from_its_state_as_if_it_had_never_stopped(stop: int, repeats: list[bool]) -> None:
+    of = odds([50, 300], 2, repeats, chances=[0.7, 0.3])  # at 20 packs the first dataset is used up
     whole, first = stream(1, of), stream(1, of)
     for _ in range(stop):
         whole.next_pack()
         first.next_pack()
     again = stream(1, of, first.state())
-    for _ in range(30):
+    for _ in range(80):
         one, other = whole.next_pack(), again.next_pack()
         np.testing.assert_array_equal(one.input_ids, other.input_ids)
         np.testing.assert_array_equal(one.cu_seqlens, other.cu_seqlens)
     assert whole.state() == again.state()
 
 
-def test_the_state_is_small_and_its_segments_are_ranges() -> None:
+def test_the_state_is_a_few_integers() -> None:
     one = stream(0, odds([1000], 1))
     for _ in range(200):
         one.next_pack()
     state = one.state()
-    assert set(state) == {"draws", "waiting", "skipped"}
+    assert set(state) == {"picks", "begun", "open", "waiting", "skipped"}
     assert len(state["waiting"]) <= WINDOW
+    assert len(state["open"][0]) <= OPEN
+
+
+def test_pieces_of_long_records_take_turns_and_stay_in_order() -> None:
+    def long(dataset: int, place: int) -> Encoded:
+        return Encoded([(np.array([place, piece]), np.zeros(2)) for piece in range(50)])
+
+    one = Stream(0, odds([100], 1), 8, long, lambda dataset, places: ((p, long(dataset, p)) for p in places))
+    packs = [one.next_pack().input_ids.reshape(-1, 2).tolist() for _ in range(OPEN)]
+    assert all(len({place for place, _ in pack}) == 4 for pack in packs)
+    order: dict[int, list[int]] = {}
+    for place, piece in (pair for pack in packs for pair in pack):
+        order.setdefault(place, []).append(piece)
+    assert len(order) == OPEN
+    assert all(pieces == [0, 1, 2, 3] for pieces in order.values())
+
+
+def test_long_records_do_not_hold_up_short_ones() -> None:
+    """Half of the tokens from a dataset of records of 40 pieces of 10, half from one of records of 2 tokens."""
+
+    def mixed(dataset: int, place: int) -> Encoded:
+        length, pieces = ((10, 40), (2, 1))[dataset]
+        return Encoded([(np.zeros(length), np.zeros(length)) for _ in range(pieces)])
+
+    of = odds([1000, 1000], 1, chances=[1 / 10, 1 / 2])
+    one = Stream(0, of, 100, mixed, lambda dataset, places: ((p, mixed(dataset, p)) for p in places))
+    tasks = np.concatenate([one.next_pack().task_ids for _ in range(30)])
+    assert (tasks == 0).mean() == pytest.approx(0.5, abs=0.02)
 
 
 def test_packs_are_full_and_no_sample_is_lost_or_doubled() -> None:
@@ -129,6 +156,6 @@ def test_the_last_partial_pack_is_given() -> None:
 
 def test_records_that_never_give_a_sample_end_the_run() -> None:
     of = odds([5], 1)
-    barren = Stream(0, of, 100, encode, lambda draws: ((draw, Encoded([], "no output")) for draw in draws))
+    barren = Stream(0, of, 100, encode, lambda _, places: ((place, Encoded([], "no output")) for place in places))
     with pytest.raises(UserError, match=r"task0: 1001 records in a row gave nothing to train on.*no output"):
         barren.next_pack()

@@ -25,7 +25,7 @@ def documents(step: int) -> list[list[Sample]]:
             ids = source.integers(0, 320, length)
             targets = np.roll(ids, -1)
             targets[: source.integers(0, length)] = IGNORED
-            group.append(Sample(ids, targets, dataset=length % 2, place=0, segment=0))
+            group.append(Sample(ids, targets, dataset=length % 2, place=0, piece=0))
         groups.append(group)
     return groups
 

@@ -95,8 +95,8 @@ def whole(train: Train) -> Result:
 def test_resume_equals_never_having_stopped(train: Train, stop: int, scheduler: str) -> None:
     """Step 1 lies in the middle of the first epoch; at step 7 an epoch of `few` has ended."""
     first = train("parts", stop_iters=stop, lr_scheduler=scheduler, drop_iters=4)
-    draws = sum(state["draws"][0] for state in _position(first)["streams"].values())
-    assert (draws < 45) == (stop == 1)
+    begun = sum(state["begun"][0] for state in _position(first)["streams"].values())
+    assert (begun < 45) == (stop == 1)
     assert any(state["waiting"] for state in _position(first)["streams"].values())
     second = train("parts", resume_ckpt=first.step, lr_scheduler=scheduler, drop_iters=4)
     assert_same_run(train("whole", lr_scheduler=scheduler, drop_iters=4), second)
@@ -173,7 +173,7 @@ def test_datasets_without_repeat_end_the_run_with_a_checkpoint(train: Train, mak
     assert 1 < result.step < 20
     assert result.checkpoint is not None
     streams = Checkpoint(result.checkpoint).position()["streams"].values()
-    assert np.sum([state["draws"] for state in streams], axis=0).tolist() == [30, 20]
+    assert np.sum([state["begun"] for state in streams], axis=0).tolist() == [30, 20]
     assert not any(state["waiting"] for state in streams)
 
 
