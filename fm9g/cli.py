@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
     quick = verb("quickstart", _quickstart, "the whole path on this machine: text, index, training, export, generation")
     quick.add_argument("--out", type=Path, default=Path("quickstart"), help="folder for all that is made (%(default)s)")
-    quick.add_argument("--steps", type=int, default=240, help="optimizer steps (%(default)s)")
+    quick.add_argument("--steps", type=int, default=200, help="optimizer steps (%(default)s)")
     quick.add_argument("--overwrite", action="store_true", help="replace --out if it holds something")
 
     train = verb("train", _train, "train a model; --KEY VALUE sets any key that `fm9g config keys` lists")

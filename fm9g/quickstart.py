@@ -26,7 +26,7 @@ from fm9g.train.run import Result, run_training
 
 CONFIG = "tiny"
 TOKENIZER_BYTES = 8_000_000  # of the sources that the tokenizer is trained on
-PROMPT = "def read_lines(path):\n"
+PROMPT = "class Queue:\n    def __init__(self, size):\n        self.size = size\n\n    def put(self, item):\n"
 
 
 def quickstart(out: Path, steps: int, overwrite: bool = False) -> None:
@@ -67,7 +67,7 @@ def quickstart(out: Path, steps: int, overwrite: bool = False) -> None:
     picture = out / "loss.png"
     plot_loss(second.metrics_file, picture, {half: "stopped, resumed"})
     _say(6, f"Generation: {name}, with transformers alone")
-    text = generate(out / "hf", PROMPT, max_new_tokens=120, repetition_penalty=1.1)
+    text = generate(out / "hf", PROMPT, max_new_tokens=120, temperature=0.6, top_p=0.9, repetition_penalty=1.1)
     print(_indented(PROMPT + text))
     _print_table(out, second, [first, second], picture, time.monotonic() - started)
 
