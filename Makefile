@@ -10,7 +10,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/fm9g quickstart $(ARGS)
 
 test: check
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2  # a process a core
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -37,6 +37,6 @@ setup(
         "quantization": ["bitsandbytes"],
         "serving": ["vllm"],
         "data": ["datasets"],
-        "dev": ["pytest", "ruff", "mypy", "tensorboard", "pre-commit"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "tensorboard", "pre-commit"],
     },
 )

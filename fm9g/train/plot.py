@@ -21,10 +21,10 @@ def plot_loss(metrics_file: Path, picture: Path, marks: dict[int, str] | None = 
     figures = read_metrics(metrics_file)
     steps = [line["step"] for line in figures]
     losses = [line["Loss/train"] for line in figures]
-    mean, smooth = losses[0], []
+    total, weight, smooth = 0.0, 0.0, []
     for loss in losses:
-        mean = _SMOOTHING * mean + (1 - _SMOOTHING) * loss
-        smooth.append(mean)
+        total, weight = _SMOOTHING * total + loss, _SMOOTHING * weight + 1
+        smooth.append(total / weight)
     figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss (nats a token)")
