@@ -26,6 +26,7 @@ setup(
         "h5py",
         "jsonschema",
         "tensorboardX",
+        "tensorboard",
         "matplotlib",
         "tqdm",
     ],
@@ -37,6 +38,6 @@ setup(
         "quantization": ["bitsandbytes"],
         "serving": ["vllm"],
         "data": ["datasets"],
-        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "tensorboard", "pre-commit"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "pre-commit"],
     },
 )

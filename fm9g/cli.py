@@ -63,12 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     train = verb("train", _train, "train a model; --KEY VALUE sets any key that `fm9g config keys` lists")
     _add_run_arguments(train)
 
-    config = group("config", "look at configurations")
+    config = group("config", "show, keys: the configuration of a run, every key there is")
     show = verb("show", _config_show, "every value of a run's configuration and where it came from", under=config)
     _add_run_arguments(show)
     verb("keys", _config_keys, "every key of the three kinds of configuration file", under=config)
 
-    data = group("data", "prepare data")
+    data = group("data", "txt2jsonl, index, tokenizer: prepare data")
     verb("txt2jsonl", _data_txt2jsonl, "plain text on stdin, a record a line, to jsonl on stdout", under=data)
     index = verb("index", _data_index, "make an indexed dataset from a .jsonl file", under=data)
     index.add_argument("--path", type=Path, required=True, help="the .jsonl file")
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         "tokenizer", _data_tokenizer, "train a byte-level BPE tokenizer on .jsonl or .txt files", under=data
     )
     tokenizer.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    tokenizer.add_argument("--vocab_size", type=int, required=True)
+    tokenizer.add_argument("--vocab_size", type=int, required=True, help="most tokens it may have, at least 258")
     tokenizer.add_argument("--output", type=Path, required=True, help="folder of the new tokenizer")
 
     convert = verb("convert", _convert, "a Hugging Face folder to a 9G .pt file, or a 9G checkpoint to such a folder")
@@ -92,13 +92,16 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--overwrite", action="store_true", help="replace a folder that holds something")
 
     generate = verb("generate", _generate, "continue a prompt with the model of a Hugging Face folder")
-    generate.add_argument("folder", type=Path)
-    generate.add_argument("--prompt", required=True)
-    generate.add_argument("--max_new_tokens", type=int, default=100)
-    generate.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
-    generate.add_argument("--top_p", type=float, default=1.0)
-    generate.add_argument("--repetition_penalty", type=float, default=1.0)
-    generate.add_argument("--seed", type=int, default=1234)
+    generate.add_argument("folder", type=Path, help="a Hugging Face folder")
+    generate.add_argument("--prompt", required=True, help="the text to continue")
+    for option, kind, default, meaning in (
+        ("max_new_tokens", int, 100, "longest continuation"),
+        ("temperature", float, 0.0, "0: always the likeliest token"),
+        ("top_p", float, 1.0, "sample from the likeliest tokens that make up this share"),
+        ("repetition_penalty", float, 1.0, "above 1: what was said becomes less likely"),
+        ("seed", int, 1234, "of the sampling"),
+    ):
+        generate.add_argument(f"--{option}", type=kind, default=default, help=f"{meaning} (default: {default})")
     return parser
 
 
@@ -106,9 +109,11 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", required=True, metavar="NAME", help="a name in train_configs/ or model_configs/, or a path"
     )
+    parser.usage = f"{parser.prog} [-h] --config NAME [--KEY VALUE ...]"
     parser.epilog = (
         "Also --KEY VALUE for every training key, --model.KEY VALUE for a key of the model, --data.TASK.KEY VALUE for "
-        "one of a dataset. `fm9g config keys` lists them."
+        "one of a dataset. `fm9g config keys` lists them. Training needs dataset_config and tokenizer_path, given here "
+        "or in the file of train_configs/."
     )
 
 
@@ -143,7 +148,9 @@ def _train(options: argparse.Namespace) -> None:
 
     result = run_training(run)
     rate = result.tokens / max(result.seconds, 1e-9)
-    print(f"step {result.step}: {result.tokens} tokens in {result.seconds:.0f} s, {rate:.0f} tokens/s")
+    print(f"step {result.step}: {result.tokens} tokens in this session, {result.seconds:.0f} s, {rate:.0f} tokens/s")
+    if result.interrupted and result.checkpoint:
+        print(f"stopped before the end; go on with --resume_ckpt {result.step}")
     print(f"checkpoint: {result.checkpoint or 'none (save is false)'}")
     print(f"figures: {result.metrics_file}\nTensorBoard: {result.tensorboard}")
 
@@ -151,11 +158,11 @@ def _train(options: argparse.Namespace) -> None:
 def _config_show(options: argparse.Namespace) -> None:
     from fm9g.config.run import load_run
 
-    run = load_run(options.config, _overrides(options))
+    run = load_run(options.config, _overrides(options), complete=False)
     for section, values in run.to_json().items():
         print(f"[{section}]")
         for key, item in values.items():
-            print(f"  {key:<28} {item['value']!r:<32} {item['from']}")
+            print(f"  {key:<28} {item['value']!r:<24} {item['from']}")
     for note in run.notes:
         print(f"note: {note}")
 
@@ -164,18 +171,24 @@ def _config_keys(options: argparse.Namespace) -> None:
     from fm9g.config.fields import describe, keys_of, schema_of
     from fm9g.config.mixture import DatasetConfig
     from fm9g.config.model import ModelConfig
-    from fm9g.config.train import TrainConfig
+    from fm9g.config.train import FIXED, RETIRED, TrainConfig
 
-    for folder, cls in (
-        ("train_configs", TrainConfig),
-        ("model_configs", ModelConfig),
-        ("dataset_configs", DatasetConfig),
-    ):
-        print(f"[{folder}]")
+    kinds = (
+        ("train_configs", "--KEY VALUE", TrainConfig),
+        ("model_configs", "--model.KEY VALUE", ModelConfig),
+        ("dataset_configs", "--data.TASK.KEY VALUE", DatasetConfig),
+    )
+    for folder, usage, cls in kinds:
+        print(f"[{folder}]  {usage}")
         properties = schema_of(cls)["properties"]
         for key, field in keys_of(cls).items():
             default = "required" if key in schema_of(cls)["required"] else f"default {_default(field)!r}"
             print(f"  {key}: {describe(properties[key])}; {default}\n      {field.metadata['help']}")
+    print("[names of the 9G guide that change nothing]")
+    for key, why in RETIRED.items():
+        print(f"  {key}: {why}")
+    for key, (value, why) in FIXED.items():
+        print(f"  {key}: only {value}: {why}")
 
 
 def _default(field: Any) -> Any:

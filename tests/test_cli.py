@@ -74,6 +74,7 @@ def test_the_guides_index_command_works_as_typed_on_alpaca(tmp_path: Path, share
         ("data index --path none.jsonl --language zh --output o", "none.jsonl: no such file"),
         ("train --config none", "'none' is neither a file nor a name in model_configs/"),
         ("train --config tiny", "dataset_config: missing; give --dataset_config"),
+        ("train --config tiny", "tokenizer_path: missing; give --tokenizer_path"),
         ("train --config tiny --lr", "--lr: its value is missing"),
         ("train --config tiny lr 3", "found 'lr', expected --key value"),
         ("train --config tiny --learning_rat=3", "learning_rat: unknown key"),
@@ -111,6 +112,14 @@ def test_config_keys_lists_every_key_with_its_meaning(capsys: pytest.CaptureFixt
     text = capsys.readouterr().out
     assert "grad_accum: integer >= 1; default 1" in text
     assert "task_name: string not empty; required" in text
+    assert "local: paths are used as they are given" in text
+
+
+def test_config_show_tells_what_is_missing(capsys: pytest.CaptureFixture) -> None:
+    assert main(["config", "show", "--config", "7b"]) == 0
+    text = capsys.readouterr().out
+    assert "dim_model                    3584" in text
+    assert "note: dataset_config: missing" in text
 
 
 def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fm9g.checkpoint.weights import read_weights, write_weights
+from fm9g.checkpoint.weights import read_weights, save_tensors, write_weights
 from fm9g.errors import UserError
 from fm9g.files import new_folder
 
@@ -46,7 +46,7 @@ def save_checkpoint(root: Path, step: int, snapshot: Snapshot) -> Path:
     with new_folder(target, overwrite=True) as folder:
         write_weights(folder / f"{_STEM}-{step}.pt", snapshot.weights)
         rank_state = {"optimizer": snapshot.optimizer, "random_state": snapshot.random_state}
-        torch.save(rank_state, folder / f"{_STEM}-{step}.rank-0.opt")
+        save_tensors(rank_state, folder / f"{_STEM}-{step}.rank-0.opt")
         documents = {f"{_STEM}-{step}.log_ckpt": snapshot.counts, POSITION: snapshot.position, **snapshot.documents}
         for name, content in documents.items():
             (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,13 @@ from fm9g.files import new_file
 def write_weights(path: Path, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Writes a .pt file; it appears under its name only when whole."""
     with new_file(path) as temporary:
-        torch.save(dict(weights), temporary)
+        save_tensors(dict(weights), temporary)
+
+
+def save_tensors(content: dict[str, Any], path: Path) -> None:
+    """torch.save to an open file: given a path, torch writes its name inside, and equal contents give unequal files."""
+    with path.open("wb") as file:
+        torch.save(content, file)
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -120,7 +120,7 @@ def require_config(kind: str, name: str) -> Path:
     if path is None:
         known = sorted({file.stem for folder in config_folders(kind) for file in folder.glob("*.json")})
         raise UserError(
-            f"{name!r} is neither a file nor a name in {kind}/{nearest(name, known)} "
+            f"{name!r} is neither a file nor a name in {kind}/{nearest(name, known)}. "
             f"Known names: {', '.join(known) or 'none'}"
         )
     return path

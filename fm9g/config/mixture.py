@@ -85,5 +85,5 @@ def load_mixture(path: Path, overrides: dict[str, dict[str, Any]] | None = None)
 
 def _absolute(config: DatasetConfig, file: Path) -> DatasetConfig:
     base = file.resolve().parent
-    transforms = str(base / config.transforms) if config.transforms else None
-    return replace(config, path=str(base / config.path), transforms=transforms)
+    transforms = str((base / config.transforms).resolve()) if config.transforms else None
+    return replace(config, path=str((base / config.path).resolve()), transforms=transforms)

@@ -31,10 +31,11 @@ class RunConfig:
         }
 
 
-def load_run(name: str, overrides: dict[str, str]) -> RunConfig:
+def load_run(name: str, overrides: dict[str, str], complete: bool = True) -> RunConfig:
     """The configuration that `fm9g train --config NAME --key value ...` names.
 
-    overrides: KEY, model.KEY or data.TASK.KEY -> text. Raises UserError.
+    overrides: KEY, model.KEY or data.TASK.KEY -> text. complete: what a run cannot do without must be there; else it
+    is a note. Raises UserError.
     """
     plain: dict[str, str] = {}
     model: dict[str, str] = {}
@@ -49,8 +50,15 @@ def load_run(name: str, overrides: dict[str, str]) -> RunConfig:
         else:
             plain[key] = value
     train, model_file, notes = load_train_config(name, plain)
-    for key in ("dataset_config", "tokenizer_path"):
-        if not getattr(train.value, key):
-            raise UserError(f"{key}: missing; give --{key}, or set it in a file of train_configs/")
-    mixture = load_mixture(require_config("dataset_configs", train.value.dataset_config), data)
+    missing = [
+        f"{key}: missing; give --{key}, or set it in a file of train_configs/"
+        for key in ("dataset_config", "tokenizer_path")
+        if not getattr(train.value, key)
+    ]
+    if missing and complete:
+        raise UserError("\n".join(missing))
+    notes += missing
+    mixture: list[Loaded[DatasetConfig]] = []
+    if train.value.dataset_config:
+        mixture = load_mixture(require_config("dataset_configs", train.value.dataset_config), data)
     return RunConfig(train, load_model_config(model_file, model), mixture, notes)

@@ -38,11 +38,11 @@ FIXED = {
 class TrainConfig:
     """Attributes are the 9G guide's names where the guide has one."""
 
-    config: str = option("", help="name in model_configs/, or a path")
+    config: str = option("", help="the model: a name in model_configs/, or a path")
     dataset_config: str = option("", help="name in dataset_configs/, or a path")
     tokenizer_path: str = option("", help="a tokenizer file, or a folder that holds one")
     model_unique: str = option("", help="name of the run; its outputs are kept under it; default: the --config name")
-    exp_group: str = option("", help="put in front of model_unique in the TensorBoard folder")
+    exp_group: str = option("", help="put before model_unique in the names of the TensorBoard and logs folders")
     output_dir: str = option("data", help="where checkpoints/, tensorboard/ and logs/ go", minLength=1)
     pretrained_model: str = option("", help="a 9G .pt file to start from, at step 0")
     strict_state_dict: bool = option(True, help="pretrained_model must hold every weight and no other")
@@ -72,7 +72,7 @@ class TrainConfig:
         any_case=True,
         enum=["cosine", "warmupstabledrop", "warmupstableexp"],
     )
-    warmup_iters: float = option(20, help="steps of linear warmup; below 1: a share of train_iters", minimum=0)
+    warmup_iters: float = option(20, help="steps of linear warmup from rate 0; below 1: a share of all", minimum=0)
     drop_iters: float = option(
         0.1, help="steps of the final drop (warmupstableexp: of one decay by drop_rate); below 1: a share", minimum=0
     )

@@ -21,7 +21,7 @@ from fm9g.convert.names import to_9g, to_hf
 from fm9g.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from fm9g.errors import UserError
 from fm9g.files import new_file, new_folder
-from fm9g.model.transformer import FM9G
+from fm9g.model.transformer import weight_shapes
 from fm9g.progress import Progress
 
 SHARD_BYTES = 5 * 1000**3
@@ -99,12 +99,6 @@ def export_folder(
     return hf["architectures"][0]
 
 
-def weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """The 9G names and shapes of a model's weights."""
-    with torch.device("meta"):
-        return {name: weight.shape for name, weight in FM9G(config).named_parameters()}
-
-
 def _open_source(source: Path, reference: Path | None) -> tuple[Path, ModelConfig, Path | None]:
     """The .pt file, the model configuration and the tokenizer's folder of what is to be exported."""
     folder = Checkpoint(source) if source.is_dir() else None
@@ -147,6 +141,7 @@ def _write_shards(weights: dict[str, torch.Tensor], folder: Path, dtype: torch.d
             size = 0
         shards[-1].append(name)
         size += nbytes
+    mode = folder.stat().st_mode & 0o666  # a folder's mode follows the umask
     total = 0
     where: dict[str, str] = {}
     with Progress("writing weights", total=len(weights), unit="tensors") as progress:
@@ -155,6 +150,7 @@ def _write_shards(weights: dict[str, torch.Tensor], folder: Path, dtype: torch.d
             file = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             tensors = {str(to_hf(name)): weights[name].to(dtype).contiguous() for name in names}
             save_file(tensors, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(mode)  # safetensors lets nobody else read its files
             where |= dict.fromkeys(tensors, file)
             total += sum(tensor.numel() * dtype.itemsize for tensor in tensors.values())
             progress.advance(len(names))

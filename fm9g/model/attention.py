@@ -37,7 +37,8 @@ def attend(
     """
     if flash and query.is_cuda and query.dtype != torch.float32 and (kernel := flash_attn_kernel()):
         longest = max(lengths)
-        return kernel(query, key, value, cu_seqlens, cu_seqlens, longest, longest, causal=True)
+        # Deterministic: else its backward pass adds in an order that differs from run to run.
+        return kernel(query, key, value, cu_seqlens, cu_seqlens, longest, longest, causal=True, deterministic=True)
     # One call a document costs the sum of the squared lengths; one call with a mask, the square of the sum.
     grouped = query.shape[1] != key.shape[1]
     documents = zip(query.split(lengths), key.split(lengths), value.split(lengths))

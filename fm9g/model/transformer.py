@@ -188,3 +188,9 @@ class FM9G(nn.Module):
 def is_width_scaled(name: str) -> bool:
     """Whether a weight is that of a linear layer, whose learning rate is divided by scale_width."""
     return name.startswith("encoder.layers.") and name.endswith(".weight") and "layernorm" not in name
+
+
+def weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """The names and shapes of a model's weights."""
+    with torch.device("meta"):
+        return {name: weight.shape for name, weight in FM9G(config).named_parameters()}

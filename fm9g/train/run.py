@@ -20,7 +20,7 @@ from fm9g.data.mixture import Mixture
 from fm9g.engine.base import AdamW, Engine
 from fm9g.engine.torch import TorchEngine, has_fast_bf16
 from fm9g.errors import UserError
-from fm9g.model.transformer import FM9G, is_width_scaled
+from fm9g.model.transformer import FM9G, is_width_scaled, weight_shapes
 from fm9g.train.interrupt import Interrupt
 from fm9g.train.loop import TrainState, train
 from fm9g.train.metrics import METRICS_FILE, Metrics
@@ -60,6 +60,8 @@ def run_training(run: RunConfig) -> Result:
     state = _restore(engine, config, checkpoint, tasks)
     for note in notes:
         print(f"note: {note}")
+    print(_summary(run, engine, mixture))
+    print(f"resuming from {checkpoint.folder}" if checkpoint else "starting at step 0")
     if checkpoint is None and config.overwrite:
         shutil.rmtree(root, ignore_errors=True)
     with (
@@ -111,9 +113,10 @@ def build_model(
     notes: list[str] = []
     if checkpoint is not None or config.pretrained_model:
         given = checkpoint.weights() if checkpoint else read_weights(Path(config.pretrained_model))
-        shapes = {name: weight.shape for name, weight in model.named_parameters()}
         where = str(checkpoint.weight_file if checkpoint else config.pretrained_model)
-        notes = check_weights(given, shapes, where, strict=config.strict_state_dict or checkpoint is not None)
+        notes = check_weights(
+            given, weight_shapes(model_config), where, strict=config.strict_state_dict or checkpoint is not None
+        )
 
     def fill(name: str, weight: torch.Tensor) -> None:
         if name in given:
@@ -179,6 +182,15 @@ def _restore(engine: Engine, config: TrainConfig, checkpoint: Checkpoint | None,
     trained = counts["global_total_task_token"]
     tokens = np.array([trained.get(task, 0) if engine.rank == 0 else 0 for task in tasks], np.int64)
     return TrainState(counts["iteration"], tokens)
+
+
+def _summary(run: RunConfig, engine: Engine, mixture: Mixture) -> str:
+    config, model = run.train.value, run.model.value
+    weights = sum(shape.numel() for shape in weight_shapes(model).values())
+    tokens = config.batch_size * config.max_length * config.grad_accum * engine.world_size
+    data = ", ".join(f"{c.task_name} ({size} records)" for c, size in zip(mixture.configs, mixture.sizes))
+    dtype = str(compute_dtype(model, engine.device)[0]).removeprefix("torch.")
+    return f"{weights:,} parameters, {dtype} on {engine.device}; {tokens} tokens a step; data: {data}"
 
 
 def _check_fit(config: TrainConfig, model: ModelConfig, mixture: Mixture) -> list[str]:

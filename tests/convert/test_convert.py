@@ -16,9 +16,10 @@ from fm9g.checkpoint.weights import read_weights, write_weights
 from fm9g.config.model import ModelConfig
 from fm9g.convert import hf
 from fm9g.convert.architecture import from_hf_config, native_type, to_hf_config
-from fm9g.convert.hf import export_folder, import_folder, weight_shapes
+from fm9g.convert.hf import export_folder, import_folder
 from fm9g.convert.names import TABLE, to_9g, to_hf
 from fm9g.errors import UserError
+from fm9g.model.transformer import weight_shapes
 
 
 def make_pt(folder: Path, config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Path:

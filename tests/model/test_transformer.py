@@ -142,8 +142,8 @@ def test_bf16_compute_stays_near_fp32() -> None:
     exact = model(batch)[0]
     with torch.autocast("cpu", torch.bfloat16):
         rough = model(batch)[0]
-    assert float(rough) == pytest.approx(float(exact), rel=0.01)
-    assert float(rough) != float(exact)
+    assert rough.item() == pytest.approx(exact.item(), rel=0.01)
+    assert rough.item() != exact.item()
 
 
 def test_accumulation_equals_one_large_batch() -> None:

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -70,9 +71,15 @@ def assert_same_run(one: Result, other: Result) -> None:
     some, others = weights(one), weights(other)
     assert some.keys() == others.keys()
     assert all(torch.equal(some[name], others[name]) for name in some)
+    assert _weight_bytes(one) == _weight_bytes(other)
     assert _position(one) == _position(other)
     for state, other_state in zip(_optimizer(one).values(), _optimizer(other).values()):
         assert all(torch.equal(state[key], other_state[key]) for key in state)
+
+
+def _weight_bytes(result: Result) -> bytes:
+    assert result.checkpoint is not None
+    return Checkpoint(result.checkpoint).weight_file.read_bytes()
 
 
 def _position(result: Result) -> dict:
@@ -249,9 +256,9 @@ def test_a_failed_save_leaves_the_old_checkpoint(train: Train, tmp_path: Path, m
     first = train("out", stop_iters=4)
     save = torch.save
 
-    def full(content: object, path: Path) -> None:
-        save(content, path)
-        if str(path).endswith(".opt"):
+    def full(content: object, file: BinaryIO) -> None:
+        save(content, file)
+        if file.name.endswith(".opt"):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
