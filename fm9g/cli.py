@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unknown arguments: {' '.join(rest)} (see fm9g {options.verb} --help)")
     try:
         options.rest = rest
-        options.run(options)
+        return options.run(options) or 0
     except UserError as error:
         print(f"fm9g: {error}", file=sys.stderr)
         return 2
@@ -36,7 +36,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fm9g: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("files", type=Path, nargs="+", metavar="FILE")
     tokenizer.add_argument("--vocab_size", type=int, required=True, help="most tokens it may have, at least 258")
     tokenizer.add_argument("--output", type=Path, required=True, help="folder of the new tokenizer")
+    tokenizer.add_argument("--overwrite", action="store_true", help="replace a folder that holds something")
 
     convert = verb("convert", _convert, "a Hugging Face folder to a 9G .pt file, or a 9G checkpoint to such a folder")
     convert.add_argument("source", type=Path, help="a Hugging Face folder, a checkpoint folder, or a .pt file")
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--dtype", default="", choices=["bf16", "fp16", "fp32"], help="of the exported weights; default: unchanged"
     )
-    convert.add_argument("--overwrite", action="store_true", help="replace a folder that holds something")
+    convert.add_argument("--overwrite", action="store_true", help="replace a folder or files that are there")
 
     generate = verb("generate", _generate, "continue a prompt with the model of a Hugging Face folder")
     generate.add_argument("folder", type=Path, help="a Hugging Face folder")
@@ -130,6 +130,8 @@ def _overrides(options: argparse.Namespace) -> dict[str, str]:
             if not rest:
                 raise UserError(f"command line: --{key}: its value is missing")
             value = rest.pop(0)
+        if key in pairs:
+            raise UserError(f"command line: --{key} is given twice; keep one of them")
         pairs[key] = value
     return pairs
 
@@ -140,7 +142,7 @@ def _quickstart(options: argparse.Namespace) -> None:
     quickstart(options.out, options.steps, options.overwrite)
 
 
-def _train(options: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace) -> int:
     from fm9g.config.run import load_run
 
     run = load_run(options.config, _overrides(options))
@@ -153,6 +155,7 @@ def _train(options: argparse.Namespace) -> None:
         print(f"stopped before the end; go on with --resume_ckpt {result.step}")
     print(f"checkpoint: {result.checkpoint or 'none (save is false)'}")
     print(f"figures: {result.metrics_file}\nTensorBoard: {result.tensorboard}")
+    return 130 if result.interrupted else 0
 
 
 def _config_show(options: argparse.Namespace) -> None:
@@ -221,7 +224,7 @@ def _data_tokenizer(options: argparse.Namespace) -> None:
     from fm9g.data.build import texts_of
     from fm9g.data.tokenizer import train_tokenizer
 
-    size = train_tokenizer(texts_of(options.files), options.vocab_size, options.output)
+    size = train_tokenizer(texts_of(options.files), options.vocab_size, options.output, options.overwrite)
     print(f"{options.output}: {size} tokens")
 
 
@@ -229,7 +232,9 @@ def _convert(options: argparse.Namespace) -> None:
     from fm9g.convert.hf import export_folder, import_folder
 
     if options.target.suffix == ".pt":
-        config = import_folder(options.source, options.target)
+        if options.reference or options.dtype:
+            raise UserError("convert: --reference and --dtype are for the way to a Hugging Face folder")
+        config = import_folder(options.source, options.target, options.overwrite)
         print(f"{options.target}: written; its model configuration is {config}")
     else:
         name = export_folder(options.source, options.target, options.reference, options.dtype, options.overwrite)

@@ -6,39 +6,45 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fm9g.errors import UserError
 
+_FULL = 64 * 1024  # bytes free below which a failed write means a full disk
+
 
 @contextmanager
-def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(target: Path, overwrite: bool = False, sources: tuple[Path, ...] = ()) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes `target` when the block ends without an error.
 
     overwrite: a folder that is there and holds something is replaced, after the new one is whole; else UserError.
+    sources: what the block reads; a target that holds one of them is never replaced.
     Whatever ends the block early (a full disk included, reported as UserError) leaves `target` as it was.
     """
+    target = target.resolve()
+    for source in sources:
+        if source.resolve().is_relative_to(target):
+            raise UserError(f"{target}: holds {source}, which is read; choose another folder")
     if target.exists() and not target.is_dir():
         raise UserError(f"{target}: a file is in the way; remove it or choose another name")
+    recover(target)
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise UserError(
             f"{target}: the folder holds something; choose another or allow it to be replaced (--overwrite)"
         )
-    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
-    old = target.parent / f".{target.name}.{os.getpid()}.old"
+    temporary, old = _beside(target, "tmp"), _beside(target, "old")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                sync(file)
-        if target.exists():
-            target.rename(old)
-        temporary.rename(target)
-        sync(target.parent)
-    except OSError as error:
-        raise as_user_error(error, target) from error
+        with _as_user_error(target):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    sync(file)
+            if target.exists():
+                target.rename(old)
+            temporary.rename(target)
+            sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if old.exists() and not target.exists():
@@ -49,17 +55,54 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
     """A temporary path beside `target`; a file written there becomes `target` if the block ends without an error."""
-    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    target = target.resolve()
+    temporary = _beside(target, "tmp")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        sync(temporary)
-        temporary.replace(target)
-        sync(target.parent)
-    except OSError as error:
-        raise as_user_error(error, target) from error
+        with _as_user_error(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            sync(temporary)
+            temporary.replace(target)
+            sync(target.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def recover(target: Path) -> None:
+    """Cleans up after a process that was killed while it wrote the folder `target`.
+
+    What it had moved aside comes back where nothing took its place; what it left half-written is deleted.
+    """
+    for leftover in target.parent.glob(f".{target.name}.*"):
+        parts = leftover.name.removeprefix(f".{target.name}.").split(".")
+        if len(parts) != 2 or not parts[0].isdecimal() or parts[1] not in ("tmp", "old") or _runs(int(parts[0])):
+            continue
+        if parts[1] == "old" and not target.exists():
+            leftover.rename(target)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _beside(target: Path, kind: str) -> Path:
+    return target.parent / f".{target.name}.{os.getpid()}.{kind}"
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def probe_writable(folder: Path) -> None:
+    """Makes the folder and a file in it, so that a run learns before it starts that it cannot save."""
+    with new_file(folder / "probe") as temporary:
+        temporary.write_bytes(b"")
+    (folder / "probe").unlink()
 
 
 def sync(path: Path) -> None:
@@ -71,7 +114,30 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def _as_user_error(target: Path) -> Iterator[None]:
+    """Turns what a failed write raises into a UserError that names `target`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise as_user_error(error, target) from error
+    except Exception as error:
+        # torch, safetensors and tokenizers report a full disk each in a class and in words of their own.
+        with suppress(OSError):
+            full = shutil.disk_usage(_existing(target)).free < _FULL
+            if full or "No space left" in str(error):
+                raise as_user_error(OSError(errno.ENOSPC, ""), target) from error
+        raise
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.parent)
+
+
 def as_user_error(error: OSError, target: Path) -> UserError:
+    """What an error of the system means for the user who wanted `target`."""
     if error.errno == errno.ENOSPC:
         return UserError(f"{target}: the disk is full; nothing was changed. Free some space and try again")
     return UserError(f"{target}: cannot be written: {error.strerror or error}")

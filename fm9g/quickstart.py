@@ -44,7 +44,7 @@ def quickstart(out: Path, steps: int, overwrite: bool = False) -> None:
         build_index(file, out / "datasets" / name, {"sources": "code", "docstrings": "en"}[name], overwrite=overwrite)
     _say(3, "Tokenizer")
     vocab_size = load_model_config(require_config("model_configs", CONFIG)).value.vocab_size
-    train_tokenizer(texts_of([sources, docstrings], TOKENIZER_BYTES), vocab_size, out / "tokenizer")
+    train_tokenizer(texts_of([sources, docstrings], TOKENIZER_BYTES), vocab_size, out / "tokenizer", overwrite)
     mixture = out / "mixture.json"
     mixture.write_text(json.dumps(MIXTURE, indent=4), encoding="utf-8")
 

@@ -1,12 +1,13 @@
 """A checkpoint: a folder `<step>` with weights, optimizer state, data position and what describes them.
 
-It is written under a temporary name, with the size of every file in manifest.json, and renamed when whole.
+It is written under a temporary name, with size and CRC-32 of every file in manifest.json, and renamed when whole.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 
 from fm9g.checkpoint.weights import read_weights, save_tensors, write_weights
 from fm9g.errors import UserError
-from fm9g.files import new_folder
+from fm9g.files import new_folder, recover
 
 MANIFEST, POSITION, MODEL_CONFIG, TOKENIZER = "manifest.json", "data_position.json", "config.json", "tokenizer"
 _STEM = "fm9g_live_checkpoint"
@@ -54,13 +55,14 @@ def save_checkpoint(root: Path, step: int, snapshot: Snapshot) -> Path:
         for file in snapshot.tokenizer_files:
             shutil.copyfile(file, folder / TOKENIZER / file.name)
         files = sorted(file for file in folder.rglob("*") if file.is_file())
-        manifest = {"step": step, "files": {str(file.relative_to(folder)): file.stat().st_size for file in files}}
+        sums = {str(file.relative_to(folder)): [file.stat().st_size, _checksum(file)] for file in files}
+        manifest = {"step": step, "files": sums}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     return target
 
 
 class Checkpoint:
-    """An existing checkpoint; opening it compares every file's size with the manifest."""
+    """An existing checkpoint; opening it compares every file's size and checksum with the manifest."""
 
     def __init__(self, folder: Path) -> None:
         """Raises UserError where the folder is no checkpoint, or a file is missing or cut short."""
@@ -68,13 +70,21 @@ class Checkpoint:
         if not (folder / MANIFEST).is_file():
             raise UserError(f"{folder}: not a checkpoint ({MANIFEST} is missing)")
         manifest = self._read(MANIFEST)
-        self.step: int = manifest["step"]
-        for name, size in manifest["files"].items():
+        try:
+            self.step = int(manifest["step"])
+            files = {name: (int(size), str(checksum)) for name, (size, checksum) in manifest["files"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UserError(f"{folder / MANIFEST}: not a manifest; the checkpoint is damaged") from None
+        if folder.name != str(self.step):
+            raise UserError(f"{folder}: holds step {self.step}; give the folder its name back")
+        for name, (size, checksum) in files.items():
             file = folder / name
             found = file.stat().st_size if file.is_file() else None
             if found != size:
                 state = "is missing" if found is None else f"has {found} of {size} bytes"
-                raise UserError(f"{file}: {state}; the checkpoint is damaged. Resume from another step")
+                raise UserError(f"{file}: {state}; the checkpoint is damaged. Take another one")
+            if _checksum(file) != checksum:
+                raise UserError(f"{file}: its content has changed; the checkpoint is damaged. Take another one")
 
     @property
     def weight_file(self) -> Path:
@@ -110,17 +120,26 @@ class Checkpoint:
             raise UserError(f"{self.folder / name}: cannot be read: {error}") from None
 
 
+def _checksum(file: Path) -> str:
+    value = 0
+    with file.open("rb") as content:
+        while block := content.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
 def steps_in(root: Path) -> list[int]:
     """The steps of the checkpoints in a run's folder, in order. Unfinished ones are not among them."""
     if not root.is_dir():
         return []
     return sorted(
-        int(folder.name) for folder in root.iterdir() if folder.name.isdigit() and (folder / MANIFEST).is_file()
+        int(folder.name) for folder in root.iterdir() if folder.name.isdecimal() and (folder / MANIFEST).is_file()
     )
 
 
 def open_step(root: Path, step: int) -> Checkpoint:
     """The checkpoint of a step. Raises UserError that lists those that are there."""
+    recover(root / str(step))
     steps = steps_in(root)
     if step not in steps:
         raise UserError(f"{root}: no checkpoint of step {step}; there are: {', '.join(map(str, steps)) or 'none'}")

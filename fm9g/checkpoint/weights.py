@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and cannot be mapped
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises whatever zipfile, pickle and its own reader raise
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not a whole weight file ({reason}); get or write it again") from None
@@ -57,6 +59,8 @@ def check_weights(
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             differences.append(f"{where}: {min(names)}{more} {problem}")
+    if integers := sorted(name for name in shapes.keys() & weights.keys() if not weights[name].is_floating_point()):
+        raise UserError(f"{where}: {integers[0]}: found {weights[integers[0]].dtype}, expected floating-point weights")
     wrong = [name for name in shapes.keys() & weights.keys() if weights[name].shape != shapes[name]]
     if wrong:
         name = min(wrong)
@@ -65,5 +69,5 @@ def check_weights(
             f"{len(wrong)} such: it was made with another model configuration"
         )
     if differences and strict:
-        raise UserError("\n".join(differences) + "\nwith strict_state_dict 0 what is there is used")
+        raise UserError("\n".join(differences))
     return differences

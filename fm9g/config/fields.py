@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from typing import Any
 
 import jsonschema
@@ -112,6 +113,10 @@ def check(cls: type, values: dict[str, Any], origins: dict[str, str], prefix: st
             allowed = describe(schema_of(cls)["properties"][key])
             hint = nearest(str(error.instance), [str(v) for v in error.schema.get("enum", [])])
             complaints.append(f"{origins[key]}: {path}: found {error.instance!r}, allowed: {allowed}{hint}")
+    for key, value in values.items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            complaints.append(f"{origins[key]}: {prefix}{key}: found {value!r}, expected a finite number")
     if complaints:
         raise UserError("\n".join(dict.fromkeys(complaints)))
 

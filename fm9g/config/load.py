@@ -83,11 +83,13 @@ def read_json(path: Path) -> Any:
 
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
 
 

@@ -41,7 +41,7 @@ class ModelConfig:
     qk_norm: bool = option(False, help="not part of any published 9G model", const=False)
     tie_word_embeddings: bool = option(False, help="output weights are the embedding's", key="tie_lm_head")
     ffn_gated: bool = option(True, help="all 9G models have gated feed-forward layers", const=True)
-    rope_theta: float = option(10000.0, help="base of the rotary embedding", key="base", exclusiveMinimum=0)
+    rope_theta: float = option(10000.0, help="base of the rotary embedding", key="base", exclusiveMinimum=1)
     rope_scaling: str = option(
         "",
         help="how rotary positions stretch to longer texts",
@@ -72,8 +72,8 @@ class ModelConfig:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
-        if self.head_dim % 2:
-            raise UserError(f"dim_head {self.head_dim} is odd; rotary pairs need an even one")
+        if self.head_dim % 2 or self.head_dim < 4:
+            raise UserError(f"dim_head {self.head_dim}: rotary pairs need an even one, at least 4")
         if self.scale and not self.base_hidden_size:
             raise UserError("scale is true and dim_model_base is missing")
         if not self.orig_max_length:

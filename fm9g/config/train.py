@@ -41,7 +41,7 @@ class TrainConfig:
     config: str = option("", help="the model: a name in model_configs/, or a path")
     dataset_config: str = option("", help="name in dataset_configs/, or a path")
     tokenizer_path: str = option("", help="a tokenizer file, or a folder that holds one")
-    model_unique: str = option("", help="name of the run; its outputs are kept under it; default: the --config name")
+    model_unique: str = option("run", help="name of the run; its outputs are kept under it; default: the --config name")
     exp_group: str = option("", help="put before model_unique in the names of the TensorBoard and logs folders")
     output_dir: str = option("data", help="where checkpoints/, tensorboard/ and logs/ go", minLength=1)
     pretrained_model: str = option("", help="a 9G .pt file to start from, at step 0")
@@ -57,7 +57,7 @@ class TrainConfig:
     overwrite: bool = option(False, help="start anew although the run has checkpoints, and delete these")
     save_iters: int = option(500, help="steps between checkpoints; the end always saves", minimum=1)
     log_iters: int = option(1, help="steps between log lines", minimum=1)
-    seed: int = option(1234, help="of the weights, the order of samples and dropout", minimum=0)
+    seed: int = option(1234, help="of the weights, the order of samples and dropout", minimum=0, maximum=2**32 - 1)
 
     batch_size: int = option(1, help="a micro-batch is one row of batch_size * max_length tokens", minimum=1)
     max_length: int = option(4096, help="longest sample, in tokens", minimum=4)
@@ -92,8 +92,16 @@ class TrainConfig:
     grad_ckpt_num: int = option(160, help="with use_checkpoint: how many layers, from the first", minimum=0)
 
     def __post_init__(self) -> None:
-        if self.resume_ckpt and not self.resume_ckpt.isdigit():
+        for key in ("model_unique", "exp_group"):
+            name = getattr(self, key)
+            if "/" in name or name in (".", "..") or (key == "model_unique" and not name):
+                raise UserError(f"{key}: found {name!r}, expected a plain name: it is part of the names of folders")
+        if (row := self.batch_size * self.max_length) >= 2**31:
+            raise UserError(f"batch_size * max_length: {row} tokens are too many for a row")
+        if self.resume_ckpt and not (self.resume_ckpt.isascii() and self.resume_ckpt.isdecimal()):
             raise UserError(f"resume_ckpt: found {self.resume_ckpt!r}, expected the number of a step")
+        if self.resume_ckpt and self.overwrite:
+            raise UserError("resume_ckpt and overwrite are both given; a run goes on or starts anew")
         if self.resume_ckpt and self.pretrained_model:
             raise UserError("resume_ckpt and pretrained_model are both given; a run starts from one of them")
         if (

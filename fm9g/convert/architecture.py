@@ -81,6 +81,17 @@ def to_hf_config(config: ModelConfig, dtype: str, bos_id: int | None, eos_id: in
 
 def from_hf_config(hf: dict[str, Any], where: str) -> ModelConfig:
     """The 9G configuration of a Hugging Face one. Raises UserError for arithmetic that 9G has not."""
+    try:
+        return _from_hf_config(hf, where)
+    except UserError:
+        raise
+    except KeyError as error:
+        raise UserError(f"{where}: {error.args[0]}: missing") from None
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{where}: a value is not of the kind that belongs there: {error}") from None
+
+
+def _from_hf_config(hf: dict[str, Any], where: str) -> ModelConfig:
     kind = hf.get("model_type", "")
     if kind not in READABLE:
         raise UserError(f"{where}: model_type {kind!r} is not one that can be read: {', '.join(READABLE)}")

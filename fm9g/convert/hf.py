@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fm9g.checkpoint.folder import MODEL_CONFIG, Checkpoint
+from fm9g.checkpoint.folder import MANIFEST, MODEL_CONFIG, Checkpoint
 from fm9g.checkpoint.weights import check_weights, read_weights, write_weights
 from fm9g.config.load import read_object
 from fm9g.config.model import ModelConfig, load_model_config
@@ -40,11 +40,17 @@ _TOKENIZER_FILES = (
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def import_folder(source: Path, target: Path) -> Path:
+def import_folder(source: Path, target: Path, overwrite: bool = False) -> Path:
     """Writes the weights of a Hugging Face folder as a 9G .pt file, unchanged, and its model configuration beside it.
 
     Returns the path of the configuration, <target>.json. Raises UserError where a weight has no 9G name or is missing.
     """
+    if (source / MANIFEST).is_file():
+        raise UserError(f"{source}: a 9G checkpoint; its .pt file is {Checkpoint(source).weight_file}")
+    config_file = target.with_suffix(".json")
+    for file in (target, config_file):
+        if file.is_dir() or (file.exists() and not overwrite):
+            raise UserError(f"{file}: is there already; choose another name or allow it to be replaced (--overwrite)")
     config = from_hf_config(read_object(source / "config.json"), str(source / "config.json"))
     shapes = weight_shapes(config)
     weights: dict[str, torch.Tensor] = {}
@@ -64,7 +70,6 @@ def import_folder(source: Path, target: Path) -> Path:
         raise UserError(f"{source}: tie_word_embeddings is true, but lm_head.weight differs from the embedding")
     check_weights(weights, shapes, str(source), strict=True)
     write_weights(target, weights.items())
-    config_file = target.with_suffix(".json")
     with new_file(config_file) as temporary:
         temporary.write_text(json.dumps(config.to_json(), indent=4), encoding="utf-8")
     return config_file
@@ -84,7 +89,8 @@ def export_folder(
     weights = read_weights(file)
     check_weights(weights, weight_shapes(config), str(file), strict=True)
     wanted = _DTYPES.get(dtype) or next(iter(weights.values())).dtype
-    with new_folder(target, overwrite) as folder:
+    sources = (source, reference) if reference else (source,)
+    with new_folder(target, overwrite, sources) as folder:
         _write_shards(weights, folder, wanted)
         ids = _write_tokenizer(tokenizer, folder)
         hf = to_hf_config(config, str(wanted).removeprefix("torch."), **ids)

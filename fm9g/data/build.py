@@ -74,9 +74,7 @@ def build_index(source: Path, output: Path, language: str, overwrite: bool = Fal
         raise UserError(f"language: found {language!r}, expected one of {', '.join(LANGUAGES)}")
     if not source.is_file():
         raise UserError(f"{source}: {'a folder, expected a .jsonl file' if source.is_dir() else 'no such file'}")
-    if output.resolve() == source.resolve().parent:
-        raise UserError(f"{output}: the folder of the source file itself; give the dataset a folder of its own")
-    with new_folder(output, overwrite) as folder:
+    with new_folder(output, overwrite, sources=(source,)) as folder:
         statistics, ends = _copy_lines(source, folder / DATA, language)
         if not statistics.nlines:
             raise UserError(f"{source}: the file is empty; nothing to index")
@@ -118,7 +116,7 @@ def texts_of(files: Iterable[Path], limit: int | None = None) -> Iterator[str]:
         read = 0
         with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                if file.suffix == ".jsonl":
+                if file.suffix == ".jsonl" and line.strip():
                     record = parse_record(line, f"{file}, line {number}")
                     yield from (record[key] for key in ("input", "output") if record.get(key))
                 else:

@@ -55,7 +55,7 @@ class IndexedDataset:
                     return np.memmap(h5, dtype=dataset.dtype, mode="r", offset=offset, shape=dataset.shape)
             if text.is_file():
                 return np.loadtxt(text, dtype=np.int64, ndmin=1)
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{self.folder}: the index cannot be read: {error}; index it again") from None
         raise UserError(f"{self.folder}: neither {INDEX_H5} nor {INDEX} is there; index it with `fm9g data index`")
 

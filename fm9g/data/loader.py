@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -55,8 +57,11 @@ class Loader:
         self._fingerprint["shares"] = mixture.shares()
         states: dict[str, Any] = {}
         if position is not None:
-            _check_same(position["fingerprint"], self._fingerprint)
-            states, self._mean_tokens = position["streams"], position["mean_tokens"]
+            states, saved = position.get("streams", {}), position.get("fingerprint", {})
+            if "mean_tokens" not in position or len(states) != saved.get("global_batch"):
+                raise UserError("the data position of the checkpoint is not whole; take another one")
+            _check_same(saved, self._fingerprint)
+            self._mean_tokens = position["mean_tokens"]
         else:
             self._mean_tokens = mixture.mean_tokens()
         odds = Odds(
@@ -145,8 +150,16 @@ def _start_workers(mixture: Mixture, workers: int) -> ProcessPoolExecutor:
 
 def _start_worker(*recipe: Any) -> None:
     global _worker_mixture
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process, which ends its workers
     _worker_mixture = Mixture(*recipe)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)  # the training process was killed and could not end its workers
 
 
 def _encode_chunk(dataset: int, places: list[int]) -> list[Encoded]:

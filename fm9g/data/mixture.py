@@ -16,6 +16,7 @@ from fm9g.config.mixture import DatasetConfig
 from fm9g.data.encode import Encoded, encode
 from fm9g.data.index import IndexedDataset
 from fm9g.data.order import Permutation, mix
+from fm9g.data.records import SHOWN
 from fm9g.data.tokenizer import load_tokenizer
 from fm9g.errors import UserError
 
@@ -88,12 +89,15 @@ class Mixture:
             where = f"{config.task_name}, line {number + 1} of {config.path}, {config.transforms}"
             try:
                 record = transform(record, shots, source)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise UserError(f"{where}: {type(error).__name__}: {error}") from error
             good = isinstance(record, dict) and all(isinstance(record.get(key, ""), str) for key in ("input", "output"))
             if not good:
-                raise UserError(f'{where}: returned {record!r}, expected {{"input": str, "output": str}}')
-        return encode(record, self.tokenizer, self.max_length, config.oversize_rule)
+                raise UserError(f'{where}: returned {repr(record)[:SHOWN]}, expected {{"input": str, "output": str}}')
+        try:
+            return encode(record, self.tokenizer, self.max_length, config.oversize_rule)
+        except (TypeError, UnicodeEncodeError) as error:  # a lone surrogate is no text
+            raise UserError(f"{config.task_name}, line {number + 1} of {config.path}: not encodable: {error}") from None
 
     def mean_tokens(self) -> list[float]:
         """Average tokens of a sample of each dataset: as configured (at most max_length), else measured.
@@ -133,7 +137,7 @@ def _load_transform(config: DatasetConfig) -> Transform | None:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{where}: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, "transform", None)):
         raise UserError(f"{where}: it defines no function transform(data, num_sample, r)")

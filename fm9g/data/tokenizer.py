@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from fm9g.errors import UserError
+from fm9g.files import new_folder
 
 
 class Tokenizer(ABC):
@@ -176,14 +178,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"{path}: not a tokenizer that can be read: {error}") from None
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path) -> int:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, overwrite: bool = False) -> int:
     """Trains a byte-level BPE tokenizer (bos <s>, eos </s>) and writes it as a Hugging Face folder.
 
-    Returns how many tokens it has: vocab_size, or fewer where the texts do not give so many.
+    Returns how many tokens it has: vocab_size, or fewer where the texts do not give so many. Raises UserError where
+    vocab_size does not hold the bytes, there is no text, or the output folder holds something (unless overwrite).
     """
     from tokenizers import Tokenizer as Model
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+    least = 2 + 256
+    if not least <= vocab_size < 2**31:
+        raise UserError(f"vocab_size: found {vocab_size}, expected at least {least}: <s>, </s> and the 256 bytes")
+    first = next(texts := iter(texts), None)
+    if first is None:
+        raise UserError("there is no text to train a tokenizer on")
     model = Model(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
@@ -193,13 +202,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path) -> int:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    model.train_from_iterator(texts, trainer)
+    model.train_from_iterator(chain([first], texts), trainer)
     # Other programs ask for special tokens: what they generate from starts with <s>, as in training.
     model.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", model.token_to_id("<s>"))]
     )
-    output.mkdir(parents=True, exist_ok=True)
-    model.save(str(output / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-    (output / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    with new_folder(output, overwrite) as folder:
+        model.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     return model.get_vocab_size()

@@ -58,7 +58,10 @@ class TorchEngine:
         dtype: torch.dtype,
         checkpointed: list[torch.nn.Module],
     ) -> None:
-        model.to_empty(device=self.device)
+        try:
+            model.to_empty(device=self.device)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one, too
+            raise UserError(f"the model does not fit in the memory of {self.device}: {error}") from None
         for name, weight in model.named_parameters():
             fill(name, weight.data)
         for module in checkpointed:  # from outside, so that no module's name changes

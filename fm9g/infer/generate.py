@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ def generate(
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: not a Hugging Face folder (config.json is missing); make one with `fm9g convert`")
+    for name, value, allowed in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
+        ("temperature", temperature, 0 <= temperature < math.inf),
+        ("top_p", top_p, 0 < top_p <= 1),
+        ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf),
+        ("seed", seed, 0 <= seed < 2**32),
+    ):
+        if not allowed:
+            raise UserError(f"{name}: found {value}, which is out of range")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
     from transformers.utils import logging
@@ -30,9 +40,12 @@ def generate(
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        model, report = loaded
+    except Exception as error:  # transformers and safetensors raise many kinds
         raise UserError(f"{folder}: transformers cannot load it: {error}") from None
+    if missing := report["missing_keys"]:
+        raise UserError(f"{folder}: {min(missing)} is missing; config.json and the weights do not match")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.eval().to(device)
     set_seed(seed)

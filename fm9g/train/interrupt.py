@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Interrupt:
-    """While its block runs, the first SIGINT or SIGTERM only sets `requested`; a second SIGINT acts as usual."""
+    """While its block runs, the first SIGINT or SIGTERM only sets `requested`; a second signal acts as usual."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -27,7 +27,8 @@ class Interrupt:
         self.requested = True
         name = signal.Signals(number).name
         print(f"{name}: stopping with a checkpoint after this step; Ctrl-C again ends at once", file=sys.stderr)
-        signal.signal(signal.SIGINT, self._before[signal.SIGINT])
+        for again, handler in self._before.items():
+            signal.signal(again, handler)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from fm9g.data.encode import IGNORED
 from fm9g.data.loader import Loader
 from fm9g.data.pack import Pack
 from fm9g.engine.base import Engine
+from fm9g.errors import UserError
 from fm9g.model.transformer import Batch
 from fm9g.train.metrics import Metrics
 from fm9g.train.schedule import learning_rate
@@ -68,6 +70,11 @@ def train(
             figures |= {"Optimizer/lr": lr, "Optimizer/grad_norm": grad_norm.item(), "Optimizer/scale": 1.0}
             figures["Throughput/tokens_per_second"] = sum(engine.gather(clock.rate()))
             metrics.write(state.step, figures)
+            if not math.isfinite(figures["Loss/train"] + figures["Optimizer/grad_norm"]):
+                raise UserError(
+                    f"step {state.step}: the loss or the norm of the gradients is not a finite number. Nothing of it "
+                    "is saved. Resume from an earlier checkpoint with a lower lr, or look at the data"
+                )
         if state.step % config.save_iters == 0:
             save()
             saved = state.step

@@ -8,7 +8,7 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
-from fm9g.files import new_file
+from fm9g.files import as_user_error, new_file
 from fm9g.progress import Progress
 
 METRICS_FILE = "metrics.jsonl"
@@ -21,6 +21,8 @@ class Metrics:
         """first_step: finished steps at the start. Figures of later steps, from a course that was left, are dropped."""
         self._file = log / METRICS_FILE
         log.mkdir(parents=True, exist_ok=True)
+        if first_step == 0 and self._file.is_file():  # a new run under an old name
+            self._file.replace(log / f"{METRICS_FILE}.old")
         kept = [figures for figures in read_metrics(self._file) if figures["step"] <= first_step]
         with new_file(self._file) as temporary:
             temporary.write_text("".join(json.dumps(figures) + "\n" for figures in kept), encoding="utf-8")
@@ -35,8 +37,11 @@ class Metrics:
         """figures: TensorBoard tag -> value."""
         for tag, value in figures.items():
             self._tensorboard.add_scalar(tag, value, step)
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
+        try:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **figures}) + "\n")
+        except OSError as error:
+            raise as_user_error(error, self._file) from error
         shown = {
             "loss": f"{figures['Loss/train']:.4f}",
             "lr": f"{figures['Optimizer/lr']:.3e}",
@@ -54,13 +59,15 @@ class Metrics:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The figures of a run, a dict a logged step; a last line that was cut off by a crash is left out."""
+    """The figures of a run, a dict a logged step; a line that was cut off by a crash is left out."""
     if not file.is_file():
         return []
     figures = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            figures.append(json.loads(line))
+            content = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(content, dict) and isinstance(content.get("step"), int):
+            figures.append(content)
     return figures

@@ -20,6 +20,7 @@ from fm9g.data.mixture import Mixture
 from fm9g.engine.base import AdamW, Engine
 from fm9g.engine.torch import TorchEngine, has_fast_bf16
 from fm9g.errors import UserError
+from fm9g.files import probe_writable
 from fm9g.model.transformer import FM9G, is_width_scaled, weight_shapes
 from fm9g.train.interrupt import Interrupt
 from fm9g.train.loop import TrainState, train
@@ -62,8 +63,11 @@ def run_training(run: RunConfig) -> Result:
         print(f"note: {note}")
     print(_summary(run, engine, mixture))
     print(f"resuming from {checkpoint.folder}" if checkpoint else "starting at step 0")
-    if checkpoint is None and config.overwrite:
-        shutil.rmtree(root, ignore_errors=True)
+    replaced = [] if checkpoint else steps_in(root)
+    if config.save:
+        probe_writable(root)
+    if state.step >= min(config.stop_iters or config.train_iters, config.train_iters):
+        print(f"note: nothing is left to do: step {state.step}, train_iters {config.train_iters}")
     with (
         Loader(
             mixture,
@@ -82,19 +86,24 @@ def run_training(run: RunConfig) -> Result:
         def save() -> None:
             if config.save:
                 save_checkpoint(root, state.step, take_snapshot(run, engine, loader, mixture, state, tasks))
+                while replaced:  # only now that the new run has something to show for itself
+                    if (old := replaced.pop()) != state.step:
+                        shutil.rmtree(root / str(old))
 
         started, first = time.monotonic(), int(state.task_tokens.sum())
         train(config, tasks, engine, loader, metrics, state, save, lambda: interrupt.requested)
         seconds = time.monotonic() - started
         for reason, count in loader.skipped().items():
             print(f"note: {count} records were not trained on: {reason}")
+    if state.step == 0 and not interrupt.requested:
+        raise UserError("nothing was trained on: no record of the mixture gave a sample")
     return Result(
         step=state.step,
         tokens=int(state.task_tokens.sum()) - first,
         seconds=seconds,
         metrics_file=log / METRICS_FILE,
         tensorboard=tensorboard,
-        checkpoint=root / str(state.step) if config.save else None,
+        checkpoint=root / str(state.step) if config.save and state.step else None,
         interrupted=interrupt.requested,
     )
 

@@ -200,3 +200,31 @@ def test_configuration_does_not_import_torch() -> None:
 def test_model_defaults_are_derived() -> None:
     config = ModelConfig(vocab_size=8, hidden_size=64, intermediate_size=8, num_layers=1, num_heads=4)
     assert (config.num_kv_heads, config.head_dim, config.orig_max_length) == (4, 16, config.max_length)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("lr", "nan", "expected a finite number"),
+        ("clip_grad", "inf", "expected a finite number"),
+        ("model_unique", "", "expected a plain name"),
+        ("model_unique", "..", "expected a plain name"),
+        ("exp_group", "a/b", "expected a plain name"),
+        ("resume_ckpt", "²", "expected the number of a step"),
+        ("batch_size", "100000000000", "too many for a row"),
+        ("seed", "99999999999", "seed: found"),
+    ],
+)
+def test_values_that_would_do_harm_are_refused(key: str, value: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        load_train_config("tiny", {key: value})
+
+
+def test_nan_in_a_file_and_a_deep_or_long_one_are_refused(tmp_path: Path, model_file: Path) -> None:
+    values = read_json(model_file)
+    with pytest.raises(UserError, match="eps: found nan, expected a finite number"):
+        load_model_config(write(tmp_path / "nan.json", {**values, "eps": float("nan")}))
+    for text in ("[" * 100_000, "9" * 5000):
+        (tmp_path / "odd.json").write_text(text)
+        with pytest.raises(UserError, match=r"odd.json"):
+            read_json(tmp_path / "odd.json")

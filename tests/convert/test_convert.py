@@ -210,3 +210,59 @@ def test_an_unknown_configuration_asks_for_the_reference(folder: Path, tmp_path:
     (tmp_path / "m.json").unlink()
     with pytest.raises(UserError, match="give the folder it came from with --reference"):
         export_folder(tmp_path / "m.pt", tmp_path / "out")
+
+
+def test_existing_files_are_not_replaced_unasked(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text("precious")
+    with pytest.raises(UserError, match=r"mine.json: is there already"):
+        import_folder(folder, tmp_path / "mine.pt")
+    assert (tmp_path / "mine.json").read_text() == "precious"
+    import_folder(folder, tmp_path / "mine.pt", overwrite=True)
+    with pytest.raises(UserError, match="which is read"):
+        export_folder(tmp_path / "m.pt", folder, reference=folder, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"num_attention_heads": 0, "head_dim": None}, "not of the kind that belongs there"),
+        ({"hidden_size": "32", "head_dim": None}, "not of the kind that belongs there"),
+        ({"rope_scaling": "x"}, "not of the kind that belongs there"),
+        ({"vocab_size": None}, "vocab_size"),
+    ],
+)
+def test_broken_configurations_get_one_message(folder: Path, tmp_path: Path, changes: dict, expected: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(UserError, match=expected):
+        import_folder(folder, tmp_path / "no.pt")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match=r"config.json: num_attention_heads: missing"):
+        import_folder(folder, tmp_path / "no.pt")
+
+
+def test_weight_files_in_the_old_format_are_read_and_integers_are_refused(folder: Path, tmp_path: Path) -> None:
+    weights = dict(read_weights(tmp_path / "m.pt"))
+    torch.save(weights, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    old = read_weights(tmp_path / "old.pt")
+    assert all(torch.equal(old[name], weights[name]) for name in weights)
+    torch.save({name: tensor.to(torch.int8) for name, tensor in weights.items()}, tmp_path / "m.pt")
+    with pytest.raises(UserError, match=r"found torch.int8, expected floating-point weights"):
+        export_folder(tmp_path / "m.pt", tmp_path / "out")
+
+
+def test_generation_refuses_broken_folders_and_odd_options(folder: Path) -> None:
+    from fm9g.infer.generate import generate
+
+    assert isinstance(generate(folder, "the", max_new_tokens=2), str)
+    odd = {"max_new_tokens": 0, "temperature": -1.0, "top_p": 5.0, "repetition_penalty": 0.0, "seed": -1}
+    for option in ({key: value} for key, value in odd.items()):
+        with pytest.raises(UserError, match="out of range"):
+            generate(folder, "the", **option)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(UserError, match=r"config.json and the weights do not match"):
+        generate(folder, "the")
+    (folder / "model.safetensors").write_bytes(b"garbage")
+    with pytest.raises(UserError, match="transformers cannot load it"):
+        generate(folder, "the")

@@ -83,3 +83,14 @@ def test_a_missing_tokenizer_and_a_missing_end_token_are_refused(tmp_path: Path,
     (tmp_path / "tokenizer.json").write_bytes((tokenizer_path / "tokenizer.json").read_bytes())
     with pytest.raises(UserError, match="eos_token: missing"):
         load_tokenizer(tmp_path)
+
+
+def test_a_vocabulary_that_cannot_be_and_no_text_are_refused(tmp_path: Path) -> None:
+    for size in (0, 257, -5, 10**23):
+        with pytest.raises(UserError, match="vocab_size: found"):
+            train_tokenizer(["text"], size, tmp_path / "t")
+    with pytest.raises(UserError, match="there is no text"):
+        train_tokenizer([], 300, tmp_path / "t")
+    train_tokenizer(["text"], 300, tmp_path / "t")
+    with pytest.raises(UserError, match="the folder holds something"):
+        train_tokenizer(["text"], 300, tmp_path / "t")

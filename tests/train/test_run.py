@@ -292,3 +292,69 @@ def test_a_cuda_device_that_is_not_there_is_refused(train: Train) -> None:
         pytest.skip("there is one")
     with pytest.raises(UserError, match="torch sees no GPU here"):
         train("out", device="cuda")
+
+
+def test_overwrite_deletes_only_checkpoints_and_only_when_there_is_a_new_one(train: Train, tmp_path: Path) -> None:
+    root = tmp_path / "out" / "checkpoints" / "m"
+    train("out", save_iters=5)
+    (root / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="nowhere"):
+        train("out", overwrite=True, tokenizer_path="nowhere")
+    train("out", overwrite=True, save=False, train_iters=1)
+    assert steps_in(root) == [5, 10, 12]
+    train("out", overwrite=True, train_iters=5)
+    assert steps_in(root) == [5]
+    assert (root / "notes.txt").exists()
+
+
+def test_the_figures_of_an_earlier_run_of_that_name_are_kept(train: Train, whole: Result) -> None:
+    before = whole.metrics_file.read_text()
+    train("whole", save=False, train_iters=1)
+    assert whole.metrics_file.with_name("metrics.jsonl.old").read_text() == before
+
+
+@pytest.mark.parametrize("name", ["fm9g_live_checkpoint-12.pt", "config.json"])
+def test_a_changed_byte_in_a_checkpoint_is_noticed(train: Train, whole: Result, name: str) -> None:
+    assert whole.checkpoint is not None
+    content = bytearray((whole.checkpoint / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (whole.checkpoint / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: its content has changed"):
+        train("whole", resume_ckpt=12, train_iters=14)
+
+
+def test_a_renamed_checkpoint_and_a_broken_manifest_are_refused(whole: Result) -> None:
+    assert whole.checkpoint is not None
+    moved = whole.checkpoint.rename(whole.checkpoint.with_name("7"))
+    with pytest.raises(UserError, match="holds step 12; give the folder its name back"):
+        Checkpoint(moved)
+    for content in ("{}", "[]", '{"step": 7, "files": null}'):
+        (moved / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match=r"manifest.json: not a manifest"):
+            Checkpoint(moved)
+
+
+def test_a_diverged_run_stops_and_saves_nothing(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a finite number"):
+        train("out", lr=1e30, warmup_iters=0, train_iters=50)
+    assert steps_in(tmp_path / "out" / "checkpoints" / "m") == []
+
+
+def test_a_run_without_anything_to_train_on_is_an_error(train: Train, make_mixture: Callable[..., Path]) -> None:
+    nothing = make_mixture({"few": [{"input": "x", "output": ""}]}, few={"allow_repeat": False})
+    with pytest.raises(UserError, match="nothing was trained on"):
+        train("out", dataset_config=nothing)
+
+
+def test_a_place_that_cannot_be_written_is_noticed_before_the_first_step(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoints").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be written"):
+        train("out")
+    assert not (tmp_path / "out" / "logs").exists()
+
+
+def test_bf16_resumes_exactly_too(train: Train) -> None:
+    settings = {"model.half_type": "bf16"}
+    first = train("parts", stop_iters=5, **settings)
+    assert_same_run(train("whole", **settings), train("parts", resume_ckpt=first.step, **settings))

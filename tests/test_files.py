@@ -1,0 +1,90 @@
+"""A name on disk holds something whole or what it held before."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fm9g.errors import UserError
+from fm9g.files import new_file, new_folder, probe_writable, recover
+
+
+def write(target: Path, text: str, overwrite: bool = False, sources: tuple[Path, ...] = ()) -> None:
+    with new_folder(target, overwrite, sources) as folder:
+        (folder / "file").write_text(text)
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_folder_appears_when_the_block_is_done(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "a" / "b") as folder:
+        (folder / "file").write_text("x")
+        assert not (tmp_path / "a" / "b").exists()
+    assert (tmp_path / "a" / "b" / "file").read_text() == "x"
+    assert os.listdir(tmp_path / "a") == ["b"]
+
+
+def test_an_error_in_the_block_leaves_what_was_there(tmp_path: Path) -> None:
+    write(tmp_path / "a", "old")
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "a", overwrite=True) as folder:
+        (folder / "file").write_text("half")
+        raise ZeroDivisionError
+    assert (tmp_path / "a" / "file").read_text() == "old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("inside", ["source", "deep/er/source", "."])
+def test_a_folder_that_holds_the_source_is_never_replaced(tmp_path: Path, inside: str) -> None:
+    source = tmp_path / "a" / inside
+    source.mkdir(parents=True)
+    (source / "precious").write_text("x")
+    with pytest.raises(UserError, match="which is read; choose another folder"):
+        write(tmp_path / "a", "new", overwrite=True, sources=(source,))
+    assert (source / "precious").exists()
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write(tmp_path / "link", "x")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "file").read_text() == "x"
+
+
+def test_what_a_killed_process_left_is_put_right(tmp_path: Path) -> None:
+    """Killed between the two renames, and killed while it wrote."""
+    pid = dead_pid()
+    (tmp_path / f".a.{pid}.old").mkdir()
+    (tmp_path / f".a.{pid}.old" / "file").write_text("old")
+    (tmp_path / f".a.{pid}.tmp").mkdir()
+    (tmp_path / f".a.{os.getppid()}.tmp").mkdir()  # of a process that still writes
+    (tmp_path / ".a.mine.tmp").mkdir()
+    recover(tmp_path / "a")
+    assert (tmp_path / "a" / "file").read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == sorted(["a", f".a.{os.getppid()}.tmp", ".a.mine.tmp"])
+
+
+def test_a_full_disk_is_told_whatever_class_it_comes_in(tmp_path: Path) -> None:
+    for error in (OSError(28, "No space left on device"), RuntimeError("io: No space left on device")):
+        with pytest.raises(UserError, match="the disk is full; nothing was changed"), new_file(tmp_path / "f") as path:
+            path.write_text("half")
+            raise error
+    with pytest.raises(RuntimeError, match="other"), new_file(tmp_path / "f"):
+        raise RuntimeError("other")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="a file is in the way"):
+        write(tmp_path / "file", "y", overwrite=True)
+    with pytest.raises(UserError, match=r"file/sub/probe: cannot be written: Not a directory"):
+        probe_writable(tmp_path / "file" / "sub")
+    probe_writable(tmp_path / "new")
+    assert os.listdir(tmp_path / "new") == []
