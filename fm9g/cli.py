@@ -201,15 +201,11 @@ def _default(field: Any) -> Any:
 
 
 def _data_txt2jsonl(options: argparse.Namespace) -> None:
-    from fm9g.data.records import text_records, to_line
+    from fm9g.data.records import decoded_lines, text_records, to_line
 
-    sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")  # type: ignore[union-attr]
-    try:
-        for record in text_records(sys.stdin):
-            sys.stdout.buffer.write(to_line(record))
-        sys.stdout.buffer.flush()
-    except UnicodeDecodeError as error:
-        raise UserError(f"stdin: not UTF-8 text: {error}; convert it first, for example with iconv") from None
+    for record in text_records(decoded_lines(sys.stdin.buffer, "stdin")):
+        sys.stdout.buffer.write(to_line(record))
+    sys.stdout.buffer.flush()
 
 
 def _data_index(options: argparse.Namespace) -> None:

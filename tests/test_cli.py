@@ -123,6 +123,16 @@ def test_config_show_tells_what_is_missing(capsys: pytest.CaptureFixture) -> Non
 
 
 def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
-    done = shell(f"printf '\\377' | python -m fm9g data txt2jsonl > {tmp_path}/o", ROOT)
+    done = shell(f"printf 'a\\n\\377' | python -m fm9g data txt2jsonl > {tmp_path}/o", ROOT)
     assert done.returncode == 2
-    assert "stdin: not UTF-8 text" in done.stderr
+    assert "stdin, line 2: not UTF-8" in done.stderr
+
+
+def test_every_way_to_end_a_line_is_known(tmp_path: Path) -> None:
+    done = shell("printf '\\357\\273\\277a\\r\\n b\\rc\\n\\nd' | python -m fm9g data txt2jsonl", ROOT)
+    assert [json.loads(line)["output"] for line in done.stdout.splitlines()] == ["a", "b", "c", "d"]
+
+
+def test_an_option_given_twice_is_refused(capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", "--config", "tiny", "--lr", "1", "--lr", "2"]) == 2
+    assert "--lr is given twice" in capsys.readouterr().err

@@ -19,6 +19,18 @@ def text_records(lines: Iterable[str]) -> Iterator[dict[str, str]]:
             yield {"input": "", "output": text}
 
 
+def decoded_lines(stream: Iterable[bytes], where: str) -> Iterator[str]:
+    """The lines of a UTF-8 stream, however they end. Raises UserError that names the line that is not UTF-8."""
+    for number, line in enumerate(stream, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{where}, line {number}: not UTF-8: {error.reason}; convert it, with iconv for example"
+            ) from None
+        yield from text.replace("\r\n", "\n").split("\r")
+
+
 def to_line(record: dict[str, Any]) -> bytes:
     """A record as one line of a .jsonl file, with its newline."""
     return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
