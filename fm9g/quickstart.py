@@ -54,11 +54,10 @@ def quickstart(out: Path, steps: int, overwrite: bool = False) -> None:
         "output_dir": str(out / "data"),
         "train_iters": str(steps),
         "save_iters": str(steps),
-        "overwrite": str(overwrite),
     }
     half = steps // 2
     _say(4, f"Pretraining: {half} steps, a stop, and on from the checkpoint to step {steps}")
-    first = _train({**settings, "stop_iters": str(half)})
+    first = _train({**settings, "stop_iters": str(half), "overwrite": str(overwrite)})
     print(f"stopped at step {first.step}; resuming from {first.checkpoint}")
     second = _train({**settings, "resume_ckpt": str(first.step)})
     assert second.checkpoint is not None

@@ -13,7 +13,9 @@ def test_the_whole_path_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert len(files) > 500
     monkeypatch.setattr(quickstart, "library_sources", lambda: [file for file in files if file.parent.name == "json"])
     out = tmp_path / "out"
-    quickstart.quickstart(out, steps=2)
+    (out / "datasets" / "sources").mkdir(parents=True)
+    (out / "datasets" / "sources" / "old").write_text("of an earlier run")
+    quickstart.quickstart(out, steps=2, overwrite=True)
     printed = capsys.readouterr().out
     assert "    class Queue:" in printed
     assert "loss at start and end" in printed
