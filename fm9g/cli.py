@@ -220,7 +220,9 @@ def _data_tokenizer(options: argparse.Namespace) -> None:
     from fm9g.data.build import texts_of
     from fm9g.data.tokenizer import train_tokenizer
 
-    size = train_tokenizer(texts_of(options.files), options.vocab_size, options.output, options.overwrite)
+    size = train_tokenizer(
+        texts_of(options.files), options.vocab_size, options.output, options.overwrite, tuple(options.files)
+    )
     print(f"{options.output}: {size} tokens")
 
 

@@ -48,6 +48,8 @@ def import_folder(source: Path, target: Path, overwrite: bool = False) -> Path:
     if (source / MANIFEST).is_file():
         raise UserError(f"{source}: a 9G checkpoint; its .pt file is {Checkpoint(source).weight_file}")
     config_file = target.with_suffix(".json")
+    if config_file.resolve() == (source / "config.json").resolve():
+        raise UserError(f"{target}: its configuration would replace {config_file}, which is read; choose another name")
     for file in (target, config_file):
         if file.is_dir() or (file.exists() and not overwrite):
             raise UserError(f"{file}: is there already; choose another name or allow it to be replaced (--overwrite)")

@@ -178,10 +178,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"{path}: not a tokenizer that can be read: {error}") from None
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, overwrite: bool = False) -> int:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, output: Path, overwrite: bool = False, sources: tuple[Path, ...] = ()
+) -> int:
     """Trains a byte-level BPE tokenizer (bos <s>, eos </s>) and writes it as a Hugging Face folder.
 
-    Returns how many tokens it has: vocab_size, or fewer where the texts do not give so many. Raises UserError where
+    Returns how many tokens it has: vocab_size, or fewer where the texts do not give so many. sources:
+    the files behind the texts, which are never replaced. Raises UserError where
     vocab_size does not hold the bytes, there is no text, or the output folder holds something (unless overwrite).
     """
     from tokenizers import Tokenizer as Model
@@ -208,7 +211,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, overwri
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", model.token_to_id("<s>"))]
     )
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-    with new_folder(output, overwrite) as folder:
+    with new_folder(output, overwrite, sources) as folder:
         model.save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     return model.get_vocab_size()

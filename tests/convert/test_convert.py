@@ -219,6 +219,8 @@ def test_existing_files_are_not_replaced_unasked(folder: Path, tmp_path: Path) -
     assert (tmp_path / "mine.json").read_text() == "precious"
     import_folder(folder, tmp_path / "mine.pt", overwrite=True)
     with pytest.raises(UserError, match="which is read"):
+        import_folder(folder, folder / "config.pt", overwrite=True)
+    with pytest.raises(UserError, match="which is read"):
         export_folder(tmp_path / "m.pt", folder, reference=folder, overwrite=True)
 
 
