@@ -67,17 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_arguments(show)
     verb("keys", _config_keys, "every key of the three kinds of configuration file", under=config)
 
-    data = group("data", "txt2jsonl, index, tokenizer: prepare data")
+    data = group("data", "txt2jsonl, index, tokenizer, check, show: prepare data and look at it")
     verb("txt2jsonl", _data_txt2jsonl, "plain text on stdin, a record a line, to jsonl on stdout", under=data)
-    index = verb("index", _data_index, "make an indexed dataset from a .jsonl file", under=data)
-    index.add_argument("--path", type=Path, required=True, help="the .jsonl file")
-    index.add_argument("--language", required=True, choices=["zh", "en", "code"], help="for the estimate of its tokens")
-    index.add_argument("--output", type=Path, required=True, help="folder of the new dataset")
-    index.add_argument("--overwrite", action="store_true", help="replace a folder that holds something")
-    tokenizer = verb(
-        "tokenizer", _data_tokenizer, "train a byte-level BPE tokenizer on .jsonl or .txt files", under=data
-    )
-    tokenizer.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    _add_index(verb("index", _data_index, "make an indexed dataset from files of any kind", under=data))
+    tokenizer = verb("tokenizer", _data_tokenizer, "train a byte-level BPE tokenizer on the texts of files", under=data)
+    tokenizer.add_argument("files", nargs="+", metavar="FILE", help="what `fm9g data index` reads")
     tokenizer.add_argument("--vocab_size", type=int, required=True, help="most tokens it may have, at least 258")
     tokenizer.add_argument("--output", type=Path, required=True, help="folder of the new tokenizer")
     tokenizer.add_argument("--overwrite", action="store_true", help="replace a folder that holds something")
@@ -103,6 +97,40 @@ def _parser() -> argparse.ArgumentParser:
     ):
         generate.add_argument(f"--{option}", type=kind, default=default, help=f"{meaning} (default: {default})")
     return parser
+
+
+def _add_index(index: argparse.ArgumentParser) -> None:
+    index.add_argument(
+        "--path",
+        nargs="+",
+        required=True,
+        help="files, folders or globs: .jsonl .json .txt .md .csv .tsv .parquet, each also .gz .zst .xz .bz2; a folder "
+        "that datasets.save_to_disk made; LLaMA-Factory's dataset_info.json (with --dataset); - is stdin",
+    )
+    index.add_argument("--language", required=True, choices=["zh", "en", "code"], help="for the estimate of its tokens")
+    index.add_argument("--output", type=Path, required=True, help="folder of the new dataset")
+    index.add_argument("--overwrite", action="store_true", help="replace a folder that holds something")
+    formats = ["jsonl", "json", "txt", "md", "csv", "tsv", "parquet", "datasets"]
+    index.add_argument("--format", default="", choices=formats, help="of all files; default: by their names")
+    units = ["line", "paragraph", "file"]
+    index.add_argument(
+        "--text-unit", default="", choices=units, help="a record of text; default: a line of .txt, the whole of .md"
+    )
+    index.add_argument(
+        "--columns", default="", help="prompt=KEY,response=KEY,... where the keys are not known ones; or a JSON file"
+    )
+    index.add_argument("--dataset", default="", metavar="NAME", help="entry of the dataset_info.json that --path names")
+    index.add_argument("--as-is", action="store_true", help="keep objects of any keys, for a transform to shape")
+    index.add_argument("--skip-bad", action="store_true", help="leave bad records out, and list them in rejects.jsonl")
+    index.add_argument(
+        "--split",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="this much to OUTPUT/validation, the rest to OUTPUT/train",
+    )
+    index.add_argument("--seed", type=int, default=1234, help="of the split (%(default)s)")
+    index.add_argument("--workers", type=int, default=None, help="processes; default: one a core where that pays")
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -210,20 +238,45 @@ def _data_txt2jsonl(options: argparse.Namespace) -> None:
 
 def _data_index(options: argparse.Namespace) -> None:
     from fm9g.data.build import build_index
+    from fm9g.data.lines import Settings
+    from fm9g.data.shapes import columns_from_file, columns_from_text, dataset_info_entry
+    from fm9g.data.sources import find_sources
 
-    meta = build_index(options.path, options.output, options.language, options.overwrite)
-    size = f"{meta['nlines']} records, {meta['nbytes']} bytes, about {meta['avg_token_per_line']:.0f} tokens each"
-    print(f"{options.output}: {size}")
+    paths, columns = options.path, None
+    if options.dataset:
+        if len(paths) != 1 or options.columns:
+            raise UserError("--dataset: goes with one --path, a dataset_info.json, and without --columns")
+        path, columns, samples = dataset_info_entry(Path(paths[0]), options.dataset)
+        if samples is not None:
+            raise UserError(f"{paths[0]}: num_samples: remove it; abs_weight in a mixture says how much is trained on")
+        paths = [str(path)]
+    elif options.columns:
+        is_file = "=" not in options.columns
+        columns = columns_from_file(Path(options.columns)) if is_file else columns_from_text(options.columns)
+    sources = find_sources(paths, options.format, options.text_unit)
+    settings = Settings(options.language, columns, options.as_is, options.skip_bad, options.split, options.seed)
+    report = build_index(sources, options.output, settings, options.workers, options.overwrite)
+    for folder, meta in report.metas.items():
+        size = f"{meta['nlines']} records, {meta['nbytes']} bytes, about {meta['avg_token_per_line']:.0f} tokens each"
+        print(f"{folder}: {size}")
+    shapes = ", ".join(f"{count} {shape}" for shape, count in report.shapes.most_common())
+    print(f"read from {report.sources} {'file' if report.sources == 1 else 'files'}: {shapes}")
+    if report.empty:
+        print(f"note: {report.empty} records have no output; training skips them")
+    if report.rejected:
+        print(f"note: {report.rejected} bad records were left out: {options.output / 'rejects.jsonl'}")
 
 
 def _data_tokenizer(options: argparse.Namespace) -> None:
     from fm9g.data.build import texts_of
+    from fm9g.data.sources import find_sources
     from fm9g.data.tokenizer import train_tokenizer
 
-    size = train_tokenizer(
-        texts_of(options.files), options.vocab_size, options.output, options.overwrite, tuple(options.files)
-    )
-    print(f"{options.output}: {size} tokens")
+    sources = find_sources(options.files)
+    files = tuple(Path(source.path) for source in sources)
+    size = train_tokenizer(texts_of(sources), options.vocab_size, options.output, options.overwrite, files)
+    less = f"; fewer than {options.vocab_size}: the text gives no more" if size < options.vocab_size else ""
+    print(f"{options.output}: a tokenizer of {size} tokens{less}")
 
 
 def _convert(options: argparse.Namespace) -> None:

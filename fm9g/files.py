@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import mmap
 import os
 import shutil
 from collections.abc import Iterator
@@ -67,6 +69,83 @@ def new_file(target: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+class AppendedFile:
+    """A new file that grows at its end, written past the page cache where the file system allows that.
+
+    What is written has to reach the disk before it counts, so the cache would only be a detour, and one that costs
+    more than the writing where memory is slow to come by.
+    """
+
+    _ALIGNMENT = 4096  # of what is written past the cache
+
+    def __init__(self, path: Path, buffer_size: int = 1 << 19) -> None:
+        """buffer_size: bytes written at a time, a multiple of 4096."""
+        self._file = _open_direct(path)
+        self._buffer = memoryview(mmap.mmap(-1, buffer_size))  # aligned
+        self._filled = 0
+
+    def write(self, data: bytes) -> None:
+        """Appends data."""
+        rest = memoryview(data)
+        while rest:
+            part = rest[: len(self._buffer) - self._filled]
+            self._buffer[self._filled : self._filled + len(part)] = part
+            self._advance(len(part))
+            rest = rest[len(part) :]
+
+    def copy(self, source: str, start: int, end: int) -> None:
+        """Appends bytes `start` to `end` of another file."""
+        file = os.open(source, os.O_RDONLY)
+        try:
+            while start < end:
+                part = self._buffer[self._filled : self._filled + end - start]
+                count = os.preadv(file, [part], start)
+                if not count:
+                    raise UserError(f"{source}: became shorter while it was read; let it be written to its end first")
+                self._advance(count)
+                start += count
+        finally:
+            os.close(file)
+
+    def _advance(self, count: int) -> None:
+        self._filled += count
+        if self._filled == len(self._buffer):
+            self._flush()
+
+    def _flush(self) -> None:
+        written = 0
+        while written < self._filled:
+            if (self._filled - written) % self._ALIGNMENT or written % self._ALIGNMENT:
+                _leave_direct(self._file)  # the last, uneven piece goes through the cache
+            written += os.write(self._file, self._buffer[written : self._filled])
+        self._filled = 0
+
+    def __enter__(self) -> AppendedFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._flush()
+        finally:
+            os.close(self._file)
+
+
+def _open_direct(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    try:
+        return os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # what a file system says that cannot do it
+            raise
+        return os.open(path, flags, 0o666)
+
+
+def _leave_direct(file: int) -> None:
+    if hasattr(os, "O_DIRECT"):
+        fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~os.O_DIRECT)
 
 
 def recover(target: Path) -> None:

@@ -12,23 +12,24 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Counts units of work up to `total`; use as a context manager."""
+    """Counts units of work up to `total` (None: unknown); use as a context manager."""
 
-    def __init__(self, title: str, total: int, unit: str, done: int = 0) -> None:
+    def __init__(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
         self._terminal = sys.stderr.isatty()
-        self._title, self._total, self._unit, self._done = title, total, unit, done
+        self._title, self._unit, self.done = title, unit, done
+        self._of = "" if total is None else f" of {total}"
         self._last_line = time.monotonic()
         self._bar = tqdm(
             total=total, initial=done, desc=title, unit=unit, unit_scale=unit == "B", disable=not self._terminal
         )
 
     def advance(self, units: int = 1) -> None:
-        self._done += units
+        self.done += units
         if self._terminal:
             self._bar.update(units)
         elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            print(f"{self._title}: {self._done} of {self._total} {self._unit}", file=sys.stderr, flush=True)
+            print(f"{self._title}: {self.done}{self._of} {self._unit}", file=sys.stderr, flush=True)
 
     def figures(self, text: str) -> None:
         """Shows figures of the moment: behind the bar on a terminal, as a line of their own in a log."""
@@ -36,7 +37,7 @@ class Progress:
             self._bar.set_postfix_str(text)
         else:
             self._last_line = time.monotonic()
-            print(f"{self._title} {self._done}/{self._total} | {text}", file=sys.stderr, flush=True)
+            print(f"{self._title} {self.done}{self._of} | {text}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         return self

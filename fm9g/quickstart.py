@@ -15,7 +15,9 @@ from fm9g.config.model import load_model_config
 from fm9g.config.run import load_run
 from fm9g.convert.hf import export_folder
 from fm9g.data.build import build_index, texts_of
+from fm9g.data.lines import Settings
 from fm9g.data.records import text_records, to_line
+from fm9g.data.sources import find_sources
 from fm9g.data.tokenizer import train_tokenizer
 from fm9g.errors import UserError
 from fm9g.infer.generate import generate
@@ -41,10 +43,16 @@ def quickstart(out: Path, steps: int, overwrite: bool = False) -> None:
     _say(2, "Indexed datasets")
     indexed = {"sources": sources, "docstrings": docstrings}
     for name, file in indexed.items():
-        build_index(file, out / "datasets" / name, {"sources": "code", "docstrings": "en"}[name], overwrite=overwrite)
+        language = {"sources": "code", "docstrings": "en"}[name]
+        build_index(find_sources([str(file)]), out / "datasets" / name, Settings(language), overwrite=overwrite)
     _say(3, "Tokenizer")
     vocab_size = load_model_config(require_config("model_configs", CONFIG)).value.vocab_size
-    train_tokenizer(texts_of([sources, docstrings], TOKENIZER_BYTES), vocab_size, out / "tokenizer", overwrite)
+    train_tokenizer(
+        texts_of(find_sources([str(sources), str(docstrings)]), TOKENIZER_BYTES),
+        vocab_size,
+        out / "tokenizer",
+        overwrite,
+    )
     mixture = out / "mixture.json"
     mixture.write_text(json.dumps(MIXTURE, indent=4), encoding="utf-8")
 

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import ROOT, text, write_jsonl
+from support import ROOT, index, text, write_jsonl
 
-from fm9g.data.build import build_index
 from fm9g.data.tokenizer import train_tokenizer
 
 
@@ -38,7 +37,7 @@ def make_mixture(tmp_path: Path) -> Callable[..., Path]:
         entries = []
         for name, content in datasets.items():
             source = write_jsonl(tmp_path / f"{name}.jsonl", content)
-            build_index(source, tmp_path / "indexed" / name, "en", overwrite=True)
+            index(source, tmp_path / "indexed" / name, "en", overwrite=True)
             entries.append({"task_name": name, "path": f"indexed/{name}", "abs_weight": 1.0, **extra.get(name, {})})
         path = tmp_path / "mixture.json"
         path.write_text(json.dumps(entries), encoding="utf-8")

@@ -6,7 +6,10 @@ import random
 from pathlib import Path
 
 from fm9g.config.model import ModelConfig
+from fm9g.data.build import build_index
+from fm9g.data.lines import Settings
 from fm9g.data.records import to_line
+from fm9g.data.sources import find_sources
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = """
@@ -49,3 +52,9 @@ def small_model(**changes: object) -> ModelConfig:
         "init_std": 0.1,
     }
     return ModelConfig(**{**values, **changes})
+
+
+def index(source: Path, output: Path, language: str, overwrite: bool = False, workers: int = 0, **settings) -> dict:
+    """Makes an indexed dataset; the content of its meta.json."""
+    report = build_index(find_sources([str(source)]), output, Settings(language, **settings), workers, overwrite)
+    return report.metas[output]

@@ -10,6 +10,7 @@ from fm9g.config.fields import nearest, option
 from fm9g.config.load import Layer, Loaded, build, read_json
 from fm9g.errors import UserError
 
+LOSSES = ["assistant", "last", "all"]
 UNUSED = "descriptive; nothing depends on it"
 
 
@@ -29,8 +30,15 @@ class DatasetConfig:
     avg_tokens: float | None = option(None, help="another name of ave_tokens_per_line", exclusiveMinimum=0)
     ave_tokens: float | None = option(None, help="another name of ave_tokens_per_line", exclusiveMinimum=0)
     total_tokens: float | None = option(None, help=f"10^9 tokens; {UNUSED}", minimum=0)
+    template: str = option(
+        "", help="chat template: chatml, add_template, llama, llama2, tokenizer, or a file; default: the run's"
+    )
+    loss: str = option("", help="what is learnt: assistant, last or all; default: the run's", enum=["", *LOSSES])
     oversize_rule: str = option(
-        "segment", help="what becomes of a record longer than max_length", enum=["drop", "head", "segment"]
+        "segment",
+        help="of a record longer than max_length: drop it, keep its head, cut text into segments, or keep it whole in "
+        "a row of batch_size * max_length",
+        enum=["drop", "head", "segment", "whole"],
     )
     incontext_weight: list[float] = option([1.0], help="odds of num_sample being 0, 1, 2, ...", minItems=1)
     do_compact: bool = option(False, help=UNUSED)
@@ -86,4 +94,11 @@ def load_mixture(path: Path, overrides: dict[str, dict[str, Any]] | None = None)
 def _absolute(config: DatasetConfig, file: Path) -> DatasetConfig:
     base = file.resolve().parent
     transforms = str((base / config.transforms).resolve()) if config.transforms else None
-    return replace(config, path=str((base / config.path).resolve()), transforms=transforms)
+    # A template's name stands for itself; a file's, for the file.
+    template = str((base / config.template).resolve()) if is_file_name(config.template) else config.template
+    return replace(config, path=str((base / config.path).resolve()), transforms=transforms, template=template)
+
+
+def is_file_name(template: str) -> bool:
+    """Whether a template is given as a file rather than by name."""
+    return "/" in template or "." in template

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fm9g.config.load import Loaded, require_config
@@ -29,6 +29,13 @@ class RunConfig:
             name: {key: {"value": value, "from": origin} for key, value, origin in loaded.rows()}
             for name, loaded in sections.items()
         }
+
+
+def with_defaults(item: Loaded[DatasetConfig], train: Loaded[TrainConfig]) -> Loaded[DatasetConfig]:
+    """A dataset with the run's template and loss where it has none of its own."""
+    keys = [key for key in ("template", "loss") if not getattr(item.value, key)]
+    value = replace(item.value, **{key: getattr(train.value, key) for key in keys})
+    return Loaded(value, item.origins | {key: train.origins[key] for key in keys})
 
 
 def load_run(name: str, overrides: dict[str, str], complete: bool = True) -> RunConfig:
@@ -60,5 +67,8 @@ def load_run(name: str, overrides: dict[str, str], complete: bool = True) -> Run
     notes += missing
     mixture: list[Loaded[DatasetConfig]] = []
     if train.value.dataset_config:
-        mixture = load_mixture(require_config("dataset_configs", train.value.dataset_config), data)
+        mixture = [
+            with_defaults(item, train)
+            for item in load_mixture(require_config("dataset_configs", train.value.dataset_config), data)
+        ]
     return RunConfig(train, load_model_config(model_file, model), mixture, notes)

@@ -8,6 +8,7 @@ from typing import Any
 
 from fm9g.config.fields import option
 from fm9g.config.load import COMMAND_LINE, Layer, Loaded, build, find_config, read_object, require_config
+from fm9g.config.mixture import LOSSES
 from fm9g.errors import UserError
 
 # Names of the 9G guide that this version accepts and that change nothing: name -> what holds instead.
@@ -29,7 +30,6 @@ RETIRED = {
 # Names of the guide of which this version has one value: name -> (that value, why no other).
 FIXED = {
     "n_gpus": (1, "this version trains in one process"),
-    "only_run_dataloader": (False, "the loader alone cannot be run yet"),
     "tp_size": (1, "this version trains in one process"),
 }
 
@@ -63,6 +63,27 @@ class TrainConfig:
     max_length: int = option(4096, help="longest sample, in tokens", minimum=4)
     grad_accum: int = option(1, help="micro-batches a step, on each process", minimum=1)
     dataloader_num_workers: int = option(1, help="processes that encode; 0: the training process itself", minimum=0)
+    template: str = option(
+        "",
+        help="chat template of the datasets that name none: chatml, add_template, llama, llama2, tokenizer (its own), "
+        "or a file",
+    )
+    loss: str = option(
+        "assistant",
+        any_case=True,
+        help="what is learnt of a conversation: every turn of the assistant, its last one, or all of the text",
+        enum=LOSSES,
+    )
+    only_run_dataloader: bool = option(
+        False, help="run the data loader alone for train_iters steps and say how fast it is"
+    )
+    token_cache: str = option("", help="folder that keeps encoded datasets, for the next epoch or run; empty: none")
+    data_changes: str = option(
+        "refuse",
+        help="on resume, of a change that makes other samples (tokenizer, transforms, seed, max_length, packs a step): "
+        "refuse it, or carry the epochs on as well as can be. Datasets may always come, go and change their share",
+        enum=["refuse", "carry"],
+    )
     dataloader_prefetch_factor: int = option(2, help="chunks of records each worker prepares ahead", minimum=1)
 
     lr: float = option(1e-2, help="learning rate at the top of the schedule", minimum=0)
@@ -104,6 +125,8 @@ class TrainConfig:
             raise UserError("resume_ckpt and overwrite are both given; a run goes on or starts anew")
         if self.resume_ckpt and self.pretrained_model:
             raise UserError("resume_ckpt and pretrained_model are both given; a run starts from one of them")
+        if self.only_run_dataloader and self.resume_ckpt:
+            raise UserError("only_run_dataloader and resume_ckpt are both given; the loader alone starts at step 0")
         if (
             0 < self.drop_iters < 1
             and self.drop_iters * self.train_iters < 1

@@ -1,126 +1,308 @@
-"""Making an indexed dataset: a .jsonl file in, a folder with data.jsonl, index, index.h5 and meta.json out."""
+"""Making indexed datasets: records in, a folder with data.jsonl, index, index.h5 and meta.json out."""
 
 from __future__ import annotations
 
 import json
-from array import array
-from collections.abc import Iterable, Iterator
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+import orjson
 
 from fm9g.data.index import DATA, INDEX, INDEX_H5, META
-from fm9g.data.records import parse_record
+from fm9g.data.lines import BUCKETS, Bad, Lines, Part, Settings, convert_lines, convert_range, convert_records
+from fm9g.data.records import parse_object, quote
+from fm9g.data.sources import STDIN, Source, line_blocks, records
+from fm9g.data.workers import start_workers
 from fm9g.errors import UserError
-from fm9g.files import new_folder
+from fm9g.files import AppendedFile, new_folder
 from fm9g.progress import Progress
 
 LANGUAGES = ("zh", "en", "code")
-_BUCKETS = {"less_4k": 4, "4k-8k": 8, "8k-16k": 16, "16k-32k": 32, "32k-64k": 64, "64k-128k": 128, "128k-256k": 256}
+REJECTS = "rejects.jsonl"
+SPLITS = ("train", "validation")
+_RANGE = 8 << 20  # bytes of a file that a process gets at a time
+_RECORDS = 256  # as many of what is not read by lines
+_AHEAD = 2  # parts a process may be ahead of the writing
+_WORTH_WORKERS = 32 << 20  # bytes below which starting processes takes longer than the work
 _SAMPLE_CHARACTERS = 50
 
 
-def estimated_tokens(line: bytes, language: str) -> float:
-    """The toolkit's estimate: 0.7 a character in Chinese, 1.5 a whitespace-separated word otherwise."""
-    return 0.7 * len(line.decode()) if language == "zh" else 1.5 * len(line.split())
-
-
 @dataclass
-class Statistics:
-    """What meta.json tells of a dataset, gathered line by line."""
+class Report:
+    """What an indexing found. metas: folder -> content of its meta.json. rejected: bad records, left out."""
 
-    language: str
-    nlines: int = 0
-    tokens: float = 0.0
-    lengths: dict[str, int] = field(default_factory=lambda: dict.fromkeys([*_BUCKETS, "more_256k"], 0))
-    sample: dict[str, Any] = field(default_factory=dict)
+    sources: int = 0
+    metas: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    shapes: Counter[str] = field(default_factory=Counter)
+    blank: int = 0
+    empty: int = 0
+    rejected: int = 0
 
-    def add(self, line: bytes, record: dict[str, Any]) -> None:
-        tokens = estimated_tokens(line, self.language)
-        bucket = next((name for name, limit in _BUCKETS.items() if tokens < limit * 1024), "more_256k")
-        self.lengths[bucket] += 1
-        self.tokens += tokens
-        self.nlines += 1
-        self.sample = self.sample or record
 
-    def to_json(self, nbytes: int) -> dict[str, Any]:
+def build_index(
+    sources: list[Source], output: Path, settings: Settings, workers: int | None = None, overwrite: bool = False
+) -> Report:
+    """Checks every record of the sources and makes the indexed dataset `output` from them.
+
+    With settings.split two datasets, output/train and output/validation. Bad records that settings.skip_bad lets pass
+    are written to output/rejects.jsonl with file, line and reason. workers: processes beside this one; None: one a
+    core where that pays. The folder appears under its name only when whole.
+    Raises UserError for a bad record, for sources without any good one, and for an output folder that holds
+    something (unless overwrite) or what is read.
+    """
+    if settings.language not in LANGUAGES:
+        raise UserError(f"language: found {settings.language!r}, expected one of {', '.join(LANGUAGES)}")
+    if not 0 <= settings.split < 1:
+        raise UserError(f"split: found {settings.split}, expected a share from 0 to below 1")
+    size = sum(source.size for source in sources)
+    if workers is None:
+        workers = min(os.cpu_count() or 1, 8) if size > _WORTH_WORKERS else 0
+    paths = tuple(Path(source.path) for source in sources if source.path != STDIN)
+    report = Report(len(sources))
+    names = SPLITS if settings.split else ("",)
+    with new_folder(output, overwrite, sources=paths) as folder, ExitStack() as stack:
+        writers = [stack.enter_context(_Writer(folder / name)) for name in names]
+        run = _Run(settings, writers, report, folder / REJECTS, ahead=_AHEAD * workers)
+        by_bytes = all(source.is_lines and source.is_seekable for source in sources)
+        unit = "B" if by_bytes else "records"
+        progress = stack.enter_context(Progress("indexing", size if by_bytes else None, unit))
+        pool = start_workers(workers) if workers else None
+        try:
+            for source in sources:
+                for amount in run.add(source, pool):
+                    progress.advance(amount if by_bytes else run.read - progress.done)
+        finally:
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
+        for name, writer in zip(names, writers):
+            if not writer.nlines:
+                raise UserError(run.nothing(sources, name))
+            meta = {"language": settings.language, **writer.finish(), "shapes": dict(report.shapes)}
+            (folder / name / META).write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+            report.metas[output / name] = meta
+    return report
+
+
+Task = tuple[Callable[..., Part], tuple[Any, ...], int]  # what to call with what, and how many bytes it reads
+
+
+def _tasks(source: Source, settings: Settings) -> Iterator[Task]:
+    text = source.format == "txt"
+    if not source.is_lines:
+        rest = records(source)
+        while some := list(islice(rest, _RECORDS)):
+            yield convert_records, (some, settings), 0
+    elif source.is_seekable:
+        for start in range(0, source.size, _RANGE):
+            end = min(start + _RANGE, source.size)
+            yield convert_range, (source.path, start, end, text, settings), end - start
+    else:
+        for number, block in enumerate(line_blocks(source)):
+            yield convert_lines, (block, number == 0, text, settings), 0
+
+
+def _in_order(tasks: Iterable[Task], pool: ProcessPoolExecutor | None, ahead: int) -> Iterator[tuple[Part, int]]:
+    """Each task's result, and the bytes that it read. ahead: tasks that run while a result is used."""
+    if pool is None:
+        yield from ((call(*arguments), size) for call, arguments, size in tasks)
+        return
+    running: deque[tuple[Future[Part], int]] = deque()
+    tasks = iter(tasks)
+    while True:
+        while len(running) < ahead and (task := next(tasks, None)):
+            call, arguments, size = task
+            running.append((pool.submit(call, *arguments), size))
+        if not running:
+            return
+        future, size = running.popleft()
+        try:
+            yield future.result(), size
+        except BrokenProcessPool:
+            raise UserError(
+                "a process that checks records was killed (out of memory?); fewer --workers need less"
+            ) from None
+
+
+class _Run:
+    """One indexing: what was read so far, and where it goes."""
+
+    def __init__(self, settings: Settings, writers: list[_Writer], report: Report, rejects: Path, ahead: int) -> None:
+        self._settings, self._writers, self._report = settings, writers, report
+        self._rejects, self._ahead = rejects, ahead
+        self._first_bad = ""
+        self.read = 0
+
+    def add(self, source: Source, pool: ProcessPoolExecutor | None) -> Iterator[int]:
+        """Writes what a source holds; gives the bytes that were read, part by part."""
+        read = 0  # of this source
+        before = _stamp(source)
+        parallel = pool if source.is_lines else None
+        for part, size in _in_order(_tasks(source, self._settings), parallel, self._ahead):
+            for bad in part.bad:
+                self._reject(source, bad, read)
+            for writer, lines in zip(self._writers, part.outputs):
+                writer.add(lines, source.path)
+                self._report.empty += lines.empty
+            self._report.shapes += part.shapes
+            self._report.blank += part.blank
+            read += part.read
+            self.read += part.read
+            yield size
+        if _stamp(source) != before:
+            raise UserError(f"{source}: was changed while it was read; let it be written to its end first")
+
+    def _reject(self, source: Source, bad: Bad, read: int) -> None:
+        message = _described(source, bad, read)
+        if not self._settings.skip_bad:
+            raise UserError(message)
+        self._first_bad = self._first_bad or message
+        self._report.rejected += 1
+        content = bad.line.decode("utf-8", "replace")
+        entry = {"file": str(source), "where": _where(bad, read), "reason": bad.reason, "content": content}
+        with self._rejects.open("ab") as file:
+            file.write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))
+
+    def nothing(self, sources: list[Source], name: str) -> str:
+        """Why a dataset has no record."""
+        if self._first_bad:
+            return f"no record is good; the first: {self._first_bad}"
+        if name and self.read > self._report.blank:
+            return f"split: no record of {self.read} fell into {name}; there are too few for this share"
+        one = str(sources[0]) if len(sources) == 1 else f"{len(sources)} files"
+        return f"{one}: nothing to index, no record in it"
+
+
+def _stamp(source: Source) -> tuple[int, int] | None:
+    """What changes when a file is written to."""
+    if source.path == STDIN:
+        return None
+    status = os.stat(source.path)
+    return status.st_size, status.st_mtime_ns
+
+
+class _Writer:
+    """The files of one indexed dataset, as they grow."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self._folder, self._files = folder, ExitStack()
+        self._data = self._files.enter_context(AppendedFile(folder / DATA, 4 << 20))
+        self._index = self._files.enter_context(AppendedFile(folder / INDEX))
+        self._bounds_path = folder / "bounds"  # as in index.h5, whose size is not known before the end
+        self._bounds = self._files.enter_context(AppendedFile(self._bounds_path))
+        self._total = Lines()
+        self.nlines = self.nbytes = 0
+        self._add_bounds(np.zeros(1, np.int64))
+
+    def add(self, lines: Lines, path: str) -> None:
+        """path: the file that places among the chunks are in."""
+        for chunk in lines.chunks:
+            if isinstance(chunk, bytes):
+                self._data.write(chunk)
+            else:
+                self._data.copy(path, *chunk)
+        for lengths in lines.lengths:
+            bounds = self.nbytes + np.cumsum(lengths)
+            self._add_bounds(bounds)
+            self.nlines, self.nbytes = self.nlines + len(bounds), int(bounds[-1])
+        self._total.tokens += lines.tokens
+        self._total.buckets += lines.buckets
+        self._total.sample = self._total.sample or lines.sample
+
+    def _add_bounds(self, bounds: np.ndarray) -> None:
+        self._bounds.write(bounds.tobytes())
+        numbers = orjson.dumps(bounds, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].replace(b",", b"\n")
+        self._index.write(numbers + b"\n")
+
+    def finish(self) -> dict[str, Any]:
+        """Ends the files; returns what meta.json says of them."""
+        self._files.close()
+        with h5py.File(self._folder / INDEX_H5, "w") as file, self._bounds_path.open("rb") as bounds:
+            dataset = file.create_dataset("index", (self.nlines + 1,), np.int64)
+            for start in range(0, self.nlines + 1, 1 << 20):
+                dataset[start : start + (1 << 20)] = np.fromfile(bounds, np.int64, 1 << 20)
+        self._bounds_path.unlink()
         return {
-            "language": self.language,
             "nlines": self.nlines,
-            "nbytes": nbytes,
-            "length_distribute": self.lengths,
-            "avg_token_per_line": self.tokens / self.nlines,
-            "data_sample": {key: _cut(value) for key, value in self.sample.items()},
+            "nbytes": self.nbytes,
+            "length_distribute": dict(zip([*BUCKETS, "more_256k"], self._total.buckets.tolist())),
+            "avg_token_per_line": self._total.tokens / self.nlines,
+            "data_sample": {key: _cut(value) for key, value in parse_object(self._total.sample).items()},
         }
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._files.__exit__(*error)
 
 
 def _cut(value: Any) -> Any:
+    """A value with its long strings cut."""
+    if isinstance(value, list):
+        return [_cut(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _cut(item) for key, item in value.items()}
     long = isinstance(value, str) and len(value) > _SAMPLE_CHARACTERS
     return value[:_SAMPLE_CHARACTERS] + "..." if long else value
 
 
-def build_index(source: Path, output: Path, language: str, overwrite: bool = False) -> dict[str, Any]:
-    """Checks every line of a .jsonl file and makes the indexed dataset `output` from it.
+def texts_of(sources: Iterable[Source], limit: int | None = None) -> Iterator[str]:
+    """The texts that a tokenizer is trained on: what the records of the sources say.
 
-    The folder appears under its name only when whole. Blank lines are left out; CRLF, a byte order mark and a
-    missing last newline are put right.
-    Returns the content of meta.json. Raises UserError for a missing or empty source, a bad line, an output folder
-    that holds something (unless overwrite) or that is the source's own.
+    limit: bytes of records to take from each source. Raises UserError for a bad record.
     """
-    if language not in LANGUAGES:
-        raise UserError(f"language: found {language!r}, expected one of {', '.join(LANGUAGES)}")
-    if not source.is_file():
-        raise UserError(f"{source}: {'a folder, expected a .jsonl file' if source.is_dir() else 'no such file'}")
-    with new_folder(output, overwrite, sources=(source,)) as folder:
-        statistics, ends = _copy_lines(source, folder / DATA, language)
-        if not statistics.nlines:
-            raise UserError(f"{source}: the file is empty; nothing to index")
-        bounds = np.array(ends, dtype=np.int64)
-        bounds.tofile(folder / INDEX, sep="\n")
-        with h5py.File(folder / INDEX_H5, "w") as file:
-            file.create_dataset("index", data=bounds)
-        meta = statistics.to_json(nbytes=int(bounds[-1]))
-        (folder / META).write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
-    return meta
+    settings = Settings("en")
+    for source in sources:
+        number = taken = 0
+        for call, arguments, _ in _tasks(source, settings):
+            part = call(*arguments)
+            for bad in part.bad:
+                raise UserError(_described(source, bad, number))
+            number += part.read
+            for chunk in part.outputs[0].chunks:
+                data = chunk if isinstance(chunk, bytes) else _read(source.path, *chunk)
+                for line in data.splitlines():
+                    yield from _strings(parse_object(line))
+                taken += len(data)
+            if limit is not None and taken >= limit:
+                break
 
 
-def _copy_lines(source: Path, target: Path, language: str) -> tuple[Statistics, array]:
-    """Copies the checked lines; returns their statistics and the N+1 bounds."""
-    statistics, bounds, position = Statistics(language), array("q", [0]), 0
-    with source.open("rb") as lines, target.open("wb") as out:
-        with Progress(f"indexing {source.name}", total=source.stat().st_size, unit="B") as progress:
-            for number, line in enumerate(lines, 1):
-                progress.advance(len(line))
-                text = (line[3:] if number == 1 and line.startswith(b"\xef\xbb\xbf") else line).strip()
-                if not text:
-                    continue
-                statistics.add(text, parse_record(text, f"{source}, line {number}"))
-                out.write(text)
-                out.write(b"\n")
-                position += len(text) + 1
-                bounds.append(position)
-    return statistics, bounds
+def _read(path: str, start: int, end: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(end - start)
 
 
-def texts_of(files: Iterable[Path], limit: int | None = None) -> Iterator[str]:
-    """The texts that a tokenizer is trained on: the lines of .txt files, input and output of the records of .jsonl.
+def _strings(value: Any) -> Iterator[str]:
+    """The texts in a canonical record; not the names of its roles."""
+    if isinstance(value, str):
+        if value:
+            yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key not in ("role", "type"):
+                yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
 
-    limit: bytes to read of each file. Raises UserError for a missing file and a bad line.
-    """
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file}: no such file")
-        read = 0
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if file.suffix == ".jsonl" and line.strip():
-                    record = parse_record(line, f"{file}, line {number}")
-                    yield from (record[key] for key in ("input", "output") if record.get(key))
-                else:
-                    yield line.decode("utf-8", "replace")
-                read += len(line)
-                if limit is not None and read >= limit:
-                    break
+
+def _described(source: Source, bad: Bad, read: int) -> str:
+    """A message about a bad record. read: lines of the source before its part."""
+    return f"{source}, {_where(bad, read)}: {bad.reason}" + (f": {quote(bad.line)}" if bad.line else "")
+
+
+def _where(bad: Bad, read: int) -> str:
+    return f"line {read + bad.where}" if isinstance(bad.where, int) else bad.where

@@ -10,13 +10,19 @@ import random
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from fm9g.config.mixture import DatasetConfig
-from fm9g.data.encode import Encoded, encode
+from fm9g.data import cache
+from fm9g.data.cache import TokenCache
+from fm9g.data.encode import Encoded, Encoder, Texts, cut
 from fm9g.data.index import IndexedDataset
 from fm9g.data.order import Permutation, mix
 from fm9g.data.records import SHOWN
+from fm9g.data.shapes import BadRecord
+from fm9g.data.template import Rendered, Template, load_template
 from fm9g.data.tokenizer import load_tokenizer
 from fm9g.errors import UserError
 
@@ -24,24 +30,151 @@ Transform = Callable[[dict[str, Any], int, random.Random], dict[str, Any]]
 
 _SHUFFLE, _TRANSFORM, _MEAN = 1, 2, 3  # what a random number is for
 _MEAN_RECORDS = 256  # records that an unknown average length is measured on
+_CACHE_VERSION = 1
+
+
+class Recipe(NamedTuple):
+    """What a mixture is opened from, in this process or in a worker."""
+
+    configs: Sequence[DatasetConfig]
+    tokenizer_path: str
+    max_length: int
+    seed: int
+    capacity: int
+    token_cache: str = ""
 
 
 class Mixture:
-    """Opened datasets with their transforms and tokenizer; a pure function from (dataset, place) to samples."""
+    """Opened datasets with transforms, templates and tokenizer; a pure function from (dataset, place) to samples."""
 
-    def __init__(self, configs: Sequence[DatasetConfig], tokenizer_path: str, max_length: int, seed: int) -> None:
-        """Raises UserError for what is missing or cannot be read."""
-        self.recipe = (configs, tokenizer_path, max_length, seed)  # what a worker process opens it from
+    def __init__(
+        self,
+        configs: Sequence[DatasetConfig],
+        tokenizer_path: str,
+        max_length: int,
+        seed: int,
+        capacity: int = 0,
+        token_cache: str = "",
+    ) -> None:
+        """capacity: tokens of a row, at least max_length and as much by default. token_cache: a folder with the caches
+        of the datasets, made by `fill_cache`; those that are not there or stale are not used.
+
+        Raises UserError for what is missing or cannot be read.
+        """
         self.configs, self.max_length, self.seed = list(configs), max_length, seed
+        self.capacity = capacity or max_length
+        assert self.capacity >= max_length  # else a sample might fit into no row
+        self.recipe = Recipe(configs, tokenizer_path, max_length, seed, self.capacity, token_cache)
         self.tokenizer = load_tokenizer(tokenizer_path)
         self.datasets = [IndexedDataset(config.path) for config in configs]
         self.transforms = [_load_transform(config) for config in configs]
-        self._names = [zlib.crc32(config.task_name.encode()) for config in configs]
-        self._epochs: dict[int, tuple[int, Permutation]] = {}
+        self.encoders = [
+            Encoder(
+                self.tokenizer,
+                load_template(config.template, self.tokenizer) if config.template else self._own_template(),
+                config.loss or "assistant",
+            )
+            for config in configs
+        ]
+        self.keys = [zlib.crc32(config.task_name.encode()) for config in configs]
+        self.drew = [False for _ in configs]  # whether a transform of the dataset used its random numbers
+        self._epochs: dict[tuple[int, int], Permutation] = {}
+        self.caches: list[TokenCache | None] = [None for _ in configs]
+        if token_cache:
+            for number in range(len(configs)):
+                folder = self.cache_folder(number)
+                if cache.stale(folder, self.cache_key(number)) == []:
+                    self.caches[number] = TokenCache(folder)
 
-    @property
-    def sizes(self) -> list[int]:
-        return [len(dataset) for dataset in self.datasets]
+    def numbers(self, dataset: int, places: Sequence[int]) -> np.ndarray:
+        """(n,) the records at places of a dataset's sequence of epochs."""
+        size = len(self.datasets[dataset])
+        epochs, offsets = np.divmod(np.array(places, np.int64), size)
+        numbers = np.empty_like(offsets)
+        for epoch in set(epochs.tolist()):
+            if (dataset, epoch) not in self._epochs:
+                if len(self._epochs) > 4 * len(self.configs):
+                    self._epochs.clear()
+                self._epochs[dataset, epoch] = Permutation(size, self.seed, _SHUFFLE, self.keys[dataset], epoch)
+            here = epochs == epoch
+            numbers[here] = self._epochs[dataset, epoch](offsets[here])
+        return numbers
+
+    def encode(self, dataset: int, places: Sequence[int], doing: Callable[[int], None] | None = None) -> list[Encoded]:
+        """The samples of the records at places. doing: is told the number of each record before it is encoded.
+
+        Raises UserError that names dataset and line of a bad record.
+        """
+        numbers, cached = self.numbers(dataset, places), self.caches[dataset]
+        tokens = cached.read(numbers) if cached else self.tokens(dataset, numbers.tolist(), places, doing)
+        rule = self.configs[dataset].oversize_rule
+        return [cut(record, self.max_length, rule, self.capacity) for record in tokens]
+
+    def tokens(
+        self, dataset: int, numbers: Sequence[int], places: Sequence[int], doing: Callable[[int], None] | None = None
+    ) -> list[np.ndarray]:
+        """The marked tokens of records, by number. places: what the random numbers of their transforms depend on."""
+        texts = []
+        for number, place in zip(numbers, places):
+            if doing is not None:
+                doing(number)
+            texts.append(self.texts(dataset, number, place))
+        return self.encoders[dataset].tokens(texts)
+
+    def texts(self, dataset: int, number: int, place: int, with_contents: bool = False) -> Texts | Rendered:
+        """What is to be encoded of a record. with_contents: as in Template.render_spans."""
+        record = self.datasets[dataset][number]
+        config, transform = self.configs[dataset], self.transforms[dataset]
+        script = f", {config.transforms}" if transform else ""
+        where = f"{config.task_name}, line {number + 1} of {config.path}{script}"
+        if transform is not None:
+            record = self._transformed(record, transform, dataset, place, where)
+        try:
+            return self.encoders[dataset].texts(record, with_contents)
+        except BadRecord as error:
+            raise UserError(f"{where}: {error}") from None
+
+    def _transformed(self, record: dict, transform: Transform, dataset: int, place: int, where: str) -> dict[str, Any]:
+        source = _Random(mix(self.seed, _TRANSFORM, self.keys[dataset], place))
+        weights = self.configs[dataset].incontext_weight
+        shots = source.choices(range(len(weights)), weights)[0] if len(weights) > 1 else 0
+        try:
+            record = transform(record, shots, source)
+        except (Exception, SystemExit) as error:
+            raise UserError(f"{where}: {type(error).__name__}: {error}") from error
+        if not isinstance(record, dict):
+            raise UserError(f'{where}: returned {repr(record)[:SHOWN]}, expected {{"input": str, "output": str}}')
+        self.drew[dataset] |= source.drew
+        return record
+
+    def _own_template(self) -> Template | None:
+        """The template for conversations of a dataset that names none."""
+        return load_template("tokenizer", self.tokenizer) if self.tokenizer.chat_template else None
+
+    def cache_folder(self, dataset: int) -> Path:
+        return Path(self.recipe.token_cache) / self.configs[dataset].task_name
+
+    def cache_key(self, dataset: int) -> dict[str, Any]:
+        """What the tokens of a dataset's records depend on, as JSON."""
+        records = self.datasets[dataset]
+        return {
+            "version": _CACHE_VERSION,
+            "data": str(records.folder),
+            "records": len(records),
+            "bytes": records.nbytes,
+            "modified": records.modified,
+            **self.encoding(dataset),
+        }
+
+    def encoding(self, dataset: int) -> dict[str, Any]:
+        """What turns a dataset's records into tokens, as JSON."""
+        config, encoder = self.configs[dataset], self.encoders[dataset]
+        return {
+            "tokenizer": _checksum(self.tokenizer.files),
+            "transforms": _checksum([Path(config.transforms)] if config.transforms else []),
+            "template": f"{zlib.crc32(encoder.template.text.encode()):08x}" if encoder.template else "",
+            "loss": encoder.loss,
+        }
 
     def notes(self) -> list[str]:
         """What the configuration says that the data does not bear out, a line each."""
@@ -51,56 +184,8 @@ class Mixture:
             if config.nlines is not None and config.nlines != len(dataset)
         ]
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What the samples depend on besides the position, as JSON; equal fingerprints give equal samples."""
-        return {
-            "seed": self.seed,
-            "max_length": self.max_length,
-            "tokenizer": _checksum(self.tokenizer.files),
-            "datasets": [
-                {
-                    "task_name": config.task_name,
-                    "records": len(dataset),
-                    "bytes": dataset.nbytes,
-                    "transforms": _checksum([Path(config.transforms)] if config.transforms else []),
-                    "oversize_rule": config.oversize_rule,
-                    "incontext_weight": config.incontext_weight,
-                    "allow_repeat": config.allow_repeat,
-                }
-                for config, dataset in zip(self.configs, self.datasets)
-            ],
-        }
-
-    def encode(self, dataset: int, place: int) -> Encoded:
-        """The samples of the record at a place. Raises UserError that names dataset and line of a bad record."""
-        epoch, offset = divmod(place, len(self.datasets[dataset]))
-        if self._epochs.get(dataset, (-1,))[0] != epoch:
-            size = len(self.datasets[dataset])
-            self._epochs[dataset] = epoch, Permutation(size, self.seed, _SHUFFLE, self._names[dataset], epoch)
-        return self._encode_record(dataset, self._epochs[dataset][1](offset), place)
-
-    def _encode_record(self, dataset: int, number: int, place: int) -> Encoded:
-        config, record = self.configs[dataset], self.datasets[dataset][number]
-        transform = self.transforms[dataset]
-        if transform is not None:
-            source = random.Random(mix(self.seed, _TRANSFORM, self._names[dataset], place))
-            weights = config.incontext_weight
-            shots = source.choices(range(len(weights)), weights)[0] if len(weights) > 1 else 0
-            where = f"{config.task_name}, line {number + 1} of {config.path}, {config.transforms}"
-            try:
-                record = transform(record, shots, source)
-            except (Exception, SystemExit) as error:
-                raise UserError(f"{where}: {type(error).__name__}: {error}") from error
-            good = isinstance(record, dict) and all(isinstance(record.get(key, ""), str) for key in ("input", "output"))
-            if not good:
-                raise UserError(f'{where}: returned {repr(record)[:SHOWN]}, expected {{"input": str, "output": str}}')
-        try:
-            return encode(record, self.tokenizer, self.max_length, config.oversize_rule)
-        except (TypeError, UnicodeEncodeError) as error:  # a lone surrogate is no text
-            raise UserError(f"{config.task_name}, line {number + 1} of {config.path}: not encodable: {error}") from None
-
     def mean_tokens(self) -> list[float]:
-        """Average tokens of a sample of each dataset: as configured (at most max_length), else measured.
+        """About how many tokens a sample of each dataset has: as configured (at most max_length), else measured.
 
         The measure is the mean over the samples of the same 256 records in every process.
         """
@@ -109,9 +194,11 @@ class Mixture:
             if config.mean_tokens:
                 means.append(min(config.mean_tokens, float(self.max_length)))
                 continue
-            draw = Permutation(len(dataset), self.seed, _MEAN, self._names[number])
-            lines = [draw(i) for i in range(min(_MEAN_RECORDS, len(dataset)))]
-            lengths = [len(ids) for line in lines for ids, _ in self._encode_record(number, line, place=line).pieces]
+            size = len(dataset)
+            drawn = Permutation(size, self.seed, _MEAN, self.keys[number])(np.arange(min(_MEAN_RECORDS, size)))
+            tokens = self.tokens(number, drawn.tolist(), places=drawn.tolist())
+            samples = [cut(record, self.max_length, config.oversize_rule, self.capacity).pieces for record in tokens]
+            lengths = [len(piece) - 1 for pieces in samples for piece in pieces]
             means.append(sum(lengths) / len(lengths) if lengths else 1.0)
         return means
 
@@ -122,6 +209,20 @@ class Mixture:
             for config, dataset in zip(self.configs, self.datasets)
         ]
         return [weight / sum(weights) for weight in weights]
+
+
+class _Random(random.Random):
+    """Knows whether a number was drawn from it: if not, what was made with it does not depend on it."""
+
+    drew = False
+
+    def random(self) -> float:
+        self.drew = True
+        return super().random()
+
+    def getrandbits(self, k: int) -> int:
+        self.drew = True
+        return super().getrandbits(k)
 
 
 def _load_transform(config: DatasetConfig) -> Transform | None:

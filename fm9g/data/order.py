@@ -5,6 +5,8 @@ Nothing here holds state, so the order cannot depend on ranks, workers or restar
 
 from __future__ import annotations
 
+import numpy as np
+
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: SplitMix64's increment, and the step of the Weyl sequence below
 _ROUNDS = 4
@@ -31,23 +33,32 @@ def spread(number: int, *keys: int) -> float:
 
 
 class Permutation:
-    """A keyed permutation of range(size), computed per index: a Feistel network with cycle walking.
-
-    Each call costs a few microseconds whatever the size.
-    """
+    """A keyed permutation of range(size), computed per index: a Feistel network with cycle walking."""
 
     def __init__(self, size: int, *keys: int) -> None:
         self.size = size
-        self._half = max(1, ((size - 1).bit_length() + 1) // 2)  # bits in each half; the domain is at most 4 * size
-        self._keys = [mix(*keys, number) for number in range(_ROUNDS)]
+        half = max(1, ((size - 1).bit_length() + 1) // 2)  # bits in each half; the domain is at most 4 * size
+        self._half, self._low = np.uint64(half), np.uint64((1 << half) - 1)
+        # The first round of mix(key, value) is the same for every value.
+        self._keys = [np.uint64(mix(mix(*keys, number))) for number in range(_ROUNDS)]
 
-    def __call__(self, index: int) -> int:
-        """Where range(size)'s element `index` goes."""
-        half, low = self._half, (1 << self._half) - 1
-        while True:
-            left, right = index >> half, index & low
-            for key in self._keys:
-                left, right = right, left ^ (mix(key, right) & low)
-            index = left << half | right
-            if index < self.size:  # else walk on: the network permutes a power of four
-                return index
+    def __call__(self, indices: np.ndarray) -> np.ndarray:
+        """(n,) int64: where these elements of range(size) go."""
+        found = self._permuted(indices.astype(np.uint64))
+        while (outside := np.flatnonzero(found >= self.size)).size:  # walk on: the network permutes a power of four
+            found[outside] = self._permuted(found[outside])
+        return found.astype(np.int64)
+
+    def _permuted(self, values: np.ndarray) -> np.ndarray:
+        left, right = values >> self._half, values & self._low
+        for state in self._keys:
+            left, right = right, left ^ (_mixed(state, right) & self._low)
+        return left << self._half | right
+
+
+def _mixed(state: np.uint64, values: np.ndarray) -> np.ndarray:
+    """The last round of `mix` for many values; unsigned arrays wrap as the mask there does."""
+    found = (state ^ values) + np.uint64(_GOLDEN)
+    found = (found ^ (found >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    found = (found ^ (found >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return found ^ (found >> np.uint64(31))

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from fm9g.data.encode import IGNORED
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One sample: ids and targets (n,), the dataset it is from, and what it is re-encoded from on resume."""
+class Sample(NamedTuple):
+    """One sample: its marked tokens (n + 1,), and where they are from: dataset, place there, piece of the record."""
 
-    ids: np.ndarray
-    targets: np.ndarray
+    tokens: np.ndarray
     dataset: int
     place: int
     piece: int
@@ -47,18 +46,19 @@ class Pack:
 
 def collate(samples: list[Sample], capacity: int) -> Pack:
     """Lays samples end to end in a row of `capacity` tokens, which they must fit in."""
-    lengths = [len(sample.ids) for sample in samples]
-    used = sum(lengths)
+    lengths = np.array([len(sample.tokens) - 1 for sample in samples], np.int64)
+    ends = np.cumsum(lengths)
+    used = int(ends[-1]) if samples else 0
     assert used <= capacity
     input_ids, targets = np.zeros(capacity, np.int32), np.full(capacity, IGNORED, np.int32)
-    positions, task_ids = np.zeros(capacity, np.int32), np.full(capacity, -1, np.int32)
-    start = 0
-    for sample, length in zip(samples, lengths):
-        span = slice(start, start + length)
-        input_ids[span], targets[span], task_ids[span] = sample.ids, sample.targets, sample.dataset
-        positions[span] = np.arange(length)
-        start += length
-    positions[used:] = np.arange(capacity - used)
-    tail = [capacity - used] if used < capacity else []
-    cu_seqlens = np.cumsum([0, *lengths, *tail], dtype=np.int32)
-    return Pack(input_ids, targets, positions, cu_seqlens, task_ids)
+    positions, task_ids = np.arange(capacity, dtype=np.int32), np.full(capacity, -1, np.int32)
+    if samples:
+        ids = np.concatenate([sample.tokens[:-1] for sample in samples])
+        input_ids[:used] = ids ^ (ids >> 31)  # a complement has its sign bit set: back to the id
+        following = np.concatenate([sample.tokens[1:] for sample in samples])
+        targets[:used] = np.where(following >= 0, following, IGNORED)
+        task_ids[:used] = np.repeat([sample.dataset for sample in samples], lengths)
+        positions[:used] -= np.repeat(ends - lengths, lengths)
+    positions[used:] -= used
+    borders = [0, *ends.tolist(), *([capacity] if used < capacity else [])]
+    return Pack(input_ids, targets, positions, np.array(borders, np.int32), task_ids)

@@ -1,12 +1,15 @@
-"""From raw text to records: JSON objects, one a line, with "input" (read) and "output" (learnt)."""
+"""One record as a line of JSON, and back."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import orjson
 
+from fm9g.data.scan import count_keys
+from fm9g.data.shapes import BadRecord
 from fm9g.errors import UserError
 
 SHOWN = 80  # characters of a bad line that a message quotes
@@ -32,28 +35,45 @@ def decoded_lines(stream: Iterable[bytes], where: str) -> Iterator[str]:
 
 
 def to_line(record: dict[str, Any]) -> bytes:
-    """A record as one line of a .jsonl file, with its newline."""
-    return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+    """A record as one line of a .jsonl file, with its newline. Raises BadRecord for what JSON cannot hold."""
+    try:
+        return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError as error:  # a lone surrogate, an integer of more than 64 bits
+        raise BadRecord(f"cannot be written as JSON: {error}") from None
 
 
-def parse_record(line: bytes, where: str) -> dict[str, Any]:
-    """The record that a line of a .jsonl file holds.
-
-    where: names the line in a message ("train.jsonl, line 7").
-    Raises UserError for a line that is not a JSON object, or whose input or output is not a string.
-    """
+def parse_object(line: bytes) -> dict[str, Any]:
+    """The object on a line of JSON. Raises BadRecord."""
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON: {error}: {quote(line)}") from None
+        raise BadRecord(f"not JSON: {error.msg}, character {error.pos + 1}") from None
     if not isinstance(record, dict):
-        raise UserError(f"{where}: found a JSON {type(record).__name__}, expected an object: {quote(line)}")
-    for key in ("input", "output"):
-        if not isinstance(record.get(key, ""), str):
-            raise UserError(f"{where}: {key}: found {type(record[key]).__name__}, expected a string: {quote(line)}")
+        raise BadRecord(not_an_object(record))
     return record
 
 
+def check_keys_once(line: bytes, record: dict[str, Any]) -> None:
+    """Raises BadRecord where the line of a record gives one of its keys twice: readers differ in which one counts."""
+    try:
+        count = count_keys(line)
+    except ValueError:  # an integer of more than 64 bits, which only some parsers take
+        count = len(json.loads(line, object_pairs_hook=list))
+    if count > len(record):
+        raise BadRecord(repeated_key([key for key, _ in json.loads(line, object_pairs_hook=list)]))
+
+
+def repeated_key(keys: list[str]) -> str:
+    """What is wrong with an object that has these keys."""
+    return f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice"
+
+
+def not_an_object(value: Any) -> str:
+    """What is wrong with a value of JSON that is no record."""
+    return f"found a JSON {type(value).__name__}, expected an object"
+
+
 def quote(line: bytes) -> str:
-    text = line.decode("utf-8", "replace").strip()
-    return repr(text[:SHOWN] + ("..." if len(text) > SHOWN else ""))
+    """The beginning of a line, for a message."""
+    text = line[: 4 * SHOWN].decode("utf-8", "replace").strip()
+    return repr(text[:SHOWN] + ("..." if len(text) > SHOWN or len(line) > 4 * SHOWN else ""))

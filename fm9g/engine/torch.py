@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fm9g.engine.base import AdamW
 from fm9g.errors import UserError
+from fm9g.memory import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -21,18 +21,6 @@ def has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep large freed blocks for the next allocation; elsewhere nothing happens.
-
-    By default each activation of a step is new memory from the system, and the page faults cost up to half the time.
-    """
-    mmap_max, trim_threshold = -4, -1  # options of mallopt(3)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
 
 
 class TorchEngine:

@@ -15,8 +15,10 @@ from fm9g.checkpoint.weights import check_weights, read_weights
 from fm9g.config.model import ModelConfig
 from fm9g.config.run import RunConfig
 from fm9g.config.train import TrainConfig
-from fm9g.data.loader import Loader, merge_positions
+from fm9g.data.loader import Loader
 from fm9g.data.mixture import Mixture
+from fm9g.data.pool import fill_cache
+from fm9g.data.position import merge_positions
 from fm9g.engine.base import AdamW, Engine
 from fm9g.engine.torch import TorchEngine, has_fast_bf16
 from fm9g.errors import UserError
@@ -54,8 +56,8 @@ def run_training(run: RunConfig) -> Result:
             "choose another --model_unique, or have them deleted with --overwrite true"
         )
     engine: Engine = TorchEngine(config.device, config.seed)
-    mixture = Mixture([item.value for item in run.mixture], config.tokenizer_path, config.max_length, config.seed)
-    notes = run.notes + mixture.notes() + _check_fit(config, run.model.value, mixture)
+    mixture, notes = open_mixture(run)
+    notes += _check_fit(config, run.model.value, mixture)
     notes += build_model(engine, config, run.model.value, checkpoint)
     tasks = [item.value.task_name for item in run.mixture]
     state = _restore(engine, config, checkpoint, tasks)
@@ -69,16 +71,7 @@ def run_training(run: RunConfig) -> Result:
     if state.step >= min(config.stop_iters or config.train_iters, config.train_iters):
         print(f"note: nothing is left to do: step {state.step}, train_iters {config.train_iters}")
     with (
-        Loader(
-            mixture,
-            capacity=config.batch_size * config.max_length,
-            global_batch=config.grad_accum * engine.world_size,
-            rank=engine.rank,
-            world_size=engine.world_size,
-            workers=config.dataloader_num_workers,
-            prefetch=config.dataloader_prefetch_factor,
-            position=checkpoint.position() if checkpoint else None,
-        ) as loader,
+        open_loader(config, mixture, engine.rank, engine.world_size, checkpoint) as loader,
         Metrics(tensorboard, log, state.step, config.train_iters) as metrics,
         Interrupt() as interrupt,
     ):
@@ -90,6 +83,8 @@ def run_training(run: RunConfig) -> Result:
                     if (old := replaced.pop()) != state.step:
                         shutil.rmtree(root / str(old))
 
+        for note in loader.notes:
+            print(f"note: {note}")
         started, first = time.monotonic(), int(state.task_tokens.sum())
         train(config, tasks, engine, loader, metrics, state, save, lambda: interrupt.requested)
         seconds = time.monotonic() - started
@@ -105,6 +100,40 @@ def run_training(run: RunConfig) -> Result:
         tensorboard=tensorboard,
         checkpoint=root / str(state.step) if config.save and state.step else None,
         interrupted=interrupt.requested,
+    )
+
+
+def open_mixture(run: RunConfig) -> tuple[Mixture, list[str]]:
+    """The data of a run, its token caches made where they are asked for; and what there is to know, a line each."""
+    config = run.train.value
+    mixture = Mixture(
+        [item.value for item in run.mixture],
+        config.tokenizer_path,
+        config.max_length,
+        config.seed,
+        config.batch_size * config.max_length,
+        config.token_cache,
+    )
+    notes = run.notes + mixture.notes()
+    if config.token_cache:
+        mixture, about_caches = fill_cache(mixture, config.dataloader_num_workers)
+        notes += about_caches
+    return mixture, notes
+
+
+def open_loader(
+    config: TrainConfig, mixture: Mixture, rank: int = 0, world_size: int = 1, checkpoint: Checkpoint | None = None
+) -> Loader:
+    """The loader of a rank."""
+    return Loader(
+        mixture,
+        global_batch=config.grad_accum * world_size,
+        rank=rank,
+        world_size=world_size,
+        workers=config.dataloader_num_workers,
+        prefetch=config.dataloader_prefetch_factor,
+        position=checkpoint.position() if checkpoint else None,
+        carry=config.data_changes == "carry",
     )
 
 
@@ -197,7 +226,7 @@ def _summary(run: RunConfig, engine: Engine, mixture: Mixture) -> str:
     config, model = run.train.value, run.model.value
     weights = sum(shape.numel() for shape in weight_shapes(model).values())
     tokens = config.batch_size * config.max_length * config.grad_accum * engine.world_size
-    data = ", ".join(f"{c.task_name} ({size} records)" for c, size in zip(mixture.configs, mixture.sizes))
+    data = ", ".join(f"{c.task_name} ({size} records)" for c, size in zip(mixture.configs, map(len, mixture.datasets)))
     dtype = str(compute_dtype(model, engine.device)[0]).removeprefix("torch.")
     return f"{weights:,} parameters, {dtype} on {engine.device}; {tokens} tokens a step; data: {data}"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from support import write_jsonl
+from support import index, write_jsonl
 
-from fm9g.data.build import build_index, estimated_tokens
 from fm9g.data.index import IndexedDataset
+from fm9g.data.scan import estimated_tokens
 from fm9g.errors import UserError
 
 RECORDS = [{"input": "问题", "output": "回答一"}, {"input": "", "output": "second"}, {"input": "", "output": "最后"}]
@@ -24,7 +24,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def dataset(tmp_path: Path, source: Path) -> Path:
-    build_index(source, tmp_path / "out", "zh")
+    index(source, tmp_path / "out", "zh")
     return tmp_path / "out"
 
 
@@ -44,6 +44,7 @@ def test_the_four_files_hold_what_the_format_says(dataset: Path, source: Path) -
         "length_distribute": {"less_4k": 3} | dict.fromkeys(list(meta["length_distribute"])[1:], 0),
         "avg_token_per_line": pytest.approx(sum(expected_tokens) / 3),
         "data_sample": RECORDS[0],
+        "shapes": {"input/output": 3},
     }
     assert list(meta["length_distribute"]) == [
         "less_4k", "4k-8k", "8k-16k", "16k-32k", "32k-64k", "64k-128k", "128k-256k", "more_256k",
@@ -52,16 +53,20 @@ def test_the_four_files_hold_what_the_format_says(dataset: Path, source: Path) -
 
 def test_lengths_fall_into_their_buckets_and_long_samples_are_cut(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [{"output": "w " * words} for words in (10, 3000, 200_000)])
-    meta = build_index(source, tmp_path / "out", "en")
+    meta = index(source, tmp_path / "out", "en")
     counts = {name: count for name, count in meta["length_distribute"].items() if count}
     assert counts == {"less_4k": 1, "4k-8k": 1, "more_256k": 1}
     source = write_jsonl(tmp_path / "b.jsonl", [{"output": "x" * 51}])
-    assert build_index(source, tmp_path / "out2", "en")["data_sample"] == {"output": "x" * 50 + "..."}
+    assert index(source, tmp_path / "out2", "en")["data_sample"] == {"input": "", "output": "x" * 50 + "..."}
 
 
 def test_tokens_are_estimated_by_language() -> None:
-    assert estimated_tokens("一二三 四".encode(), "zh") == pytest.approx(3.5)
-    assert estimated_tokens(b"one two three", "en") == estimated_tokens(b"one two three", "code") == 4.5
+    lines = ["一二三 四", "one two\tthree ", "", " x"]
+    block = np.frombuffer("".join(line + "\n" for line in lines).encode(), np.uint8)
+    ends = np.cumsum([len(line.encode()) + 1 for line in lines])
+    assert estimated_tokens(block, ends, "zh").tolist() == pytest.approx([0.7 * len(line) for line in lines])
+    for language in ("en", "code"):
+        assert estimated_tokens(block, ends, language).tolist() == [1.5 * len(line.split()) for line in lines]
 
 
 def test_every_record_is_read_the_first_one_included(dataset: Path) -> None:
@@ -90,16 +95,17 @@ def test_either_index_file_and_both_kinds_of_bounds_are_read(
 
 def test_byte_order_mark_crlf_blank_lines_and_a_missing_newline_are_put_right(tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
-    source.write_bytes(b'\xef\xbb\xbf{"output": "a"}\r\n\n  \n{"output": "b"}')
-    build_index(source, tmp_path / "out", "en")
-    assert (tmp_path / "out" / "data.jsonl").read_bytes() == b'{"output": "a"}\n{"output": "b"}\n'
+    one, other = b'{"input": "", "output": "a"}', b'{"input":"","output":"b"}'
+    source.write_bytes(b"\xef\xbb\xbf" + one + b"\r\n\n  \n" + other)
+    index(source, tmp_path / "out", "en")
+    assert (tmp_path / "out" / "data.jsonl").read_bytes() == one + b"\n" + other + b"\n"
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", "the file is empty"),
-        (b"\n\n", "the file is empty"),
+        (b"", "nothing to index, no record in it"),
+        (b"\n\n", "nothing to index, no record in it"),
         (b'{"output": "a"}\nnot json\n', r"a.jsonl, line 2: not JSON.*not json"),
         (b'{"output": "a"}\n[1]\n', "line 2: found a JSON list, expected an object"),
         (b'{"output": 3}\n', "line 1: output: found int, expected a string"),
@@ -110,34 +116,34 @@ def test_bad_input_is_refused_and_leaves_nothing_behind(tmp_path: Path, content:
     source = tmp_path / "a.jsonl"
     source.write_bytes(content)
     with pytest.raises(UserError, match=expected):
-        build_index(source, tmp_path / "out", "en")
+        index(source, tmp_path / "out", "en")
     assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_a_missing_file_and_a_wrong_language_are_refused(tmp_path: Path, source: Path) -> None:
     with pytest.raises(UserError, match=r"none.jsonl: no such file"):
-        build_index(tmp_path / "none.jsonl", tmp_path / "out", "en")
+        index(tmp_path / "none.jsonl", tmp_path / "out", "en")
     with pytest.raises(UserError, match="language: found 'fr', expected one of zh, en, code"):
-        build_index(source, tmp_path / "out", "fr")
+        index(source, tmp_path / "out", "fr")
 
 
 def test_an_output_folder_that_holds_something_is_kept(tmp_path: Path, source: Path, dataset: Path) -> None:
     (dataset / "mine.txt").write_text("precious")
     with pytest.raises(UserError, match="the folder holds something"):
-        build_index(source, dataset, "zh")
+        index(source, dataset, "zh")
     source.write_text("bad")
     with pytest.raises(UserError, match="line 1"):
-        build_index(source, dataset, "zh", overwrite=True)
+        index(source, dataset, "zh", overwrite=True)
     assert (dataset / "mine.txt").read_text() == "precious"
     write_jsonl(source, RECORDS[:1])
-    build_index(source, dataset, "zh", overwrite=True)
+    index(source, dataset, "zh", overwrite=True)
     assert len(IndexedDataset(dataset)) == 1
     assert not (dataset / "mine.txt").exists()
 
 
 def test_the_folder_of_the_source_is_never_the_output(source: Path) -> None:
     with pytest.raises(UserError, match=r"holds .*a.jsonl, which is read"):
-        build_index(source, source.parent, "zh", overwrite=True)
+        index(source, source.parent, "zh", overwrite=True)
     assert source.exists()
 
 
@@ -173,6 +179,6 @@ def test_a_full_disk_is_reported_and_nothing_half_written_stays(
 
     monkeypatch.setattr(h5py.File, "create_dataset", full)
     with pytest.raises(UserError, match="the disk is full; nothing was changed"):
-        build_index(source, tmp_path / "out", "zh")
+        index(source, tmp_path / "out", "zh")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))

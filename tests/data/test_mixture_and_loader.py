@@ -10,9 +10,10 @@ import pytest
 from support import ROOT, records
 
 from fm9g.config.mixture import load_mixture
-from fm9g.data.loader import Loader, merge_positions
+from fm9g.data.loader import Loader
 from fm9g.data.mixture import Mixture
 from fm9g.data.pack import Pack
+from fm9g.data.position import merge_positions
 from fm9g.errors import UserError
 
 Make = Callable[..., Path]
@@ -20,7 +21,7 @@ BY_SIZE = {"abs_weight": None}
 
 
 def open_mixture(path: Path, tokenizer: Path, max_length: int = 64, seed: int = 3) -> Mixture:
-    return Mixture([item.value for item in load_mixture(path)], str(tokenizer), max_length, seed)
+    return Mixture([item.value for item in load_mixture(path)], str(tokenizer), max_length, seed, 2 * max_length)
 
 
 def steps(mixture: Mixture, count: int, ranks: int = 1, workers: int = 0, position: dict | None = None):
@@ -29,7 +30,6 @@ def steps(mixture: Mixture, count: int, ranks: int = 1, workers: int = 0, positi
     loaders = [
         Loader(
             mixture,
-            capacity=2 * mixture.max_length,
             global_batch=streams,
             rank=rank,
             world_size=ranks,
@@ -80,7 +80,7 @@ def test_another_number_of_ranks_and_workers_goes_on_with_the_same_packs(mixture
 
 def test_ranks_that_do_not_divide_the_packs_are_refused(mixture: Mixture) -> None:
     with pytest.raises(UserError, match=r"4 packs a step cannot be dealt to 3 processes; possible: \[1, 2, 4\]"):
-        Loader(mixture, capacity=128, global_batch=4, world_size=3)
+        Loader(mixture, global_batch=4, world_size=3)
 
 
 def test_a_position_of_other_data_is_refused_and_says_what_changed(
@@ -91,13 +91,14 @@ def test_a_position_of_other_data_is_refused_and_says_what_changed(
     with pytest.raises(UserError) as error:
         steps(other, 1, position=position)
     assert "seed: was 3, is 4" in str(error.value)
-    assert "datasets: was" in str(error.value)
+    assert "few: records: was 3, is 4" in str(error.value)
+    assert "--data_changes carry" in str(error.value)
 
 
 def test_the_first_record_of_a_dataset_is_trained_on(make_mixture: Make, tokenizer_path: Path) -> None:
     mixture = open_mixture(make_mixture({"a": records(20)}, a={"allow_repeat": False}), tokenizer_path, max_length=512)
     seen = []
-    loader = Loader(mixture, capacity=512, global_batch=1)
+    loader = Loader(mixture, global_batch=1)
     while (pack := loader.next_step()[0]).tokens:
         for start, end in zip(pack.cu_seqlens, pack.cu_seqlens[1:]):
             if pack.task_ids[start] >= 0:
@@ -124,7 +125,7 @@ def test_without_abs_weight_the_share_is_weight_times_size(make_mixture: Make, t
 def test_average_tokens_are_configured_or_measured(make_mixture: Make, tokenizer_path: Path) -> None:
     path = make_mixture({name: records(40) for name in "abc"}, a={"ave_tokens_per_line": 9}, b={"avg_tokens": 9e9})
     mixture = open_mixture(path, tokenizer_path)
-    measured = np.mean([len(ids) for place in range(40) for ids, _ in mixture.encode(2, place).pieces])
+    measured = np.mean([len(piece) - 1 for encoded in mixture.encode(2, range(40)) for piece in encoded.pieces])
     assert mixture.mean_tokens() == [9, 64, pytest.approx(measured)]
 
 
@@ -140,8 +141,8 @@ def test_a_transform_shapes_the_record_and_draws_from_its_own_generator(
     path = make_mixture({"a": [{"input": "x", "output": "y"}]}, a=extra)
 
     def texts(mixture: Mixture) -> list[str]:
-        pieces = [mixture.encode(0, place).pieces[0][0].tolist() for place in range(3)]
-        return [mixture.tokenizer.decode(ids[1:]) for ids in pieces]
+        pieces = [encoded.pieces[0] for encoded in mixture.encode(0, range(3))]
+        return [mixture.tokenizer.decode(np.where(ids < 0, ~ids, ids)[1:-1].tolist()) for ids in pieces]
 
     some = texts(open_mixture(path, tokenizer_path))
     assert some == texts(open_mixture(path, tokenizer_path))
@@ -167,7 +168,7 @@ def test_a_transform_that_fails_is_named_with_dataset_and_line(
     (tmp_path / "bad.py").write_text(script)
     path = make_mixture({"a": records(1)}, a={"transforms": "bad.py"})
     with pytest.raises(UserError, match=expected):
-        open_mixture(path, tokenizer_path).encode(0, 0)
+        open_mixture(path, tokenizer_path).encode(0, [0])
 
 
 def test_an_error_in_a_worker_reaches_the_user(make_mixture: Make, tokenizer_path: Path, tmp_path: Path) -> None:
@@ -180,7 +181,9 @@ def test_an_error_in_a_worker_reaches_the_user(make_mixture: Make, tokenizer_pat
 def test_a_worker_that_is_killed_is_reported(make_mixture: Make, tokenizer_path: Path, tmp_path: Path) -> None:
     (tmp_path / "kill.py").write_text("import os\ndef transform(data, num_sample, r):\n    os._exit(9)\n")
     path = make_mixture({"a": records(5)}, a={"transforms": "kill.py", "ave_tokens_per_line": 10})
-    with pytest.raises(UserError, match="a worker that encodes records was killed"):
+    with pytest.raises(
+        UserError, match=r"a worker that encodes records was killed while it was at a, line \d of .*/a\."
+    ):
         steps(open_mixture(path, tokenizer_path), 1, workers=1)
 
 
@@ -193,8 +196,9 @@ def test_the_shipped_template_is_the_one_of_the_guide(make_mixture: Make, tokeni
     script = ROOT / "dataset_configs" / "add_template.py"
     path = make_mixture({"a": [{"input": "问", "output": "答"}]}, a={"transforms": str(script)})
     mixture = open_mixture(path, tokenizer_path, max_length=512)
-    ids, targets = mixture.encode(0, 0).pieces[0]
+    tokens = mixture.encode(0, [0])[0].pieces[0]
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     prompt = f"{system}<|im_start|>User\n问<|im_end|>\n<|im_start|>assistant\n"
-    assert mixture.tokenizer.decode(ids[1:].tolist()) == prompt + "答<|im_end|>"
-    assert mixture.tokenizer.decode(targets[targets >= 0].tolist()[:-1]) == "答<|im_end|>"
+    assert mixture.tokenizer.decode((~tokens[tokens < 0])[1:].tolist()) == prompt
+    assert mixture.tokenizer.decode(tokens[tokens >= 0].tolist()) == "答<|im_end|>"
+    assert tokens[-1] == mixture.tokenizer.eos_id

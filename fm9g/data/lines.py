@@ -1,0 +1,250 @@
+"""From what was read to lines of data.jsonl: a block at a time, so that many processes can share the work."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fm9g.data.order import mix
+from fm9g.data.records import check_keys_once, parse_object, to_line
+from fm9g.data.scan import MARGIN, estimated_tokens, plain_pairs
+from fm9g.data.shapes import BadRecord, Columns, canonical
+from fm9g.data.sources import Record, check_record_size
+from fm9g.errors import UserError
+
+BUCKETS = {"less_4k": 4, "4k-8k": 8, "8k-16k": 16, "16k-32k": 32, "32k-64k": 64, "64k-128k": 128, "128k-256k": 256}
+_BLOCK = 512 << 10  # bytes that are looked at together: they stay in the processor's cache
+_SPLIT = 4  # what a random number is for
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How records are read.
+
+    language: zh, en or code. columns: names of the keys, where they are not known ones. as_is: objects are kept as
+    they are, whatever their keys. skip_bad: bad records are reported and left out, else the first ends the reading.
+    split: the share of records that goes to a second dataset; seed: of that choice.
+    """
+
+    language: str
+    columns: Columns | None = None
+    as_is: bool = False
+    skip_bad: bool = False
+    split: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A record that cannot be used. where: its number among the lines of its part, or words."""
+
+    where: int | str
+    reason: str
+    line: bytes
+
+
+@dataclass
+class Lines:
+    """Lines for one data.jsonl. chunks: their bytes, or (start, end) in the file they are read from.
+
+    lengths: bytes of each line. tokens: estimated, in all; buckets: lines by estimated tokens. empty: records
+    without output. sample: the first line.
+    """
+
+    chunks: list[bytes | tuple[int, int]] = field(default_factory=list)
+    lengths: list[np.ndarray] = field(default_factory=list)
+    tokens: float = 0.0
+    buckets: np.ndarray = field(default_factory=lambda: np.zeros(len(BUCKETS) + 1, np.int64))
+    empty: int = 0
+    sample: bytes = b""
+
+    def add(
+        self, chunk: bytes | tuple[int, int], block: np.ndarray, ends: np.ndarray, empty: int, language: str
+    ) -> None:
+        """block: the bytes of the chunk. ends: where its lines end."""
+        tokens = estimated_tokens(block, ends, language)
+        limits = [1024 * limit for limit in BUCKETS.values()]
+        self.buckets += np.bincount(np.searchsorted(limits, tokens, side="right"), minlength=len(self.buckets))
+        self.tokens += float(tokens.sum())
+        self.lengths.append(np.diff(ends, prepend=0))
+        self.empty += empty
+        self.sample = self.sample or block[: ends[0]].tobytes()
+        last = self.chunks[-1] if self.chunks else None
+        if isinstance(chunk, tuple) and isinstance(last, tuple) and last[1] == chunk[0]:
+            self.chunks[-1] = last[0], chunk[1]
+        else:
+            self.chunks.append(chunk)
+
+
+@dataclass
+class Part:
+    """What became of a part of a source. read: its lines or records, blank ones included. outputs: one, or the two
+    sides of a split. shapes: records by shape."""
+
+    outputs: list[Lines]
+    read: int = 0
+    blank: int = 0
+    shapes: Counter[str] = field(default_factory=Counter)
+    bad: list[Bad] = field(default_factory=list)
+
+
+def convert_range(path: str, start: int, end: int, text: bool, settings: Settings) -> Part:
+    """The lines of a file that begin in bytes `start` to `end`. text: each is a record of plain text, else JSON."""
+    part = _new_part(settings)
+    file = os.open(path, os.O_RDONLY)
+    try:
+        place, stop = _next_line(file, start), _next_line(file, end)
+        block = bytearray(_BLOCK + 2 * MARGIN)
+        while place < stop and (settings.skip_bad or not part.bad):
+            block, size = _read_lines(file, place, stop, block, path)
+            _convert(block, size, place, place == 0, text, settings, part)
+            place += size
+    finally:
+        os.close(file)
+    return part
+
+
+def convert_lines(data: bytes, is_first: bool, text: bool, settings: Settings) -> Part:
+    """The lines of a block that was read elsewhere. is_first: of its source."""
+    part = _new_part(settings)
+    _convert(bytearray(MARGIN) + data + bytearray(MARGIN), len(data), 0, is_first, text, settings, part)
+    for lines in part.outputs:
+        lines.chunks = [data[slice(*chunk)] if isinstance(chunk, tuple) else chunk for chunk in lines.chunks]
+    return part
+
+
+def convert_records(records: list[Record], settings: Settings) -> Part:
+    """Records that were parsed elsewhere."""
+    part = _new_part(settings)
+    collected = _Collected(settings, part)
+    for where, record in records:
+        part.read += 1
+        try:
+            if isinstance(record, BadRecord):
+                raise record
+            collected.add(record)
+        except BadRecord as error:
+            shown = b"" if isinstance(record, BadRecord) else str(record).encode("utf-8", "replace")
+            part.bad.append(Bad(where, str(error), shown))
+            if not settings.skip_bad:
+                break
+    collected.finish()
+    return part
+
+
+def _new_part(settings: Settings) -> Part:
+    return Part([Lines() for _ in range(2 if settings.split else 1)])
+
+
+def _next_line(file: int, place: int) -> int:
+    """Where the first line begins that begins at `place` or after it."""
+    if place == 0:
+        return 0
+    place -= 1
+    while chunk := os.pread(file, 1 << 16, place):
+        found = chunk.find(b"\n")
+        if found >= 0:
+            return place + found + 1
+        place += len(chunk)
+    return place
+
+
+def _read_lines(file: int, start: int, stop: int, block: bytearray, path: str) -> tuple[bytearray, int]:
+    """The next whole lines, in the block or, where it is too small, in a larger one; and their size."""
+    size = _BLOCK
+    while True:
+        size = min(size, stop - start)
+        if len(block) < size + 2 * MARGIN:
+            check_record_size(size, path)
+            block = bytearray(size + 2 * MARGIN)
+        with memoryview(block) as view:
+            count = os.preadv(file, [view[MARGIN : MARGIN + size]], start)
+        if not count:
+            raise UserError(f"{path}: became shorter while it was read; let it be written to its end first")
+        if start + count == stop:
+            return block, count
+        last = block.rfind(b"\n", MARGIN, MARGIN + count)
+        if last >= 0:
+            return block, last + 1 - MARGIN
+        size *= 4
+
+
+def _convert(
+    block: bytearray, size: int, place: int, is_first: bool, text: bool, settings: Settings, part: Part
+) -> None:
+    """The lines block[MARGIN : MARGIN + size], which are at `place` of their file."""
+    if not (text or settings.split or settings.as_is or settings.columns) and (found := plain_pairs(block, size)):
+        ends, empty = found
+        lines = np.frombuffer(block, np.uint8)[MARGIN : MARGIN + size]
+        part.outputs[0].add((place, place + size), lines, ends, empty, settings.language)
+        part.shapes["input/output"] += len(ends)
+        part.read += len(ends)
+        return
+    data = bytes(memoryview(block)[MARGIN : MARGIN + size])
+    collected = _Collected(settings, part)
+    for line in (data.removeprefix(_BOM) if is_first else data).removesuffix(b"\n").split(b"\n"):
+        part.read += 1
+        stripped = line.strip()
+        if not stripped:
+            part.blank += 1
+            continue
+        try:
+            if text:
+                collected.add({"input": "", "output": _text(stripped)})
+            else:
+                record = parse_object(stripped)
+                check_keys_once(stripped, record)
+                collected.add(record, stripped)
+        except BadRecord as error:
+            part.bad.append(Bad(part.read, str(error), line))
+            if not settings.skip_bad:
+                break
+    collected.finish((place, data))
+
+
+def _text(line: bytes) -> str:
+    if b"\0" in line:
+        raise BadRecord("holds a NUL byte; is this text, and in UTF-8?")
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise BadRecord(f"not UTF-8: {error.reason}; convert the file, with iconv for example") from None
+
+
+class _Collected:
+    """Records one by one, until they are added to the part as a block."""
+
+    def __init__(self, settings: Settings, part: Part) -> None:
+        self._settings, self._part = settings, part
+        self._lines: list[list[bytes]] = [[] for _ in part.outputs]
+        self._empty = [0 for _ in part.outputs]
+
+    def add(self, record: dict[str, Any], line: bytes | None = None) -> None:
+        """line: the record as it was read, kept where it is in canonical form. Raises BadRecord."""
+        settings = self._settings
+        shape, kept = ("as it is", record) if settings.as_is else canonical(record, settings.columns)
+        stored = to_line(kept) if line is None or kept is not record else line + b"\n"
+        side = int(bool(settings.split) and mix(settings.seed, _SPLIT, zlib.crc32(stored)) < settings.split * 2**64)
+        self._lines[side].append(stored)
+        self._empty[side] += kept.get("output", True) == ""
+        self._part.shapes[shape] += 1
+
+    def finish(self, source: tuple[int, bytes] = (0, b"")) -> None:
+        """source: place and content of the block the records are from; lines that equal it need not be copied."""
+        for side, lines in enumerate(self._lines):
+            if lines:
+                data = b"".join(lines)
+                place, unchanged = source[0], data == source[1]
+                self._part.outputs[side].add(
+                    (place, place + len(data)) if unchanged else data,
+                    np.frombuffer(data, np.uint8),
+                    np.cumsum([len(line) for line in lines]),
+                    self._empty[side],
+                    self._settings.language,
+                )

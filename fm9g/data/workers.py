@@ -1,0 +1,36 @@
+"""Worker processes that neither outlive the process they work for nor take its Ctrl-C for their own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+from fm9g.memory import keep_freed_memory
+
+
+def start_workers(count: int, prepare: Callable[..., None] | None = None, *arguments: Any) -> ProcessPoolExecutor:
+    """A pool of processes. prepare(*arguments): run in each as it starts."""
+    # spawn: a forked child of a process with torch threads or a CUDA context can hang.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(prepare, arguments))
+
+
+def _start(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_freed_memory()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core is enough
+    if prepare is not None:
+        prepare(*arguments)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)  # the parent was killed and could not end its workers

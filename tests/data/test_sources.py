@@ -1,0 +1,343 @@
+"""Every kind of file gives the same records; and each mistake in one has an answer."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support import ROOT, index, records, write_jsonl
+
+from fm9g.cli import main
+from fm9g.data import sources
+from fm9g.data.build import build_index, texts_of
+from fm9g.data.index import IndexedDataset
+from fm9g.data.lines import Settings
+from fm9g.data.sources import find_sources
+from fm9g.errors import UserError
+
+RECORDS = [
+    {"input": "问题", "output": "回答，一\n第二行"},
+    {"input": "", "output": 'quotes " and \\ and \u2028'},
+    {"input": "x", "output": "last"},
+]
+JSONL = b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in RECORDS)
+
+
+def content(folder: Path) -> list[dict]:
+    opened = IndexedDataset(folder)
+    return [opened[i] for i in range(len(opened))]
+
+
+def zst(data: bytes) -> bytes:
+    import pyarrow
+
+    sink = io.BytesIO()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+        stream.flush()
+        sink.close = lambda: None  # type: ignore[method-assign]
+    return sink.getvalue()
+
+
+def as_csv(delimiter: str = ",") -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, ["input", "output"], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(RECORDS)
+    return text.getvalue().encode()
+
+
+FILES = {
+    "a.jsonl": JSONL,
+    "a.jsonl.gz": gzip.compress(JSONL[:70]) + gzip.compress(JSONL[70:]),
+    "a.jsonl.xz": lzma.compress(JSONL),
+    "a.jsonl.bz2": bz2.compress(JSONL),
+    "a.ndjson": JSONL.removesuffix(b"\n"),
+    "a.json": json.dumps(RECORDS).encode(),
+    "pretty.json": json.dumps(RECORDS, indent=2, ensure_ascii=False).encode("utf-8-sig"),
+    "objects.json": "\n\n".join(json.dumps(record, indent=1) for record in RECORDS).encode(),
+    "lines.json": JSONL,
+    "a.json.gz": gzip.compress(json.dumps(RECORDS).encode()),
+    "a.csv": as_csv(),
+    "bom.csv": b"\xef\xbb\xbf" + as_csv(),
+    "a.tsv": as_csv("\t"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_format_gives_the_same_records(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(FILES[name])
+    index(tmp_path / name, tmp_path / "out", "zh")
+    assert content(tmp_path / "out") == RECORDS
+
+
+def test_zst_parquet_and_a_datasets_folder_give_the_same_records(tmp_path: Path) -> None:
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "a.jsonl.zst").write_bytes(zst(JSONL))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), tmp_path / "a.parquet")
+    datasets.disable_progress_bars()
+    made = datasets.Dataset.from_list(RECORDS)
+    made.save_to_disk(str(tmp_path / "folder"))
+    for name in ("a.jsonl.zst", "a.parquet", "folder"):
+        index(tmp_path / name, tmp_path / "out", "zh", overwrite=True)
+        assert content(tmp_path / "out") == RECORDS, name
+    datasets.DatasetDict(train=made, test=made).save_to_disk(str(tmp_path / "splits"))
+    with pytest.raises(UserError, match="holds several splits; name one of them: test, train"):
+        find_sources([str(tmp_path / "splits")])
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 nonsense PAR1")
+    with pytest.raises(UserError, match=r"bad.parquet: not a parquet file"):
+        index(tmp_path / "bad.parquet", tmp_path / "no", "zh")
+    (tmp_path / "cut.jsonl.zst").write_bytes(zst(JSONL * 1000)[:-20])
+    with pytest.raises(UserError, match=r"cut.jsonl.zst"):
+        index(tmp_path / "cut.jsonl.zst", tmp_path / "no", "zh")
+
+
+def test_text_is_read_by_lines_paragraphs_or_files(tmp_path: Path) -> None:
+    text = "\ufeffone\r\ntwo\n\n \nthree\n"
+    for name in ("a.txt", "a.md"):
+        (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+
+    def outputs(name: str, unit: str = "") -> list[str]:
+        found = find_sources([str(tmp_path / name)], text_unit=unit)
+        build_index(found, tmp_path / "out", Settings("en"), overwrite=True)
+        return [record["output"] for record in content(tmp_path / "out")]
+
+    assert outputs("a.txt") == ["one", "two", "three"]
+    assert outputs("a.txt", "paragraph") == ["one\ntwo", "three"]
+    assert outputs("a.md") == ["one\ntwo\n\n \nthree"]
+    assert list(texts_of(find_sources([str(tmp_path / "a.txt")]))) == ["one", "two", "three"]
+
+
+def test_folders_and_globs_are_read_in_order_without_what_is_no_data(tmp_path: Path) -> None:
+    raw = tmp_path / "raw" / "deep"
+    raw.mkdir(parents=True)
+    for number, record in enumerate(RECORDS):
+        write_jsonl(raw / f"{number}.jsonl", [record])
+    (raw / "README.md").write_text("about")
+    (raw / ".hidden.jsonl").write_text("no")
+    (raw / "picture.png").write_bytes(b"\x89PNG")
+    index(tmp_path / "raw", tmp_path / "out", "zh")
+    assert content(tmp_path / "out") == RECORDS
+    index(tmp_path / "raw" / "**" / "[01].jsonl", tmp_path / "glob", "zh")
+    assert content(tmp_path / "glob") == RECORDS[:2]
+    for path, expected in (
+        ("nothing*.jsonl", "matches no file"),
+        ("none.jsonl", "none.jsonl: no such file"),
+        ("raw/deep/picture.png", "its name tells no format that is read"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            find_sources([str(tmp_path / path)])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no file in this folder has a format that is read"):
+        find_sources([str(tmp_path / "empty")])
+
+
+def test_stdin_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(JSONL)))
+    index(Path("-"), tmp_path / "out", "zh")
+    assert content(tmp_path / "out") == RECORDS
+
+
+def test_a_folder_inside_what_is_read_is_no_output(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "raw.jsonl", RECORDS)
+    arguments = ["data", "index", "--path", str(tmp_path), "--language", "zh", "--output", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("a.jsonl", b'{"output": "a", "output": "b"}\n', "line 1: the key 'output' is given twice"),
+        ("a.jsonl", b'{"output" : "a", "input": "", "output": "b"}\n', "line 1: the key 'output' is given twice"),
+        ("a.jsonl", b'{"output": NaN}\n', "line 1: not JSON"),
+        ("a.jsonl", b'{"output": "\\ud800"}\n', "line 1: not JSON"),
+        ("a.jsonl", b'{"input": "", "output": "\\ud800"}\n', "line 1: not JSON"),
+        ("a.jsonl", b'{"input": "", "output": "\x00"}\n', "line 1: not JSON"),
+        ("a.jsonl", b'{"input": "", "output": "\xff"}\n', "line 1: not JSON"),
+        ("a.jsonl", b'{"input": "", "output": "a}\n{"b"}\n', "line 1: not JSON"),
+        ("a.jsonl", b'{"input": "", "output": "a"}{"input": "", "output": "b"}\n', "line 1: not JSON"),
+        ("a.jsonl", b'[{"output": "a"}]\n', "found a JSON list, expected an object"),
+        ("a.jsonl", b'{"question": "a"}\n', "--columns prompt=KEY,response=KEY"),
+        ("a.txt", b"good\n\xff\xfe\n", "line 2: not UTF-8"),
+        ("a.txt", b"a\x00b\n", "line 1: holds a NUL byte"),
+        ("a.md", b"\xff", "a.md: not UTF-8"),
+        ("a.json", b'[{"output": "a"}, {"output": "b", "output": "c"}]', r"record 2 \(line 1\): the key 'output' is given"),
+        ("a.json", b'[{"output": "a"},\n{"output": NaN}]', r"record 2 \(line 2\): not JSON: NaN"),
+        ("a.json", b'[{"output": "a"},\n 3]', r"record 2 \(line 2\): found a JSON int"),
+        ("a.json", b'[{"output": "a"}\n{"output": "b"}]', r"line 2, record 2: not JSON: found '{' between two records"),
+        ("a.json", b'[{"output": "a"}, {"out', "record 2: not JSON"),
+        ("a.json", b'[{"output": "a"}', "the array is not closed"),
+        ("a.json", b'[{"output": "a"}] []', "after the end of the array"),
+        ("a.json", b"\xff[]", "not UTF-8"),
+        ("a.json", b'[{"output": "\\ud800"}]', "record 1 .*: cannot be written as JSON"),
+        ("a.csv", b"input,output\na,b\nc\n", "line 3: 1 columns, expected 2"),
+        ("a.csv", b"input,output\na,b,c\n", "line 2: 3 columns, expected 2"),
+        ("a.csv", b"input,input\na,b\n", "name each column once"),
+        ("a.csv", b'input,output\na,"b\n', "not csv"),
+        ("a.csv", b"input,output\na,\xff\n", "not UTF-8"),
+        ("a.csv", b"", "nothing to index"),
+        ("a.jsonl.gz", gzip.compress(JSONL)[:-9], "cannot be decompressed, is it whole"),
+        ("a.jsonl.gz", JSONL, "cannot be decompressed, is it whole"),
+        ("a.jsonl.xz", lzma.compress(JSONL)[:-9], "cannot be decompressed, is it whole"),
+        ("a.jsonl.bz2", bz2.compress(JSONL)[:-9], "cannot be decompressed, is it whole"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_and_nothing_is_left(tmp_path: Path, name: str, data: bytes, expected: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=expected) as error:
+        index(tmp_path / name, tmp_path / "out", "en")
+    assert name in str(error.value)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_integers_beyond_64_bits_and_escaped_nul_are_kept(tmp_path: Path) -> None:
+    line = b'{"input": "", "output": "a\\u0000b", "id": 123456789012345678901234567890}\n'
+    (tmp_path / "a.jsonl").write_bytes(line)
+    index(tmp_path / "a.jsonl", tmp_path / "out", "en")
+    assert content(tmp_path / "out")[0]["output"] == "a\0b"
+
+
+def test_a_line_of_100_mb_is_a_line_and_one_that_never_ends_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = b'{"input": "", "output": "' + b"word " * (20 << 20) + b'"}\n'
+    (tmp_path / "a.jsonl").write_bytes(b'{"input": "", "output": "a"}\n' + long + b'{"input": "", "output": "b"}\n')
+    meta = index(tmp_path / "a.jsonl", tmp_path / "out", "en")
+    assert (meta["nlines"], meta["length_distribute"]["more_256k"]) == (3, 1)
+    assert content(tmp_path / "out")[2]["output"] == "b"
+    monkeypatch.setattr(sources, "MAX_RECORD", 1 << 20)
+    with pytest.raises(UserError, match="a record is longer than 1 MB; is this the right format"):
+        index(tmp_path / "a.jsonl", tmp_path / "no", "en")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_number_of_processes_gives_the_same_files(tmp_path: Path, workers: int, monkeypatch) -> None:
+    """Ranges far shorter than the lines, so that their borders fall everywhere."""
+    from fm9g.data import build
+
+    lines = [*records(300, 5, longest=60), {"input": "", "output": "长" * 5000}, *records(20, 6)]
+    whole = write_jsonl(tmp_path / "a.jsonl", lines)
+    index(whole, tmp_path / "whole", "zh")
+    monkeypatch.setattr(build, "_RANGE", 101)
+    meta = index(whole, tmp_path / "parts", "zh", workers=workers)
+    assert meta == json.loads((tmp_path / "whole" / "meta.json").read_text())
+    for name in ("data.jsonl", "index", "index.h5"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    with whole.open("ab") as file:
+        file.write(b"bad\n")
+    with pytest.raises(UserError, match=r"a.jsonl, line 322: not JSON.*'bad'"):
+        index(whole, tmp_path / "no", "zh", workers=workers)
+
+
+def test_bad_records_can_be_left_out_and_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(JSONL + b'bad\n{"output": 3}\n\n' + JSONL)
+    arguments = ["--path", str(source), "--language", "zh", "--output", str(tmp_path / "out"), "--skip-bad"]
+    assert main(["data", "index", *arguments]) == 0
+    assert content(tmp_path / "out") == RECORDS * 2
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [(reject["file"], reject["where"], reject["content"]) for reject in rejects] == [
+        (str(source), "line 4", "bad"),
+        (str(source), "line 5", '{"output": 3}'),
+    ]
+    assert rejects[1]["reason"] == "output: found int, expected a string"
+    assert "2 bad records were left out" in capsys.readouterr().out
+    source.write_bytes(b"bad\n")
+    assert main(["data", "index", *arguments, "--overwrite"]) == 2
+    assert "no record is good; the first" in capsys.readouterr().err
+    assert content(tmp_path / "out") == RECORDS * 2
+
+
+def test_a_split_is_of_the_share_and_keeps_copies_together(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", records(1000, 1) * 2)
+    report = build_index(find_sources([str(source)]), tmp_path / "out", Settings("en", split=0.1, seed=3))
+    train, validation = ([json.dumps(r) for r in content(tmp_path / "out" / side)] for side in ("train", "validation"))
+    assert len(train) + len(validation) == 2000
+    assert len(validation) == pytest.approx(200, abs=60)
+    assert not set(train) & set(validation)
+    assert [meta["nlines"] for meta in report.metas.values()] == [len(train), len(validation)]
+    other = build_index(find_sources([str(source)]), tmp_path / "other", Settings("en", split=0.1, seed=4))
+    assert [meta["nlines"] for meta in other.metas.values()] != [len(train), len(validation)]
+    write_jsonl(source, RECORDS[:1])
+    with pytest.raises(UserError, match="no record of 1 fell into validation"):
+        build_index(find_sources([str(source)]), tmp_path / "few", Settings("en", split=0.01))
+    with pytest.raises(UserError, match="split: found 1.5"):
+        build_index(find_sources([str(source)]), tmp_path / "few", Settings("en", split=1.5))
+
+
+def test_other_keys_are_mapped_or_kept_as_they_are(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [{"Question": "q", "Complex_CoT": "c", "Response": "r"}])
+    arguments = ["data", "index", "--path", str(source), "--language", "en", "--output"]
+    assert main([*arguments, str(tmp_path / "no")]) == 2
+    assert main([*arguments, str(tmp_path / "a"), "--columns", "prompt=Question,response=Response"]) == 0
+    assert content(tmp_path / "a") == [{"input": "q", "output": "r"}]
+    (tmp_path / "columns.json").write_text('{"prompt": "Question", "response": "Response"}')
+    assert main([*arguments, str(tmp_path / "b"), "--columns", str(tmp_path / "columns.json")]) == 0
+    assert content(tmp_path / "b") == content(tmp_path / "a")
+    assert main([*arguments, str(tmp_path / "c"), "--as-is"]) == 0
+    assert content(tmp_path / "c") == [{"Question": "q", "Complex_CoT": "c", "Response": "r"}]
+
+
+def test_a_dataset_info_of_llama_factory_is_understood(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "mine.jsonl", [{"q": "a", "a": "b"}])
+    info = {"mine": {"file_name": "mine.jsonl", "columns": {"prompt": "q", "response": "a"}}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    path = ["--path", str(tmp_path / "dataset_info.json"), "--dataset", "mine"]
+    output = tmp_path.parent / f"{tmp_path.name}-out"
+    assert main(["data", "index", *path, "--language", "en", "--output", str(output)]) == 0
+    assert content(output) == [{"input": "a", "output": "b"}]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", RECORDS)
+    from fm9g.data import build
+
+    convert = build.convert_range
+
+    def growing(*arguments):
+        with source.open("ab") as file:
+            file.write(b" ")
+        return convert(*arguments)
+
+    monkeypatch.setattr(build, "convert_range", growing)
+    with pytest.raises(UserError, match="was changed while it was read"):
+        index(source, tmp_path / "out", "zh")
+
+
+def test_an_interrupted_indexing_leaves_the_old_dataset(tmp_path: Path) -> None:
+    index(write_jsonl(tmp_path / "old.jsonl", RECORDS), tmp_path / "out", "zh")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    pipe = tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)
+    arguments = ["--path", "-", "--language", "zh", "--output", str(tmp_path / "out"), "--overwrite"]
+    for sign in (signal.SIGINT, signal.SIGKILL):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fm9g", "data", "index", *arguments],
+            stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
+        )  # fmt: skip
+        assert process.stdin is not None
+        process.stdin.write(JSONL * 20_000)
+        process.stdin.flush()
+        for _ in range(200):  # until it writes
+            if list(tmp_path.glob(".out.*.tmp/data.jsonl")):
+                break
+            time.sleep(0.1)
+        process.send_signal(sign)
+        process.communicate()
+        assert process.returncode in (130, -signal.SIGKILL)
+        assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+    index(tmp_path / "old.jsonl", tmp_path / "out", "zh", overwrite=True)
+    assert not list(tmp_path.glob(".out.*"))  # what the killed process left is gone
