@@ -75,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("--vocab_size", type=int, required=True, help="most tokens it may have, at least 258")
     tokenizer.add_argument("--output", type=Path, required=True, help="folder of the new tokenizer")
     tokenizer.add_argument("--overwrite", action="store_true", help="replace a folder that holds something")
+    _add_check(verb("check", _data_check, "read a mixture through: lengths, losses, shares, padding", under=data))
+    _add_show(verb("show", _data_show, "print samples of a mixture as training sees them", under=data))
 
     convert = verb("convert", _convert, "a Hugging Face folder to a 9G .pt file, or a 9G checkpoint to such a folder")
     convert.add_argument("source", type=Path, help="a Hugging Face folder, a checkpoint folder, or a .pt file")
@@ -88,6 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     generate = verb("generate", _generate, "continue a prompt with the model of a Hugging Face folder")
     generate.add_argument("folder", type=Path, help="a Hugging Face folder")
     generate.add_argument("--prompt", required=True, help="the text to continue")
+    generate.add_argument("--chat", action="store_true", help="put the prompt into the folder's chat template")
+    generate.add_argument("--system", default="", help="with --chat: the system message")
     for option, kind, default, meaning in (
         ("max_new_tokens", int, 100, "longest continuation"),
         ("temperature", float, 0.0, "0: always the likeliest token"),
@@ -133,6 +137,40 @@ def _add_index(index: argparse.ArgumentParser) -> None:
     index.add_argument("--workers", type=int, default=None, help="processes; default: one a core where that pays")
 
 
+def _add_mixture_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("mixture", metavar="CONFIG", help="a name in dataset_configs/, or a path of a mixture")
+    parser.add_argument("--tokenizer", required=True, help="a tokenizer file, or a folder that holds one")
+    parser.add_argument("--max_length", type=int, default=4096, help="longest sample, in tokens (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=1, help="a row is as many times max_length (%(default)s)")
+    parser.add_argument("--template", default="", help="chat template of the datasets that name none")
+    parser.add_argument("--loss", default="assistant", help="what they learn: assistant, last or all (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1234, help="of the order of samples (%(default)s)")
+
+
+def _add_check(check: argparse.ArgumentParser) -> None:
+    _add_mixture_arguments(check)
+    check.add_argument("--steps", type=int, default=1000, help="length of the run to foretell (%(default)s)")
+    check.add_argument("--packs", type=int, default=8, help="packs a step: processes x grad_accum (%(default)s)")
+    check.add_argument("--sample", type=int, default=None, help="read only so many records of each dataset")
+    check.add_argument("--workers", type=int, default=None, help="processes; default: one a core where that pays")
+    check.add_argument(
+        "--output", type=Path, default=Path("data_check"), help="folder for check.json and lengths.png (%(default)s)"
+    )
+    check.add_argument("--overwrite", action="store_true", help="replace a folder that holds anything else")
+
+
+def _add_show(show: argparse.ArgumentParser) -> None:
+    _add_mixture_arguments(show)
+    show.add_argument("--count", type=int, default=3, help="how many samples, or rows (%(default)s)")
+    show.add_argument("--task", default="", help="of this dataset only")
+    show.add_argument("--record", type=int, default=None, help="this record, a line number from 1")
+    show.add_argument("--packs", action="store_true", help="whole rows, with their padding")
+    show.add_argument("--full", action="store_true", help="long texts whole")
+    show.add_argument(
+        "--color", default="auto", choices=["auto", "always", "never"], help="auto: on a terminal, without NO_COLOR"
+    )
+
+
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", required=True, metavar="NAME", help="a name in train_configs/ or model_configs/, or a path"
@@ -174,6 +212,11 @@ def _train(options: argparse.Namespace) -> int:
     from fm9g.config.run import load_run
 
     run = load_run(options.config, _overrides(options))
+    if run.train.value.only_run_dataloader:
+        from fm9g.train.data import run_dataloader
+
+        _print_loader(run_dataloader(run))
+        return 0
     from fm9g.train.run import run_training
 
     result = run_training(run)
@@ -184,6 +227,18 @@ def _train(options: argparse.Namespace) -> int:
     print(f"checkpoint: {result.checkpoint or 'none (save is false)'}")
     print(f"figures: {result.metrics_file}\nTensorBoard: {result.tensorboard}")
     return 130 if result.interrupted else 0
+
+
+def _print_loader(result: Any) -> None:
+    total = sum(result.tokens.values())
+    padding = 1 - total / max(1, result.positions)
+    print(
+        f"{result.steps} steps, {total} tokens, {result.rate:.0f} tokens/s, {padding:.2%} padding; nothing was trained"
+    )
+    for task, tokens in result.tokens.items():
+        print(f"  {task}: {tokens} tokens, {tokens / max(1, total):.2%} (wanted: {result.wanted[task]:.2%})")
+    for reason, count in result.skipped.items():
+        print(f"note: {count} records were skipped: {reason}")
 
 
 def _config_show(options: argparse.Namespace) -> None:
@@ -253,7 +308,7 @@ def _data_index(options: argparse.Namespace) -> None:
     elif options.columns:
         is_file = "=" not in options.columns
         columns = columns_from_file(Path(options.columns)) if is_file else columns_from_text(options.columns)
-    sources = find_sources(paths, options.format, options.text_unit)
+    sources = find_sources(paths, options.format, options.text_unit, options.output)
     settings = Settings(options.language, columns, options.as_is, options.skip_bad, options.split, options.seed)
     report = build_index(sources, options.output, settings, options.workers, options.overwrite)
     for folder, meta in report.metas.items():
@@ -279,6 +334,34 @@ def _data_tokenizer(options: argparse.Namespace) -> None:
     print(f"{options.output}: a tokenizer of {size} tokens{less}")
 
 
+def _mixture_settings(options: argparse.Namespace) -> dict[str, Any]:
+    keys = ("max_length", "batch_size", "template", "loss", "seed")
+    return {"tokenizer_path": options.tokenizer, **{key: getattr(options, key) for key in keys}}
+
+
+def _data_check(options: argparse.Namespace) -> None:
+    from fm9g.data.check import check
+    from fm9g.data.report import table
+
+    keys = ("output", "steps", "packs", "sample", "workers", "overwrite")
+    arguments = {key: getattr(options, key) for key in keys}
+    report = check(options.mixture, **arguments, **_mixture_settings(options))
+    print(table(report))
+    for note in report["notes"]:
+        print(f"note: {note}")
+    print(f"{options.output}: check.json, lengths.png")
+
+
+def _data_show(options: argparse.Namespace) -> None:
+    from fm9g.data.check import open_mixture
+    from fm9g.data.show import show, wants_color
+
+    mixture, _ = open_mixture(options.mixture, **_mixture_settings(options))
+    arguments = {key: getattr(options, key) for key in ("count", "task", "record", "packs", "full")}
+    for text in show(mixture, **arguments, color=wants_color(options.color)):
+        print(text)
+
+
 def _convert(options: argparse.Namespace) -> None:
     from fm9g.convert.hf import export_folder, import_folder
 
@@ -296,6 +379,7 @@ def _generate(options: argparse.Namespace) -> None:
     from fm9g.infer.generate import generate
 
     settings = {
-        key: getattr(options, key) for key in ("max_new_tokens", "temperature", "top_p", "repetition_penalty", "seed")
+        key: getattr(options, key)
+        for key in ("max_new_tokens", "temperature", "top_p", "repetition_penalty", "seed", "chat", "system")
     }
-    print(options.prompt + generate(options.folder, options.prompt, **settings))
+    print(("" if options.chat else options.prompt) + generate(options.folder, options.prompt, **settings))

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
+
+import numpy as np
 
 from fm9g.config.model import ModelConfig
 from fm9g.data.build import build_index
 from fm9g.data.lines import Settings
+from fm9g.data.loader import Loader
+from fm9g.data.mixture import Mixture
+from fm9g.data.pack import Pack
+from fm9g.data.position import merge_positions
 from fm9g.data.records import to_line
 from fm9g.data.sources import find_sources
 
@@ -58,3 +65,35 @@ def index(source: Path, output: Path, language: str, overwrite: bool = False, wo
     """Makes an indexed dataset; the content of its meta.json."""
     report = build_index(find_sources([str(source)]), output, Settings(language, **settings), workers, overwrite)
     return report.metas[output]
+
+
+def steps(mixture: Mixture, count: int, ranks: int = 1, workers: int = 0, position: dict | None = None):
+    """The packs of `count` steps in the order of the streams, and the position after them."""
+    streams = 4
+    loaders = [
+        Loader(
+            mixture,
+            global_batch=streams,
+            rank=rank,
+            world_size=ranks,
+            workers=workers,
+            position=position,
+        )
+        for rank in range(ranks)
+    ]
+    made = []
+    try:
+        for _ in range(count):
+            by_rank = [loader.next_step() for loader in loaders]
+            made.append([by_rank[s % ranks][s // ranks] for s in range(streams)])
+        return made, json.loads(json.dumps(merge_positions([loader.position() for loader in loaders])))
+    finally:
+        for loader in loaders:
+            loader.close()
+
+
+def assert_same(some: list[list[Pack]], others: list[list[Pack]]) -> None:
+    assert len(some) == len(others)
+    for one, other in zip((p for step in some for p in step), (p for step in others for p in step)):
+        for key in ("input_ids", "targets", "positions", "cu_seqlens", "task_ids"):
+            np.testing.assert_array_equal(getattr(one, key), getattr(other, key))

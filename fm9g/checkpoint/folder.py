@@ -29,7 +29,7 @@ class Snapshot:
 
     weights: name -> whole tensor, once. optimizer, random_state: as an engine gives them. position: as the loader
     gives it. counts: iteration, global_token_pass, global_total_task_token. documents: file name -> JSON content.
-    tokenizer_files: are copied.
+    tokenizer_files: file name -> a file to copy, or text.
     """
 
     weights: Iterable[tuple[str, torch.Tensor]]
@@ -38,7 +38,7 @@ class Snapshot:
     position: dict[str, Any]
     counts: dict[str, Any]
     documents: dict[str, Any]
-    tokenizer_files: list[Path]
+    tokenizer_files: dict[str, Path | str]
 
 
 def save_checkpoint(root: Path, step: int, snapshot: Snapshot) -> Path:
@@ -52,8 +52,11 @@ def save_checkpoint(root: Path, step: int, snapshot: Snapshot) -> Path:
         for name, content in documents.items():
             (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
         (folder / TOKENIZER).mkdir()
-        for file in snapshot.tokenizer_files:
-            shutil.copyfile(file, folder / TOKENIZER / file.name)
+        for name, content in snapshot.tokenizer_files.items():
+            if isinstance(content, Path):
+                shutil.copyfile(content, folder / TOKENIZER / name)
+            else:
+                (folder / TOKENIZER / name).write_text(content, encoding="utf-8")
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         sums = {str(file.relative_to(folder)): [file.stat().st_size, _checksum(file)] for file in files}
         manifest = {"step": step, "files": sums}

@@ -57,7 +57,7 @@ def build(cls: type[T], layers: list[Layer], prefix: str = "") -> Loaded[T]:
                 value = value.lower()
             values[key] = value
             origins[key] = layer.origin
-    check(cls, values, origins, prefix)
+    check(cls, values, origins or {"": layers[0].origin}, prefix)
     kwargs = {}
     for key, value in values.items():
         kind = known[key].type

@@ -12,13 +12,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fm9g.checkpoint.folder import MANIFEST, MODEL_CONFIG, Checkpoint
+from fm9g.checkpoint.folder import MANIFEST, MODEL_CONFIG, TOKENIZER, Checkpoint
 from fm9g.checkpoint.weights import check_weights, read_weights, write_weights
 from fm9g.config.load import read_object
 from fm9g.config.model import ModelConfig, load_model_config
 from fm9g.convert.architecture import from_hf_config, to_hf_config
 from fm9g.convert.names import to_9g, to_hf
-from fm9g.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from fm9g.data.tokenizer import CHAT_TEMPLATE, SentencePieceTokenizer, load_tokenizer
 from fm9g.errors import UserError
 from fm9g.files import new_file, new_folder
 from fm9g.model.transformer import weight_shapes
@@ -35,7 +35,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
 )
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -95,6 +95,9 @@ def export_folder(
     with new_folder(target, overwrite, sources) as folder:
         _write_shards(weights, folder, wanted)
         ids = _write_tokenizer(tokenizer, folder)
+        trained_with = (source if source.is_dir() else source.parent) / TOKENIZER / CHAT_TEMPLATE
+        if trained_with.is_file():  # whatever the reference says
+            shutil.copyfile(trained_with, folder / CHAT_TEMPLATE)
         hf = to_hf_config(config, str(wanted).removeprefix("torch."), **ids)
         generation: dict[str, Any] = {"bos_token_id": ids["bos_id"], "eos_token_id": ids["eos_id"]}
         if reference is not None:

@@ -21,13 +21,13 @@ import orjson
 from fm9g.data.index import DATA, INDEX, INDEX_H5, META
 from fm9g.data.lines import BUCKETS, Bad, Lines, Part, Settings, convert_lines, convert_range, convert_records
 from fm9g.data.records import parse_object, quote
+from fm9g.data.scan import TOKENS_PER_UNIT
 from fm9g.data.sources import STDIN, Source, line_blocks, records
 from fm9g.data.workers import start_workers
 from fm9g.errors import UserError
 from fm9g.files import AppendedFile, new_folder
 from fm9g.progress import Progress
 
-LANGUAGES = ("zh", "en", "code")
 REJECTS = "rejects.jsonl"
 SPLITS = ("train", "validation")
 _RANGE = 8 << 20  # bytes of a file that a process gets at a time
@@ -60,8 +60,8 @@ def build_index(
     Raises UserError for a bad record, for sources without any good one, and for an output folder that holds
     something (unless overwrite) or what is read.
     """
-    if settings.language not in LANGUAGES:
-        raise UserError(f"language: found {settings.language!r}, expected one of {', '.join(LANGUAGES)}")
+    if settings.language not in TOKENS_PER_UNIT:
+        raise UserError(f"language: found {settings.language!r}, expected one of {', '.join(TOKENS_PER_UNIT)}")
     if not 0 <= settings.split < 1:
         raise UserError(f"split: found {settings.split}, expected a share from 0 to below 1")
     size = sum(source.size for source in sources)
@@ -87,7 +87,7 @@ def build_index(
         for name, writer in zip(names, writers):
             if not writer.nlines:
                 raise UserError(run.nothing(sources, name))
-            meta = {"language": settings.language, **writer.finish(), "shapes": dict(report.shapes)}
+            meta = {"language": settings.language, **writer.finish(settings.language), "shapes": dict(report.shapes)}
             (folder / name / META).write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
             report.metas[output / name] = meta
     return report
@@ -215,7 +215,7 @@ class _Writer:
             bounds = self.nbytes + np.cumsum(lengths)
             self._add_bounds(bounds)
             self.nlines, self.nbytes = self.nlines + len(bounds), int(bounds[-1])
-        self._total.tokens += lines.tokens
+        self._total.units += lines.units
         self._total.buckets += lines.buckets
         self._total.sample = self._total.sample or lines.sample
 
@@ -224,7 +224,7 @@ class _Writer:
         numbers = orjson.dumps(bounds, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].replace(b",", b"\n")
         self._index.write(numbers + b"\n")
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, language: str) -> dict[str, Any]:
         """Ends the files; returns what meta.json says of them."""
         self._files.close()
         with h5py.File(self._folder / INDEX_H5, "w") as file, self._bounds_path.open("rb") as bounds:
@@ -236,7 +236,7 @@ class _Writer:
             "nlines": self.nlines,
             "nbytes": self.nbytes,
             "length_distribute": dict(zip([*BUCKETS, "more_256k"], self._total.buckets.tolist())),
-            "avg_token_per_line": self._total.tokens / self.nlines,
+            "avg_token_per_line": self._total.units * TOKENS_PER_UNIT[language] / self.nlines,
             "data_sample": {key: _cut(value) for key, value in parse_object(self._total.sample).items()},
         }
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from fm9g.data.order import mix
 from fm9g.data.records import check_keys_once, parse_object, to_line
-from fm9g.data.scan import MARGIN, estimated_tokens, plain_pairs
+from fm9g.data.scan import MARGIN, TOKENS_PER_UNIT, plain_pairs, units
 from fm9g.data.shapes import BadRecord, Columns, canonical
 from fm9g.data.sources import Record, check_record_size
 from fm9g.errors import UserError
@@ -53,13 +53,13 @@ class Bad:
 class Lines:
     """Lines for one data.jsonl. chunks: their bytes, or (start, end) in the file they are read from.
 
-    lengths: bytes of each line. tokens: estimated, in all; buckets: lines by estimated tokens. empty: records
-    without output. sample: the first line.
+    lengths: bytes of each line. units: what the tokens are estimated from, in all; buckets: lines by estimated tokens.
+    empty: records without output. sample: the first line.
     """
 
     chunks: list[bytes | tuple[int, int]] = field(default_factory=list)
     lengths: list[np.ndarray] = field(default_factory=list)
-    tokens: float = 0.0
+    units: int = 0
     buckets: np.ndarray = field(default_factory=lambda: np.zeros(len(BUCKETS) + 1, np.int64))
     empty: int = 0
     sample: bytes = b""
@@ -68,10 +68,11 @@ class Lines:
         self, chunk: bytes | tuple[int, int], block: np.ndarray, ends: np.ndarray, empty: int, language: str
     ) -> None:
         """block: the bytes of the chunk. ends: where its lines end."""
-        tokens = estimated_tokens(block, ends, language)
+        found = units(block, ends, language)
+        tokens = found * TOKENS_PER_UNIT[language]
         limits = [1024 * limit for limit in BUCKETS.values()]
         self.buckets += np.bincount(np.searchsorted(limits, tokens, side="right"), minlength=len(self.buckets))
-        self.tokens += float(tokens.sum())
+        self.units += int(found.sum())
         self.lengths.append(np.diff(ends, prepend=0))
         self.empty += empty
         self.sample = self.sample or block[: ends[0]].tobytes()

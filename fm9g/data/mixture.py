@@ -23,7 +23,7 @@ from fm9g.data.order import Permutation, mix
 from fm9g.data.records import SHOWN
 from fm9g.data.shapes import BadRecord
 from fm9g.data.template import Rendered, Template, load_template
-from fm9g.data.tokenizer import load_tokenizer
+from fm9g.data.tokenizer import CHAT_TEMPLATE, load_tokenizer
 from fm9g.errors import UserError
 
 Transform = Callable[[dict[str, Any], int, random.Random], dict[str, Any]]
@@ -151,6 +151,19 @@ class Mixture:
         """The template for conversations of a dataset that names none."""
         return load_template("tokenizer", self.tokenizer) if self.tokenizer.chat_template else None
 
+    def files_to_keep(self) -> dict[str, Path | str]:
+        """What a trained model needs to be used: the tokenizer's files, and the template that it was trained with.
+
+        File name -> the file, or its text. Of several templates, that of the largest dataset that names one.
+        """
+        named = [
+            (share, encoder.template.text)
+            for config, encoder, share in zip(self.configs, self.encoders, self.shares())
+            if config.template and encoder.template
+        ]
+        files: dict[str, Path | str] = {file.name: file for file in self.tokenizer.files}
+        return files | ({CHAT_TEMPLATE: max(named)[1]} if named else {})
+
     def cache_folder(self, dataset: int) -> Path:
         return Path(self.recipe.token_cache) / self.configs[dataset].task_name
 
@@ -196,7 +209,8 @@ class Mixture:
                 continue
             size = len(dataset)
             drawn = Permutation(size, self.seed, _MEAN, self.keys[number])(np.arange(min(_MEAN_RECORDS, size)))
-            tokens = self.tokens(number, drawn.tolist(), places=drawn.tolist())
+            cached = self.caches[number]
+            tokens = cached.read(drawn) if cached else self.tokens(number, drawn.tolist(), places=drawn.tolist())
             samples = [cut(record, self.max_length, config.oversize_rule, self.capacity).pieces for record in tokens]
             lengths = [len(piece) - 1 for pieces in samples for piece in pieces]
             means.append(sum(lengths) / len(lengths) if lengths else 1.0)

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 from fm9g.data.records import not_an_object, repeated_key
@@ -74,12 +75,16 @@ class Source:
         return "stdin" if self.path == STDIN else self.path
 
 
-def find_sources(paths: list[str], format: str = "", text_unit: str = "") -> list[Source]:
+def find_sources(paths: list[str], format: str = "", text_unit: str = "", output: Path | None = None) -> list[Source]:
     """The files that paths, folders and globs stand for, in order. `-` is stdin.
 
-    format: of all of them; empty: by their names. text_unit: empty: a line of .txt, the whole of .md.
-    Raises UserError for what is missing, empty or of no known format.
+    format: of all of them; empty: by their names. text_unit: empty: a line of .txt, the whole of .md. output: where
+    the records will go. Raises UserError for what is missing, empty or of no known format, and for an output in a
+    folder that is read: the next reading would find it there.
     """
+    for path in paths:
+        if output is not None and output.resolve().is_relative_to(Path(path).resolve()):
+            raise UserError(f"{output}: lies in {path}, which is read; choose a folder elsewhere")
     sources = [source for path in paths for source in _find(path, format, text_unit)]
     if sum(source.path == STDIN for source in sources) > 1:
         raise UserError("stdin (-) is given twice")

@@ -27,6 +27,7 @@ from fm9g.data.pack import Pack, Sample, collate
 from fm9g.errors import UserError
 
 WINDOW = 64  # samples that may wait for a pack they fit in
+ENOUGH = 200  # a pack with less than this part of it free is full: drawing on would only make more samples wait
 OPEN = 16  # long records of a dataset that are cut at the same time, a piece from each in turn
 _PHASE = 0  # what a random number is for
 
@@ -85,6 +86,7 @@ class Stream:
         gave it, to go on from there."""
         state = state or new_state(index, plan)
         self._plan, self._capacity = plan, capacity
+        self._enough = capacity // ENOUGH
         self._clocks = list(state["clocks"])
         self._begun = list(state["begun"])
         self.skipped: dict[str, int] = dict(state["skipped"])
@@ -117,7 +119,7 @@ class Stream:
                 room -= len(sample.tokens) - 1
             else:
                 kept.append(sample)
-        while room and len(kept) < WINDOW and (drawn := self._draw()) is not None:
+        while room > self._enough and len(kept) < WINDOW and (drawn := self._draw()) is not None:
             if len(drawn.tokens) - 1 <= room:
                 chosen.append(drawn)
                 room -= len(drawn.tokens) - 1

@@ -68,9 +68,9 @@ class Tokenizer(ABC):
     def decode(self, ids: list[int]) -> str:
         """The text of token ids."""
 
-    @abstractmethod
     def special(self, token: int) -> str:
         """The name of a token that stands for no text, such as bos and eos; empty for others."""
+        return {self.bos_id: self.bos_token, self.eos_id: self.eos_token}.get(token, "")
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -261,7 +261,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         if path.suffix == ".json":
             return HuggingFaceTokenizer(path.parent)
-        return VocabTokenizer(path) if path.suffix == ".txt" else SentencePieceTokenizer(path)
+        tokenizer = VocabTokenizer(path) if path.suffix == ".txt" else SentencePieceTokenizer(path)
+        if (template := path.parent / CHAT_TEMPLATE).is_file():
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
+            tokenizer.files.append(template)
+        return tokenizer
     except UserError:
         raise
     except Exception as error:  # the tokenizer libraries raise bare Exception

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from fm9g.data.template import load_template
+from fm9g.data.tokenizer import load_tokenizer
 from fm9g.errors import UserError
 
 
@@ -17,9 +19,12 @@ def generate(
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
     seed: int = 1234,
+    chat: bool = False,
+    system: str = "",
 ) -> str:
     """The continuation of a prompt. temperature 0 takes the likeliest token each time.
 
+    chat: the prompt is what a user says, and is put into the folder's chat template; system: what is said before it.
     Raises UserError where the folder is not one that transformers loads.
     """
     if not (folder / "config.json").is_file():
@@ -37,6 +42,12 @@ def generate(
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
     from transformers.utils import logging
 
+    if chat:
+        messages = [{"role": "system", "content": system}] if system else []
+        template = load_template("tokenizer", load_tokenizer(folder))
+        prompt = template.render([*messages, {"role": "user", "content": prompt}], add_generation_prompt=True)
+    elif system:
+        raise UserError("system: goes with a chat (--chat)")
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -49,7 +60,7 @@ def generate(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.eval().to(device)
     set_seed(seed)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False, add_special_tokens=not chat).to(device)
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     )

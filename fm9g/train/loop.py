@@ -86,11 +86,15 @@ def to_batch(pack: Pack, device: torch.device) -> tuple[Batch, torch.Tensor]:
     """A pack on the device, and (R,) the task of each of its targets."""
     rows = np.flatnonzero(pack.targets != IGNORED)
     arrays = (pack.input_ids, pack.positions, pack.cu_seqlens, rows, pack.targets[rows], pack.task_ids[rows])
-    ids, positions, cu_seqlens, target_rows, targets, tasks = (
-        torch.from_numpy(array).to(device, non_blocking=True) for array in arrays
-    )
+    ids, positions, cu_seqlens, target_rows, targets, tasks = (_on_device(array, device) for array in arrays)
     lengths = np.diff(pack.cu_seqlens).tolist()
     return Batch(ids, positions, cu_seqlens, lengths, target_rows, targets.long()), tasks
+
+
+def _on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    # Only a copy from pinned memory goes on beside the computation.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def step_figures(tasks: list[str], losses: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:

@@ -17,13 +17,13 @@ from fm9g.config.run import RunConfig
 from fm9g.config.train import TrainConfig
 from fm9g.data.loader import Loader
 from fm9g.data.mixture import Mixture
-from fm9g.data.pool import fill_cache
 from fm9g.data.position import merge_positions
 from fm9g.engine.base import AdamW, Engine
 from fm9g.engine.torch import TorchEngine, has_fast_bf16
 from fm9g.errors import UserError
 from fm9g.files import probe_writable
 from fm9g.model.transformer import FM9G, is_width_scaled, weight_shapes
+from fm9g.train.data import open_loader, open_mixture
 from fm9g.train.interrupt import Interrupt
 from fm9g.train.loop import TrainState, train
 from fm9g.train.metrics import METRICS_FILE, Metrics
@@ -68,10 +68,11 @@ def run_training(run: RunConfig) -> Result:
     replaced = [] if checkpoint else steps_in(root)
     if config.save:
         probe_writable(root)
+    position = checkpoint.position() if checkpoint else None
     if state.step >= min(config.stop_iters or config.train_iters, config.train_iters):
         print(f"note: nothing is left to do: step {state.step}, train_iters {config.train_iters}")
     with (
-        open_loader(config, mixture, engine.rank, engine.world_size, checkpoint) as loader,
+        open_loader(config, mixture, engine.rank, engine.world_size, position) as loader,
         Metrics(tensorboard, log, state.step, config.train_iters) as metrics,
         Interrupt() as interrupt,
     ):
@@ -100,40 +101,6 @@ def run_training(run: RunConfig) -> Result:
         tensorboard=tensorboard,
         checkpoint=root / str(state.step) if config.save and state.step else None,
         interrupted=interrupt.requested,
-    )
-
-
-def open_mixture(run: RunConfig) -> tuple[Mixture, list[str]]:
-    """The data of a run, its token caches made where they are asked for; and what there is to know, a line each."""
-    config = run.train.value
-    mixture = Mixture(
-        [item.value for item in run.mixture],
-        config.tokenizer_path,
-        config.max_length,
-        config.seed,
-        config.batch_size * config.max_length,
-        config.token_cache,
-    )
-    notes = run.notes + mixture.notes()
-    if config.token_cache:
-        mixture, about_caches = fill_cache(mixture, config.dataloader_num_workers)
-        notes += about_caches
-    return mixture, notes
-
-
-def open_loader(
-    config: TrainConfig, mixture: Mixture, rank: int = 0, world_size: int = 1, checkpoint: Checkpoint | None = None
-) -> Loader:
-    """The loader of a rank."""
-    return Loader(
-        mixture,
-        global_batch=config.grad_accum * world_size,
-        rank=rank,
-        world_size=world_size,
-        workers=config.dataloader_num_workers,
-        prefetch=config.dataloader_prefetch_factor,
-        position=checkpoint.position() if checkpoint else None,
-        carry=config.data_changes == "carry",
     )
 
 
@@ -205,7 +172,7 @@ def take_snapshot(
             "global_total_task_token": dict(zip(tasks, tokens.tolist())),  # type: ignore[union-attr]
         },
         documents={MODEL_CONFIG: run.model.value.to_json(), "run_config.json": run.to_json()},
-        tokenizer_files=mixture.tokenizer.files,
+        tokenizer_files=mixture.files_to_keep(),
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from support import index, write_jsonl
 
 from fm9g.data.index import IndexedDataset
-from fm9g.data.scan import estimated_tokens
+from fm9g.data.scan import TOKENS_PER_UNIT, units
 from fm9g.errors import UserError
 
 RECORDS = [{"input": "问题", "output": "回答一"}, {"input": "", "output": "second"}, {"input": "", "output": "最后"}]
@@ -64,9 +64,10 @@ def test_tokens_are_estimated_by_language() -> None:
     lines = ["一二三 四", "one two\tthree ", "", " x"]
     block = np.frombuffer("".join(line + "\n" for line in lines).encode(), np.uint8)
     ends = np.cumsum([len(line.encode()) + 1 for line in lines])
-    assert estimated_tokens(block, ends, "zh").tolist() == pytest.approx([0.7 * len(line) for line in lines])
+    assert units(block, ends, "zh").tolist() == [len(line) for line in lines]
     for language in ("en", "code"):
-        assert estimated_tokens(block, ends, language).tolist() == [1.5 * len(line.split()) for line in lines]
+        assert units(block, ends, language).tolist() == [len(line.split()) for line in lines]
+    assert TOKENS_PER_UNIT == {"zh": 0.7, "en": 1.5, "code": 1.5}
 
 
 def test_every_record_is_read_the_first_one_included(dataset: Path) -> None:

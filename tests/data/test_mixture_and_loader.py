@@ -1,19 +1,16 @@
 """Mixtures on disk and the loader: the packs of a step depend on no rank, worker or restart."""
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support import ROOT, records
+from support import ROOT, assert_same, records, steps
 
 from fm9g.config.mixture import load_mixture
 from fm9g.data.loader import Loader
 from fm9g.data.mixture import Mixture
-from fm9g.data.pack import Pack
-from fm9g.data.position import merge_positions
 from fm9g.errors import UserError
 
 Make = Callable[..., Path]
@@ -22,38 +19,6 @@ BY_SIZE = {"abs_weight": None}
 
 def open_mixture(path: Path, tokenizer: Path, max_length: int = 64, seed: int = 3) -> Mixture:
     return Mixture([item.value for item in load_mixture(path)], str(tokenizer), max_length, seed, 2 * max_length)
-
-
-def steps(mixture: Mixture, count: int, ranks: int = 1, workers: int = 0, position: dict | None = None):
-    """The packs of `count` steps in the order of the streams, and the position after them."""
-    streams = 4
-    loaders = [
-        Loader(
-            mixture,
-            global_batch=streams,
-            rank=rank,
-            world_size=ranks,
-            workers=workers,
-            position=position,
-        )
-        for rank in range(ranks)
-    ]
-    made = []
-    try:
-        for _ in range(count):
-            by_rank = [loader.next_step() for loader in loaders]
-            made.append([by_rank[s % ranks][s // ranks] for s in range(streams)])
-        return made, json.loads(json.dumps(merge_positions([loader.position() for loader in loaders])))
-    finally:
-        for loader in loaders:
-            loader.close()
-
-
-def assert_same(some: list[list[Pack]], others: list[list[Pack]]) -> None:
-    assert len(some) == len(others)
-    for one, other in zip((p for step in some for p in step), (p for step in others for p in step)):
-        for key in ("input_ids", "targets", "positions", "cu_seqlens", "task_ids"):
-            np.testing.assert_array_equal(getattr(one, key), getattr(other, key))
 
 
 @pytest.fixture

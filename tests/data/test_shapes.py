@@ -413,6 +413,12 @@ def test_a_file_of_columns_may_have_tags(tmp_path: Path) -> None:
     assert canonical({"dialog": [*turns, {"who": "A", "says": "a"}]}, columns)[1] == chat(USER, CALLING, RESULT, ANSWER)
 
 
+def test_tags_win_over_our_own_names_of_roles() -> None:
+    columns = Columns({"messages": "messages"}, {"user_tag": "assistant", "assistant_tag": "user"})
+    record = chat({"role": "assistant", "content": "q"}, {"role": "user", "content": "a"})
+    assert canonical(record, columns)[1] == chat(USER, ANSWER)
+
+
 @pytest.mark.parametrize(
     ("tags", "turn"),
     [

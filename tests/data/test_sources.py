@@ -25,7 +25,7 @@ from fm9g.data.sources import find_sources
 from fm9g.errors import UserError
 
 RECORDS = [
-    {"input": "问题", "output": "回答，一\n第二行"},
+    {"input": "问题", "output": "回答 一\n第二行"},
     {"input": "", "output": 'quotes " and \\ and \u2028'},
     {"input": "x", "output": "last"},
 ]
@@ -174,7 +174,7 @@ def test_a_folder_inside_what_is_read_is_no_output(tmp_path: Path) -> None:
         ("a.txt", b"good\n\xff\xfe\n", "line 2: not UTF-8"),
         ("a.txt", b"a\x00b\n", "line 1: holds a NUL byte"),
         ("a.md", b"\xff", "a.md: not UTF-8"),
-        ("a.json", b'[{"output": "a"}, {"output": "b", "output": "c"}]', r"record 2 \(line 1\): the key 'output' is given"),
+        ("a.json", b'[{"output": "a"}, {"output": "b", "output": "c"}]', "record 2 .line 1.: the key 'output' is"),
         ("a.json", b'[{"output": "a"},\n{"output": NaN}]', r"record 2 \(line 2\): not JSON: NaN"),
         ("a.json", b'[{"output": "a"},\n 3]', r"record 2 \(line 2\): found a JSON int"),
         ("a.json", b'[{"output": "a"}\n{"output": "b"}]', r"line 2, record 2: not JSON: found '{' between two records"),
@@ -189,7 +189,7 @@ def test_a_folder_inside_what_is_read_is_no_output(tmp_path: Path) -> None:
         ("a.csv", b'input,output\na,"b\n', "not csv"),
         ("a.csv", b"input,output\na,\xff\n", "not UTF-8"),
         ("a.csv", b"", "nothing to index"),
-        ("a.jsonl.gz", gzip.compress(JSONL)[:-9], "cannot be decompressed, is it whole"),
+        ("a.jsonl.gz", gzip.compress(JSONL, mtime=0)[:-9], "cannot be decompressed, is it whole"),
         ("a.jsonl.gz", JSONL, "cannot be decompressed, is it whole"),
         ("a.jsonl.xz", lzma.compress(JSONL)[:-9], "cannot be decompressed, is it whole"),
         ("a.jsonl.bz2", bz2.compress(JSONL)[:-9], "cannot be decompressed, is it whole"),
@@ -210,10 +210,10 @@ def test_integers_beyond_64_bits_and_escaped_nul_are_kept(tmp_path: Path) -> Non
     assert content(tmp_path / "out")[0]["output"] == "a\0b"
 
 
-def test_a_line_of_100_mb_is_a_line_and_one_that_never_ends_is_not(
+def test_a_line_far_longer_than_a_block_is_a_line_and_one_that_never_ends_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    long = b'{"input": "", "output": "' + b"word " * (20 << 20) + b'"}\n'
+    long = b'{"input": "", "output": "' + b"word " * (2 << 20) + b'"}\n'
     (tmp_path / "a.jsonl").write_bytes(b'{"input": "", "output": "a"}\n' + long + b'{"input": "", "output": "b"}\n')
     meta = index(tmp_path / "a.jsonl", tmp_path / "out", "en")
     assert (meta["nlines"], meta["length_distribute"]["more_256k"]) == (3, 1)
@@ -274,7 +274,7 @@ def test_a_split_is_of_the_share_and_keeps_copies_together(tmp_path: Path) -> No
     write_jsonl(source, RECORDS[:1])
     with pytest.raises(UserError, match="no record of 1 fell into validation"):
         build_index(find_sources([str(source)]), tmp_path / "few", Settings("en", split=0.01))
-    with pytest.raises(UserError, match="split: found 1.5"):
+    with pytest.raises(UserError, match=r"split: found 1\.5"):
         build_index(find_sources([str(source)]), tmp_path / "few", Settings("en", split=1.5))
 
 

@@ -1,0 +1,197 @@
+"""Samples of a mixture as training sees them: decoded, with what is learnt marked."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain, groupby, islice, pairwise
+
+import numpy as np
+
+from fm9g.config.fields import nearest
+from fm9g.data.encode import Encoded, Texts, cut
+from fm9g.data.loader import make_plan
+from fm9g.data.mixture import Mixture
+from fm9g.data.pack import Sample
+from fm9g.data.stream import Stream
+from fm9g.data.template import Rendered
+from fm9g.errors import UserError
+
+HEAD, TAIL = 2000, 500  # characters of a long sample that are shown
+
+_WIDTH = 100  # characters of a border
+_LEARNT, _OWN, _SPECIAL = 1, 2, 4  # what a token is; own: of the template
+_CODES = {0: "2", _LEARNT: "32", _OWN: "4;36", _OWN | _LEARNT: "4;32", _SPECIAL: "33", _SPECIAL | _LEARNT: "1;33"}
+# Control characters would act on the terminal; their pictures do not.
+_VISIBLE: dict[int, int | str] = {code: 0x2400 + code for code in range(32) if chr(code) != "\t"}
+_VISIBLE |= {ord("\n"): "⏎\n", 0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
+
+Run = tuple[str, int]  # a text, and what its tokens are
+
+
+def wants_color(choice: str) -> bool:
+    """choice: auto, always or never; auto is a terminal, unless NO_COLOR is set."""
+    return choice == "always" or (choice == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+
+
+def show(
+    mixture: Mixture, *, count: int, task: str, record: int | None, packs: bool, color: bool, full: bool
+) -> Iterator[str]:
+    """Texts to print: a legend, then samples in the order of a run with one pack a step.
+
+    count: of samples, or with `packs` of rows. task: of this dataset only. record: this one, from 1, of the task.
+    full: long samples whole. Raises UserError for a dataset or record that is not there.
+    """
+    tasks = [config.task_name for config in mixture.configs]
+    if count < 1:
+        raise UserError(f"--count: found {count}, expected at least 1")
+    if task and task not in tasks:
+        raise UserError(f"--task: the mixture has no {task!r}{nearest(task, tasks)} It has: {', '.join(tasks)}")
+    dataset = tasks.index(task) if task else None
+    if record is not None:
+        if packs:
+            raise UserError("--record and --packs are both given; a record is shown by itself")
+        if dataset is None and len(tasks) > 1:
+            raise UserError(f"--record: say of which dataset: --task, one of {', '.join(tasks)}")
+        dataset = dataset or 0
+        if not 1 <= record <= (size := len(mixture.datasets[dataset])):
+            raise UserError(f"--record: found {record}, expected 1 to {size}, the records of {tasks[dataset]}")
+    view = _View(mixture, color, full)
+    yield view.legend()
+    if record is not None and dataset is not None:
+        yield from view.record(dataset, record - 1, count)
+        return
+    rows = islice(_rows(mixture, dataset), count)
+    if not packs:
+        for sample in islice(chain.from_iterable(rows), count):
+            yield from view.sample(*sample[1:])
+        return
+    for number, row in enumerate(rows, 1):
+        used = sum(len(sample.tokens) - 1 for sample in row)
+        yield _border(f"row {number}: {len(row)} samples, {used} tokens", "═")
+        for sample in row:
+            yield from view.sample(*sample[1:])
+        yield _border(f"padding: {mixture.capacity - used} of {mixture.capacity} positions", "·")
+
+
+def _rows(mixture: Mixture, dataset: int | None) -> Iterator[list[Sample]]:
+    """The samples of each row. dataset: the only one."""
+    plan = make_plan(mixture, 1)
+    if dataset is not None:
+        plan = replace(plan, shares=[float(number == dataset) for number in range(len(plan.names))])
+
+    def read_ahead(dataset: int, places: Iterator[int]) -> Iterator[tuple[int, Encoded]]:
+        return ((place, mixture.encode(dataset, [place])[0]) for place in places)
+
+    stream = Stream(0, plan, mixture.capacity, lambda d, place: mixture.encode(d, [place])[0], read_ahead)
+    return iter(stream.next_samples, [])
+
+
+class _View:
+    """Texts of samples."""
+
+    def __init__(self, mixture: Mixture, color: bool, full: bool) -> None:
+        self._mixture, self._tokenizer, self._color, self._full = mixture, mixture.tokenizer, color, full
+        self._anchor = list(self._tokenizer.encode("a"))[-1:]
+        self._width = len(self._tokenizer.decode(self._anchor))
+
+    def legend(self) -> str:
+        if not self._color:
+            return "«learnt», the rest is only read  ⏎ a line end"
+        names = ("only read", "learnt", "the template's own", "its own, learnt", "special token", "special, learnt")
+        return "  ".join(_painted([run], True) for run in zip(names, _CODES)) + "  ⏎ a line end"
+
+    def record(self, dataset: int, number: int, count: int) -> Iterator[str]:
+        """The first samples of a record, or why it has none."""
+        pieces = len(self._encoded(dataset, number, number)[2].pieces)
+        for piece in range(max(1, min(count, pieces))):
+            yield from self.sample(dataset, number, piece, number)
+        if pieces > count:
+            yield _border(f"{pieces - count} more pieces of this record; --count {pieces} shows all")
+
+    def sample(self, dataset: int, place: int, piece: int, number: int | None = None) -> Iterator[str]:
+        """A border, and the text of a sample. number: of the record; default: the one at the place."""
+        mixture, config = self._mixture, self._mixture.configs[dataset]
+        number = int(mixture.numbers(dataset, [place])[0]) if number is None else number
+        texts, tokens, encoded = self._encoded(dataset, number, place)
+        states, begins = self._states(dataset, texts, tokens)
+        start, whole, rule = 0, len(tokens), f"(oversize_rule {config.oversize_rule})"
+        fate = f", skipped: {encoded.skipped}" if encoded.skipped else ""
+        if not encoded.skipped:
+            tokens, start = encoded.pieces[piece], piece * mixture.max_length
+            if len(encoded.pieces) > 1:
+                fate = f", piece {piece + 1} of {len(encoded.pieces)} {rule}"
+            elif len(tokens) < whole:
+                fate = f", cut: the first of {whole - 1} tokens {rule}"
+        states = states[start : start + len(tokens)]
+        states[:1] &= ~_LEARNT  # nothing comes before it to learn it from
+        learnt, length = int((states & _LEARNT).sum()), max(0, len(tokens) - 1)
+        yield _border(f"{config.task_name}, line {number + 1}: {length} tokens, {learnt} learnt{fate}")
+        if len(tokens):
+            yield self._text((tokens ^ (tokens >> 31)).tolist(), states, {at - start for at in begins})
+        else:
+            yield _painted([(texts.text if isinstance(texts, Rendered) else texts[0], 0)], self._color)
+
+    def _encoded(self, dataset: int, number: int, place: int) -> tuple[Texts | Rendered, np.ndarray, Encoded]:
+        mixture, rule = self._mixture, self._mixture.configs[dataset].oversize_rule
+        texts = mixture.texts(dataset, number, place, with_contents=True)
+        tokens = mixture.encoders[dataset].tokens([texts])[0]
+        return texts, tokens, cut(tokens, mixture.max_length, rule, mixture.capacity)
+
+    def _states(self, dataset: int, texts: Texts | Rendered, tokens: np.ndarray) -> tuple[np.ndarray, set[int]]:
+        """(tokens,) what each token of a record is; and where texts begin that are encoded apart."""
+        states, begins = np.where(tokens >= 0, _LEARNT, 0), {0}
+        if isinstance(texts, Rendered) and len(tokens):
+            starts = self._tokenizer.encode_chat(texts.text.rstrip())[1]
+            inside = np.searchsorted(np.array(texts.contents).ravel(), starts, side="right") % 2 == 1
+            states[: len(starts)] |= np.where(inside, 0, _OWN)
+        elif len(tokens) and self._mixture.encoders[dataset].loss != "all":
+            begins.add(int((tokens >= 0).argmax()))
+        special = [bool(self._tokenizer.special(token)) for token in (tokens ^ (tokens >> 31)).tolist()]
+        return np.where(special, states & _LEARNT | _SPECIAL, states), begins
+
+    def _text(self, ids: list[int], states: np.ndarray, begins: set[int]) -> str:
+        first = last = len(ids)
+        if not self._full:
+            ends = np.cumsum([len(self._tokenizer.special(token) or self._decoded([token])) for token in ids])
+            if ends[-1] > HEAD + TAIL:
+                first, last = (int(np.searchsorted(ends, end, "right")) for end in (HEAD, ends[-1] - TAIL))
+        text = _painted(self._runs(ids, states, begins, 0, first), self._color)
+        if first < last:
+            text += f"\n… {last - first} tokens …\n"
+        return text + _painted(self._runs(ids, states, begins, last, len(ids)), self._color)
+
+    def _runs(self, ids: list[int], states: np.ndarray, begins: set[int], start: int, end: int) -> list[Run]:
+        """Tokens that are alike are decoded together, for a character may be several tokens."""
+        changes = (np.flatnonzero(np.diff(states)) + 1).tolist()
+        borders = sorted({start, end, *(place for place in (*changes, *begins) if start < place < end)})
+        runs = []
+        for one, other in pairwise(borders):
+            state, some = int(states[one]), ids[one:other]
+            begun = one in begins or (one > 0 and bool(states[one - 1] & _SPECIAL))
+            special = map(self._tokenizer.special, some)
+            runs.append(("".join(special) if state & _SPECIAL else self._decoded(some, begun), state))
+        return runs
+
+    def _decoded(self, ids: list[int], begun: bool = False) -> str:
+        """The text of tokens. begun: a text begins with them; there decoders take away a space that encoders add."""
+        return self._tokenizer.decode(ids) if begun else self._tokenizer.decode(self._anchor + ids)[self._width :]
+
+
+def _painted(runs: list[Run], color: bool) -> str:
+    """Runs as one text: in colours, or with marks around what is learnt."""
+    if color:
+        parts = [(text.translate(_VISIBLE).split("\n"), f"\x1b[{_CODES[state]}m") for text, state in runs]
+        # Each line by itself: pagers forget the colour at its end.
+        return "".join("\n".join(f"{code}{line}\x1b[0m" if line else "" for line in lines) for lines, code in parts)
+    text = ""
+    for learnt, some in groupby(runs, key=lambda run: run[1] & _LEARNT):
+        together = "".join(text for text, _ in some).translate(_VISIBLE)
+        text += f"«{together}»" if learnt else together
+    return text
+
+
+def _border(text: str, line: str = "─") -> str:
+    return f"{line * 2} {text} ".ljust(_WIDTH, line)

@@ -1,0 +1,98 @@
+"""The data of a run: its mixture and loader, and the loader run alone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fm9g.config.run import RunConfig
+from fm9g.config.train import TrainConfig
+from fm9g.data.loader import Loader
+from fm9g.data.mixture import Mixture
+from fm9g.data.pool import fill_cache
+from fm9g.progress import Progress
+from fm9g.train.interrupt import Interrupt
+
+
+def open_mixture(run: RunConfig) -> tuple[Mixture, list[str]]:
+    """The data of a run, its token caches made where they are asked for; and what there is to know, a line each."""
+    config = run.train.value
+    mixture = Mixture(
+        [item.value for item in run.mixture],
+        config.tokenizer_path,
+        config.max_length,
+        config.seed,
+        config.batch_size * config.max_length,
+        config.token_cache,
+    )
+    notes = run.notes + mixture.notes()
+    if config.token_cache:
+        mixture, about_caches = fill_cache(mixture, config.dataloader_num_workers)
+        notes += about_caches
+    return mixture, notes
+
+
+def open_loader(
+    config: TrainConfig, mixture: Mixture, rank: int = 0, world_size: int = 1, position: dict[str, Any] | None = None
+) -> Loader:
+    """The loader of a rank, from its start or from the position of a checkpoint."""
+    return Loader(
+        mixture,
+        global_batch=config.grad_accum * world_size,
+        rank=rank,
+        world_size=world_size,
+        workers=config.dataloader_num_workers,
+        prefetch=config.dataloader_prefetch_factor,
+        position=position,
+        carry=config.data_changes == "carry",
+    )
+
+
+@dataclass
+class LoaderRun:
+    """What the loader gave when it ran alone.
+
+    tokens: of each dataset; wanted: what their shares were to be. positions: tokens and padding. rate: tokens a second
+    after the first step, before which the workers start. skipped: records by reason.
+    """
+
+    tokens: dict[str, int]
+    wanted: dict[str, float]
+    skipped: dict[str, int]
+    steps: int = 0
+    positions: int = 0
+    rate: float = 0.0
+
+
+def run_dataloader(run: RunConfig) -> LoaderRun:
+    """Makes the packs of train_iters steps, or as many as there are, and trains on none. Raises UserError."""
+    config = run.train.value
+    mixture, notes = open_mixture(run)
+    for note in notes:
+        print(f"note: {note}")
+    tasks = [item.value.task_name for item in run.mixture]
+    result = LoaderRun({}, dict(zip(tasks, mixture.shares())), {})
+    tokens, first, started = np.zeros(len(tasks), np.int64), 0, 0.0
+    with (
+        open_loader(config, mixture) as loader,
+        Progress("loading data", config.train_iters, "steps") as progress,
+        Interrupt() as interrupt,
+    ):
+        while result.steps < config.train_iters and not interrupt.requested:
+            packs = loader.next_step()
+            if not any(pack.tokens for pack in packs):
+                break
+            for pack in packs:
+                tokens += np.bincount(pack.task_ids[pack.task_ids >= 0], minlength=len(tasks))
+                result.positions += len(pack.input_ids)
+            result.steps += 1
+            if result.steps == 1:
+                first, started = int(tokens.sum()), time.monotonic()
+            progress.advance()
+        result.rate = (int(tokens.sum()) - first) / max(time.monotonic() - started, 1e-9)
+        result.skipped = loader.skipped()
+    result.tokens = dict(zip(tasks, tokens.tolist()))
+    return result

@@ -1,0 +1,204 @@
+"""Going on with other data, and encoded datasets that are kept on disk."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import assert_same, records, steps, write_jsonl
+
+from fm9g.config.mixture import load_mixture
+from fm9g.data.loader import Loader
+from fm9g.data.mixture import Mixture
+from fm9g.data.pool import fill_cache
+from fm9g.errors import UserError
+
+Make = Callable[..., Path]
+DATASETS = {"a": records(40, 1), "b": records(60, 2, longest=120), "c": records(30, 3)}
+
+
+def open_mixture(path: Path, tokenizer: Path, names: str = "", token_cache: str = "", **extra) -> Mixture:
+    """names: of the datasets that are taken, in this order; extra: `a={"abs_weight": 2.0}`."""
+    entries = {entry["task_name"]: entry for entry in json.loads(path.read_text())}
+    chosen = [{**entries[name], **extra.get(name, {})} for name in names or entries]
+    changed = path.with_name("changed.json")
+    changed.write_text(json.dumps(chosen))
+    configs = [item.value for item in load_mixture(changed)]
+    return Mixture(configs, str(tokenizer), 64, 3, 128, token_cache)
+
+
+def loader(mixture: Mixture, position: dict, carry: bool = False, streams: int = 4) -> Loader:
+    return Loader(mixture, global_batch=streams, position=position, carry=carry)
+
+
+def begun(position: dict, dataset: int) -> int:
+    return sum(state["begun"][dataset] for state in position["streams"].values())
+
+
+@pytest.fixture
+def path(make_mixture: Make) -> Path:
+    return make_mixture(DATASETS)
+
+
+def test_a_dataset_that_is_taken_out_leaves_the_others_where_they_were(path: Path, tokenizer_path: Path) -> None:
+    _, position = steps(open_mixture(path, tokenizer_path, "abc"), 6)
+    gone = loader(open_mixture(path, tokenizer_path, "ca"), position)
+    assert "data: b is no longer in the mixture" in gone.notes
+    assert any("share of the tokens was 0.3333, is 0.5" in note for note in gone.notes)
+    now = gone.position()
+    assert (begun(now, 0), begun(now, 1)) == (begun(position, 2), begun(position, 0))
+    packs = [pack for _ in range(20) for pack in gone.next_step()]
+    tasks = np.concatenate([pack.task_ids for pack in packs])
+    assert (tasks == 0).sum() / (tasks >= 0).sum() == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_new_dataset_gets_its_share_from_now_on_and_no_more(path: Path, tokenizer_path: Path) -> None:
+    _, position = steps(open_mixture(path, tokenizer_path, "ab"), 30)
+    more = loader(open_mixture(path, tokenizer_path, "abc", c={"abs_weight": 2.0}), position)
+    assert "data: c is new in the mixture" in more.notes
+    packs = [pack for _ in range(120) for pack in more.next_step()]
+    tasks = np.concatenate([pack.task_ids for pack in packs[-240:]])  # when what waited before is used up
+    shares = np.bincount(tasks[tasks >= 0], minlength=3) / (tasks >= 0).sum()
+    assert shares == pytest.approx([0.25, 0.25, 0.5], abs=0.02)
+
+
+def test_an_epoch_goes_on_when_shares_change(make_mixture: Make, tokenizer_path: Path) -> None:
+    """Every record is used once, although the share changed half-way."""
+    path = make_mixture({"a": records(200, 1, longest=10), "b": records(50, 2)}, a={"allow_repeat": False})
+    made, position = steps(open_mixture(path, tokenizer_path), 3)
+    more = loader(open_mixture(path, tokenizer_path, a={"abs_weight": 5.0, "allow_repeat": False}), position)
+    assert sum("share" in note for note in more.notes) == 2
+    packs = [pack for step in made for pack in step]
+    for _ in range(60):
+        packs += more.next_step()
+    tokenizer = open_mixture(path, tokenizer_path).tokenizer
+    seen = Counter(
+        tokenizer.decode(pack.input_ids[start + 1 : end].tolist())
+        for pack in packs
+        for start, end in zip(pack.cu_seqlens, pack.cu_seqlens[1:])
+        if pack.task_ids[start] == 0
+    )
+    assert seen == Counter(record["input"] + record["output"] for record in records(200, 1, longest=10))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"a": {"oversize_rule": "drop"}}, "a: oversize_rule: was segment, is drop"),
+        ({"a": {"template": "chatml"}}, "a: template: was , is"),
+        ({"b": {"loss": "all"}}, "b: loss: was assistant, is all"),
+        ({"a": {"transforms": "t.py"}}, "a: transforms: was 00000000, is"),
+    ],
+)
+def test_what_makes_other_samples_is_refused_unless_it_is_asked_for(
+    path: Path, tokenizer_path: Path, change: dict, expected: str
+) -> None:
+    (path.parent / "t.py").write_text("def transform(data, num_sample, r):\n    return data\n")
+    _, position = steps(open_mixture(path, tokenizer_path), 5)
+    changed = open_mixture(path, tokenizer_path, **change)
+    with pytest.raises(UserError, match=expected) as error:
+        loader(changed, position)
+    assert "--data_changes carry" in str(error.value)
+    carried = loader(changed, position, carry=True)
+    assert any(expected in note for note in carried.notes)
+    name = next(iter(change))
+    dataset = "abc".index(name)
+    state = carried.position()["streams"]["0"]
+    assert [d for d, _, _ in state["waiting"]].count(dataset) == 0
+    assert begun(carried.position(), dataset) == begun(position, dataset)
+    carried.next_step()
+
+
+def test_other_data_under_the_same_name_starts_anew(path: Path, tokenizer_path: Path, make_mixture: Make) -> None:
+    _, position = steps(open_mixture(path, tokenizer_path), 5)
+    other = open_mixture(make_mixture({**DATASETS, "b": records(60, 9)}), tokenizer_path)
+    with pytest.raises(UserError, match="b: checksum: was"):
+        loader(other, position)
+    now = loader(other, position, carry=True).position()
+    assert begun(now, 1) == 0
+    assert begun(now, 0) == begun(position, 0)
+
+
+@pytest.mark.parametrize("streams", [2, 3, 8])
+def test_another_number_of_packs_a_step_goes_on_when_asked(path: Path, tokenizer_path: Path, streams: int) -> None:
+    mixture = open_mixture(path, tokenizer_path)
+    _, position = steps(mixture, 6)
+    with pytest.raises(UserError, match=f"packs a step: was 4, is {streams}"):
+        loader(mixture, position, streams=streams)
+    carried = loader(mixture, position, carry=True, streams=streams)
+    assert any("some may come twice or not" in note for note in carried.notes)
+    now = carried.position()
+    for dataset in range(3):
+        assert begun(now, dataset) == begun(position, dataset)
+    waiting = Counter(tuple(w) for state in now["streams"].values() for w in state["waiting"])
+    assert waiting == Counter(tuple(w) for state in position["streams"].values() for w in state["waiting"])
+    carried.next_step()
+
+
+def test_an_earlier_versions_position_is_refused(path: Path, tokenizer_path: Path) -> None:
+    mixture = open_mixture(path, tokenizer_path)
+    for position in ({}, {"fingerprint": {"global_batch": 1, "datasets": []}, "streams": {"0": {}}}):
+        with pytest.raises(UserError, match="not whole, or an earlier version's"):
+            loader(mixture, position)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_cache_gives_the_same_packs_and_is_used_again(
+    path: Path, tokenizer_path: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = open_mixture(path, tokenizer_path)
+    cached, notes = fill_cache(open_mixture(path, tokenizer_path, token_cache=str(tmp_path / "cache")), workers)
+    assert all(cached.caches)
+    assert not notes
+    assert_same(steps(plain, 12)[0], steps(cached, 12)[0])
+    assert {folder.name for folder in (tmp_path / "cache").iterdir()} == set("abc")
+    again = open_mixture(path, tokenizer_path, token_cache=str(tmp_path / "cache"))
+    monkeypatch.setattr(Mixture, "texts", None)  # nothing is encoded any more
+    assert_same(steps(fill_cache(again, 0)[0], 12)[0], steps(cached, 12)[0])
+
+
+def test_a_stale_cache_is_noticed_and_made_anew(path: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
+    fill_cache(open_mixture(path, tokenizer_path, token_cache=cache), 0)
+    changed = open_mixture(path, tokenizer_path, token_cache=cache, a={"template": "chatml"})
+    assert [bool(one) for one in changed.caches] == [False, True, True]
+    made, notes = fill_cache(changed, 0)
+    assert len(notes) == 1
+    assert "a is stale and made anew: template: was , is" in notes[0]
+    assert_same(steps(open_mixture(path, tokenizer_path, a={"template": "chatml"}), 5)[0], steps(made, 5)[0])
+    data = tmp_path / "indexed" / "b" / "data.jsonl"
+    whole = data.read_bytes()
+    data.write_bytes(whole.replace(b"fox", b"cat"))  # as long as before
+    stale = open_mixture(path, tokenizer_path, token_cache=cache)
+    assert not stale.caches[1]
+    (tmp_path / "cache" / "c" / "tokens").write_bytes(b"1234")
+    with pytest.raises(UserError, match="c: the token cache is not whole; delete it"):
+        open_mixture(path, tokenizer_path, token_cache=cache)
+
+
+def test_a_transform_that_draws_random_numbers_has_no_cache(path: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    (path.parent / "pure.py").write_text("def transform(data, num_sample, r):\n    return {**data, 'input': 'say'}\n")
+    (path.parent / "draws.py").write_text(
+        "def transform(data, num_sample, r):\n    return {**data, 'output': r.choice('abc')}\n"
+    )
+    extra = {"a": {"transforms": "pure.py"}, "b": {"transforms": "draws.py"}}
+    cache = str(tmp_path / "cache")
+    cached, notes = fill_cache(open_mixture(path, tokenizer_path, token_cache=cache, **extra), 0)
+    assert [bool(one) for one in cached.caches] == [True, False, True]
+    assert "draws random numbers" in notes[0]
+    assert not (tmp_path / "cache" / "b").exists()
+    assert_same(steps(cached, 8)[0], steps(open_mixture(path, tokenizer_path, **extra), 8)[0])
+
+
+def test_data_is_the_same_if_it_is_copied_but_not_if_it_is_written_anew(path: Path, tokenizer_path: Path) -> None:
+    """The fingerprint of a run is the content, not the time or place of a file."""
+    mixture = open_mixture(path, tokenizer_path)
+    _, position = steps(mixture, 2)
+    data = path.parent / "indexed" / "a" / "data.jsonl"
+    data.write_bytes(data.read_bytes())
+    assert loader(open_mixture(path, tokenizer_path), position).notes == []
+    write_jsonl(data, [{**record, "output": record["output"][::-1]} for record in DATASETS["a"]])
+    with pytest.raises(UserError, match="a: checksum"):
+        loader(open_mixture(path, tokenizer_path), position)
