@@ -14,6 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,6 +40,7 @@ FIGURES, PICTURE = "check.json", "lengths.png"
 
 _SIMULATED = 20_000  # samples that are packed, at least a step of them
 _WORTH_WORKERS = 8 << 20  # bytes below which starting workers takes longer than encoding
+_PLACES = 512  # places of a dataset that are looked up at a time
 _BLOCK = 1 << 20  # elements of an array on the disk that are in memory at a time
 # What is worth a note.
 _LOST, _EPOCHS, _PADDING, _DIFFERENT, _FAR_SMALLER = 0.01, 4, 0.01, 0.1, 10
@@ -185,17 +187,22 @@ def _forecast(report: Report, mixture: Mixture, found: Sequence[_Found]) -> None
     longest = max(item.figures["max"] for item in found)
     marks = np.repeat(np.array([-1, 0], np.int32), longest + 1)
 
+    @cache  # small datasets have many epochs, and all streams go through the same ones
+    def numbers(dataset: int, block: int) -> np.ndarray:
+        return mixture.numbers(dataset, range(block * _PLACES, (block + 1) * _PLACES))
+
     def encode(dataset: int, places: Sequence[int]) -> list[Encoded]:
         """As Mixture.encode, of stand-ins that have a record's tokens in number and in what is learnt first."""
         item, config = found[dataset], mixture.configs[dataset]
         # Of a sample of the records, the one that was read next to it.
-        rows = mixture.numbers(dataset, places) * len(item.lengths) // len(mixture.datasets[dataset])
+        at = np.array([numbers(dataset, place // _PLACES)[place % _PLACES] for place in places])
+        rows = at * len(item.lengths) // len(mixture.datasets[dataset])
         stand_ins = (marks[longest - read :][: length + 1] for length, read in zip(item.lengths[rows], item.read[rows]))
         rule, capacity = config.oversize_rule, mixture.capacity
         return [cut(tokens, mixture.max_length, rule, capacity) for tokens in stand_ins]
 
     def read_ahead(dataset: int, places: Iterator[int]) -> Iterator[tuple[int, Encoded]]:
-        while chunk := list(islice(places, 256)):
+        while chunk := list(islice(places, 64)):
             yield from zip(chunk, encode(dataset, chunk))
 
     plan = replace(plan, shares=shares)
@@ -272,7 +279,7 @@ def _notes(report: Report, mixture: Mixture) -> list[str]:
         if not figures["share_wanted"]:
             notes.append(f"{task}: its share is 0: nothing is drawn from it")
         elif config.allow_repeat and epochs > _EPOCHS:
-            notes.append(f"{task}: is repeated {epochs:.1f} times in {report['steps']} steps")
+            notes.append(f"{task}: makes {epochs:.1f} epochs in {report['steps']} steps")
         elif not config.allow_repeat and epochs > 0.999:
             notes.append(f"{task}: is used up within the {report['steps']} steps, and not repeated (allow_repeat)")
         elif figures["share_wanted"] > _FAR_SMALLER * own:

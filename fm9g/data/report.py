@@ -39,7 +39,7 @@ def table(report: dict[str, Any]) -> str:
         (f"dropped: {EMPTY}", "{empty:,}"),
         ("exact duplicates", "{duplicates:,}"),
         ("share wanted", "{share_wanted:.2%}"),
-        ("share found", "{share_realised:.2%}"),
+        ("share realised", "{share_realised:.2%}"),
         (f"tokens {run}", "{run_tokens:,}"),
         (f"records {run}", "{run_records:,}"),
         (f"epochs {run}", "{run_epochs:.3g}"),
@@ -100,7 +100,7 @@ def draw(report: dict[str, Any], picture: Path) -> None:
     above.grid(alpha=0.3)
     places = np.arange(len(report["datasets"]))
     below.set(ylabel="% of the tokens", xticks=places, xticklabels=list(report["datasets"]))
-    for shift, key, label in ((-0.2, "share_wanted", "wanted"), (0.2, "share_realised", "found")):
+    for shift, key, label in ((-0.2, "share_wanted", "wanted"), (0.2, "share_realised", "realised")):
         below.bar(places + shift, [100 * f[key] for f in report["datasets"].values()], 0.4, label=label)
     below.tick_params(axis="x", rotation=20 if len(places) > 4 else 0)
     below.legend()

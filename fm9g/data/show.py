@@ -56,7 +56,8 @@ def show(
         if dataset is None and len(tasks) > 1:
             raise UserError(f"--record: say of which dataset: --task, one of {', '.join(tasks)}")
         dataset = dataset or 0
-        if not 1 <= record <= (size := len(mixture.datasets[dataset])):
+        size = len(mixture.datasets[dataset])
+        if not 1 <= record <= size:
             raise UserError(f"--record: found {record}, expected 1 to {size}, the records of {tasks[dataset]}")
     view = _View(mixture, color, full)
     yield view.legend()
@@ -70,7 +71,7 @@ def show(
         return
     for number, row in enumerate(rows, 1):
         used = sum(len(sample.tokens) - 1 for sample in row)
-        yield _border(f"row {number}: {len(row)} samples, {used} tokens", "═")
+        yield _border(f"row {number}: {len(row)} sample{'s' * (len(row) > 1)}, {used} tokens", "═")
         for sample in row:
             yield from view.sample(*sample[1:])
         yield _border(f"padding: {mixture.capacity - used} of {mixture.capacity} positions", "·")

@@ -39,7 +39,7 @@ def test_packs_do_not_depend_on_the_number_of_workers(mixture: Mixture, workers:
 
 def test_another_number_of_ranks_and_workers_goes_on_with_the_same_packs(mixture: Mixture) -> None:
     whole, _ = steps(mixture, 14)
-    first, position = steps(mixture, 5, ranks=2, workers=1)
+    first, position = steps(mixture, 5, ranks=2, workers=3)
     assert_same(whole, first + steps(mixture, 9, ranks=4, position=position)[0])
 
 

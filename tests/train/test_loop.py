@@ -6,7 +6,6 @@ import torch
 from support import small_model
 
 from fm9g.config.train import TrainConfig
-from fm9g.data.encode import IGNORED
 from fm9g.data.pack import Pack, Sample, collate
 from fm9g.engine.torch import TorchEngine
 from fm9g.train.loop import TrainState, train
@@ -23,9 +22,10 @@ def documents(step: int) -> list[list[Sample]]:
         group = []
         for length in lengths:
             ids = source.integers(0, 320, length)
-            targets = np.roll(ids, -1)
-            targets[: source.integers(0, length)] = IGNORED
-            group.append(Sample(ids, targets, dataset=length % 2, place=0, piece=0))
+            tokens = np.append(ids, ids[:1]).astype(np.int32)
+            read = source.integers(0, length)
+            tokens[: 1 + read] = ~tokens[: 1 + read]
+            group.append(Sample(tokens, dataset=length % 2, place=0, piece=0))
         groups.append(group)
     return groups
 

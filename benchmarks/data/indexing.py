@@ -1,0 +1,104 @@
+"""Indexing a large .jsonl file, beside `cp`, the loop of the published converter, and datasets.load_dataset.
+
+    python benchmarks/data/indexing.py [--gigabytes 2] [--folder /somewhere/with/room] [--baselines cp loop datasets]
+
+Prints a Markdown table: seconds, MB/s, the largest memory of the processes together, and the speed against the loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from common import Measured, measured, records_of, report, table
+
+LOOP = """
+import json, sys
+import h5py
+source, output = sys.argv[1:]
+characters, ends, position, lines = 0, [], 0, 0
+with open(source, encoding="utf-8") as file, open(output + "/data.jsonl", "w", encoding="utf-8") as copy:
+    while line := file.readline():
+        if not lines:
+            json.loads(line)
+        lines += 1
+        characters += len(line)
+        position += len(line.encode())
+        ends.append(position)
+        copy.write(line)
+with open(output + "/index", "w") as file:
+    file.write("\\n".join(map(str, ends)))
+with h5py.File(output + "/index.h5", "w") as file:
+    file.create_dataset("index", data=ends)
+"""
+
+DATASETS = """
+import sys
+import datasets
+datasets.load_dataset("json", data_files=sys.argv[1], cache_dir=sys.argv[2])
+"""
+
+
+def make_source(path: Path, size: int) -> None:
+    """Real records, written again and again until the file has its size."""
+    block = b"".join(records_of("alpaca_zh_demo.json", "alpaca_en_demo.json", "wiki_demo.txt"))
+    with path.open("wb") as file:
+        while file.tell() < size:
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--baselines", nargs="*", default=["cp", "loop", "datasets"])
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        source = folder / "source.jsonl"
+        make_source(source, int(options.gigabytes * 1e9))
+        megabytes = source.stat().st_size / 1e6
+        commands = {
+            "cp": f"cp {source} {folder}/out/data.jsonl && sync {folder}/out/data.jsonl",
+            "loop": [sys.executable, "-c", LOOP, str(source), str(folder / "out")],
+            "datasets": [sys.executable, "-c", DATASETS, str(source), str(folder / "out")],
+        }
+        found: dict[str, Measured] = {}
+        for baseline in options.baselines:
+            (folder / "out").mkdir()
+            found[baseline] = measured(commands[baseline])
+            shutil.rmtree(folder / "out")
+        for workers in (1, 2):
+            arguments = [
+                "--path",
+                str(source),
+                "--language",
+                "zh",
+                "--output",
+                str(folder / "out"),
+                "--workers",
+                str(workers),
+            ]
+            found[f"fm9g data index, {workers} workers"] = measured(
+                [sys.executable, "-m", "fm9g", "data", "index", *arguments]
+            )
+            lines = json.loads((folder / "out" / "meta.json").read_text())["nlines"]
+            shutil.rmtree(folder / "out")
+    rows = []
+    for what, figure in found.items():
+        ratio = f"{found['loop'].seconds / figure.seconds:.1f}" if "loop" in found else ""
+        speed = f"{megabytes / figure.seconds:.0f}"
+        rows.append([what, f"{figure.seconds:.1f}", speed, f"{figure.memory / 1e6:.0f}", ratio])
+    head = ["what", "seconds", "MB/s", "memory, MB", "x the loop"]
+    report(f"Indexing {megabytes / 1000:.1f} GB, {lines} lines", table(head, rows))
+
+
+if __name__ == "__main__":
+    main()

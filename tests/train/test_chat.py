@@ -1,0 +1,162 @@
+"""Conversations: what is trained on, what is exported and what is generated from are one template."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import index, small_model, write_jsonl
+
+from fm9g.cli import main
+from fm9g.config.run import load_run
+from fm9g.convert.hf import export_folder
+from fm9g.data.encode import Encoder
+from fm9g.data.template import BUILT_IN, load_template
+from fm9g.data.tokenizer import load_tokenizer
+from fm9g.train.run import run_training
+
+CHAT = [
+    {"role": "system", "content": "seven wizards"},
+    {"role": "user", "content": "the quick brown fox"},
+    {"role": "assistant", "content": "jumps over"},
+    {"role": "user", "content": "深度 学习"},
+    {"role": "assistant", "content": "lazy dogs"},
+]
+
+
+def ids_of(tokens: np.ndarray) -> list[int]:
+    return np.where(tokens < 0, ~tokens, tokens).tolist()
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_token_ids_are_those_of_apply_chat_template(tokenizer_path: Path, name: str) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = load_tokenizer(tokenizer_path)
+    encoder = Encoder(tokenizer, load_template(name, tokenizer))
+    theirs = AutoTokenizer.from_pretrained(tokenizer_path)
+    theirs.chat_template = encoder.template.text  # type: ignore[union-attr]
+    for count in (3, 5):
+        tokens = encoder.tokens([encoder.texts({"messages": CHAT[:count]})])[0]
+        expected = theirs.apply_chat_template(CHAT[:count], return_dict=False)
+        while theirs.decode(expected[-1:]).isspace():
+            expected.pop()  # the line end after the last turn is not trained on
+        ours = ids_of(tokens)
+        assert ours in (expected, [*expected, tokenizer.eos_id])
+        assert ours[-1] == tokenizer.eos_id
+        prompt = theirs.apply_chat_template(CHAT[: count - 1], add_generation_prompt=True, return_dict=False)
+        assert ours[: len(prompt)] == prompt  # what the model is given when it serves
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        ("assistant", "jumps over<|im_end|>lazy dogs<|im_end|>"),
+        ("last", "lazy dogs<|im_end|>"),
+        ("all", None),
+    ],
+)
+def test_the_loss_is_on_the_turns_of_the_assistant(tokenizer_path: Path, loss: str, expected: str | None) -> None:
+    tokenizer = load_tokenizer(tokenizer_path)
+    encoder = Encoder(tokenizer, load_template("chatml", tokenizer), loss)
+    tokens = encoder.tokens([encoder.texts({"messages": CHAT})])[0]
+    learnt = tokens[tokens >= 0].tolist()
+    assert learnt[-1] == tokenizer.eos_id
+    assert tokenizer.decode(learnt[:-1]) == (expected or tokenizer.decode(ids_of(tokens)[:-1]))
+
+
+def test_a_pair_is_a_conversation_where_there_is_a_template_and_text_stays_text(tokenizer_path: Path) -> None:
+    tokenizer = load_tokenizer(tokenizer_path)
+    encoder = Encoder(tokenizer, load_template("add_template", tokenizer))
+    pair, text, empty = encoder.tokens(
+        [encoder.texts({"input": i, "output": o}) for i, o in (("fox", "dogs"), ("", "dogs"), ("fox", ""))]
+    )
+    assert "<|im_start|>User\nfox<|im_end|>\n<|im_start|>assistant\ndogs<|im_end|>" in tokenizer.decode(ids_of(pair))
+    assert tokenizer.decode(text[text >= 0].tolist()[:-1]) == "dogs"
+    assert len(empty) == 0
+
+
+def test_the_2b_tokenizer_encodes_a_chat_with_its_special_tokens(shared: Path) -> None:
+    for folder in ("9g-2b", "9g-8b"):
+        tokenizer = load_tokenizer(shared / "tokenizers" / folder)
+        encoder = Encoder(tokenizer, load_template("add_template", tokenizer))
+        tokens = encoder.tokens([encoder.texts({"messages": CHAT})])[0]
+        ids = ids_of(tokens)
+        assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
+        assert tokenizer.bos_id not in ids[1:]
+        learnt = tokens[tokens >= 0].tolist()[:-1]
+        assert "".join(tokenizer.decode(learnt).split()) == "jumpsover<|im_end|>lazydogs<|im_end|>"
+
+
+def test_what_is_trained_with_is_exported_and_generated_from(
+    tokenizer_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from transformers import AutoTokenizer
+
+    index(write_jsonl(tmp_path / "chats.jsonl", [{"messages": CHAT}, {"messages": CHAT[:3]}]), tmp_path / "chats", "en")
+    (tmp_path / "mine.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    (tmp_path / "mixture.json").write_text('[{"task_name": "chats", "path": "chats"}]')
+    (tmp_path / "model.json").write_text(json.dumps(small_model().to_json()))
+    settings = {
+        "config": tmp_path / "model.json", "dataset_config": tmp_path / "mixture.json", "train_iters": 2,
+        "tokenizer_path": tokenizer_path, "output_dir": tmp_path / "data", "max_length": 256, "device": "cpu",
+        "dataloader_num_workers": 0, "template": tmp_path / "mine.jinja",
+    }  # fmt: skip
+    result = run_training(load_run(str(tmp_path / "model.json"), {key: str(value) for key, value in settings.items()}))
+    assert result.checkpoint is not None
+    export_folder(result.checkpoint, tmp_path / "hf")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs.chat_template == (tmp_path / "mine.jinja").read_text()
+    text = theirs.apply_chat_template(CHAT[:2], add_generation_prompt=True, tokenize=False)
+    assert text == "<s>[system] seven wizards\n[user] the quick brown fox\n[assistant] "
+    generate = ["generate", str(tmp_path / "hf"), "--max_new_tokens", "5"]
+    capsys.readouterr()
+    assert main([*generate, "--chat", "--system", "seven wizards", "--prompt", "the quick brown fox"]) == 0
+    answer = capsys.readouterr().out
+    text = text.removeprefix("<s>")  # which the tokenizer puts in front by itself
+    assert main([*generate, "--prompt", text]) == 0
+    assert capsys.readouterr().out.removeprefix(text) == answer
+    assert main([*generate, "--prompt", "x", "--system", "y"]) == 2
+
+
+def test_a_conversation_without_a_template_is_refused_and_says_how(
+    tokenizer_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    index(write_jsonl(tmp_path / "chats.jsonl", [{"messages": CHAT}]), tmp_path / "chats", "en")
+    (tmp_path / "mixture.json").write_text('[{"task_name": "chats", "path": "chats"}]')
+    arguments = ["train", "--config", "tiny", "--dataset_config", str(tmp_path / "mixture.json"), "--tokenizer_path"]
+    arguments += [str(tokenizer_path), "--output_dir", str(tmp_path / "data"), "--dataloader_num_workers", "0"]
+    assert main([*arguments, "--only_run_dataloader", "1", "--train_iters", "2"]) == 2
+    assert "chats, line 1 of " in (error := capsys.readouterr().err)
+    assert "a conversation needs a template; give --template, chatml for example" in error
+
+
+def test_the_loader_alone_says_what_it_gives(
+    make_mixture: Callable, tokenizer_path: Path, tmp_path: Path, capsys
+) -> None:
+    mixture = make_mixture(
+        {"a": [{"input": "fox", "output": "dogs " * 30}] * 50, "b": [{"output": ""}, {"output": "x"}]}
+    )
+    arguments = ["train", "--config", "tiny", "--dataset_config", str(mixture), "--tokenizer_path", str(tokenizer_path)]
+    arguments += ["--only_run_dataloader", "1", "--train_iters", "20", "--max_length", "128", "--output_dir"]
+    assert main([*arguments, str(tmp_path / "data"), "--dataloader_num_workers", "0"]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith("20 steps, ")
+    assert "tokens/s" in output
+    assert "padding; nothing was trained" in output
+    assert "records were skipped: no output" in output
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("key", ["template", "loss"])
+def test_a_dataset_may_differ_from_the_run(make_mixture: Callable, tokenizer_path: Path, key: str) -> None:
+    value, other = {"template": ("chatml", "llama"), "loss": ("all", "last")}[key]
+    mixture = make_mixture({"a": [{"output": "x"}], "b": [{"output": "x"}]}, b={key: other})
+    settings = {"dataset_config": str(mixture), "tokenizer_path": str(tokenizer_path), key: value}
+    run = load_run("tiny", settings)
+    assert [getattr(item.value, key) for item in run.mixture] == [value, other]
+    assert [item.origins[key] for item in run.mixture] == ["command line", str(mixture)]
