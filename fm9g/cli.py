@@ -293,8 +293,8 @@ def _data_txt2jsonl(options: argparse.Namespace) -> None:
 
 def _data_index(options: argparse.Namespace) -> None:
     from fm9g.data.build import build_index
+    from fm9g.data.columns import columns_from_file, columns_from_text, dataset_info_entry
     from fm9g.data.lines import Settings
-    from fm9g.data.shapes import columns_from_file, columns_from_text, dataset_info_entry
     from fm9g.data.sources import find_sources
 
     paths, columns = options.path, None

@@ -20,9 +20,10 @@ import orjson
 
 from fm9g.data.index import DATA, INDEX, INDEX_H5, META
 from fm9g.data.lines import BUCKETS, Bad, Lines, Part, Settings, convert_lines, convert_range, convert_records
+from fm9g.data.readers import records
 from fm9g.data.records import parse_object, quote
 from fm9g.data.scan import TOKENS_PER_UNIT
-from fm9g.data.sources import STDIN, Source, line_blocks, records
+from fm9g.data.sources import STDIN, Source, line_blocks
 from fm9g.data.workers import start_workers
 from fm9g.errors import UserError
 from fm9g.files import AppendedFile, new_folder

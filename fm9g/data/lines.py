@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from fm9g.data.order import mix
+from fm9g.data.readers import Record
 from fm9g.data.records import check_keys_once, parse_object, to_line
 from fm9g.data.scan import MARGIN, TOKENS_PER_UNIT, plain_pairs, units
 from fm9g.data.shapes import BadRecord, Columns, canonical
-from fm9g.data.sources import Record, check_record_size
+from fm9g.data.sources import check_record_size
 from fm9g.errors import UserError
 
 BUCKETS = {"less_4k": 4, "4k-8k": 8, "8k-16k": 16, "16k-32k": 32, "32k-64k": 64, "64k-128k": 128, "128k-256k": 256}

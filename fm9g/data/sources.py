@@ -1,16 +1,13 @@
-"""Where records come from: files of every kind that users have, folders, globs, stdin; read as streams."""
+"""Where records come from: files of every kind that users have, folders, globs, stdin, compressed or not."""
 
 from __future__ import annotations
 
 import bz2
-import csv
 import glob
 import gzip
-import io
 import json
 import lzma
 import os
-import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -19,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from fm9g.data.records import not_an_object, repeated_key
-from fm9g.data.shapes import BadRecord
 from fm9g.errors import UserError
 
 FORMATS = ("jsonl", "json", "txt", "md", "csv", "tsv", "parquet", "datasets")
@@ -44,8 +39,6 @@ _COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 # What lies beside data and is none.
 _NOT_DATA = {"readme.md", "license.md", "license.txt", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
 CHUNK = 1 << 20  # bytes that are read at a time
-_ROWS = 1024
-_NOT_BLANK = re.compile(r"[^ \t\r\n]")
 
 
 @dataclass(frozen=True)
@@ -211,173 +204,3 @@ def check_record_size(size: int, source: Any) -> None:
         raise UserError(
             f"{source}: a record is longer than {MAX_RECORD >> 20} MB; is this the right format? (--format)"
         )
-
-
-Record = tuple[str, "dict[str, Any] | BadRecord"]
-
-
-def records(source: Source) -> Iterator[Record]:
-    """The records of a source that is not read by lines, each with where it is ("row 7").
-
-    A record that is wrong is given as what is wrong with it. Raises UserError where reading cannot go on.
-    """
-    kinds = {"json": _json_records, "csv": _csv_records, "tsv": _csv_records, "txt": _texts, "md": _texts}
-    if source.format == "parquet":
-        yield from _parquet_records(source)
-    elif source.format == "datasets":
-        yield from _datasets_records(source)
-    else:
-        with opened(source) as stream:
-            yield from kinds[source.format](source, stream)
-
-
-def _texts(source: Source, stream: IO[bytes]) -> Iterator[Record]:
-    """Paragraphs, which blank lines part, or the whole file."""
-    paragraph: list[str] = []
-    first = size = 0
-
-    def record() -> Record:
-        text = "".join(paragraph).strip()
-        where = "the whole file" if source.text_unit == "file" else f"line {first}"
-        return where, {"input": "", "output": text}
-
-    for number, line in enumerate(_decoded(source, stream), 1):
-        if line.strip() or source.text_unit == "file":
-            first = first if paragraph else number
-            size = size + len(line) if paragraph else len(line)
-            check_record_size(size, source)
-            paragraph.append(line)
-        elif paragraph:
-            yield record()
-            paragraph.clear()
-    if any(line.strip() for line in paragraph):
-        yield record()
-
-
-def _decoded(source: Source, stream: IO[bytes]) -> Iterator[str]:
-    """The lines of UTF-8 text, all with \\n at their end."""
-    try:
-        yield from io.TextIOWrapper(stream, "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source}: not UTF-8 ({error.reason}); convert it, with iconv for example") from None
-
-
-def _csv_records(source: Source, stream: IO[bytes]) -> Iterator[Record]:
-    csv.field_size_limit(MAX_RECORD)
-    text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
-    reader = csv.DictReader(text, delimiter="\t" if source.format == "tsv" else ",", strict=True)
-    try:
-        columns = list(reader.fieldnames or [])
-        if len(set(columns)) < len(columns) or "" in columns:
-            raise UserError(f"{source}, line 1: its first line has to name each column once; found {columns}")
-        for row in reader:
-            where = f"line {reader.line_num}"
-            if None in row or None in row.values():
-                found = sum(value is not None for key, value in row.items() if key is not None) + len(row.get(None, ()))
-                yield where, BadRecord(f"{found} columns, expected {len(columns)} as the first line names")
-            else:
-                yield where, row
-    except csv.Error as error:
-        raise UserError(f"{source}, line {reader.line_num}: not {source.format}: {error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source}, after line {reader.line_num}: not UTF-8 ({error.reason})") from None
-
-
-def _json_records(source: Source, stream: IO[bytes]) -> Iterator[Record]:
-    """The elements of an array, or objects one after the other, however they are laid out."""
-    text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
-    wrong: list[str] = []  # what the decoder below finds in a record that json.loads would let pass
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) < len(pairs):
-            wrong.append(repeated_key([key for key, _ in pairs]))
-        return content
-
-    decoder = json.JSONDecoder(
-        object_pairs_hook=once, parse_constant=lambda name: wrong.append(f"not JSON: {name} is no number")
-    )
-    buffer, start, line, number, in_array, ended = "", 0, 1, 0, False, False
-
-    def fill() -> bool:
-        """Reads on; False at the end of the file."""
-        nonlocal buffer, start, line
-        line += buffer.count("\n", 0, start)
-        buffer, start = buffer[start:], 0
-        check_record_size(len(buffer), source)
-        chunk = text.read(max(CHUNK, len(buffer)))
-        buffer += chunk
-        return bool(chunk)
-
-    def next_sign() -> str:
-        nonlocal start
-        while True:
-            found = _NOT_BLANK.search(buffer, start)
-            start = found.start() if found else len(buffer)
-            if found or not fill():
-                return buffer[start : start + 1]
-
-    try:
-        if next_sign() == "[":
-            in_array, start = True, start + 1
-        while sign := next_sign():
-            if in_array and (ended or sign == "]"):
-                if ended:
-                    raise ValueError(f"found {sign!r} after the end of the array")
-                ended, start = True, start + 1
-                continue
-            if in_array and number:
-                if sign != ",":
-                    raise ValueError(f"found {sign!r} between two records, expected a comma")
-                start += 1
-                next_sign()
-            while True:
-                wrong.clear()
-                try:
-                    value, end = decoder.raw_decode(buffer, start)
-                    break
-                except json.JSONDecodeError as error:
-                    cut_off = error.pos > len(buffer) - 16 or error.msg.startswith("Unterminated string")
-                    if not (cut_off and fill()):
-                        raise
-            number += 1
-            if not isinstance(value, dict):
-                wrong.append(not_an_object(value))
-            where = f"record {number} (line {line + buffer.count(chr(10), 0, start)})"
-            yield where, BadRecord(wrong[0]) if wrong else value
-            start = end
-        if in_array and not ended:
-            raise ValueError("the array is not closed; the file was cut off")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source}: not UTF-8 after record {number} ({error.reason})") from None
-    except (ValueError, RecursionError) as error:
-        place = start + (error.pos - start if isinstance(error, json.JSONDecodeError) else 0)
-        at = line + buffer.count("\n", 0, place)
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-        raise UserError(f"{source}, line {at}, record {number + 1}: not JSON: {reason}") from None
-
-
-def _parquet_records(source: Source) -> Iterator[Record]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(source.path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=_ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{source}: not a parquet file that can be read: {error}") from None
-
-
-def _datasets_records(source: Source) -> Iterator[Record]:
-    import datasets
-
-    try:
-        rows = datasets.load_from_disk(source.path).with_format(None)
-        for number, row in enumerate(rows, 1):
-            yield f"row {number}", row
-    except Exception as error:  # datasets raises what pyarrow, fsspec and json do
-        raise UserError(f"{source}: not a folder that datasets.load_from_disk reads: {error}") from None

@@ -1,13 +1,15 @@
 """`fm9g data check` and `fm9g data show`: figures that are computed by hand, and marks on exactly what is learnt."""
 
 import json
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support import records
+import sentencepiece
+from support import records, text
 
 from fm9g.cli import main
 from fm9g.data import check as check_module
@@ -356,14 +358,22 @@ def test_nothing_acts_on_the_terminal(make_mixture: Make, run_show: Callable[...
     assert run_show(path, "--record", "1")[1] == "<s>«Z␛[2JZ␍\tZ\ufffd</s>»"
 
 
-def test_spaces_of_a_sentencepiece_model(make_mixture: Make, run_show: Callable, shared: Path) -> None:
-    pair = {"input": "one two", "output": "three four"}
-    path = make_mixture({"a": [pair, pair]})
-    tokenizer = shared / "tokenizers" / "9g-2b"
-    assert run_show(path, "--record", "1", tokenizer=tokenizer)[1] == "<s>one two«three four</s>»"
-    chat = run_show(path, "--record", "1", "--template", "chatml", tokenizer=tokenizer)[1]
-    start = "<s><|im_start|>user⏎\none two<|im_end|>⏎\n<|im_start|>assistant⏎\n"
-    assert chat == f"{start}«three four<|im_end|></s>»"
+def test_spaces_of_a_sentencepiece_model(make_mixture: Make, run_show: Callable, tmp_path: Path) -> None:
+    """Such a model puts a space before a text and takes it away in decoding: elsewhere a space is the text's own."""
+    source, tokenizer = random.Random(0), tmp_path / "tokenizer.model"
+    with tokenizer.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([text(source, 30) for _ in range(200)]),
+            model_writer=file,
+            vocab_size=90,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    data = [{"input": "the quick", "output": "brown fox"}, {"input": "", "output": "the quick brown fox jumps over"}]
+    path = make_mixture({"a": data})
+    assert run_show(path, "--record", "1", tokenizer=tokenizer)[1] == "<s>the quick«brown fox</s>»"
+    pieces = run_show(path, "--record", "2", max_length=4, tokenizer=tokenizer)[1::2]
+    assert pieces == ["<s>«the quick brown fox»", " fox« jumps over</s>»"]
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fm9g.data.shapes import (
-    BadRecord,
-    Columns,
-    canonical,
-    columns_from_file,
-    columns_from_text,
-    dataset_info_entry,
-)
+from fm9g.data.columns import columns_from_file, columns_from_text, dataset_info_entry
+from fm9g.data.shapes import BadRecord, Columns, canonical
 from fm9g.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
