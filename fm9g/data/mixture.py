@@ -31,6 +31,7 @@ Transform = Callable[[dict[str, Any], int, random.Random], dict[str, Any]]
 _SHUFFLE, _TRANSFORM, _MEAN = 1, 2, 3  # what a random number is for
 _MEAN_RECORDS = 256  # records that an unknown average length is measured on
 _CACHE_VERSION = 1
+_SMALL, _EPOCHS = 4096, 1024  # records of a small dataset, and epochs that are remembered
 
 
 class Recipe(NamedTuple):
@@ -78,7 +79,7 @@ class Mixture:
         ]
         self.keys = [zlib.crc32(config.task_name.encode()) for config in configs]
         self.drew = [False for _ in configs]  # whether a transform of the dataset used its random numbers
-        self._epochs: dict[tuple[int, int], Permutation] = {}
+        self._epochs: dict[tuple[int, int], Callable[[np.ndarray], np.ndarray]] = {}
         self.caches: list[TokenCache | None] = [None for _ in configs]
         if token_cache:
             for number in range(len(configs)):
@@ -92,33 +93,31 @@ class Mixture:
         epochs, offsets = np.divmod(np.array(places, np.int64), size)
         numbers = np.empty_like(offsets)
         for epoch in set(epochs.tolist()):
-            if (dataset, epoch) not in self._epochs:
-                if len(self._epochs) > 4 * len(self.configs):
-                    self._epochs.clear()
-                self._epochs[dataset, epoch] = Permutation(size, self.seed, _SHUFFLE, self.keys[dataset], epoch)
             here = epochs == epoch
-            numbers[here] = self._epochs[dataset, epoch](offsets[here])
+            numbers[here] = self._order(dataset, epoch)(offsets[here])
         return numbers
 
-    def encode(self, dataset: int, places: Sequence[int], doing: Callable[[int], None] | None = None) -> list[Encoded]:
-        """The samples of the records at places. doing: is told the number of each record before it is encoded.
+    def _order(self, dataset: int, epoch: int) -> Callable[[np.ndarray], np.ndarray]:
+        """The permutation of an epoch; of a small dataset, which makes many of them, all of it at once."""
+        key = dataset, epoch
+        if key not in self._epochs:
+            if len(self._epochs) >= _EPOCHS:
+                self._epochs.clear()
+            size = len(self.datasets[dataset])
+            permutation = Permutation(size, self.seed, _SHUFFLE, self.keys[dataset], epoch)
+            self._epochs[key] = permutation(np.arange(size)).__getitem__ if size <= _SMALL else permutation
+        return self._epochs[key]
 
-        Raises UserError that names dataset and line of a bad record.
-        """
+    def encode(self, dataset: int, places: Sequence[int]) -> list[Encoded]:
+        """The samples of the records at places. Raises UserError that names dataset and line of a bad record."""
         numbers, cached = self.numbers(dataset, places), self.caches[dataset]
-        tokens = cached.read(numbers) if cached else self.tokens(dataset, numbers.tolist(), places, doing)
+        tokens = cached.read(numbers) if cached else self.tokens(dataset, numbers.tolist(), places)
         rule = self.configs[dataset].oversize_rule
         return [cut(record, self.max_length, rule, self.capacity) for record in tokens]
 
-    def tokens(
-        self, dataset: int, numbers: Sequence[int], places: Sequence[int], doing: Callable[[int], None] | None = None
-    ) -> list[np.ndarray]:
+    def tokens(self, dataset: int, numbers: Sequence[int], places: Sequence[int]) -> list[np.ndarray]:
         """The marked tokens of records, by number. places: what the random numbers of their transforms depend on."""
-        texts = []
-        for number, place in zip(numbers, places):
-            if doing is not None:
-                doing(number)
-            texts.append(self.texts(dataset, number, place))
+        texts = [self.texts(dataset, number, place) for number, place in zip(numbers, places)]
         return self.encoders[dataset].tokens(texts)
 
     def texts(self, dataset: int, number: int, place: int, with_contents: bool = False) -> Texts | Rendered:

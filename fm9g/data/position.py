@@ -56,7 +56,8 @@ def carried_on(
     states = {int(s): state for s, state in position.get("streams", {}).items()}
     if len(states) != before.get("global_batch") or not isinstance(before.get("datasets"), dict):
         raise UserError("the data position of the checkpoint is not whole, or an earlier version's; take another one")
-    if before == now:
+    old, new = list(before["datasets"]), list(now["datasets"])
+    if before == now and old == new:
         return states, []
     notes, refused = _differences(before, now)
     if refused and not carry:
@@ -65,40 +66,64 @@ def carried_on(
             + "\n".join(refused)
             + "\nResume with what it was, or with --data_changes carry: the epochs then go on as well as they can"
         )
-    old, new = list(before["datasets"]), list(now["datasets"])
     same = [name for name in new if name in old and _equal(before, now, name, _CONTENT)]
-    encoded_alike = before["max_length"] == now["max_length"] and before["capacity"] == now["capacity"]
+    encoded_alike = all(before[key] == now[key] for key in ("seed", "max_length", "capacity"))
     alike = [name for name in same if encoded_alike and _equal(before, now, name, _ENCODING)]
-    if before["seed"] != now["seed"]:
-        alike = []
-    dropped = 0
-    moved: dict[int, dict[str, Any]] = {}
-    for s, state in states.items():
-        fresh = new_state(s, plan)
-        least = min(state["clocks"], default=0.0)
-        for number, name in enumerate(new):
-            fresh["clocks"][number] += least
-            share = now["datasets"][name]["share"]
-            if name in same:
-                was = old.index(name)
-                fresh["begun"][number] = state["begun"][was]
-                old_share = before["datasets"][name]["share"]
-                if share and old_share:
-                    ahead = state["clocks"][was] - least
-                    fresh["clocks"][number] = least + ahead * old_share / share
-                if name in alike:
-                    fresh["open"][number] = state["open"][was]
-        kept = [[new.index(old[d]), place, piece] for d, place, piece in state["waiting"] if old[d] in alike]
-        lost_open = sum(len(state["open"][old.index(name)]) for name in old if name not in alike)
-        dropped += len(state["waiting"]) - len(kept) + lost_open
-        fresh["waiting"], fresh["skipped"] = kept, state["skipped"]
-        moved[s] = fresh
-    if dropped:
-        notes.append(f"data: {dropped} records that had begun or waited for a pack are left out of this epoch")
+    moved = {s: _moved(s, state, before, now, plan, same, alike) for s, state in states.items()}
+    left_out = sum(map(_unfinished, states.values())) - sum(map(_unfinished, moved.values()))
+    if left_out:
+        notes.append(f"data: {left_out} records that had begun or waited for a pack are left out of this epoch")
     if before["global_batch"] != now["global_batch"]:
         moved = _dealt_anew(moved, plan)
         notes.append("data: where this epoch was is known to within a few records a stream; some may come twice or not")
     return moved, [*notes, *refused]
+
+
+def _moved(
+    s: int,
+    state: dict[str, Any],
+    before: dict[str, Any],
+    now: dict[str, Any],
+    plan: Plan,
+    same: list[str],
+    alike: list[str],
+) -> dict[str, Any]:
+    """The state of stream s for the datasets of now. same: those with the same records; alike: and the same samples."""
+    old, new = before["datasets"], now["datasets"]
+    numbers = {name: number for number, name in enumerate(old)}
+    # Datasets that do not take part stand still: how far the stream is, the others tell.
+    taking_part = {
+        name
+        for number, name in enumerate(old)
+        if old[name]["share"]
+        and (
+            old[name]["allow_repeat"]
+            or state["open"][number]
+            or state["begun"][number] * before["global_batch"] + s < old[name]["records"]
+        )
+    }
+    clocks = [state["clocks"][numbers[name]] for name in taking_part]
+    least = min(clocks) if clocks else max(state["clocks"])
+    fresh = new_state(s, plan)
+    for number, name in enumerate(new):
+        fresh["clocks"][number] += least
+        if name not in same:
+            continue
+        was = numbers[name]
+        fresh["begun"][number] = state["begun"][was]
+        if name in taking_part and new[name]["share"]:
+            ahead = state["clocks"][was] - least
+            fresh["clocks"][number] = least + ahead * old[name]["share"] / new[name]["share"]
+        if name in alike:
+            fresh["open"][number] = state["open"][was]
+    places = {numbers[name]: number for number, name in enumerate(new) if name in alike}
+    fresh["waiting"] = [[places[d], place, piece] for d, place, piece in state["waiting"] if d in places]
+    fresh["skipped"] = state["skipped"]
+    return fresh
+
+
+def _unfinished(state: dict[str, Any]) -> int:
+    return len(state["waiting"]) + sum(map(len, state["open"]))
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:

@@ -83,6 +83,31 @@ def test_an_epoch_goes_on_when_shares_change(make_mixture: Make, tokenizer_path:
     assert seen == Counter(record["input"] + record["output"] for record in records(200, 1, longest=10))
 
 
+def test_the_order_in_the_file_does_not_matter(path: Path, tokenizer_path: Path) -> None:
+    whole, _ = steps(open_mixture(path, tokenizer_path, "abc"), 12)
+    _, position = steps(open_mixture(path, tokenizer_path, "abc"), 6)
+    turned = loader(open_mixture(path, tokenizer_path, "cab"), position)
+    assert turned.notes == []
+    for step in whole[6:]:
+        for one, other in zip(step, turned.next_step()):
+            np.testing.assert_array_equal(one.input_ids, other.input_ids)
+
+
+def test_a_new_dataset_does_not_make_up_for_the_time_since_another_was_used_up(
+    make_mixture: Make, tokenizer_path: Path
+) -> None:
+    once = {"allow_repeat": False}
+    path = make_mixture({"a": records(8, 1), "b": records(60, 2), "c": records(30, 3)}, a=once)
+    _, position = steps(open_mixture(path, tokenizer_path, "ab"), 60)
+    for names, extra in (("abc", {}), ("abc", {"a": {"allow_repeat": True}})):
+        more = loader(open_mixture(path, tokenizer_path, names, **extra), position)
+        packs = [pack for _ in range(60) for pack in more.next_step()]
+        tasks = np.concatenate([pack.task_ids for pack in packs[-120:]])
+        shares = np.bincount(tasks[tasks >= 0], minlength=3) / (tasks >= 0).sum()
+        expected = [1 / 3, 1 / 3, 1 / 3] if extra else [0, 0.5, 0.5]
+        assert shares == pytest.approx(expected, abs=0.05)
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

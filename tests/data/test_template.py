@@ -236,7 +236,7 @@ def test_turns_that_change_once_others_follow_are_refused_but_for_the_last() -> 
     for expected in ("up to message 2 differently once others follow", "{% generation %}", "--loss last"):
         with pytest.raises(UserError, match=expected):
             forgetful.render_spans(messages)
-    last = forgetful.render_spans(messages, loss="last")
+    last = forgetful.render_spans(messages, loss="last", with_contents=True)
     assert cut(last) == [f"{thoughts}b</>"]
     assert shown(last) == ["q", "r", f"{thoughts}b"]  # the first answer is no more what the message holds
     # A prompt that is no beginning of the turn.
