@@ -1,12 +1,13 @@
 """Mixtures on disk and the loader: the packs of a step depend on no rank, worker or restart."""
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support import ROOT, assert_same, records, steps
+from support import ROOT, assert_same, index, records, steps
 
 from fm9g.config.mixture import load_mixture
 from fm9g.data.loader import Loader
@@ -167,3 +168,19 @@ def test_the_shipped_template_is_the_one_of_the_guide(make_mixture: Make, tokeni
     assert mixture.tokenizer.decode((~tokens[tokens < 0])[1:].tolist()) == prompt
     assert mixture.tokenizer.decode(tokens[tokens >= 0].tolist()) == "答<|im_end|>"
     assert tokens[-1] == mixture.tokenizer.eos_id
+
+
+@pytest.mark.parametrize("names", [["alpaca_zh_demo.json", "wiki_demo.txt"], ["wiki_demo.txt"]])
+def test_padding_is_below_one_percent_on_real_data(shared: Path, tmp_path: Path, names: list[str]) -> None:
+    """Rows of 2048 tokens, once round each dataset."""
+    entries = []
+    for name in names:
+        index(shared / "data" / name, tmp_path / name, "zh")
+        entries.append({"task_name": name, "path": name})
+    (tmp_path / "mixture.json").write_text(json.dumps(entries))
+    configs = [item.value for item in load_mixture(tmp_path / "mixture.json")]
+    mixture = Mixture(configs, str(shared / "tokenizers" / "9g-2b"), 2048, seed=1)
+    loader = Loader(mixture, global_batch=1)
+    packs = [loader.next_step()[0] for _ in range(150)]
+    assert 1 - sum(pack.tokens for pack in packs) / (2048 * len(packs)) < 0.01
+    assert all(np.diff(pack.cu_seqlens).max() <= 2048 for pack in packs)
