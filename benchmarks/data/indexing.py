@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 from common import Measured, measured, records_of, report, table
+
+from fm9g.files import AppendedFile
 
 LOOP = """
 import json, sys
@@ -47,11 +48,9 @@ datasets.load_dataset("json", data_files=sys.argv[1], cache_dir=sys.argv[2])
 def make_source(path: Path, size: int) -> None:
     """Real records, written again and again until the file has its size."""
     block = b"".join(records_of("alpaca_zh_demo.json", "alpaca_en_demo.json", "wiki_demo.txt"))
-    with path.open("wb") as file:
-        while file.tell() < size:
+    with AppendedFile(path, 4 << 20) as file:
+        for _ in range(max(1, size // len(block))):
             file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def main() -> None:

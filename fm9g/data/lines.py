@@ -97,7 +97,10 @@ class Part:
 
 
 def convert_range(path: str, start: int, end: int, text: bool, settings: Settings) -> Part:
-    """The lines of a file that begin in bytes `start` to `end`. text: each is a record of plain text, else JSON."""
+    """The lines of a file that begin after byte `start` (at it, where that is 0), up to byte `end`.
+
+    text: each is a record of plain text, else JSON.
+    """
     part = _new_part(settings)
     file = os.open(path, os.O_RDONLY)
     try:
@@ -145,10 +148,9 @@ def _new_part(settings: Settings) -> Part:
 
 
 def _next_line(file: int, place: int) -> int:
-    """Where the first line begins that begins at `place` or after it."""
+    """Where the line after that at `place` begins; 0 for 0."""
     if place == 0:
         return 0
-    place -= 1
     while chunk := os.pread(file, 1 << 16, place):
         found = chunk.find(b"\n")
         if found >= 0:

@@ -1,6 +1,7 @@
 """Conversations: what is trained on, what is exported and what is generated from are one template."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,6 +110,13 @@ def test_what_is_trained_with_is_exported_and_generated_from(
     result = run_training(load_run(str(tmp_path / "model.json"), {key: str(value) for key, value in settings.items()}))
     assert result.checkpoint is not None
     export_folder(result.checkpoint, tmp_path / "hf")
+    reference = tmp_path / "reference"
+    shutil.copytree(tmp_path / "hf", reference)
+    (reference / "chat_template.jinja").write_text("another")
+    for number, source in enumerate((result.checkpoint, next(result.checkpoint.glob("*.pt")))):
+        export_folder(source, tmp_path / f"with-reference-{number}", reference)
+        exported = (tmp_path / f"with-reference-{number}" / "chat_template.jinja").read_text()
+        assert exported == (tmp_path / "mine.jinja").read_text()
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert theirs.chat_template == (tmp_path / "mine.jinja").read_text()
     text = theirs.apply_chat_template(CHAT[:2], add_generation_prompt=True, tokenize=False)
