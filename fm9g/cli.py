@@ -6,6 +6,7 @@ Only what argument parsing needs is imported here, so that `--help` answers at o
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,9 @@ from fm9g.errors import UserError
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line; returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):  # whatever a terminal cannot show must not end the command
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
     if rest and options.run is not _train and options.run is not _config_show:

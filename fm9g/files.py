@@ -26,15 +26,12 @@ def new_folder(target: Path, overwrite: bool = False, sources: tuple[Path, ...] 
     """
     target = target.resolve()
     for source in sources:
-        if source.resolve().is_relative_to(target):
+        if Path(os.path.realpath(source)).is_relative_to(target):  # resolve() fails on a loop of links
             raise UserError(f"{target}: holds {source}, which is read; choose another folder")
     if target.exists() and not target.is_dir():
         raise UserError(f"{target}: a file is in the way; remove it or choose another name")
     recover(target)
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise UserError(
-            f"{target}: the folder holds something; choose another or allow it to be replaced (--overwrite)"
-        )
+    _check_replaceable(target, overwrite)
     temporary, old = _beside(target, "tmp"), _beside(target, "old")
     try:
         with _as_user_error(target):
@@ -43,6 +40,7 @@ def new_folder(target: Path, overwrite: bool = False, sources: tuple[Path, ...] 
             for file in temporary.rglob("*"):
                 if file.is_file():
                     sync(file)
+            _check_replaceable(target, overwrite)  # again: another process may have been quicker
             if target.exists():
                 target.rename(old)
             temporary.rename(target)
@@ -52,6 +50,13 @@ def new_folder(target: Path, overwrite: bool = False, sources: tuple[Path, ...] 
         if old.exists() and not target.exists():
             old.rename(target)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_replaceable(target: Path, overwrite: bool) -> None:
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise UserError(
+            f"{target}: the folder holds something; choose another or allow it to be replaced (--overwrite)"
+        )
 
 
 @contextmanager
@@ -168,6 +173,8 @@ def _beside(target: Path, kind: str) -> Path:
 
 
 def _runs(pid: int) -> bool:
+    if pid == os.getpid():  # of a process before this one that had the same number
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -56,6 +56,7 @@ def make_source(path: Path, size: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--baselines", nargs="*", default=["cp", "loop", "datasets"])
     options = parser.parse_args()
@@ -74,7 +75,7 @@ def main() -> None:
             (folder / "out").mkdir()
             found[baseline] = measured(commands[baseline])
             shutil.rmtree(folder / "out")
-        for workers in (1, 2):
+        for workers in options.workers:
             arguments = [
                 "--path",
                 str(source),

@@ -50,6 +50,8 @@ class DatasetConfig:
         return self.ave_tokens_per_line or self.avg_tokens or self.ave_tokens
 
     def __post_init__(self) -> None:
+        if not self.task_name.isprintable():
+            raise UserError(f"task_name: found {self.task_name!r}, expected printable characters")
         if sum(self.incontext_weight) <= 0:
             raise UserError("incontext_weight: at least one weight must be above 0")
 

@@ -24,7 +24,7 @@ from fm9g.data.readers import records
 from fm9g.data.records import parse_object, quote
 from fm9g.data.scan import TOKENS_PER_UNIT
 from fm9g.data.sources import STDIN, Source, line_blocks
-from fm9g.data.workers import start_workers
+from fm9g.data.workers import start_workers, stop_workers
 from fm9g.errors import UserError
 from fm9g.files import AppendedFile, new_folder
 from fm9g.progress import Progress
@@ -63,6 +63,8 @@ def build_index(
     """
     if settings.language not in TOKENS_PER_UNIT:
         raise UserError(f"language: found {settings.language!r}, expected one of {', '.join(TOKENS_PER_UNIT)}")
+    if workers is not None and workers < 0:
+        raise UserError(f"workers: found {workers}, expected at least 0")
     if not 0 <= settings.split < 1:
         raise UserError(f"split: found {settings.split}, expected a share from 0 to below 1")
     size = sum(source.size for source in sources)
@@ -84,7 +86,7 @@ def build_index(
                     progress.advance(amount if by_bytes else run.read - progress.done)
         finally:
             if pool is not None:
-                pool.shutdown(cancel_futures=True)
+                stop_workers(pool)
         for name, writer in zip(names, writers):
             if not writer.nlines:
                 raise UserError(run.nothing(sources, name))
@@ -169,7 +171,12 @@ class _Run:
         self._first_bad = self._first_bad or message
         self._report.rejected += 1
         content = bad.line.decode("utf-8", "replace")
-        entry = {"file": str(source), "where": _where(bad, read), "reason": bad.reason, "content": content}
+        entry = {
+            "file": os.fsencode(str(source)).decode("utf-8", "replace"),
+            "where": _where(bad, read),
+            "reason": bad.reason,
+            "content": content,
+        }
         with self._rejects.open("ab") as file:
             file.write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))
 
@@ -185,7 +192,7 @@ class _Run:
 
 def _stamp(source: Source) -> tuple[int, int] | None:
     """What changes when a file is written to."""
-    if source.path == STDIN:
+    if not source.is_file:
         return None
     status = os.stat(source.path)
     return status.st_size, status.st_mtime_ns
@@ -248,12 +255,12 @@ class _Writer:
         self._files.__exit__(*error)
 
 
-def _cut(value: Any) -> Any:
-    """A value with its long strings cut."""
+def _cut(value: Any, depth: int = 8) -> Any:
+    """A value with its long strings and what is nested deeply cut."""
     if isinstance(value, list):
-        return [_cut(item) for item in value]
+        return [_cut(item, depth - 1) for item in value] if depth else ["..."]
     if isinstance(value, dict):
-        return {key: _cut(item) for key, item in value.items()}
+        return {key: _cut(item, depth - 1) for key, item in value.items()} if depth else {"...": "..."}
     long = isinstance(value, str) and len(value) > _SAMPLE_CHARACTERS
     return value[:_SAMPLE_CHARACTERS] + "..." if long else value
 
@@ -273,7 +280,7 @@ def texts_of(sources: Iterable[Source], limit: int | None = None) -> Iterator[st
             number += part.read
             for chunk in part.outputs[0].chunks:
                 data = chunk if isinstance(chunk, bytes) else _read(source.path, *chunk)
-                for line in data.splitlines():
+                for line in data.removesuffix(b"\n").split(b"\n"):
                     yield from _strings(parse_object(line))
                 taken += len(data)
             if limit is not None and taken >= limit:

@@ -18,20 +18,19 @@ from fm9g.files import AppendedFile, new_folder
 from fm9g.progress import Progress
 
 _TOKENS, _BOUNDS, _KEY = "tokens", "bounds", "cache.json"
+_FILES = {_TOKENS, _BOUNDS, _KEY}
 
 
 class TokenCache:
     """The marked tokens of each record of a dataset, memory-mapped."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, records: int) -> None:
         """Raises UserError for a folder that is not whole."""
         try:
-            # Plain arrays over the maps: a slice of them costs a fifth of a slice of a memmap.
-            self._tokens = np.asarray(np.memmap(folder / _TOKENS, np.int32, "r"))
-            self._bounds = np.asarray(np.memmap(folder / _BOUNDS, np.int64, "r"))
+            self._tokens, self._bounds = _mapped(folder / _TOKENS, np.int32), _mapped(folder / _BOUNDS, np.int64)
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: the token cache cannot be read: {error}; delete it") from None
-        if not len(self._bounds) or self._bounds[-1] != len(self._tokens):
+        if len(self._bounds) != records + 1 or self._bounds[-1] != len(self._tokens):
             raise UserError(f"{folder}: the token cache is not whole; delete it")
 
     def read(self, numbers: np.ndarray) -> list[np.ndarray]:
@@ -41,6 +40,11 @@ class TokenCache:
         return [tokens[start:end] for start, end in zip(starts, ends)]
 
 
+def _mapped(file: Path, dtype: type) -> np.ndarray:
+    # A plain array over the map: a slice of it costs a fifth of a slice of a memmap. Nothing cannot be mapped.
+    return np.asarray(np.memmap(file, dtype, "r")) if file.stat().st_size else np.empty(0, dtype)
+
+
 def stale(folder: Path, key: dict[str, Any]) -> list[str] | None:
     """What differs between `key` and what a cache was made from, a line each; None where there is no cache."""
     try:
@@ -48,12 +52,19 @@ def stale(folder: Path, key: dict[str, Any]) -> list[str] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
+        made_from = None
+    if not isinstance(made_from, dict):
         return [f"{folder / _KEY} cannot be read"]
     return [f"{name}: was {made_from.get(name)}, is {key[name]}" for name in key if made_from.get(name) != key[name]]
 
 
 def build(folder: Path, key: dict[str, Any], records: Iterable[list[np.ndarray]], size: int) -> None:
-    """Makes a cache of `size` records, given in order in chunks. It appears under its name only when whole."""
+    """Makes a cache of `size` records, given in order in chunks. It appears under its name only when whole.
+
+    Raises UserError where the folder holds anything but a cache.
+    """
+    if folder.exists() and not (folder.is_dir() and {file.name for file in folder.iterdir()} <= _FILES):
+        raise UserError(f"{folder}: holds something else than a token cache; choose another folder for --token_cache")
     end = 0
     with new_folder(folder, overwrite=True) as new:
         with (

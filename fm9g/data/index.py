@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,33 +36,48 @@ class IndexedDataset:
             )
         status = self._data.stat()
         self.nbytes, self.modified = status.st_size, status.st_mtime_ns
-        self._ends = self._read_index()
-        if len(self._ends) and self._ends[0] == 0:
-            self._ends = self._ends[1:]
-        if not len(self._ends):
+        self._files: list[int] = []
+        size, self._read_bounds = self._open_index()
+        # Whether the first bound is written down, or is meant (the published converter's).
+        self._from_0 = bool(size) and self._read_bounds(0, 1)[0] == 0
+        self._size = size - self._from_0
+        if not self._size:
             raise UserError(f"{self.folder}: the dataset is empty")
-        if self._ends[-1] != self.nbytes:
+        if (end := int(self._read_bounds(size - 1, 1)[0])) != self.nbytes:
             raise UserError(
-                f"{self.folder}: the index ends at byte {self._ends[-1]}, {DATA} at {self.nbytes}: "
+                f"{self.folder}: the index ends at byte {end}, {DATA} at {self.nbytes}: "
                 "one of them was changed; index it again with `fm9g data index`"
             )
-        self._file = os.open(self._data, os.O_RDONLY)
+        self._file = self._open(self._data)
 
-    def _read_index(self) -> np.ndarray:
+    def _open(self, path: Path) -> int:
+        self._files.append(os.open(path, os.O_RDONLY))
+        return self._files[-1]
+
+    def _open_index(self) -> tuple[int, Callable[[int, int], np.ndarray]]:
+        """How many numbers the index has, and a function that reads some: (first, count)."""
         h5, text = self.folder / INDEX_H5, self.folder / INDEX
+        if not (h5.is_file() or text.is_file()):
+            raise UserError(f"{self.folder}: neither {INDEX_H5} nor {INDEX} is there; index it with `fm9g data index`")
         try:
             if h5.is_file():
                 with h5py.File(h5, "r") as file:
                     dataset = file["index"]
-                    offset = dataset.id.get_offset()
-                    if offset is None:  # chunked or compressed: not one stretch of the file
-                        return dataset[:].astype(np.int64)
-                    return np.memmap(h5, dtype=dataset.dtype, mode="r", offset=offset, shape=dataset.shape)
-            if text.is_file():
-                return np.loadtxt(text, dtype=np.int64, ndmin=1)
-        except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+                    if dataset.ndim != 1 or dataset.dtype.kind not in "iu":
+                        raise ValueError("it is no list of whole numbers")
+                    offset, dtype, size = dataset.id.get_offset(), dataset.dtype, len(dataset)
+                    numbers = dataset[:] if offset is None else None  # chunked or compressed: not one stretch
+                if numbers is None:
+                    # Read where they are, not mapped: pages that random reads touch would pile up in memory.
+                    index, width = self._open(h5), dtype.itemsize
+                    if os.fstat(index).st_size < offset + size * width:
+                        raise ValueError("it is cut short")
+                    return size, lambda i, n: np.frombuffer(os.pread(index, n * width, offset + i * width), dtype)
+            else:
+                numbers = np.array(text.read_bytes().split(), dtype=np.int64)
+        except (OSError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
             raise UserError(f"{self.folder}: the index cannot be read: {error}; index it again") from None
-        raise UserError(f"{self.folder}: neither {INDEX_H5} nor {INDEX} is there; index it with `fm9g data index`")
+        return len(numbers), lambda i, n: numbers[i : i + n]
 
     def checksum(self) -> str:
         """Of pages spread over the data: noticing another content costs no reading of it all."""
@@ -72,7 +88,7 @@ class IndexedDataset:
         return f"{value:08x}"
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return self._size
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Record `number`, from 0. Raises UserError where the index does not match the data, or the line is bad."""
@@ -86,13 +102,16 @@ class IndexedDataset:
         """The stored line of record `number`. Raises UserError where the index does not match the data."""
         if not 0 <= number < len(self):
             raise IndexError(number)
-        start = int(self._ends[number - 1]) if number else 0
-        line = os.pread(self._file, max(0, int(self._ends[number]) - start), start)
-        if (line[-1:] != b"\n" and number + 1 < len(self)) or line.count(b"\n", 0, -1):
+        if self._from_0 or number:
+            start, end = self._read_bounds(number - (not self._from_0), 2).tolist()
+        else:
+            start, end = 0, int(self._read_bounds(0, 1)[0])
+        line = os.pread(self._file, end - start, start) if 0 <= start <= end <= self.nbytes else b""
+        if not line or (line[-1:] != b"\n" and number + 1 < len(self)) or line.count(b"\n", 0, -1):
             where = f"{self._data}, line {number + 1}"
             raise UserError(f"{where}: the index does not match the data; index it again with `fm9g data index`")
         return line
 
     def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            os.close(self._file)
+        for file in getattr(self, "_files", ()):
+            os.close(file)

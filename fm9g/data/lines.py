@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import zlib
 from collections import Counter
@@ -11,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from fm9g.data.order import mix
-from fm9g.data.readers import Record
-from fm9g.data.records import check_keys_once, parse_object, to_line
+from fm9g.data.readers import NUL, Record
+from fm9g.data.records import parse_record, to_line
 from fm9g.data.scan import MARGIN, TOKENS_PER_UNIT, plain_pairs, units
 from fm9g.data.shapes import BadRecord, Columns, canonical
 from fm9g.data.sources import check_record_size
@@ -135,8 +137,9 @@ def convert_records(records: list[Record], settings: Settings) -> Part:
                 raise record
             collected.add(record)
         except BadRecord as error:
-            shown = b"" if isinstance(record, BadRecord) else str(record).encode("utf-8", "replace")
-            part.bad.append(Bad(where, str(error), shown))
+            given = isinstance(record, BadRecord)
+            content = error.content if given else json.dumps(record, ensure_ascii=False, default=str)
+            part.bad.append(Bad(where, str(error), content.encode("utf-8", "replace")))
             if not settings.skip_bad:
                 break
     collected.finish()
@@ -191,6 +194,8 @@ def _convert(
         part.read += len(ends)
         return
     data = bytes(memoryview(block)[MARGIN : MARGIN + size])
+    if text:
+        data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     collected = _Collected(settings, part)
     for line in (data.removeprefix(_BOM) if is_first else data).removesuffix(b"\n").split(b"\n"):
         part.read += 1
@@ -202,9 +207,7 @@ def _convert(
             if text:
                 collected.add({"input": "", "output": _text(stripped)})
             else:
-                record = parse_object(stripped)
-                check_keys_once(stripped, record)
-                collected.add(record, stripped)
+                collected.add(parse_record(stripped), stripped)
         except BadRecord as error:
             part.bad.append(Bad(part.read, str(error), line))
             if not settings.skip_bad:
@@ -214,11 +217,17 @@ def _convert(
 
 def _text(line: bytes) -> str:
     if b"\0" in line:
-        raise BadRecord("holds a NUL byte; is this text, and in UTF-8?")
+        raise BadRecord(NUL)
     try:
         return line.decode()
     except UnicodeDecodeError as error:
         raise BadRecord(f"not UTF-8: {error.reason}; convert the file, with iconv for example") from None
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, (dict, list)):
+        return all(map(_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 class _Collected:
@@ -232,7 +241,12 @@ class _Collected:
     def add(self, record: dict[str, Any], line: bytes | None = None) -> None:
         """line: the record as it was read, kept where it is in canonical form. Raises BadRecord."""
         settings = self._settings
-        shape, kept = ("as it is", record) if settings.as_is else canonical(record, settings.columns)
+        if settings.as_is:
+            shape, kept = "as it is", record
+            if line is None and not _finite(record):
+                raise BadRecord("holds a number that is not finite, which is not JSON")
+        else:
+            shape, kept = canonical(record, settings.columns)
         stored = to_line(kept) if line is None or kept is not record else line + b"\n"
         side = int(bool(settings.split) and mix(settings.seed, _SPLIT, zlib.crc32(stored)) < settings.split * 2**64)
         self._lines[side].append(stored)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -85,7 +86,7 @@ class Mixture:
             for number in range(len(configs)):
                 folder = self.cache_folder(number)
                 if cache.stale(folder, self.cache_key(number)) == []:
-                    self.caches[number] = TokenCache(folder)
+                    self.caches[number] = TokenCache(folder, len(self.datasets[number]))
 
     def numbers(self, dataset: int, places: Sequence[int]) -> np.ndarray:
         """(n,) the records at places of a dataset's sequence of epochs."""
@@ -117,8 +118,16 @@ class Mixture:
 
     def tokens(self, dataset: int, numbers: Sequence[int], places: Sequence[int]) -> list[np.ndarray]:
         """The marked tokens of records, by number. places: what the random numbers of their transforms depend on."""
-        texts = [self.texts(dataset, number, place) for number, place in zip(numbers, places)]
-        return self.encoders[dataset].tokens(texts)
+        return self.tokens_of([self.texts(dataset, n, place) for n, place in zip(numbers, places)], dataset, numbers)
+
+    def tokens_of(self, texts: list[Texts | Rendered], dataset: int, numbers: Sequence[int]) -> list[np.ndarray]:
+        """The marked tokens of the texts of records."""
+        try:
+            return self.encoders[dataset].tokens(texts)
+        except (TypeError, UnicodeEncodeError) as error:  # a lone surrogate is no text
+            lines, config = ", ".join(str(number + 1) for number in numbers), self.configs[dataset]
+            where = f"{config.task_name}, one of the lines {lines} of {config.path}"
+            raise UserError(f"{where}: the text that is made of it cannot be encoded: {error}") from None
 
     def texts(self, dataset: int, number: int, place: int, with_contents: bool = False) -> Texts | Rendered:
         """What is to be encoded of a record. with_contents: as in Template.render_spans."""
@@ -139,9 +148,11 @@ class Mixture:
         shots = source.choices(range(len(weights)), weights)[0] if len(weights) > 1 else 0
         try:
             record = transform(record, shots, source)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise UserError(f"{where}: {type(error).__name__}: {error}") from error
-        if not isinstance(record, dict):
+        if not isinstance(record, dict) or not all(isinstance(key, str) for key in record):
             raise UserError(f'{where}: returned {repr(record)[:SHOWN]}, expected {{"input": str, "output": str}}')
         self.drew[dataset] |= source.drew
         return record
@@ -164,7 +175,8 @@ class Mixture:
         return files | ({CHAT_TEMPLATE: max(named)[1]} if named else {})
 
     def cache_folder(self, dataset: int) -> Path:
-        return Path(self.recipe.token_cache) / self.configs[dataset].task_name
+        name = re.sub(r"[^\w-]", "_", self.configs[dataset].task_name)
+        return Path(self.recipe.token_cache) / f"{name}-{self.keys[dataset]:08x}"
 
     def cache_key(self, dataset: int) -> dict[str, Any]:
         """What the tokens of a dataset's records depend on, as JSON."""
@@ -221,6 +233,7 @@ class Mixture:
             config.weight * dataset.nbytes if config.abs_weight is None else config.abs_weight
             for config, dataset in zip(self.configs, self.datasets)
         ]
+        weights = [weight / max(weights) for weight in weights]  # so that no sum is too large
         return [weight / sum(weights) for weight in weights]
 
 

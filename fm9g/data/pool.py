@@ -17,11 +17,11 @@ import numpy as np
 
 from fm9g.data import cache
 from fm9g.data.mixture import Mixture, Recipe
-from fm9g.data.workers import start_workers
+from fm9g.data.workers import start_workers, stop_workers
 from fm9g.errors import UserError
 
 MOST = 64  # records of a chunk, the unit of work
-_MEMORY = 256 << 20  # bytes of records that may be encoded ahead, about
+_MEMORY = 128 << 20  # bytes of records that may be encoded ahead, about
 
 _worker: _Worker  # of a worker process
 
@@ -62,7 +62,7 @@ class EncodingPool:
                 numbers = chunk if in_file else self.mixture.numbers(dataset, chunk).tolist()
                 yield chunk, self.mixture.tokens(dataset, numbers, chunk)
             return
-        ahead = max(1, math.ceil(self.workers * prefetch / sequences))
+        ahead = max(2, math.ceil(self.workers * prefetch / sequences))  # one that is used, one that is made
         running: deque[tuple[list[int], Future[Tokens]]] = deque()
         while True:
             while len(running) < ahead and (chunk := list(islice(places, size))):
@@ -83,7 +83,8 @@ class EncodingPool:
 
     def _crash(self) -> str:
         """What the workers that did not end by themselves were doing."""
-        self.close()
+        assert self._pool is not None
+        self._pool.shutdown(wait=True)
         doing = []
         for slot in np.array(self._doing).reshape(-1, _SLOT):
             if slot[0]:
@@ -96,9 +97,9 @@ class EncodingPool:
         )
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Ends the workers, whatever they are at."""
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            stop_workers(self._pool)
 
     def __enter__(self) -> EncodingPool:
         return self
@@ -133,7 +134,7 @@ class _Worker:
             self._say(dataset, [number])
             texts.append(mixture.texts(dataset, number, place))
         self._say(dataset, numbers)
-        tokens = mixture.encoders[dataset].tokens(texts)
+        tokens = mixture.tokens_of(texts, dataset, numbers)
         self._doing[self._start] = 0
         lengths = np.array([len(record) for record in tokens], np.int64)
         return Tokens(np.concatenate(tokens), lengths, mixture.drew[dataset])

@@ -9,12 +9,13 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
-from fm9g.data.records import not_an_object, repeated_key
+from fm9g.data.records import not_an_object, once
 from fm9g.data.shapes import BadRecord
 from fm9g.data.sources import CHUNK, MAX_RECORD, Source, check_record_size, opened
 from fm9g.errors import UserError
 
 _ROWS = 1024  # of a parquet file at a time
+NUL = "holds a NUL byte; is this text, and in UTF-8?"
 _NOT_BLANK = re.compile(r"[^ \t\r\n]")
 
 Record = tuple[str, "dict[str, Any] | BadRecord"]
@@ -42,49 +43,61 @@ def _texts(source: Source, stream: IO[bytes]) -> Iterator[Record]:
 
     def record() -> Record:
         text = "".join(paragraph).strip()
-        where = "the whole file" if source.text_unit == "file" else f"line {first}"
-        return where, {"input": "", "output": text}
+        where = "the whole file" if whole else f"line {first}"
+        return where, _bad(NUL, text) if "\0" in text else {"input": "", "output": text}
 
-    for number, line in enumerate(_decoded(source, stream), 1):
-        if line.strip() or source.text_unit == "file":
-            first = first if paragraph else number
-            size = size + len(line) if paragraph else len(line)
-            check_record_size(size, source)
-            paragraph.append(line)
-        elif paragraph:
-            yield record()
-            paragraph.clear()
+    whole = source.text_unit == "file"
+    try:
+        for number, line in enumerate(io.TextIOWrapper(stream, "utf-8-sig"), 1):
+            if whole or line.strip():
+                first = first if paragraph else number
+                size = size + len(line) if paragraph else len(line)
+                check_record_size(size, source)
+                paragraph.append(line)
+            elif paragraph:
+                yield record()
+                paragraph.clear()
+    except UnicodeDecodeError as error:
+        problem = f"not UTF-8 ({error.reason}); convert it, with iconv for example"
+        if not whole:
+            raise UserError(f"{source}: {problem}") from None
+        yield "the whole file", BadRecord(problem)
+        return
     if any(line.strip() for line in paragraph):
         yield record()
-
-
-def _decoded(source: Source, stream: IO[bytes]) -> Iterator[str]:
-    """The lines of UTF-8 text, all with \\n at their end."""
-    try:
-        yield from io.TextIOWrapper(stream, "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source}: not UTF-8 ({error.reason}); convert it, with iconv for example") from None
 
 
 def _csv_records(source: Source, stream: IO[bytes]) -> Iterator[Record]:
     csv.field_size_limit(MAX_RECORD)
     text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
-    reader = csv.DictReader(text, delimiter="\t" if source.format == "tsv" else ",", strict=True)
+    reader = csv.reader(text, delimiter="\t" if source.format == "tsv" else ",", strict=True)
+    columns: list[str] = []
     try:
-        columns = list(reader.fieldnames or [])
-        if len(set(columns)) < len(columns) or "" in columns:
-            raise UserError(f"{source}, line 1: its first line has to name each column once; found {columns}")
         for row in reader:
             where = f"line {reader.line_num}"
-            if None in row or None in row.values():
-                found = sum(value is not None for key, value in row.items() if key is not None) + len(row.get(None, ()))
-                yield where, BadRecord(f"{found} columns, expected {len(columns)} as the first line names")
+            if not row:
+                continue
+            if not columns:
+                columns = row
+                if len(set(columns)) < len(columns) or "" in columns:
+                    raise UserError(f"{source}, {where}: the first line names each column once; found {columns}")
+            elif len(row) != len(columns):
+                problem = f"{len(row)} columns, expected {len(columns)} as the first line names"
+                yield where, _bad(problem, str(row))
+            elif any("\0" in value for value in row):
+                yield where, _bad(NUL, str(row))
             else:
-                yield where, row
+                yield where, dict(zip(columns, row))
     except csv.Error as error:
-        raise UserError(f"{source}, line {reader.line_num}: not {source.format}: {error}") from None
+        raise UserError(f"{source}, line {reader.line_num + 1}: not {source.format}: {error}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{source}, after line {reader.line_num}: not UTF-8 ({error.reason})") from None
+
+
+def _bad(problem: str, content: str) -> BadRecord:
+    error = BadRecord(problem)
+    error.content = content
+    return error
 
 
 def _json_records(source: Source, stream: IO[bytes]) -> Iterator[Record]:
@@ -92,14 +105,15 @@ def _json_records(source: Source, stream: IO[bytes]) -> Iterator[Record]:
     text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
     wrong: list[str] = []  # what the decoder below finds in a record that json.loads would let pass
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) < len(pairs):
-            wrong.append(repeated_key([key for key, _ in pairs]))
-        return content
+    def pairs_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        try:
+            return once(pairs)
+        except BadRecord as error:
+            wrong.append(str(error))
+            return dict(pairs)
 
     decoder = json.JSONDecoder(
-        object_pairs_hook=once, parse_constant=lambda name: wrong.append(f"not JSON: {name} is no number")
+        object_pairs_hook=pairs_once, parse_constant=lambda name: wrong.append(f"not JSON: {name} is no number")
     )
     buffer, start, line, number, in_array, ended = "", 0, 1, 0, False, False
 
@@ -148,7 +162,7 @@ def _json_records(source: Source, stream: IO[bytes]) -> Iterator[Record]:
             if not isinstance(value, dict):
                 wrong.append(not_an_object(value))
             where = f"record {number} (line {line + buffer.count(chr(10), 0, start)})"
-            yield where, BadRecord(wrong[0]) if wrong else value
+            yield where, _bad(wrong[0], buffer[start:end]) if wrong else value
             start = end
         if in_array and not ended:
             raise ValueError("the array is not closed; the file was cut off")
@@ -162,17 +176,20 @@ def _json_records(source: Source, stream: IO[bytes]) -> Iterator[Record]:
 
 
 def _parquet_records(source: Source) -> Iterator[Record]:
-    import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(source.path) as file:
-            number = 0
+            names, number = file.schema_arrow.names, 0
+            if len(set(names)) < len(names):
+                raise UserError(f"{source}: a column is named twice; found {names}")
             for batch in file.iter_batches(batch_size=_ROWS):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow's own, and what Python raises for values that it cannot hold
         raise UserError(f"{source}: not a parquet file that can be read: {error}") from None
 
 

@@ -12,6 +12,7 @@ from fm9g.data.scan import count_keys
 from fm9g.data.shapes import BadRecord
 from fm9g.errors import UserError
 
+_NESTS = (dict, list)
 SHOWN = 80  # characters of a bad line that a message quotes
 
 
@@ -53,19 +54,25 @@ def parse_object(line: bytes) -> dict[str, Any]:
     return record
 
 
-def check_keys_once(line: bytes, record: dict[str, Any]) -> None:
-    """Raises BadRecord where the line of a record gives one of its keys twice: readers differ in which one counts."""
+def parse_record(line: bytes) -> dict[str, Any]:
+    """As parse_object, and no key may be given twice: readers differ in which one counts. Raises BadRecord."""
+    record = parse_object(line)
     try:
         count = count_keys(line)
-    except ValueError:  # an integer of more than 64 bits, which only some parsers take
-        count = len(json.loads(line, object_pairs_hook=list))
-    if count > len(record):
-        raise BadRecord(repeated_key([key for key, _ in json.loads(line, object_pairs_hook=list)]))
+    except ValueError:  # an integer of more than 64 bits, which orjson takes for a float
+        count = -1
+    if count == len(record) and not any(type(value) in _NESTS for value in record.values()):
+        return record
+    return json.loads(line, object_pairs_hook=once)
 
 
-def repeated_key(keys: list[str]) -> str:
-    """What is wrong with an object that has these keys."""
-    return f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice"
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs. Raises BadRecord where a key is given twice."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise BadRecord(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return content
 
 
 def not_an_object(value: Any) -> str:

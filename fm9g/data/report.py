@@ -93,13 +93,15 @@ def draw(report: dict[str, Any], picture: Path) -> None:
     above, below = figure.subplots(2, 1)
     above.set(xscale="log", xlabel="tokens a record", ylabel="% of the dataset's records")
     for task, figures in report["datasets"].items():
-        above.stairs(100 * np.array(figures["histogram"]) / figures["read"], [0.5, *report["buckets"]], label=task)
+        above.stairs(
+            100 * np.array(figures["histogram"]) / figures["read"], [0.5, *report["buckets"]], label=_name(task)
+        )
     limit = report["max_length"]
     above.axvline(limit, color="grey", linestyle="--", label=f"max_length {limit}")
     above.legend()
     above.grid(alpha=0.3)
     places = np.arange(len(report["datasets"]))
-    below.set(ylabel="% of the tokens", xticks=places, xticklabels=list(report["datasets"]))
+    below.set(ylabel="% of the tokens", xticks=places, xticklabels=list(map(_name, report["datasets"])))
     for shift, key, label in ((-0.2, "share_wanted", "wanted"), (0.2, "share_realised", "realised")):
         below.bar(places + shift, [100 * f[key] for f in report["datasets"].values()], 0.4, label=label)
     below.tick_params(axis="x", rotation=20 if len(places) > 4 else 0)
@@ -107,3 +109,8 @@ def draw(report: dict[str, Any], picture: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # matplotlib's own font lacks Chinese; names then show as boxes
         figure.savefig(picture, format="png", dpi=120)
+
+
+def _name(task: str) -> str:
+    """A name for a picture, in which dollars would begin a formula."""
+    return task.replace("$", r"\$")

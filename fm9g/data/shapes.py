@@ -14,12 +14,11 @@ all but the pair with "tools", a list of {"type": "function", "function": {...}}
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
-
-import orjson
 
 from fm9g.config.fields import nearest
 
@@ -61,8 +60,20 @@ SHAPES = [
 ]
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse)
+
+
 class BadRecord(ValueError):  # noqa: N818
-    """Why a record cannot be used, in words for the user: `output: found int, expected a string`."""
+    """Why a record cannot be used, in words for the user: `output: found int, expected a string`.
+
+    content: the record, where it is not at hand.
+    """
+
+    content: str = ""
 
 
 @dataclass(frozen=True)
@@ -257,6 +268,9 @@ def _turn(message: Any, columns: Columns) -> Record:
     if role is None:
         known = list(columns.roles)
         raise BadRecord(f".{role_key}: unknown role {spelling!r}{nearest(spelling, known)} (known: {', '.join(known)})")
+    for key in ("weight", "loss"):
+        if key in message and not message[key]:
+            raise BadRecord(f".{key}: turns that are not learnt are not known here; remove the key, or see --loss last")
     if role != CALL and len(message) == 2 and isinstance(content, str):  # most turns
         return {"role": role, "content": content}
     if isinstance(content, list):
@@ -292,8 +306,8 @@ def _functions(value: Any, where: str, called: bool) -> list[Record]:
     """
     if isinstance(value, str):
         try:
-            value = orjson.loads(value) or []
-        except orjson.JSONDecodeError:
+            value = _JSON.decode(value) or []  # not orjson, which takes large integers for floats
+        except ValueError:
             raise BadRecord(f"{where}: not JSON: {value!r:.80}") from None
     functions = []
     for item in value if isinstance(value, list) else [value]:

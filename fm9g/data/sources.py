@@ -5,12 +5,13 @@ from __future__ import annotations
 import bz2
 import glob
 import gzip
+import io
 import json
 import lzma
 import os
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ CHUNK = 1 << 20  # bytes that are read at a time
 
 @dataclass(frozen=True)
 class Source:
-    """A file to read (a folder for `datasets`). compression: a suffix, or empty. text_unit: a record of text."""
+    """A file or pipe to read; a folder for `datasets`. compression: a suffix, or empty. text_unit: a record of text."""
 
     path: str
     format: str
@@ -56,13 +57,18 @@ class Source:
         return self.format == "jsonl" or (self.format == "txt" and self.text_unit == "line")
 
     @property
+    def is_file(self) -> bool:
+        """Whether it can be read again: not stdin, nor a pipe."""
+        return self.path != STDIN and os.path.isfile(self.path)
+
+    @property
     def is_seekable(self) -> bool:
-        return self.path != STDIN and not self.compression
+        return self.is_file and not self.compression
 
     @property
     def size(self) -> int:
         """Bytes, as far as they are known; those of a compressed file are compressed."""
-        return 0 if self.path == STDIN or self.format == "datasets" else os.path.getsize(self.path)
+        return os.path.getsize(self.path) if self.is_file else 0
 
     def __str__(self) -> str:
         return "stdin" if self.path == STDIN else self.path
@@ -76,12 +82,20 @@ def find_sources(paths: list[str], format: str = "", text_unit: str = "", output
     folder that is read: the next reading would find it there.
     """
     for path in paths:
-        if output is not None and output.resolve().is_relative_to(Path(path).resolve()):
+        if not path:
+            raise UserError("a path is empty")
+        read = path.partition("**")[0] if glob.has_magic(path) and "**" in path else path
+        if output is not None and _real(str(output)).is_relative_to(_real(read)):
             raise UserError(f"{output}: lies in {path}, which is read; choose a folder elsewhere")
-    sources = [source for path in paths for source in _find(path, format, text_unit)]
-    if sum(source.path == STDIN for source in sources) > 1:
-        raise UserError("stdin (-) is given twice")
-    return sources
+    sources: dict[Any, Source] = {}  # by what they really are: a file that is named twice is read once
+    for path in paths:
+        for source in _find(path, format, text_unit):
+            sources.setdefault(source.path if source.path == STDIN else _real(source.path), source)
+    return list(sources.values())
+
+
+def _real(path: str) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve() fails on a loop of links
 
 
 def _find(path: str, format: str, text_unit: str) -> Iterator[Source]:
@@ -94,12 +108,7 @@ def _find(path: str, format: str, text_unit: str) -> Iterator[Source]:
         if os.path.isfile(os.path.join(path, "dataset_dict.json")):
             splits = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
             raise UserError(f"{path}: holds several splits; name one of them: {', '.join(splits)}")
-        found = sorted(
-            os.path.join(folder, name)
-            for folder, folders, names in os.walk(path)
-            for name in names
-            if not name.startswith(".") and name.lower() not in _NOT_DATA and (format or _by_name(name)[0])
-        )
+        found = sorted(_files_in(path, format))
         if not found:
             raise UserError(f"{path}: no file in this folder has a format that is read ({', '.join(_SUFFIXES)})")
         for name in found:
@@ -107,13 +116,27 @@ def _find(path: str, format: str, text_unit: str) -> Iterator[Source]:
     elif os.path.exists(path):
         yield _by_path(path, format, text_unit)
     elif glob.has_magic(path):
-        found = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name))
+        found = sorted(name for name in glob.glob(path, recursive=True) if not os.path.isdir(name))
         if not found:
             raise UserError(f"{path}: matches no file")
         for name in found:
             yield _by_path(name, format, text_unit)
     else:
         raise UserError(f"{path}: no such file")
+
+
+def _files_in(path: str, format: str) -> Iterator[str]:
+    """The files of a folder and of those in it that hold data by their names; nothing hidden. Links are followed."""
+    seen = set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if (real := _real(folder)) in seen:  # a link back to where we were
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in names:
+            if not name.startswith(".") and name.lower() not in _NOT_DATA and (format or _by_name(name)[0]):
+                yield os.path.join(folder, name)
 
 
 def _by_name(name: str) -> tuple[str, str]:
@@ -132,6 +155,10 @@ def _by_path(path: str, format: str, text_unit: str) -> Source:
 
 
 def _source(path: str, format: str, compression: str, text_unit: str) -> Source:
+    if path == STDIN and format in ("parquet", "datasets"):
+        raise UserError(f"{format} cannot come from stdin; name a file")
+    if path != STDIN and not os.path.exists(path):
+        raise UserError(f"{path}: no such file; a link to nothing?")
     if compression and format in ("parquet", "datasets"):
         raise UserError(f"{path}: {format} has a compression of its own; decompress it first")
     source = Source(path, format, compression, text_unit or ("file" if format == "md" else "line"))
@@ -142,7 +169,7 @@ def _source(path: str, format: str, compression: str, text_unit: str) -> Source:
 
 def _starts_with_a_record(source: Source) -> bool:
     """Whether a .json file has an object on its first line: then it is read as .jsonl."""
-    if source.path == STDIN:
+    if not source.is_file:  # what is read of a pipe is gone
         return False
     with opened(source) as stream:
         line = stream.readline(CHUNK).removeprefix(b"\xef\xbb\xbf").strip()
@@ -172,15 +199,44 @@ def opened(source: Source) -> Iterator[IO[bytes]]:
 def _decompressed(file: IO[bytes], compression: str) -> Any:
     if compression == ".gz":
         return gzip.GzipFile(fileobj=file)
-    if compression == ".xz":
-        return lzma.LZMAFile(file)
-    if compression == ".bz2":
-        return bz2.BZ2File(file)
+    if compression in (".xz", ".bz2"):
+        start = lzma.LZMADecompressor if compression == ".xz" else bz2.BZ2Decompressor
+        return io.BufferedReader(_Streams(file, start), CHUNK)
     if compression == ".zst":
         import pyarrow
 
         return pyarrow.input_stream(file, compression="zstd", buffer_size=CHUNK)
     return nullcontext(file)
+
+
+class _Streams(io.RawIOBase):
+    """The content of compressed streams, one after the other. Python's own readers take damage at the beginning of a
+    stream for the end of the file."""
+
+    def __init__(self, file: IO[bytes], start: Callable[[], Any]) -> None:
+        self._file, self._start = file, start
+        self._stream, self._left = start(), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            if self._stream.eof:
+                # A file of xz may be padded with zeros.
+                self._left = (self._stream.unused_data or self._file.read(CHUNK)).lstrip(b"\0")
+                if not self._left:
+                    return 0
+                self._stream = self._start()
+            if self._stream.needs_input and not self._left:
+                self._left = self._file.read(CHUNK)
+                if not self._left:
+                    raise EOFError("it ends in the middle")
+            data = self._stream.decompress(self._left, len(buffer))
+            self._left = b""
+            if data:
+                buffer[: len(data)] = data
+                return len(data)
 
 
 def line_blocks(source: Source) -> Iterator[bytes]:

@@ -164,7 +164,7 @@ def load_template(spec: str, tokenizer: Any) -> Template:
     Raises UserError where there is no such template.
     """
     if spec == "tokenizer":
-        if tokenizer.chat_template is None:
+        if not tokenizer.chat_template:
             raise UserError("the tokenizer has no chat template of its own; choose another, as in --template chatml")
         text = tokenizer.chat_template
     else:
@@ -174,7 +174,7 @@ def load_template(spec: str, tokenizer: Any) -> Template:
             hint = nearest(spec, known) or f"; give a file, or one of {', '.join(known)}"
             raise UserError(f"{spec}: no such chat template{hint}")
         try:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{spec}: not UTF-8: {error.reason}; a chat template is Jinja text") from None
     return Template(spec, text, tokenizer.bos_token, tokenizer.eos_token)

@@ -232,7 +232,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """The template beside the tokenizer, or the one in its configuration; of several, the one called default."""
     file = folder / CHAT_TEMPLATE
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     found = config.get("chat_template")
     if isinstance(found, list):
         found = next((item.get("template") for item in found if item.get("name") == "default"), None)
@@ -263,7 +263,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             return HuggingFaceTokenizer(path.parent)
         tokenizer = VocabTokenizer(path) if path.suffix == ".txt" else SentencePieceTokenizer(path)
         if (template := path.parent / CHAT_TEMPLATE).is_file():
-            tokenizer.chat_template = template.read_text(encoding="utf-8")
+            tokenizer.chat_template = template.read_text(encoding="utf-8-sig")
             tokenizer.files.append(template)
         return tokenizer
     except UserError:

@@ -20,6 +20,15 @@ def start_workers(count: int, prepare: Callable[..., None] | None = None, *argum
     return ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(prepare, arguments))
 
 
+def stop_workers(pool: ProcessPoolExecutor) -> None:
+    """Ends the processes of a pool at once: they hold nothing that could be lost, and may be in an endless loop."""
+    processes = list((pool._processes or {}).values())  # Python 3.14 has a method for this
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        process.kill()
+    pool.shutdown(wait=True)
+
+
 def _start(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -38,6 +38,8 @@ def generate(
     ):
         if not allowed:
             raise UserError(f"{name}: found {value}, which is out of range")
+    if not prompt.isprintable() and any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UserError("prompt: not UTF-8")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
     from transformers.utils import logging

@@ -79,7 +79,7 @@ def run_dataloader(run: RunConfig) -> LoaderRun:
     with (
         open_loader(config, mixture) as loader,
         Progress("loading data", config.train_iters, "steps") as progress,
-        Interrupt() as interrupt,
+        Interrupt("stopping after this step") as interrupt,
     ):
         while result.steps < config.train_iters and not interrupt.requested:
             packs = loader.next_step()

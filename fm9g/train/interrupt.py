@@ -11,8 +11,9 @@ from typing import Any
 class Interrupt:
     """While its block runs, the first SIGINT or SIGTERM only sets `requested`; a second signal acts as usual."""
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, ending: str = "stopping with a checkpoint after this step") -> None:
+        """ending: what messages say of it."""
+        self.requested, self._ending = False, ending
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -26,7 +27,7 @@ class Interrupt:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         name = signal.Signals(number).name
-        print(f"{name}: stopping with a checkpoint after this step; Ctrl-C again ends at once", file=sys.stderr)
+        print(f"{name}: {self._ending}; Ctrl-C again ends at once", file=sys.stderr)
         for again, handler in self._before.items():
             signal.signal(again, handler)
 

@@ -1,6 +1,9 @@
 """Mixtures on disk and the loader: the packs of a step depend on no rank, worker or restart."""
 
+import contextlib
 import json
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -124,6 +127,12 @@ def test_a_transform_shapes_the_record_and_draws_from_its_own_generator(
             r"a, line 1 of .*bad.py: KeyError: 'nothing'",
         ),
         ("def transform(data, num_sample, r):\n    return 'text'\n", r"returned 'text', expected"),
+        ("def transform(data, num_sample, r):\n    return {1: 'a'}\n", r"returned {1: 'a'}, expected"),
+        ("class E(BaseException): pass\ndef transform(data, num_sample, r):\n    raise E()\n", r"bad.py: E"),
+        (
+            "def transform(data, num_sample, r):\n    return {'input': '', 'output': '\\ud800'}\n",
+            r"a, one of the lines 1 of .*cannot be encoded",
+        ),
         ("def other(): pass\n", r"defines no function transform"),
         ("def transform(:\n", r"bad.py: SyntaxError"),
     ],
@@ -151,6 +160,25 @@ def test_a_worker_that_is_killed_is_reported(make_mixture: Make, tokenizer_path:
         UserError, match=r"a worker that encodes records was killed while it was at a, line \d of .*/a\."
     ):
         steps(open_mixture(path, tokenizer_path), 1, workers=1)
+
+
+def test_closing_does_not_wait_for_a_worker_that_never_ends(
+    make_mixture: Make, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "endless.py").write_text("def transform(data, num_sample, r):\n    while True: pass\n")
+    path = make_mixture({"a": records(5)}, a={"transforms": "endless.py", "ave_tokens_per_line": 10})
+    loader = Loader(open_mixture(path, tokenizer_path), global_batch=1, workers=1)
+    taken = threading.Thread(target=_next, args=(loader,), daemon=True)
+    taken.start()
+    time.sleep(3)  # the worker has started, or is about to
+    started = time.monotonic()
+    loader.close()
+    assert time.monotonic() - started < 10
+
+
+def _next(loader: Loader) -> None:
+    with contextlib.suppress(UserError, RuntimeError):
+        loader.next_step()
 
 
 def test_a_wrong_number_of_lines_is_noted(make_mixture: Make, tokenizer_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_a_cache_gives_the_same_packs_and_is_used_again(
     assert all(cached.caches)
     assert not notes
     assert_same(steps(plain, 12)[0], steps(cached, 12)[0])
-    assert {folder.name for folder in (tmp_path / "cache").iterdir()} == set("abc")
+    assert sorted(folder.name[0] for folder in (tmp_path / "cache").iterdir()) == ["a", "b", "c"]
     again = open_mixture(path, tokenizer_path, token_cache=str(tmp_path / "cache"))
     monkeypatch.setattr(Mixture, "texts", None)  # nothing is encoded any more
     assert_same(steps(fill_cache(again, 0)[0], 12)[0], steps(cached, 12)[0])
@@ -191,16 +191,45 @@ def test_a_stale_cache_is_noticed_and_made_anew(path: Path, tokenizer_path: Path
     assert [bool(one) for one in changed.caches] == [False, True, True]
     made, notes = fill_cache(changed, 0)
     assert len(notes) == 1
-    assert "a is stale and made anew: template: was , is" in notes[0]
+    assert "is stale and made anew: template: was , is" in notes[0]
     assert_same(steps(open_mixture(path, tokenizer_path, a={"template": "chatml"}), 5)[0], steps(made, 5)[0])
     data = tmp_path / "indexed" / "b" / "data.jsonl"
     whole = data.read_bytes()
     data.write_bytes(whole.replace(b"fox", b"cat"))  # as long as before
     stale = open_mixture(path, tokenizer_path, token_cache=cache)
     assert not stale.caches[1]
-    (tmp_path / "cache" / "c" / "tokens").write_bytes(b"1234")
-    with pytest.raises(UserError, match="c: the token cache is not whole; delete it"):
+    (made.cache_folder(2) / "tokens").write_bytes(b"1234")
+    with pytest.raises(UserError, match="the token cache is not whole; delete it"):
         open_mixture(path, tokenizer_path, token_cache=cache)
+    for content in ("[]", "5", "junk"):
+        (made.cache_folder(2) / "cache.json").write_text(content)
+        assert not open_mixture(path, tokenizer_path, token_cache=cache).caches[2]
+
+
+def test_a_cache_replaces_nothing_but_a_cache(path: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    """Whatever the datasets are called, and wherever the caches are to go."""
+    entries = json.loads(path.read_text())
+    entries[0]["task_name"], entries[1]["task_name"] = "../indexed/a", ".."
+    path.write_text(json.dumps(entries))
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    mixture, _ = fill_cache(open_mixture(path, tokenizer_path, token_cache=str(tmp_path / "indexed")), 0)
+    assert all(mixture.caches)
+    assert {mixture.cache_folder(number).parent for number in range(3)} == {tmp_path / "indexed"}
+    assert all(file.read_bytes() == content for file, content in before.items() if file.name != "changed.json")
+    folder = mixture.cache_folder(2)
+    (folder / "mine.txt").write_text("precious")
+    (folder / "cache.json").unlink()
+    with pytest.raises(UserError, match="holds something else than a token cache"):
+        fill_cache(open_mixture(path, tokenizer_path, token_cache=str(tmp_path / "indexed")), 0)
+    assert (folder / "mine.txt").exists()
+
+
+def test_a_dataset_without_any_output_has_an_empty_cache(
+    make_mixture: Make, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    path = make_mixture({"a": records(5), "b": [{"input": "x", "output": ""}] * 3})
+    cached, _ = fill_cache(open_mixture(path, tokenizer_path, token_cache=str(tmp_path / "cache")), 0)
+    assert [encoded.skipped for encoded in cached.encode(1, range(3))] == ["no output"] * 3
 
 
 def test_a_transform_that_draws_random_numbers_has_no_cache(path: Path, tokenizer_path: Path, tmp_path: Path) -> None:
@@ -213,7 +242,7 @@ def test_a_transform_that_draws_random_numbers_has_no_cache(path: Path, tokenize
     cached, notes = fill_cache(open_mixture(path, tokenizer_path, token_cache=cache, **extra), 0)
     assert [bool(one) for one in cached.caches] == [True, False, True]
     assert "draws random numbers" in notes[0]
-    assert not (tmp_path / "cache" / "b").exists()
+    assert not cached.cache_folder(1).exists()
     assert_same(steps(cached, 8)[0], steps(open_mixture(path, tokenizer_path, **extra), 8)[0])
 
 

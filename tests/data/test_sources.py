@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -173,7 +174,7 @@ def test_a_folder_inside_what_is_read_is_no_output(tmp_path: Path) -> None:
         ("a.jsonl", b'{"question": "a"}\n', "--columns prompt=KEY,response=KEY"),
         ("a.txt", b"good\n\xff\xfe\n", "line 2: not UTF-8"),
         ("a.txt", b"a\x00b\n", "line 1: holds a NUL byte"),
-        ("a.md", b"\xff", "a.md: not UTF-8"),
+        ("a.md", b"\xff", "a.md, the whole file: not UTF-8"),
         ("a.json", b'[{"output": "a"}, {"output": "b", "output": "c"}]', "record 2 .line 1.: the key 'output' is"),
         ("a.json", b'[{"output": "a"},\n{"output": NaN}]', r"record 2 \(line 2\): not JSON: NaN"),
         ("a.json", b'[{"output": "a"},\n 3]', r"record 2 \(line 2\): found a JSON int"),
@@ -185,7 +186,7 @@ def test_a_folder_inside_what_is_read_is_no_output(tmp_path: Path) -> None:
         ("a.json", b'[{"output": "\\ud800"}]', "record 1 .*: cannot be written as JSON"),
         ("a.csv", b"input,output\na,b\nc\n", "line 3: 1 columns, expected 2"),
         ("a.csv", b"input,output\na,b,c\n", "line 2: 3 columns, expected 2"),
-        ("a.csv", b"input,input\na,b\n", "name each column once"),
+        ("a.csv", b"input,input\na,b\n", "names each column once"),
         ("a.csv", b'input,output\na,"b\n', "not csv"),
         ("a.csv", b"input,output\na,\xff\n", "not UTF-8"),
         ("a.csv", b"", "nothing to index"),
@@ -341,3 +342,102 @@ def test_an_interrupted_indexing_leaves_the_old_dataset(tmp_path: Path) -> None:
         assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
     index(tmp_path / "old.jsonl", tmp_path / "out", "zh", overwrite=True)
     assert not list(tmp_path.glob(".out.*"))  # what the killed process left is gone
+
+
+def test_pipes_are_read_to_their_end(tmp_path: Path) -> None:
+    for name, data in (("a.jsonl", JSONL), ("b.json", FILES["a.json"])):
+        os.mkfifo(tmp_path / name)
+        writer = threading.Thread(target=(tmp_path / name).write_bytes, args=(data,))
+        writer.start()
+        index(tmp_path / name, tmp_path / "out", "zh", overwrite=True)
+        writer.join()
+        assert content(tmp_path / "out") == RECORDS
+
+
+@pytest.mark.parametrize("kind", ["xz", "bz2"])
+def test_streams_of_one_compressed_file_are_all_read_or_refused(tmp_path: Path, kind: str) -> None:
+    compress = {"xz": lzma.compress, "bz2": bz2.compress}[kind]
+    parts = [compress(JSONL) for _ in range(3)]
+    (tmp_path / f"good.jsonl.{kind}").write_bytes(b"".join(parts))
+    index(tmp_path / f"good.jsonl.{kind}", tmp_path / "out", "zh")
+    assert content(tmp_path / "out") == RECORDS * 3
+    for number, damaged in enumerate((b"X" + parts[1][1:], b"junk")):
+        bad = tmp_path / f"bad{number}.jsonl.{kind}"
+        bad.write_bytes(parts[0] + damaged)
+        with pytest.raises(UserError, match=f"bad{number}.*cannot be decompressed"):
+            index(bad, tmp_path / "no", "zh")
+
+
+def test_a_file_is_read_once_and_nothing_hidden_is(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    for folder in (raw / "sub", raw / ".ipynb_checkpoints", raw / ".d.99.tmp"):
+        folder.mkdir(parents=True)
+        write_jsonl(folder / "data.jsonl", RECORDS)
+    (raw / "sub" / "loop").symlink_to(raw)
+    (tmp_path / "elsewhere").mkdir()
+    write_jsonl(tmp_path / "elsewhere" / "more.jsonl", RECORDS)
+    (raw / "linked").symlink_to(tmp_path / "elsewhere")
+    found = find_sources([str(raw), str(raw / "sub" / "data.jsonl"), str(raw / "**" / "*.jsonl")])
+    assert sorted(Path(source.path).name for source in found) == ["data.jsonl", "more.jsonl"]
+    (raw / "sub" / "gone.jsonl").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"gone.jsonl: no such file; a link to nothing"):
+        find_sources([str(raw)])
+    (raw / "self.jsonl").symlink_to("self.jsonl")
+    with pytest.raises(UserError, match=r"self.jsonl: no such file"):
+        find_sources([str(raw / "self.jsonl")], output=tmp_path / "out")
+    with pytest.raises(UserError, match="lies in"):
+        find_sources([str(raw / "**" / "*.jsonl")], output=raw / "out")
+    with pytest.raises(UserError, match="a path is empty"):
+        find_sources([""])
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "key 'content' is given twi"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "a", "weight": 0}]}', r".0..weight: turns that are not"),
+        ("a.md", "a\0b", "holds a NUL byte"),
+        ("a.csv", "input,output\na,b\0\n", "line 2: holds a NUL byte"),
+    ],
+)  # fmt: skip
+def test_more_mistakes(tmp_path: Path, name: str, data: str, expected: str) -> None:
+    (tmp_path / name).write_text(data)
+    with pytest.raises(UserError, match=expected):
+        index(tmp_path / name, tmp_path / "out", "en")
+
+
+def test_what_is_left_out_is_listed_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"output": "a", "output": "b"}, {"output": "c"}]')
+    index(tmp_path / "a.json", tmp_path / "out", "en", skip_bad=True)
+    (line,) = (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()
+    assert json.loads(line)["content"] == '{"output": "a", "output": "b"}'
+
+
+def test_numbers_are_never_changed(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "a.json").write_text('[{"a": 1e999}]')
+    pyarrow.parquet.write_table(pyarrow.table({"a": [1.0, float("nan")]}), tmp_path / "a.parquet")
+    for name in ("a.json", "a.parquet"):
+        with pytest.raises(UserError, match="not finite"):
+            index(tmp_path / name, tmp_path / "out", "en", as_is=True)
+    call = '{"name": "f", "arguments": {"n": 1180591620717411303424}}'
+    turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": call}, {"from": "gpt", "value": "a"}]
+    write_jsonl(tmp_path / "calls.jsonl", [{"conversations": turns}])
+    with pytest.raises(UserError, match="cannot be written as JSON: Integer exceeds 64-bit range"):
+        index(tmp_path / "calls.jsonl", tmp_path / "calls", "en")
+
+
+def test_line_ends_of_old_macs_and_odd_csv_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\rtwo\rthree")
+    index(tmp_path / "a.txt", tmp_path / "a", "en")
+    assert [record["output"] for record in content(tmp_path / "a")] == ["one", "two", "three"]
+    (tmp_path / "a.csv").write_bytes(b"\n\ninput,output\n\na,b\n")
+    index(tmp_path / "a.csv", tmp_path / "b", "en")
+    assert content(tmp_path / "b") == [{"input": "a", "output": "b"}]
+
+
+def test_a_wrong_number_of_processes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="workers: found -1"):
+        index(write_jsonl(tmp_path / "a.jsonl", RECORDS), tmp_path / "out", "en", workers=-1)
