@@ -108,6 +108,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_index(index: argparse.ArgumentParser) -> None:
+    from fm9g.data.sources import FORMATS, TEXT_UNITS
+
     index.add_argument(
         "--path",
         nargs="+",
@@ -118,11 +120,12 @@ def _add_index(index: argparse.ArgumentParser) -> None:
     index.add_argument("--language", required=True, choices=["zh", "en", "code"], help="for the estimate of its tokens")
     index.add_argument("--output", type=Path, required=True, help="folder of the new dataset")
     index.add_argument("--overwrite", action="store_true", help="replace a folder that holds something")
-    formats = ["jsonl", "json", "txt", "md", "csv", "tsv", "parquet", "datasets"]
-    index.add_argument("--format", default="", choices=formats, help="of all files; default: by their names")
-    units = ["line", "paragraph", "file"]
+    index.add_argument("--format", default="", choices=FORMATS, help="of all files; default: by their names")
     index.add_argument(
-        "--text-unit", default="", choices=units, help="a record of text; default: a line of .txt, the whole of .md"
+        "--text-unit",
+        default="",
+        choices=TEXT_UNITS,
+        help="a record of text; default: a line of .txt, the whole of .md",
     )
     index.add_argument(
         "--columns", default="", help="prompt=KEY,response=KEY,... where the keys are not known ones; or a JSON file"

@@ -1,7 +1,7 @@
 """What training will make of a mixture: lengths, what is learnt and what is lost, duplicates, shares, epochs, padding.
 
 All records are encoded once. Then the packing code of training runs over stand-ins that have the same lengths. What is
-kept of a record is 16 bytes on the disk.
+kept of a record is 20 bytes on the disk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fm9g.config.load import COMMAND_LINE, Layer, build, require_config
 from fm9g.config.mixture import DatasetConfig, load_mixture
 from fm9g.config.run import with_defaults
 from fm9g.config.train import TrainConfig
-from fm9g.data.encode import EMPTY, LONG_INPUT, OVERSIZE, Encoded, cut
+from fm9g.data.encode import EMPTY, LONG_INPUT, OVERSIZE, Encoded
 from fm9g.data.loader import make_plan
 from fm9g.data.mixture import Mixture
 from fm9g.data.pool import EncodingPool
@@ -119,14 +119,14 @@ class _Found(NamedTuple):
 def _measure(pool: EncodingPool, dataset: int, count: int, file: Path, progress: Progress) -> _Found:
     """Encodes `count` records of a dataset, spread evenly over it. file: begins the names of the arrays on the disk."""
     mixture, records = pool.mixture, pool.mixture.datasets[dataset]
-    rule, size = mixture.configs[dataset].oversize_rule, len(records)
+    size = len(records)
     lengths, read, hashes = (file.with_suffix(f".{name}") for name in ("lengths", "read", "hashes"))
     counted: Counter[str] = Counter()
     dropped = {LONG_INPUT: 0, OVERSIZE: 0, EMPTY: 0}
     with lengths.open("wb") as lengths_file, read.open("wb") as read_file, hashes.open("wb") as hashes_file:
         for numbers, tokens in pool.tokens(dataset, (i * size // count for i in range(count)), in_file=True):
             for record in tokens:
-                encoded = cut(record, mixture.max_length, rule, mixture.capacity)
+                encoded = mixture.cut(dataset, record)
                 if encoded.skipped:
                     dropped[encoded.skipped] += 1
                     continue
@@ -193,13 +193,12 @@ def _forecast(report: Report, mixture: Mixture, found: Sequence[_Found]) -> None
 
     def encode(dataset: int, places: Sequence[int]) -> list[Encoded]:
         """As Mixture.encode, of stand-ins that have a record's tokens in number and in what is learnt first."""
-        item, config = found[dataset], mixture.configs[dataset]
+        item = found[dataset]
         # Of a sample of the records, the one that was read next to it.
         at = np.array([numbers(dataset, place // _PLACES)[place % _PLACES] for place in places])
         rows = at * len(item.lengths) // len(mixture.datasets[dataset])
         stand_ins = (marks[longest - read :][: length + 1] for length, read in zip(item.lengths[rows], item.read[rows]))
-        rule, capacity = config.oversize_rule, mixture.capacity
-        return [cut(tokens, mixture.max_length, rule, capacity) for tokens in stand_ins]
+        return [mixture.cut(dataset, tokens) for tokens in stand_ins]
 
     def read_ahead(dataset: int, places: Iterator[int]) -> Iterator[tuple[int, Encoded]]:
         while chunk := list(islice(places, 64)):

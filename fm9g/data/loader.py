@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from fm9g.data.encode import Encoded, cut
+from fm9g.data.encode import Encoded
 from fm9g.data.mixture import Mixture
 from fm9g.data.pack import Pack
 from fm9g.data.pool import EncodingPool
@@ -112,7 +112,6 @@ class Loader:
             while chunk := list(islice(places, _CACHED)):
                 yield from zip(chunk, mixture.encode(dataset, chunk))
             return
-        rule = mixture.configs[dataset].oversize_rule
         for chunk, tokens in self._pool.tokens(dataset, places, self._sequences, self._prefetch):
             for place, record in zip(chunk, tokens):
-                yield place, cut(record, mixture.max_length, rule, mixture.capacity)
+                yield place, mixture.cut(dataset, record)

@@ -113,8 +113,11 @@ class Mixture:
         """The samples of the records at places. Raises UserError that names dataset and line of a bad record."""
         numbers, cached = self.numbers(dataset, places), self.caches[dataset]
         tokens = cached.read(numbers) if cached else self.tokens(dataset, numbers.tolist(), places)
-        rule = self.configs[dataset].oversize_rule
-        return [cut(record, self.max_length, rule, self.capacity) for record in tokens]
+        return [self.cut(dataset, record) for record in tokens]
+
+    def cut(self, dataset: int, tokens: np.ndarray) -> Encoded:
+        """The samples that the marked tokens of a record of the dataset give."""
+        return cut(tokens, self.max_length, self.configs[dataset].oversize_rule, self.capacity)
 
     def tokens(self, dataset: int, numbers: Sequence[int], places: Sequence[int]) -> list[np.ndarray]:
         """The marked tokens of records, by number. places: what the random numbers of their transforms depend on."""
@@ -222,8 +225,7 @@ class Mixture:
             drawn = Permutation(size, self.seed, _MEAN, self.keys[number])(np.arange(min(_MEAN_RECORDS, size)))
             cached = self.caches[number]
             tokens = cached.read(drawn) if cached else self.tokens(number, drawn.tolist(), places=drawn.tolist())
-            samples = [cut(record, self.max_length, config.oversize_rule, self.capacity).pieces for record in tokens]
-            lengths = [len(piece) - 1 for pieces in samples for piece in pieces]
+            lengths = [len(piece) - 1 for record in tokens for piece in self.cut(number, record).pieces]
             means.append(sum(lengths) / len(lengths) if lengths else 1.0)
         return means
 

@@ -11,7 +11,7 @@ from itertools import chain, groupby, islice, pairwise
 import numpy as np
 
 from fm9g.config.fields import nearest
-from fm9g.data.encode import Encoded, Texts, cut
+from fm9g.data.encode import Encoded, Texts
 from fm9g.data.loader import make_plan
 from fm9g.data.mixture import Mixture
 from fm9g.data.pack import Sample
@@ -136,10 +136,10 @@ class _View:
             yield _painted([(texts.text if isinstance(texts, Rendered) else texts[0], 0)], self._color)
 
     def _encoded(self, dataset: int, number: int, place: int) -> tuple[Texts | Rendered, np.ndarray, Encoded]:
-        mixture, rule = self._mixture, self._mixture.configs[dataset].oversize_rule
+        mixture = self._mixture
         texts = mixture.texts(dataset, number, place, with_contents=True)
-        tokens = mixture.encoders[dataset].tokens([texts])[0]
-        return texts, tokens, cut(tokens, mixture.max_length, rule, mixture.capacity)
+        tokens = mixture.tokens_of([texts], dataset, [number])[0]
+        return texts, tokens, mixture.cut(dataset, tokens)
 
     def _states(self, dataset: int, texts: Texts | Rendered, tokens: np.ndarray) -> tuple[np.ndarray, set[int]]:
         """(tokens,) what each token of a record is; and where texts begin that are encoded apart."""
