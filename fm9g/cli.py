@@ -264,7 +264,7 @@ def _config_keys(options: argparse.Namespace) -> None:
     from fm9g.config.fields import describe, keys_of, schema_of
     from fm9g.config.mixture import DatasetConfig
     from fm9g.config.model import ModelConfig
-    from fm9g.config.train import FIXED, RETIRED, TrainConfig
+    from fm9g.config.train import RETIRED, TrainConfig
 
     kinds = (
         ("train_configs", "--KEY VALUE", TrainConfig),
@@ -280,8 +280,6 @@ def _config_keys(options: argparse.Namespace) -> None:
     print("[names of the 9G guide that change nothing]")
     for key, why in RETIRED.items():
         print(f"  {key}: {why}")
-    for key, (value, why) in FIXED.items():
-        print(f"  {key}: only {value}: {why}")
 
 
 def _default(field: Any) -> Any:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fm9g.checkpoint.weights import read_weights, save_tensors, write_weights
+from fm9g.checkpoint.weights import read_weights, write_weights
 from fm9g.errors import UserError
 from fm9g.files import new_folder, recover
 
@@ -24,17 +24,24 @@ _STEM = "fm9g_live_checkpoint"
 
 
 @dataclass(frozen=True)
+class Tensors:
+    """Whole tensors that come one at a time. like: a tensor of the shape and type of each, on the meta device."""
+
+    like: Mapping[str, torch.Tensor]
+    values: Iterable[tuple[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """All that a checkpoint holds.
 
-    weights: name -> whole tensor, once. optimizer, random_state: as an engine gives them. position: as the loader
-    gives it. counts: iteration, global_token_pass, global_total_task_token. documents: file name -> JSON content.
-    tokenizer_files: file name -> a file to copy, or text.
+    weights, optimizer: as an engine gives them. position: as the loader gives it. counts: iteration,
+    global_token_pass, global_total_task_token. documents: file name -> JSON content. tokenizer_files: file name -> a
+    file to copy, or text.
     """
 
-    weights: Iterable[tuple[str, torch.Tensor]]
-    optimizer: dict[str, dict[str, torch.Tensor]]
-    random_state: dict[str, torch.Tensor]
+    weights: Tensors
+    optimizer: Tensors
     position: dict[str, Any]
     counts: dict[str, Any]
     documents: dict[str, Any]
@@ -45,9 +52,8 @@ def save_checkpoint(root: Path, step: int, snapshot: Snapshot) -> Path:
     """Writes root/<step>, in place of one that is there. Raises UserError for a full disk, which changes nothing."""
     target = root / str(step)
     with new_folder(target, overwrite=True) as folder:
-        write_weights(folder / f"{_STEM}-{step}.pt", snapshot.weights)
-        rank_state = {"optimizer": snapshot.optimizer, "random_state": snapshot.random_state}
-        save_tensors(rank_state, folder / f"{_STEM}-{step}.rank-0.opt")
+        for suffix, tensors in ((".pt", snapshot.weights), (".rank-0.opt", snapshot.optimizer)):
+            write_weights(folder / f"{_STEM}-{step}{suffix}", tensors.like, tensors.values)
         documents = {f"{_STEM}-{step}.log_ckpt": snapshot.counts, POSITION: snapshot.position, **snapshot.documents}
         for name, content in documents.items():
             (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -101,14 +107,9 @@ class Checkpoint:
     def weights(self) -> dict[str, torch.Tensor]:
         return read_weights(self.weight_file)
 
-    def rank_state(self, rank: int) -> dict[str, Any]:
-        """{"optimizer": ..., "random_state": ...} of a rank, as engines take them."""
-        file = self.folder / f"{_STEM}-{self.step}.rank-{rank}.opt"
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{file}: cannot be read ({reason}); resume from another step") from None
+    def optimizer(self) -> dict[str, torch.Tensor]:
+        """The optimizer's state, as engines take it."""
+        return read_weights(self.folder / f"{_STEM}-{self.step}.rank-0.opt")
 
     def position(self) -> dict[str, Any]:
         return self._read(POSITION)

@@ -2,27 +2,54 @@
 
 from __future__ import annotations
 
+import mmap
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fm9g.errors import UserError
 from fm9g.files import new_file
 
 
-def write_weights(path: Path, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Writes a .pt file; it appears under its name only when whole."""
+def write_weights(path: Path, like: Mapping[str, torch.Tensor], values: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Writes a .pt file from tensors that come one at a time; it appears under its name only when whole.
+
+    like: a tensor of the shape and type of each, on the meta device for one. values: every one of them, on the host.
+    """
     with new_file(path) as temporary:
-        save_tensors(dict(weights), temporary)
+        with (
+            temporary.open("wb") as file,
+            torch.serialization.skip_data(),
+        ):  # given a path, torch writes its name inside
+            torch.save(_hollow(like), file)
+        with FakeTensorMode():
+            places = torch.load(temporary, weights_only=True)
+        missing = set(like)
+        with temporary.open("r+b") as file:
+            for name, tensor in values:
+                missing.remove(name)
+                assert (tensor.shape, tensor.dtype) == (like[name].shape, like[name].dtype), name
+                if tensor.numel():
+                    file.seek(places[name].untyped_storage()._checkpoint_offset)
+                    file.write(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+        assert not missing, missing
 
 
-def save_tensors(content: dict[str, Any], path: Path) -> None:
-    """torch.save to an open file: given a path, torch writes its name inside, and equal contents give unequal files."""
-    with path.open("wb") as file:
-        torch.save(content, file)
+def _hollow(like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors that torch.save takes for distinct ones, on memory that is never touched."""
+    largest: dict[torch.dtype, int] = {}
+    for tensor in like.values():
+        largest[tensor.dtype] = max(largest.get(tensor.dtype, 1), tensor.numel() * tensor.element_size())
+    memory = {dtype: mmap.mmap(-1, size) for dtype, size in largest.items()}
+    return {
+        name: torch.frombuffer(memory[tensor.dtype], dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape)
+        if tensor.numel()
+        else torch.empty(tensor.shape, dtype=tensor.dtype)
+        for name, tensor in like.items()
+    }
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

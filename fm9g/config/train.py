@@ -27,11 +27,6 @@ RETIRED = {
     "stop_when_end": "a run ends at train_iters, or when datasets with allow_repeat false are used up",
     "tensorboard_all_tasks": "the loss of every task is always written",
 }
-# Names of the guide of which this version has one value: name -> (that value, why no other).
-FIXED = {
-    "n_gpus": (1, "this version trains in one process"),
-    "tp_size": (1, "this version trains in one process"),
-}
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,7 @@ class TrainConfig:
     output_dir: str = option("data", help="where checkpoints/, tensorboard/ and logs/ go", minLength=1)
     pretrained_model: str = option("", help="a 9G .pt file to start from, at step 0")
     strict_state_dict: bool = option(True, help="pretrained_model must hold every weight and no other")
-    resume_ckpt: str = option("", help="step of this run's checkpoint to go on from")
+    resume_ckpt: str = option("", help="step of this run's checkpoint to go on from; latest: the last, if there is one")
     resume_no_optimze: bool = option(False, help="resume without the optimizer's state")
 
     train_iters: int = option(10000, help="optimizer steps of the whole run", minimum=1)
@@ -62,6 +57,11 @@ class TrainConfig:
     batch_size: int = option(1, help="a micro-batch is one row of batch_size * max_length tokens", minimum=1)
     max_length: int = option(4096, help="longest sample, in tokens", minimum=4)
     grad_accum: int = option(1, help="micro-batches a step, on each process", minimum=1)
+    global_batch: int = option(
+        0,
+        help="micro-batches a step over all processes, whose number sets grad_accum then; 0: grad_accum on each",
+        minimum=0,
+    )
     dataloader_num_workers: int = option(1, help="processes that encode; 0: the training process itself", minimum=0)
     template: str = option(
         "",
@@ -109,8 +109,62 @@ class TrainConfig:
     flash: str = option(
         "cuda", help="attention: cuda is flash-attn where GPU and package are there; none never", enum=["cuda", "none"]
     )
-    use_checkpoint: bool = option(False, help="recompute activations in the backward pass, to save memory")
-    grad_ckpt_num: int = option(160, help="with use_checkpoint: how many layers, from the first", minimum=0)
+    use_checkpoint: bool = option(False, help="the guide's name of activation_checkpoint full")
+    activation_checkpoint: str = option(
+        "",
+        any_case=True,
+        help="what the backward pass computes again, to save memory: full, whole layers; selective, all but matrix "
+        "products and attention; none; empty: as use_checkpoint says",
+        enum=["", "none", "selective", "full"],
+    )
+    grad_ckpt_num: int = option(160, help="with activation checkpointing: how many layers, from the first", minimum=0)
+
+    engine: str = option(
+        "auto",
+        help="who shards: bmtrain, torch (FSDP2), or auto: bmtrain where GPU and package are there",
+        enum=["auto", "bmtrain", "torch"],
+    )
+    zero_level: int = option(
+        3,
+        help="over the processes are sharded: 3, weights, gradients and optimizer; 2, weights stay gathered from the "
+        "forward to the backward pass; 0 (engine torch), nothing: copies, as DDP has",
+        enum=[0, 2, 3],
+    )
+    tp_size: int = option(
+        1, help="processes that share each layer's work (tensor parallelism; engine torch)", minimum=1
+    )
+    sequence_parallel: bool = option(True, help="with tp_size: they share the tokens of the norms, too")
+    optimizer_offload: bool = option(
+        False, help="keep and run the optimizer in the host's memory, on machines with GPUs"
+    )
+    loss_scale: float = option(32768, help="of fp16: what losses are multiplied by at first", minimum=1)
+    loss_scale_steps: int = option(1024, help="of fp16: steps without overflow after which that doubles", minimum=1)
+    n_gpus: int = option(1, help="processes that `fm9g train` starts on each machine; --nproc wins", minimum=1)
+    timeout: float = option(
+        60, help="seconds after which a process or machine that does not answer ends the run", minimum=1
+    )
+    step_timeout: float = option(
+        1800, help="seconds after which a step counts as hanging: stacks of all processes are shown", minimum=1
+    )
+
+    @property
+    def checkpointing(self) -> str:
+        """What the backward pass computes again, both names considered."""
+        return self.activation_checkpoint or ("full" if self.use_checkpoint else "none")
+
+    def replicas(self, world_size: int) -> int:
+        """Groups of processes that train on different data. Raises UserError where tp_size does not divide them."""
+        if world_size % self.tp_size:
+            raise UserError(f"tp_size {self.tp_size} does not divide the number of processes, {world_size}")
+        return world_size // self.tp_size
+
+    def packs_a_step(self, replicas: int) -> int:
+        """Micro-batches a step over all processes. Raises UserError where they cannot be dealt to the replicas."""
+        packs = self.global_batch or self.grad_accum * replicas
+        if packs % replicas:
+            fits = [n for n in range(1, packs + 1) if packs % n == 0]
+            raise UserError(f"global_batch {packs} cannot be dealt to {replicas} processes; possible: {fits}")
+        return packs
 
     def __post_init__(self) -> None:
         for key in ("model_unique", "exp_group"):
@@ -119,8 +173,17 @@ class TrainConfig:
                 raise UserError(f"{key}: found {name!r}, expected a plain name: it is part of the names of folders")
         if (row := self.batch_size * self.max_length) >= 2**31:
             raise UserError(f"batch_size * max_length: {row} tokens are too many for a row")
-        if self.resume_ckpt and not (self.resume_ckpt.isascii() and self.resume_ckpt.isdecimal()):
-            raise UserError(f"resume_ckpt: found {self.resume_ckpt!r}, expected the number of a step")
+        step = self.resume_ckpt
+        if step and step != "latest" and not (step.isascii() and step.isdecimal()):
+            raise UserError(f"resume_ckpt: found {step!r}, expected the number of a step, or latest")
+        if self.global_batch and self.grad_accum != 1:
+            raise UserError("global_batch and grad_accum are both given; keep one of them")
+        if self.tp_size > 1 and self.engine == "bmtrain":
+            raise UserError(f"tp_size {self.tp_size} needs --engine torch; bmtrain shards by ZeRO alone")
+        if self.zero_level == 0 and self.engine == "bmtrain":
+            raise UserError("zero_level 0 needs --engine torch; bmtrain has 2 and 3")
+        if self.tp_size > 1 and self.sequence_parallel and (row := self.batch_size * self.max_length) % self.tp_size:
+            raise UserError(f"tp_size {self.tp_size} does not divide batch_size * max_length, {row}")
         if self.resume_ckpt and self.overwrite:
             raise UserError("resume_ckpt and overwrite are both given; a run goes on or starts anew")
         if self.resume_ckpt and self.pretrained_model:
@@ -171,8 +234,4 @@ def _acting(layer: Layer, notes: list[str]) -> dict[str, Any]:
     for key in sorted(RETIRED.keys() & values.keys()):
         notes.append(f"{layer.origin}: {key} changes nothing: {RETIRED[key]}")
         del values[key]
-    for key in sorted(FIXED.keys() & values.keys()):
-        only, why = FIXED[key]
-        if str(values.pop(key)).lower() not in (str(only).lower(), str(int(only))):
-            raise UserError(f"{layer.origin}: {key}: only {only} is possible: {why}")
     return values

@@ -71,7 +71,7 @@ def import_folder(source: Path, target: Path, overwrite: bool = False) -> Path:
     if head is not None and not torch.equal(head, weights.get("input_embedding.weight", head)):
         raise UserError(f"{source}: tie_word_embeddings is true, but lm_head.weight differs from the embedding")
     check_weights(weights, shapes, str(source), strict=True)
-    write_weights(target, weights.items())
+    write_weights(target, weights, weights.items())
     with new_file(config_file) as temporary:
         temporary.write_text(json.dumps(config.to_json(), indent=4), encoding="utf-8")
     return config_file

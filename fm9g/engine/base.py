@@ -1,4 +1,4 @@
-"""What a trainer needs from a sharding engine.
+"""What a trainer needs from a sharding engine, and what all engines have in common.
 
 An engine takes a plain model from the meta device, decides where its weights live, and does with them what involves
 other processes. It knows nothing of data, files or schedules.
@@ -6,75 +6,241 @@ other processes. It knows nothing of data, files or schedules.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 
-T = TypeVar("T")
+from fm9g.engine.optimizer import AdamW, Optimizer
+from fm9g.engine.processes import Processes
+from fm9g.engine.recompute import recompute
+from fm9g.errors import UserError
+
+Fill = Callable[[str, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
-class AdamW:
-    """AdamW (Loshchilov, Hutter 2019). lr_scales: weight name -> factor on the learning rate of a step."""
+class Placement:
+    """How an engine places a model.
 
-    lr_scales: dict[str, float]
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
+    dtype: of the computation; every weight has an fp32 copy. zero_level: 3, weights are gathered layer by layer, again
+    in the backward pass; 2, they stay gathered in between; 0, every process holds all. checkpointing: none, selective
+    or full, for as many of the first layers. tp_size: processes that share the work of each layer; sequence_parallel:
+    and that of the norms. offload: the optimizer works in the host's memory.
+    """
+
+    dtype: torch.dtype = torch.float32
+    zero_level: int = 3
+    checkpointing: str = "none"
+    checkpointed_layers: int = 0
+    tp_size: int = 1
+    sequence_parallel: bool = True
+    offload: bool = False
 
 
-class Engine(Protocol):
-    """One process's part of a training run."""
+@dataclass(frozen=True)
+class Part:
+    """What this process holds of a weight.
 
-    rank: int
-    world_size: int
-    device: torch.device
+    shape: of the whole weight. region: the view of a whole tensor that is this part. copies: processes that hold the
+    same part; owner: this is the one of them that speaks for it. tensor, grad: the part itself and its gradient.
+    """
+
+    shape: torch.Size
+    region: Callable[[torch.Tensor], torch.Tensor]
+    copies: int
+    owner: bool
+    trainable: bool
+    tensor: Callable[[], torch.Tensor]
+    grad: Callable[[], torch.Tensor | None]
+
+
+@dataclass
+class LossScale:
+    """Dynamic loss scaling (Micikevicius et al. 2018): halved when a gradient overflows, doubled after `steps` without.
+
+    scale: 1 and steps: 0 where there is none.
+    """
+
+    scale: float = 1.0
+    steps: int = 0
+    good: int = 0
+
+    def update(self, finite: bool) -> None:
+        self.good = self.good + 1 if finite else 0
+        if not finite:
+            self.scale = max(self.scale / 2, 1.0)
+        elif self.good == self.steps:
+            self.scale, self.good = self.scale * 2, 0
+
+
+class Engine(ABC):
+    """One process's part of a training run.
+
+    replica, replicas: its place among the processes that train on different data.
+    """
+
+    def __init__(self, processes: Processes, seed: int) -> None:
+        """seed: of dropout."""
+        self.processes, self.device, self._seed = processes, processes.device, seed
+        self.replica, self.replicas = processes.rank, processes.world_size
+        self._parts: dict[str, Part] = {}
 
     def prepare(
         self,
         model: torch.nn.Module,
-        fill: Callable[[str, torch.Tensor], None],
+        layers: torch.nn.ModuleList,
+        fill: Fill,
         optimizer: AdamW,
-        dtype: torch.dtype,
-        checkpointed: list[torch.nn.Module],
+        placement: Placement,
+        loss_scale: LossScale,
     ) -> None:
         """Places a model that was built on the meta device and makes its optimizer.
 
-        fill: writes the values of the weight of that name into a tensor. dtype: of the computation; the weights are
-        fp32. checkpointed: modules whose activations are recomputed in the backward pass.
+        layers: the modules that are gathered and checkpointed one at a time. fill: writes the values of the weight of
+        that name into a tensor; it is asked on rank 0 alone, for one weight at a time. Weights that require no
+        gradient stay as they are. Raises UserError where the model does not fit in memory or cannot be placed so.
         """
+        self.loss_scale, self._placement = loss_scale, placement
+        for layer in list(layers)[: placement.checkpointed_layers]:
+            recompute(layer, placement.checkpointing)
+        try:
+            self._model = self._place(model.train(), layers, fill, placement)
+            self._parts = self._find_parts()
+            trained = {name: part.tensor() for name, part in self._parts.items() if part.trainable}
+            self._optimizer = Optimizer(trained, optimizer, placement.offload)
+        except RuntimeError as error:
+            if "out of memory" not in str(error) and "not enough memory" not in str(error):
+                raise
+            raise UserError(f"the model does not fit in the memory of {self.device}: {error}") from None
 
-    def forward(self, batch: Any) -> Any:
-        """The model's result for a batch, to be handed to backward."""
+    @abstractmethod
+    def _place(
+        self, model: torch.nn.Module, layers: torch.nn.ModuleList, fill: Fill, placement: Placement
+    ) -> torch.nn.Module:
+        """The model with its weights where they belong, filled."""
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradients of a loss, which is already divided by what the whole step is divided by."""
+    @abstractmethod
+    def _find_parts(self) -> dict[str, Part]:
+        """The parts of all weights by full name, in the same order on every rank."""
+
+    def forward(self, batch: Any, draw: int) -> Any:
+        """The model's result for a batch, to be handed to backward. draw: of dropout's generator, a number that is this
+        batch's alone in the run."""
+        torch.manual_seed((self._seed << 31) + draw)
+        return self._model(batch)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Adds the gradients of a loss, which is already divided by what the whole step is divided by.
+
+        last: no other batch follows in this step.
+        """
+        (loss * self.loss_scale.scale).backward()
 
     def step(self, lr: float, max_norm: float) -> torch.Tensor:
         """Clips the summed gradients to max_norm (0: not), updates the weights, clears the gradients.
 
-        Returns the norm before clipping, over all ranks, still on the device.
+        Returns the norm before clipping, over all ranks, still on the device. With loss scaling a norm that is not
+        finite changes no weight but the scale.
         """
+        grads = {
+            name: grad for name, part in self._parts.items() if part.trainable and (grad := part.grad()) is not None
+        }
+        norm = self._norm(grads) / self.loss_scale.scale
+        factor = torch.ones_like(norm) / self.loss_scale.scale
+        if max_norm:
+            factor = factor * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        finite = not self.loss_scale.steps or bool(norm.isfinite())
+        if finite:
+            weights = {name: self._parts[name].tensor() for name in grads}
+            self._optimizer.step(weights, grads, lr, factor)
+        if self.loss_scale.steps:
+            self.loss_scale.update(finite)
+        self._clear_gradients()
+        return norm
+
+    def _clear_gradients(self) -> None:
+        self._model.zero_grad(set_to_none=True)
+
+    def _norm(self, grads: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The norm of all gradients: each part counts once, however many processes hold it."""
+        total = torch.zeros((), device=self.device)
+        if filled := [(grad, self._parts[name].copies) for name, grad in grads.items() if grad.numel()]:
+            norms = torch.stack(torch._foreach_norm([grad for grad, _ in filled], 2, dtype=torch.float32))
+            copies = torch.tensor([float(copies) for _, copies in filled], device=self.device)
+            total = (norms.square() / copies).sum()
+        return self._add_up(total).sqrt()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The elementwise sum over all ranks."""
+        """The elementwise sum over all replicas."""
+        return self._add_up(values) * self.replicas / self.processes.world_size
 
-    def gather(self, value: T) -> list[T]:
-        """The values of all ranks, in their order."""
+    @abstractmethod
+    def _add_up(self, values: torch.Tensor) -> torch.Tensor:
+        """The elementwise sum over all processes."""
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every weight by its full name, whole, fp32, on the host, one at a time. All ranks must iterate."""
+        """Every weight by its full name, fp32, on the host, one at a time: whole on rank 0; all ranks must iterate."""
+        for name, part in self._parts.items():
+            yield name, self._whole(part, self._optimizer.masters.get(name, part.tensor()))
 
-    def optimizer_state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The optimizer's state of this rank, by full weight name."""
+    def optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The optimizer's state by full weight name, as `weights` gives weights: NAME.exp_avg, NAME.exp_avg_sq; and the
+        numbers it goes on with."""
+        numbers = (self._optimizer.steps, self.loss_scale.scale, self.loss_scale.good)
+        yield "numbers", torch.tensor(numbers)
+        for name, moments in self._optimizer.moments.items():
+            for key, moment in moments.items():
+                yield f"{name}.{key}", self._whole(self._parts[name], moment)
 
-    def load_optimizer_state(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Restores what optimizer_state gave. Raises UserError where the names do not match."""
+    def weights_like(self) -> dict[str, torch.Tensor]:
+        """What `weights` gives, on the meta device."""
+        return {name: torch.empty(part.shape, device="meta") for name, part in self._parts.items()}
 
-    def random_state(self) -> dict[str, torch.Tensor]:
-        """The state of the generators that dropout draws from, of this rank."""
+    def optimizer_like(self) -> dict[str, torch.Tensor]:
+        """What `optimizer_state` gives, on the meta device."""
+        like = {"numbers": torch.empty(3, device="meta")}
+        for name, moments in self._optimizer.moments.items():
+            like |= {f"{name}.{key}": torch.empty(self._parts[name].shape, device="meta") for key in moments}
+        return like
 
-    def load_random_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Restores what random_state gave."""
+    def load_optimizer_state(self, saved: dict[str, torch.Tensor]) -> None:
+        """Restores what optimizer_state gave, in any number of processes. saved: on rank 0; the others' may be empty.
+
+        Raises UserError where the names or shapes do not match.
+        """
+        wanted = self.optimizer_like()
+        if self.processes.rank == 0:
+            if odd := sorted(saved.keys() ^ wanted.keys()):
+                raise UserError(f"the optimizer's state is of other weights than the model's: {', '.join(odd[:5])}")
+            if odd := [name for name, like in wanted.items() if saved[name].shape != like.shape]:
+                raise UserError(f"the optimizer's state of {odd[0]} has another shape than the model's weight")
+        steps, scale, good = self._spread(torch.Size([3]), saved.get("numbers")).tolist()
+        self._optimizer.steps, self.loss_scale.good = int(steps), int(good)
+        if self.loss_scale.steps:
+            self.loss_scale.scale = scale
+        for name, moments in self._optimizer.moments.items():
+            part = self._parts[name]
+            for key, moment in moments.items():
+                moment.copy_(part.region(self._spread(part.shape, saved.get(f"{name}.{key}"))))
+
+    def _whole(self, part: Part, local: torch.Tensor) -> torch.Tensor:
+        """A whole tensor from the parts of all processes, on rank 0's host."""
+        whole = torch.zeros(part.shape, device=self.device)
+        if part.owner:
+            part.region(whole).copy_(local)
+        return self._add_up(whole).cpu()
+
+    def _spread(self, shape: torch.Size, content: torch.Tensor | Callable[[torch.Tensor], None] | None) -> torch.Tensor:
+        """A whole tensor on the device of every process. content: on rank 0, its values or what writes them."""
+        whole = torch.empty(shape, device=self.device)
+        if self.processes.rank == 0:
+            assert content is not None
+            content(whole) if callable(content) else whole.copy_(content)
+        return self._broadcast(whole)
+
+    @abstractmethod
+    def _broadcast(self, values: torch.Tensor) -> torch.Tensor:
+        """Rank 0's tensor, on every process."""

@@ -1,19 +1,17 @@
-"""The plain torch engine: one process, on a CPU or on one GPU."""
+"""The plain torch engine: FSDP2 over one process or many, with tensor parallelism, on CPUs or GPUs."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
 
 import torch
-from torch.utils.checkpoint import checkpoint
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
-from fm9g.engine.base import AdamW
-from fm9g.errors import UserError
-from fm9g.memory import keep_freed_memory
-
-T = TypeVar("T")
+from fm9g.engine.base import Engine, Fill, Part, Placement
+from fm9g.engine.tensor_parallel import split_layers
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -23,93 +21,103 @@ def has_fast_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-class TorchEngine:
-    """Engine of one process; see fm9g.engine.base.Engine."""
+class TorchEngine(Engine):
+    """See fm9g.engine.base.Engine.
 
-    rank, world_size = 0, 1
+    Every model is placed by FSDP2, whatever the number of processes: one process is a mesh of one, and whole copies
+    (zero_level 0, what DDP does) are shards among one, added up over the others after the last micro-batch.
+    """
 
-    def __init__(self, device: str, seed: int) -> None:
-        """device: auto, cpu or cuda. seed: of dropout. Raises UserError where there is no GPU to use."""
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("device: cuda, but torch sees no GPU here; use auto or cpu")
-        on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-        if self.device.type == "cpu":
-            keep_freed_memory()
-        torch.manual_seed(seed)
-
-    def prepare(
-        self,
-        model: torch.nn.Module,
-        fill: Callable[[str, torch.Tensor], None],
-        optimizer: AdamW,
-        dtype: torch.dtype,
-        checkpointed: list[torch.nn.Module],
-    ) -> None:
-        try:
-            model.to_empty(device=self.device)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one, too
-            raise UserError(f"the model does not fit in the memory of {self.device}: {error}") from None
-        for name, weight in model.named_parameters():
-            fill(name, weight.data)
-        for module in checkpointed:  # from outside, so that no module's name changes
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
-        self._model, self._dtype = model.train(), dtype
-        by_scale: dict[float, list[torch.nn.Parameter]] = {}
-        for name, weight in model.named_parameters():
-            by_scale.setdefault(optimizer.lr_scales[name], []).append(weight)
-        self._optimizer = torch.optim.AdamW(
-            [{"params": weights, "lr_scale": scale} for scale, weights in by_scale.items()],
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            fused=True,
+    def _place(
+        self, model: torch.nn.Module, layers: torch.nn.ModuleList, fill: Fill, placement: Placement
+    ) -> torch.nn.Module:
+        world, tp = self.processes.world_size, placement.tp_size
+        copies = world // tp if placement.zero_level == 0 else 1
+        shards = world // tp // copies
+        mesh = init_device_mesh(self.device.type, (copies, shards, tp), mesh_dim_names=("copies", "shards", "tp"))
+        self._mesh, self.replica, self.replicas = mesh, self.processes.rank // tp, world // tp
+        if tp > 1:
+            split_layers(model, mesh["tp"], placement.sequence_parallel)
+        policy = MixedPrecisionPolicy(
+            param_dtype=None if placement.dtype == torch.float32 else placement.dtype,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # rotary angles stay fp32
         )
+        shard = functools.partial(
+            fully_shard,
+            mesh=mesh["copies", "shards"] if copies > 1 else mesh["shards"],
+            mp_policy=policy,
+            reshard_after_forward=placement.zero_level == 3,
+        )
+        for layer in layers:
+            shard(layer)
+        shard(model)
+        for unit in model.modules():
+            if isinstance(unit, FSDPModule):  # gradients are added up: the loss is already divided
+                unit.set_gradient_divide_factor(1.0)
+                unit.set_force_sum_reduction_for_comms(True)
+        model.to_empty(device=self.device)
+        for name, weight in model.named_parameters():
+            whole = self._spread(weight.shape, functools.partial(fill, name))
+            local = _local(weight)
+            local.copy_(_region(whole, weight, mesh))  # type: ignore[arg-type]
+        return model
 
-    def forward(self, batch: Any) -> Any:
-        with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
-            return self._model(batch)
+    def _find_parts(self) -> dict[str, Part]:
+        copies, tp = self._mesh["copies"], self._mesh["tp"]
+        parts = {}
+        for name, weight in self._model.named_parameters():
+            assert isinstance(weight, DTensor)
+            split = _tp_split(weight) is not None
+            parts[name] = Part(
+                shape=weight.shape,
+                region=functools.partial(_region, weight=weight, mesh=self._mesh),
+                copies=copies.size() * (1 if split else tp.size()),
+                owner=copies.get_local_rank() == 0 and (split or tp.get_local_rank() == 0),
+                trainable=weight.requires_grad,
+                tensor=functools.partial(_local, weight),
+                grad=functools.partial(_local_grad, weight),
+            )
+        return parts
 
-    def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        if self._placement.zero_level == 0:
+            self._model.set_requires_all_reduce(last)  # type: ignore[operator]
+        super().backward(loss, last)
 
-    def step(self, lr: float, max_norm: float) -> torch.Tensor:
-        weights = [weight for weight in self._model.parameters() if weight.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(weights, max_norm or float("inf"))
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return norm
+    def _add_up(self, values: torch.Tensor) -> torch.Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
+    def _broadcast(self, values: torch.Tensor) -> torch.Tensor:
+        dist.broadcast(values, 0)
         return values
 
-    def gather(self, value: T) -> list[T]:
-        return [value]
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, weight in self._model.named_parameters():
-            yield name, weight.detach().cpu()
+def _local(weight: torch.nn.Parameter) -> torch.Tensor:
+    # Asked for each time: FSDP2 may move a weight when it first runs.
+    return weight.detach().to_local()  # type: ignore[attr-defined, operator]
 
-    def optimizer_state(self) -> dict[str, dict[str, torch.Tensor]]:
-        state = self._optimizer.state
-        return {name: dict(state[weight]) for name, weight in self._model.named_parameters() if weight in state}
 
-    def load_optimizer_state(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
-        weights = dict(self._model.named_parameters())
-        if odd := sorted(state.keys() ^ weights.keys()):
-            raise UserError(f"the optimizer's state and the model do not hold the same weights: {', '.join(odd[:5])}")
-        for name, weight in weights.items():
-            self._optimizer.state[weight] = {key: value.to(self.device) for key, value in state[name].items()}
+def _local_grad(weight: torch.nn.Parameter) -> torch.Tensor | None:
+    return None if weight.grad is None else weight.grad.to_local()  # type: ignore[attr-defined]
 
-    def random_state(self) -> dict[str, torch.Tensor]:
-        state = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.device)
-        return state
 
-    def load_random_state(self, state: dict[str, torch.Tensor]) -> None:
-        torch.set_rng_state(state["cpu"])
-        if self.device.type == "cuda" and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], self.device)
+def _region(whole: torch.Tensor, weight: DTensor, mesh: DeviceMesh) -> torch.Tensor:
+    """What this process holds of a weight: its piece by tensor parallelism, of that its rows by FSDP2."""
+    if (dim := _tp_split(weight)) is not None:
+        whole = _piece(whole, mesh["tp"], dim)
+    return _piece(whole, mesh["shards"], 0)
+
+
+def _tp_split(weight: DTensor) -> int | None:
+    """The dimension that tensor parallelism splits."""
+    last = weight.placements[-1]
+    return last.dim if "tp" in (weight.device_mesh.mesh_dim_names or ()) and isinstance(last, Shard) else None
+
+
+def _piece(whole: torch.Tensor, mesh: DeviceMesh, dim: int) -> torch.Tensor:
+    pieces = whole.chunk(mesh.size(), dim)
+    number = mesh.get_local_rank()
+    return pieces[number] if number < len(pieces) else whole.narrow(dim, 0, 0)

@@ -5,11 +5,33 @@ Shapes: R rows (positions that have a target), C width of the hidden states, V t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 _ROWS = 1024  # logits held at a time: this many rows of V
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """The token ids that this process's output weights are of: from `first` on, where a group shares them."""
+
+    first: int = 0
+    group: dist.ProcessGroup | None = None
+
+    def total(self, values: torch.Tensor, operation: Any = dist.ReduceOp.SUM) -> torch.Tensor:
+        if self.group is not None:
+            dist.all_reduce(values, operation, self.group)
+        return values
+
+    def normalizer(self, logits: torch.Tensor) -> torch.Tensor:
+        """(rows, 1) log of the sum of the exponentials over all ids."""
+        if self.group is None:
+            return logits.logsumexp(dim=-1, keepdim=True)
+        largest = self.total(logits.amax(dim=-1, keepdim=True), dist.ReduceOp.MAX)
+        return self.total((logits - largest).exp_().sum(dim=-1, keepdim=True)).log_() + largest
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -19,27 +41,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> Any:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocabulary: _Vocabulary
+    ) -> Any:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        narrow = weight.to(dtype)
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         for start in range(0, len(targets), _ROWS):
             rows = slice(start, start + _ROWS)
-            part, wanted = hidden[rows].to(dtype), targets[rows, None]
-            logits = (part @ narrow.T).float()
-            normalizer = logits.logsumexp(dim=-1, keepdim=True)
-            losses[rows] = (normalizer - logits.gather(1, wanted))[:, 0]
+            part, wanted = hidden[rows], targets[rows, None] - vocabulary.first
+            here = (wanted >= 0) & (wanted < len(weight))
+            wanted = wanted.where(here, 0)
+            logits = (part @ weight.T).float()
+            normalizer = vocabulary.normalizer(logits)
+            losses[rows] = (normalizer - vocabulary.total(logits.gather(1, wanted) * here))[:, 0]
             if not (need_hidden or need_weight):
                 continue
             error = logits.sub_(normalizer).exp_()  # probabilities, less 1 at the target
-            error.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=error.dtype))
-            error = error.to(dtype)
+            error.scatter_add_(1, wanted, -here.to(error.dtype))
+            error = error.to(part.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = error @ narrow
+                grad_hidden[rows] = error @ weight
             if grad_weight is not None:
                 grad_weight += error.T @ part
+        if grad_hidden is not None:
+            vocabulary.total(grad_hidden)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
@@ -61,10 +88,12 @@ def linear_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The cross entropy of softmax(hidden @ weight.T), in nats.
 
-    hidden (R, C), weight (V, C), targets (R,) int64. Returns the sum over rows, and (R,) fp32 the loss of each row,
-    which no gradient flows from.
+    hidden (R, C) and weight (V, C) of one type, targets (R,) int64. The weight may be a DTensor that is split by the
+    vocabulary. Returns the sum over rows, and (R,) fp32 the loss of each row, which no gradient flows from.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(hidden, weight, targets, dtype)  # type: ignore[no-untyped-call]
+    vocabulary = _Vocabulary()
+    if (mesh := getattr(weight, "device_mesh", None)) is not None:
+        most = -(-len(weight) // mesh.size())
+        vocabulary = _Vocabulary(most * mesh.get_local_rank(), mesh.get_group())
+        weight = weight.to_local()  # type: ignore[attr-defined, operator]
+    return _LinearCrossEntropy.apply(hidden, weight, targets, vocabulary)  # type: ignore[no-untyped-call]

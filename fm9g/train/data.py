@@ -41,7 +41,7 @@ def open_loader(
     """The loader of a rank, from its start or from the position of a checkpoint."""
     return Loader(
         mixture,
-        global_batch=config.grad_accum * world_size,
+        global_batch=config.packs_a_step(world_size),
         rank=rank,
         world_size=world_size,
         workers=config.dataloader_num_workers,

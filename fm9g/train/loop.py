@@ -34,28 +34,33 @@ def train(
     tasks: list[str],
     engine: Engine,
     loader: Loader,
-    metrics: Metrics,
+    metrics: Metrics | None,
     state: TrainState,
     save: Callable[[], None],
     should_stop: Callable[[], bool],
 ) -> None:
-    """Trains from state.step until train_iters, stop_iters, the end of the data, or should_stop.
+    """Trains from state.step until train_iters, stop_iters, the end of the data, or should_stop on any rank.
 
-    tasks: the names behind the packs' task ids. save: writes a checkpoint of `state`; called once more at the end.
+    tasks: the names behind the packs' task ids. metrics: on rank 0. save: writes a checkpoint of `state`; called once
+    more at the end.
     """
     last = min(config.stop_iters or config.train_iters, config.train_iters)
-    saved = state.step
+    saved, stop = state.step, 0
+    ranks_a_replica = engine.processes.world_size // engine.replicas
     clock = Clock()
-    while state.step < last and not should_stop():
+    while state.step < last and not stop:
         packs = loader.next_step()
-        targets = engine.sum(torch.tensor(sum(pack.target_tokens for pack in packs), device=engine.device))
-        if not loader.endless and targets.item() == 0:
+        # The hosts agree, and no GPU is waited for.
+        targets, stop = engine.processes.sum([sum(pack.target_tokens for pack in packs), should_stop()])
+        if not loader.endless and targets == 0:
             break
+        share = ranks_a_replica / max(1, targets)
         task_losses = torch.zeros(len(tasks), device=engine.device)
-        for pack in packs:
+        for i, pack in enumerate(packs):
             batch, row_tasks = to_batch(pack, engine.device)
-            loss_sum, losses = engine.forward(batch)
-            engine.backward(loss_sum / targets.clamp(min=1))
+            number = (state.step * len(packs) + i) * engine.replicas + engine.replica
+            loss_sum, losses = engine.forward(batch, number)
+            engine.backward(loss_sum * share, last=i == len(packs) - 1)
             task_losses.index_add_(0, row_tasks, losses)
             state.task_tokens += np.bincount(pack.task_ids[pack.task_ids >= 0], minlength=len(tasks))
         lr = learning_rate(config, state.step)
@@ -63,14 +68,18 @@ def train(
 
         state.step += 1
         clock.count(sum(pack.tokens for pack in packs))
-        metrics.advance()
+        if metrics:
+            metrics.advance()
         if state.step % config.log_iters == 0 or state.step == last:
             task_targets = torch.from_numpy(_targets_by_task(packs, len(tasks))).to(engine.device)
             figures = step_figures(tasks, engine.sum(task_losses), engine.sum(task_targets))
-            figures |= {"Optimizer/lr": lr, "Optimizer/grad_norm": grad_norm.item(), "Optimizer/scale": 1.0}
-            figures["Throughput/tokens_per_second"] = sum(engine.gather(clock.rate()))
-            metrics.write(state.step, figures)
-            if not math.isfinite(figures["Loss/train"] + figures["Optimizer/grad_norm"]):
+            scale = engine.loss_scale.scale
+            figures |= {"Optimizer/lr": lr, "Optimizer/grad_norm": grad_norm.item(), "Optimizer/scale": scale}
+            figures["Throughput/tokens_per_second"] = sum(engine.processes.gather(clock.rate())) / ranks_a_replica
+            if metrics:
+                metrics.write(state.step, figures)
+            # A norm that overflows is what loss scaling is there for.
+            if not math.isfinite(figures["Loss/train"] + (grad_norm.item() if scale == 1 else 0)):
                 raise UserError(
                     f"step {state.step}: the loss or the norm of the gradients is not a finite number. Nothing of it "
                     "is saved. Resume from an earlier checkpoint with a lower lr, or look at the data"

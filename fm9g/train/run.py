@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from fm9g.checkpoint.folder import MODEL_CONFIG, Checkpoint, Snapshot, open_step, save_checkpoint, steps_in
+from fm9g.checkpoint.folder import MODEL_CONFIG, Checkpoint, Snapshot, Tensors, open_step, save_checkpoint, steps_in
 from fm9g.checkpoint.weights import check_weights, read_weights
 from fm9g.config.model import ModelConfig
 from fm9g.config.run import RunConfig
 from fm9g.config.train import TrainConfig
 from fm9g.data.loader import Loader
 from fm9g.data.mixture import Mixture
-from fm9g.data.position import merge_positions
-from fm9g.engine.base import AdamW, Engine
+from fm9g.data.position import fingerprint, merge_positions
+from fm9g.engine.base import Engine, LossScale, Placement
+from fm9g.engine.optimizer import AdamW
+from fm9g.engine.processes import Processes
 from fm9g.engine.torch import TorchEngine, has_fast_bf16
 from fm9g.errors import UserError
 from fm9g.files import probe_writable
+from fm9g.launch.agree import check_same, code_identity
+from fm9g.launch.monitor import Monitor
+from fm9g.launch.place import Place, host_name
 from fm9g.model.transformer import FM9G, is_width_scaled, weight_shapes
 from fm9g.train.data import open_loader, open_mixture
 from fm9g.train.interrupt import Interrupt
@@ -42,66 +53,161 @@ class Result:
     interrupted: bool
 
 
-def run_training(run: RunConfig) -> Result:
-    """Trains as configured and returns where everything is. Raises UserError."""
+def run_training(run: RunConfig, place: Place | None = None) -> Result:
+    """Trains as configured and returns where everything is. Raises UserError.
+
+    place: of this process among those of the run; None: it is alone. All of them return the same.
+    """
+    place = place or Place(timeout=run.train.value.timeout, step_timeout=run.train.value.step_timeout)
+    log = Path(run.train.value.output_dir) / "logs" / f"{run.train.value.exp_group}{run.train.value.model_unique}"
+    with Monitor(place, log) as monitor, _join(run, place, monitor) as processes:
+        return _train(run, place, monitor, make_engine(run.train.value, processes), log)
+
+
+def _join(run: RunConfig, place: Place, monitor: Monitor) -> Processes:
     config = run.train.value
+    store = monitor.store() if place.world_size > 1 else None
+    nccl = engine_name(config) == "torch"
+    return Processes(config.device, place.rank, place.world_size, place.local_rank, store, nccl)
+
+
+def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: Path) -> Result:
+    config, processes = run.train.value, engine.processes
+    first = processes.rank == 0
     base, name = Path(config.output_dir), config.model_unique
-    root = base / "checkpoints" / name
-    tensorboard = base / "tensorboard" / f"{config.exp_group}{name}"
-    log = base / "logs" / f"{config.exp_group}{name}"
-    checkpoint = open_step(root, int(config.resume_ckpt)) if config.resume_ckpt else None
-    if checkpoint is None and steps_in(root) and config.save and not config.overwrite:
-        raise UserError(
-            f"{root}: holds checkpoints of steps {', '.join(map(str, steps_in(root)))}; go on with --resume_ckpt, "
-            "choose another --model_unique, or have them deleted with --overwrite true"
-        )
-    engine: Engine = TorchEngine(config.device, config.seed)
-    mixture, notes = open_mixture(run)
+    root, tensorboard = base / "checkpoints" / name, base / "tensorboard" / f"{config.exp_group}{name}"
+    checkpoint = _find_checkpoint(config, place, root) if first else None
+    replicas = config.replicas(processes.world_size)
+    packs = config.packs_a_step(replicas)
+
+    monitor.progress(0, "reading the data")
+    mixture, notes = _open_in_turn(run, place, processes)
+    _check_same(run, place, processes, fingerprint(mixture, packs))
     notes += _check_fit(config, run.model.value, mixture)
+    monitor.progress(0, "building the model")
     notes += build_model(engine, config, run.model.value, checkpoint)
     tasks = [item.value.task_name for item in run.mixture]
-    state = _restore(engine, config, checkpoint, tasks)
-    for note in notes:
-        print(f"note: {note}")
-    print(_summary(run, engine, mixture))
-    print(f"resuming from {checkpoint.folder}" if checkpoint else "starting at step 0")
+    state, position = _restore(engine, config, checkpoint, tasks)
+    if first:
+        for note in notes:
+            print(f"note: {note}")
+        print(_summary(run, engine, mixture, packs))
+        print(f"resuming from {checkpoint.folder}" if checkpoint else "starting at step 0")
     replaced = [] if checkpoint else steps_in(root)
-    if config.save:
+    if config.save and first:
         probe_writable(root)
-    position = checkpoint.position() if checkpoint else None
-    if state.step >= min(config.stop_iters or config.train_iters, config.train_iters):
+    if state.step >= min(config.stop_iters or config.train_iters, config.train_iters) and first:
         print(f"note: nothing is left to do: step {state.step}, train_iters {config.train_iters}")
     with (
-        open_loader(config, mixture, engine.rank, engine.world_size, position) as loader,
-        Metrics(tensorboard, log, state.step, config.train_iters) as metrics,
+        open_loader(config, mixture, engine.replica, replicas, position) as loader,
+        Metrics(tensorboard, log, state.step, config.train_iters) if first else nullcontext() as metrics,
         Interrupt() as interrupt,
     ):
 
         def save() -> None:
-            if config.save:
-                save_checkpoint(root, state.step, take_snapshot(run, engine, loader, mixture, state, tasks))
-                while replaced:  # only now that the new run has something to show for itself
-                    if (old := replaced.pop()) != state.step:
-                        shutil.rmtree(root / str(old))
+            if not config.save:
+                return
+            monitor.progress(state.step, "saving")
+            snapshot = take_snapshot(run, engine, loader, mixture, state, tasks)
+            if not first:
+                for _ in chain(snapshot.weights.values, snapshot.optimizer.values):
+                    pass
+                return
+            save_checkpoint(root, state.step, snapshot)
+            while replaced:  # only now that the new run has something to show for itself
+                if (old := replaced.pop()) != state.step:
+                    shutil.rmtree(root / str(old))
 
-        for note in loader.notes:
-            print(f"note: {note}")
-        started, first = time.monotonic(), int(state.task_tokens.sum())
-        train(config, tasks, engine, loader, metrics, state, save, lambda: interrupt.requested)
+        def should_stop() -> bool:
+            monitor.progress(state.step)
+            return interrupt.requested
+
+        if first:
+            for note in loader.notes:
+                print(f"note: {note}")
+        started, tokens_before = time.monotonic(), state.task_tokens.sum()
+        train(config, tasks, engine, loader, metrics, state, save, should_stop)
+        monitor.progress(state.step, "ending")
         seconds = time.monotonic() - started
-        for reason, count in loader.skipped().items():
-            print(f"note: {count} records were not trained on: {reason}")
-    if state.step == 0 and not interrupt.requested:
+        tokens, stopped = processes.sum([int(state.task_tokens.sum() - tokens_before), interrupt.requested])
+        skipped: Counter[str] = Counter()
+        for counts in processes.gather(loader.skipped()):
+            skipped.update(counts)
+        if first:
+            for reason, count in skipped.items():
+                print(f"note: {count // config.tp_size} records were not trained on: {reason}")
+    if state.step == 0 and not stopped:
         raise UserError("nothing was trained on: no record of the mixture gave a sample")
     return Result(
         step=state.step,
-        tokens=int(state.task_tokens.sum()) - first,
+        tokens=tokens // config.tp_size,
         seconds=seconds,
         metrics_file=log / METRICS_FILE,
         tensorboard=tensorboard,
         checkpoint=root / str(state.step) if config.save and state.step else None,
-        interrupted=interrupt.requested,
+        interrupted=bool(stopped),
     )
+
+
+def _find_checkpoint(config: TrainConfig, place: Place, root: Path) -> Checkpoint | None:
+    """What the run goes on from. Raises UserError where it is not there, or others would be overwritten unasked."""
+    steps = steps_in(root)
+    if place.attempt:  # a restart: only what this run saved itself is newer than its start
+        own = [step for step in steps if (root / str(step)).stat().st_mtime >= place.started]
+        if own:
+            return open_step(root, own[-1])
+    if config.resume_ckpt == "latest":
+        return open_step(root, steps[-1]) if steps else None
+    if config.resume_ckpt:
+        return open_step(root, int(config.resume_ckpt))
+    if steps and config.save and not config.overwrite and not place.attempt:
+        raise UserError(
+            f"{root}: holds checkpoints of steps {', '.join(map(str, steps))}; go on with --resume_ckpt, "
+            "choose another --model_unique, or have them deleted with --overwrite true"
+        )
+    return None
+
+
+def _open_in_turn(run: RunConfig, place: Place, processes: Processes) -> tuple[Mixture, list[str]]:
+    """The data of a run. Where token caches are made, one process of each machine makes them, the first machine's
+    first: the folder may be shared.
+    """
+    turn = 0 if place.rank == 0 else 1 if place.local_rank == 0 else 2
+    turns = 3 if run.train.value.token_cache else 1
+    for now in range(turns):
+        if now == min(turn, turns - 1):
+            opened = open_mixture(run)
+        processes.sum([0])  # wait for the others
+    return opened
+
+
+def _check_same(run: RunConfig, place: Place, processes: Processes, data: dict[str, Any]) -> None:
+    """Raises UserError that names a process whose code, packages, configuration or data are not rank 0's."""
+    paths = ("dataset_config", "tokenizer_path", "pretrained_model", "output_dir", "token_cache", "path", "transforms")
+    config = {
+        section: {key: item["value"] for key, item in values.items() if key not in paths}
+        for section, values in run.to_json().items()
+    }
+    packages = {name: version(name) for name in ("torch", "numpy", "tokenizers")}
+    mine = {"code": code_identity(), "packages": packages, "config": config, "data": data}
+    check_same(processes.gather(mine), processes.gather(host_name()))
+
+
+def engine_name(config: TrainConfig) -> str:
+    """bmtrain or torch, where the configuration leaves it open: bmtrain where there is a GPU and the package."""
+    if config.engine != "auto":
+        return config.engine
+    fits = torch.cuda.is_available() and config.device != "cpu" and config.tp_size == 1 and config.zero_level
+    return "bmtrain" if fits and find_spec("bmtrain") else "torch"
+
+
+def make_engine(config: TrainConfig, processes: Processes) -> Engine:
+    """The engine that the configuration names. Raises UserError where it cannot work here."""
+    if engine_name(config) == "torch":
+        return TorchEngine(processes, config.seed)
+    from fm9g.engine.bmtrain import BMTrainEngine
+
+    return BMTrainEngine(processes, config.seed)
 
 
 def build_model(
@@ -109,14 +215,15 @@ def build_model(
 ) -> list[str]:
     """Gives the engine a model with the weights of the checkpoint, of pretrained_model, or new ones.
 
-    Returns what differs between the weights and the model, a line each, where strict_state_dict lets it pass.
+    checkpoint: on rank 0, which alone reads weights. Returns what differs between the weights and the model, a line
+    each, where strict_state_dict lets it pass.
     """
     flash = model_config.use_flash_attn and config.flash != "none"
     with torch.device("meta"):
         model = FM9G(replace(model_config, use_flash_attn=flash))
     given: dict[str, torch.Tensor] = {}
     notes: list[str] = []
-    if checkpoint is not None or config.pretrained_model:
+    if engine.processes.rank == 0 and (checkpoint is not None or config.pretrained_model):
         given = checkpoint.weights() if checkpoint else read_weights(Path(config.pretrained_model))
         where = str(checkpoint.weight_file if checkpoint else config.pretrained_model)
         notes = check_weights(
@@ -136,66 +243,85 @@ def build_model(
         eps=config.eps,
         weight_decay=config.weight_decay,
     )
-    recompute = config.use_checkpoint or model_config.use_checkpoint
-    layers = list(model.encoder.layers)[: config.grad_ckpt_num] if recompute else []
     dtype, dtype_notes = compute_dtype(model_config, engine.device)
-    engine.prepare(model, fill, optimizer, dtype, layers)
+    if config.optimizer_offload and engine.device.type == "cpu":
+        raise UserError("optimizer_offload: the weights are in the host's memory already; it is for GPUs")
+    if config.tp_size > 1:
+        for key, heads in (("num_heads", model_config.num_heads), ("num_kv_heads", model_config.num_kv_heads)):
+            if heads % config.tp_size:
+                raise UserError(f"tp_size {config.tp_size} does not divide the model's {key}, {heads}")
+    checkpointing = "full" if model_config.use_checkpoint and not config.activation_checkpoint else config.checkpointing
+    placement = Placement(
+        dtype=dtype,
+        zero_level=config.zero_level,
+        checkpointing=checkpointing,
+        checkpointed_layers=config.grad_ckpt_num,
+        tp_size=config.tp_size,
+        sequence_parallel=config.sequence_parallel,
+        offload=config.optimizer_offload,
+    )
+    scale = LossScale(config.loss_scale, config.loss_scale_steps) if dtype == torch.float16 else LossScale()
+    engine.prepare(model, model.encoder.layers, fill, optimizer, placement, scale)
     return notes + dtype_notes
 
 
 def compute_dtype(model_config: ModelConfig, device: torch.device) -> tuple[torch.dtype, list[str]]:
     """The precision of the computation: the model's half_type where the machine is fast at it, else fp32."""
-    if model_config.dtype_name == "fp16":
-        raise UserError(
-            "half_type: fp16 needs loss scaling, which this version has not; --model.half_type bf16 or fp32"
-        )
     if model_config.dtype_name == "fp32":
         return torch.float32, []
-    if has_fast_bf16(device):
+    if model_config.dtype_name == "fp16" and device.type == "cuda":
+        return torch.float16, []
+    if model_config.dtype_name == "bf16" and has_fast_bf16(device):
         return torch.bfloat16, []
-    return torch.float32, [f"computing in fp32: bf16 is not faster on this {device.type}"]
+    return torch.float32, [f"computing in fp32: {model_config.dtype_name} is not faster on this {device.type}"]
 
 
 def take_snapshot(
     run: RunConfig, engine: Engine, loader: Loader, mixture: Mixture, state: TrainState, tasks: list[str]
 ) -> Snapshot:
     """What a checkpoint of this moment holds. All ranks must take part."""
-    tokens = sum(engine.gather(state.task_tokens))
+    processes = engine.processes
+    tokens = np.array(processes.sum(state.task_tokens.tolist())) // (processes.world_size // engine.replicas)
     return Snapshot(
-        weights=engine.weights(),
-        optimizer=engine.optimizer_state(),
-        random_state=engine.random_state(),
-        position=merge_positions(engine.gather(loader.position())),
+        weights=Tensors(engine.weights_like(), engine.weights()),
+        optimizer=Tensors(engine.optimizer_like(), engine.optimizer_state()),
+        position=merge_positions(processes.gather(loader.position())),
         counts={
             "iteration": state.step,
             "global_token_pass": int(np.sum(tokens)),
-            "global_total_task_token": dict(zip(tasks, tokens.tolist())),  # type: ignore[union-attr]
+            "global_total_task_token": dict(zip(tasks, tokens.tolist())),
         },
         documents={MODEL_CONFIG: run.model.value.to_json(), "run_config.json": run.to_json()},
         tokenizer_files=mixture.files_to_keep(),
     )
 
 
-def _restore(engine: Engine, config: TrainConfig, checkpoint: Checkpoint | None, tasks: list[str]) -> TrainState:
-    if checkpoint is None:
-        return TrainState(0, np.zeros(len(tasks), np.int64))
-    saved = checkpoint.rank_state(engine.rank)
+def _restore(
+    engine: Engine, config: TrainConfig, checkpoint: Checkpoint | None, tasks: list[str]
+) -> tuple[TrainState, dict[str, Any] | None]:
+    """How far the run is, and its data position. checkpoint: on rank 0, which tells the others."""
+    found = (checkpoint.counts(), checkpoint.position()) if checkpoint else None
+    found = engine.processes.from_first(found)
+    if found is None:
+        return TrainState(0, np.zeros(len(tasks), np.int64)), None
+    counts, position = found
     if not config.resume_no_optimze:
-        engine.load_optimizer_state(saved["optimizer"])
-    engine.load_random_state(saved["random_state"])
-    counts = checkpoint.counts()
+        engine.load_optimizer_state(checkpoint.optimizer() if checkpoint else {})
     trained = counts["global_total_task_token"]
-    tokens = np.array([trained.get(task, 0) if engine.rank == 0 else 0 for task in tasks], np.int64)
-    return TrainState(counts["iteration"], tokens)
+    # Counted once, on the processes that hold rank 0's data.
+    tokens = np.array([trained.get(task, 0) if engine.replica == 0 else 0 for task in tasks], np.int64)
+    return TrainState(counts["iteration"], tokens), position
 
 
-def _summary(run: RunConfig, engine: Engine, mixture: Mixture) -> str:
+def _summary(run: RunConfig, engine: Engine, mixture: Mixture, packs: int) -> str:
     config, model = run.train.value, run.model.value
     weights = sum(shape.numel() for shape in weight_shapes(model).values())
-    tokens = config.batch_size * config.max_length * config.grad_accum * engine.world_size
+    tokens = config.batch_size * config.max_length * packs
     data = ", ".join(f"{c.task_name} ({size} records)" for c, size in zip(mixture.configs, map(len, mixture.datasets)))
     dtype = str(compute_dtype(model, engine.device)[0]).removeprefix("torch.")
-    return f"{weights:,} parameters, {dtype} on {engine.device}; {tokens} tokens a step; data: {data}"
+    count = engine.processes.world_size
+    where = f"{engine.device.type}, {count} processes, {engine_name(config)}" if count > 1 else str(engine.device)
+    return f"{weights:,} parameters, {dtype} on {where}; {tokens} tokens a step; data: {data}"
 
 
 def _check_fit(config: TrainConfig, model: ModelConfig, mixture: Mixture) -> list[str]:

@@ -12,7 +12,7 @@ from fm9g.config.load import read_json, require_config
 from fm9g.config.mixture import load_mixture
 from fm9g.config.model import ModelConfig, load_model_config
 from fm9g.config.run import load_run
-from fm9g.config.train import FIXED, RETIRED, TrainConfig, load_train_config
+from fm9g.config.train import RETIRED, TrainConfig, load_train_config
 from fm9g.errors import UserError
 
 GUIDE = """
@@ -135,18 +135,19 @@ def test_the_guides_way_of_writing_values_is_understood() -> None:
 
 @pytest.mark.parametrize("key", GUIDE)
 def test_every_parameter_of_the_guide_is_known_in_exactly_one_way(key: str) -> None:
-    assert (key in keys_of(TrainConfig)) + (key in RETIRED) + (key in FIXED) == 1
+    assert (key in keys_of(TrainConfig)) + (key in RETIRED) == 1
 
 
 def test_a_parameter_that_changes_nothing_says_so() -> None:
-    notes = load_train_config("tiny", {"local": "False", "tp_size": "1"})[2]
+    notes = load_train_config("tiny", {"local": "False", "tp_size": "2"})[2]
     assert notes == ["command line: local changes nothing: paths are used as they are given"]
 
 
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("tp_size", "2", "tp_size: only 1 is possible"),
+        ("tp_size", "0", "tp_size: found 0, allowed: integer >= 1"),
+        ("zero_level", "1", "zero_level: found 1, allowed: one of 0, 2, 3"),
         ("learning_rate", "1", "learning_rate: unknown key"),
         ("train_iter", "5", "did you mean 'train_iters'?"),
         ("batch_size", "two", "batch_size: found 'two', allowed: integer >= 1"),

@@ -25,7 +25,7 @@ from fm9g.model.transformer import weight_shapes
 def make_pt(folder: Path, config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Path:
     torch.manual_seed(0)
     weights = {name: torch.randn(shape).to(dtype) for name, shape in weight_shapes(config).items()}
-    write_weights(folder / "m.pt", weights.items())
+    write_weights(folder / "m.pt", weights, weights.items())
     (folder / "m.json").write_text(json.dumps(config.to_json()))
     return folder / "m.pt"
 

@@ -1,13 +1,23 @@
 """The plain torch engine against torch used by hand."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from support import small_model
 
-from fm9g.engine.base import AdamW
+from fm9g.engine.base import LossScale, Placement
+from fm9g.engine.optimizer import AdamW
+from fm9g.engine.processes import Processes
 from fm9g.engine.torch import TorchEngine
 from fm9g.errors import UserError
 from fm9g.model.transformer import FM9G, Batch, is_width_scaled
+
+
+@pytest.fixture
+def alone() -> Iterator[Processes]:
+    with Processes("cpu") as processes:
+        yield processes
 
 
 def batch() -> Batch:
@@ -16,18 +26,30 @@ def batch() -> Batch:
     return Batch(ids, torch.arange(20), torch.tensor([0, 20], dtype=torch.int32), [20], rows, ids[1:])
 
 
-def prepared(scales: float = 0.5, weight_decay: float = 0.1) -> TorchEngine:
-    engine = TorchEngine("cpu", seed=1)
+def prepared(processes: Processes, scale: LossScale | None = None, **placement: object) -> TorchEngine:
+    engine = TorchEngine(processes, seed=1)
     with torch.device("meta"):
         model = FM9G(small_model())
     names = [name for name, _ in model.named_parameters()]
-    optimizer = AdamW({n: scales if is_width_scaled(n) else 1.0 for n in names}, (0.9, 0.95), 1e-6, weight_decay)
-    engine.prepare(model, lambda name, weight: model.init_weight(name, weight, 3), optimizer, torch.float32, [])
+    optimizer = AdamW({n: 0.5 if is_width_scaled(n) else 1.0 for n in names}, (0.9, 0.95), 1e-6, 0.1)
+    engine.prepare(
+        model,
+        model.encoder.layers,
+        lambda name, weight: model.init_weight(name, weight, 3),
+        optimizer,
+        Placement(**placement),  # type: ignore[arg-type]
+        scale or LossScale(),
+    )
     return engine
 
 
-def test_steps_equal_adamw_by_hand_with_scaled_rates_and_clipping() -> None:
-    engine = prepared()
+def step(engine: TorchEngine, lr: float = 0.1, max_norm: float = 1.0, number: int = 0) -> torch.Tensor:
+    engine.backward(engine.forward(batch(), number)[0] / 19, last=True)
+    return engine.step(lr, max_norm)
+
+
+def test_steps_equal_adamw_by_hand_with_scaled_rates_and_clipping(alone: Processes) -> None:
+    engine = prepared(alone)
     plain = FM9G(small_model())
     plain.load_state_dict(dict(engine.weights()))
     groups = [
@@ -36,32 +58,80 @@ def test_steps_equal_adamw_by_hand_with_scaled_rates_and_clipping() -> None:
     ]
     by_hand = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1, fused=True)
     for _ in range(3):
-        engine.backward(engine.forward(batch())[0] / 19)
-        norm = engine.step(lr=0.1, max_norm=0.5)
+        norm = step(engine, max_norm=0.5)
         (plain(batch())[0] / 19).backward()
         expected = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
-        assert torch.equal(norm, expected)
+        torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
         assert norm > 0.5  # clipping acts
         by_hand.step()
         by_hand.zero_grad()
     expected_weights = dict(plain.named_parameters())
-    assert all(torch.equal(weight, expected_weights[name]) for name, weight in engine.weights())
+    for name, weight in engine.weights():
+        torch.testing.assert_close(weight, expected_weights[name].detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_without_clipping_the_norm_is_still_reported() -> None:
-    one, other = prepared(), prepared()
-    for engine in (one, other):
-        engine.backward(engine.forward(batch())[0])
-    assert torch.equal(one.step(0.1, 0.0), other.step(0.1, 1e9))
+def test_without_clipping_the_norm_is_still_reported(alone: Processes) -> None:
+    one, other = prepared(alone), prepared(alone)
+    assert torch.equal(step(one, max_norm=0.0), step(other, max_norm=1e9))
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(one.weights(), other.weights()))
 
 
-def test_the_optimizer_state_is_by_name_and_must_match() -> None:
-    engine = prepared()
-    engine.backward(engine.forward(batch())[0])
-    engine.step(0.1, 1.0)
-    state = engine.optimizer_state()
-    assert state.keys() == dict(engine.weights()).keys()
-    state["other"] = state.pop("lm_head.weight")
-    with pytest.raises(UserError, match=r"do not hold the same weights: lm_head.weight, other"):
-        prepared().load_optimizer_state(state)
+def test_the_optimizer_state_is_by_name_and_must_match(alone: Processes) -> None:
+    engine = prepared(alone)
+    step(engine)
+    state = dict(engine.optimizer_state())
+    like = engine.optimizer_like()
+    assert {name: value.shape for name, value in state.items()} == {name: value.shape for name, value in like.items()}
+    assert {name.rpartition(".")[0] for name in state} - {""} == dict(engine.weights()).keys()
+    prepared(alone).load_optimizer_state(state)
+    with pytest.raises(UserError, match=r"lm_head.weight.exp_avg has another shape"):
+        prepared(alone).load_optimizer_state(state | {"lm_head.weight.exp_avg": torch.zeros(3)})
+    state["other"] = state.pop("lm_head.weight.exp_avg")
+    with pytest.raises(UserError, match=r"is of other weights than the model's: lm_head.weight.exp_avg, other"):
+        prepared(alone).load_optimizer_state(state)
+
+
+def test_loss_scaling_changes_nothing_but_the_scale_until_a_gradient_overflows(alone: Processes) -> None:
+    plain, scaled = prepared(alone), prepared(alone, LossScale(scale=1024.0, steps=2))
+    for expected in (1024.0, 2048.0, 2048.0):
+        torch.testing.assert_close(step(scaled), step(plain), rtol=1e-5, atol=0)
+        assert scaled.loss_scale.scale == expected
+    for (_, one), (_, other) in zip(plain.weights(), scaled.weights()):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    before = [weight.clone() for _, weight in scaled.weights()]
+    scaled.backward(scaled.forward(batch(), 0)[0] * float("inf"), last=True)
+    assert not scaled.step(0.1, 1.0).isfinite()
+    assert scaled.loss_scale.scale == 1024.0
+    assert all(torch.equal(one, other) for one, (_, other) in zip(before, scaled.weights()))
+    kept = dict(scaled.optimizer_state())
+    resumed = prepared(alone, LossScale(scale=4.0, steps=2))
+    resumed.load_optimizer_state(kept)
+    assert (resumed.loss_scale.scale, resumed.loss_scale.good) == (1024.0, 0)
+
+
+def test_an_offloaded_optimizer_and_narrow_weights_keep_fp32_masters(alone: Processes) -> None:
+    usual, offloaded = prepared(alone), prepared(alone, offload=True)
+    for _ in range(3):
+        assert torch.equal(step(usual), step(offloaded))
+    assert all(torch.equal(one, other) for (_, one), (_, other) in zip(usual.weights(), offloaded.weights()))
+
+
+def test_bf16_computes_in_bf16_and_updates_in_fp32(alone: Processes) -> None:
+    narrow, wide = prepared(alone, dtype=torch.bfloat16), prepared(alone)
+    loss = narrow.forward(batch(), 0)[0]
+    assert loss.item() == pytest.approx(wide.forward(batch(), 0)[0].item(), rel=1e-2)
+    assert loss.item() != wide.forward(batch(), 0)[0].item()
+    step(narrow, lr=1e-4)
+    changed = [not torch.equal(weight, weight.bfloat16().float()) for _, weight in narrow.weights()]
+    assert sum(changed) > len(changed) / 2
+
+
+@pytest.mark.parametrize("how", ["full", "selective"])
+def test_checkpointing_recomputes_and_changes_nothing(alone: Processes, how: str) -> None:
+    plain, saving = prepared(alone), prepared(alone, checkpointing=how, checkpointed_layers=1)
+    calls = []
+    attention = saving._model.encoder.layers[0].self_att.layernorm_before_attention
+    attention.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(step(plain), step(saving))
+    assert len(calls) == 2
+    assert all(torch.equal(one, other) for (_, one), (_, other) in zip(plain.weights(), saving.weights()))

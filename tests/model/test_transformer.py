@@ -55,7 +55,7 @@ def hf_logits(folder: Path, batch: Batch) -> torch.Tensor:
 
 
 def exported(model: FM9G, folder: Path) -> Path:
-    write_weights(folder / "m.pt", ((name, weight.detach()) for name, weight in model.named_parameters()))
+    write_weights(folder / "m.pt", weights := dict(model.named_parameters()), weights.items())
     (folder / "m.json").write_text(json.dumps(model.config.to_json()))
     export_folder(folder / "m.pt", folder / "hf")
     return folder / "hf"

@@ -1,0 +1,105 @@
+"""The peak memory of a process that trains: on a GPU as torch counts it, on a CPU by what the allocator reports."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from fm9g.config.fields import keys_of
+from fm9g.config.model import ModelConfig
+from fm9g.config.train import TrainConfig
+from fm9g.engine.processes import Processes
+from fm9g.model.transformer import Batch
+from fm9g.plan.setup import RUN_KEYS, Setup
+from fm9g.train.run import build_model, make_engine
+
+_MARK = 98_765  # bytes of a tensor whose allocation marks the first step
+
+
+def measure(
+    model: ModelConfig,
+    setup: Setup,
+    device: str = "cpu",
+    rank: int = 0,
+    store: dist.Store | None = None,
+    steps: int = 1,
+) -> float:
+    """Bytes at the fullest moment of `steps` steps, of this process as one of all those of the setup."""
+    gc.collect()  # else what is left of another model goes in the middle
+    with Processes(device, rank, setup.nodes * setup.gpus, rank, store) as processes:
+        if device == "cuda":
+            _train(model, setup, processes, steps, torch.cuda.reset_peak_memory_stats)
+            return torch.cuda.max_memory_allocated()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            _train(model, setup, processes, steps, lambda: torch.empty(_MARK, dtype=torch.uint8))
+        assert profile.profiler is not None
+        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+        return max(list(itertools.accumulate(changes))[changes.index(_MARK) :])
+
+
+def _train(model: ModelConfig, setup: Setup, processes: Processes, steps: int, mark: Callable[[], object]) -> None:
+    """As fm9g.train.loop does, on random tokens; `mark` is called once the model is there."""
+    config = TrainConfig(**{name: getattr(setup, name) for name in RUN_KEYS}, flash="cuda" if setup.flash else "none")
+    engine = make_engine(config, processes)
+    with mock.patch("fm9g.train.run.has_fast_bf16", return_value=True):  # memory is the same where it is slow
+        build_model(engine, config, replace(model, half_type=setup.half_type), None)
+    mark()
+    for step in range(steps):
+        for number in range(setup.grad_accum):
+            draw = (step * setup.grad_accum + number) * engine.replicas + engine.replica
+            batch = _batch(model.vocab_size, setup, draw, engine.device)
+            loss, _ = engine.forward(batch, draw)
+            engine.backward(loss / setup.tokens_a_step, number + 1 == setup.grad_accum)
+            del loss, batch
+        engine.step(1e-3, 1.0)
+
+
+def _batch(vocab_size: int, setup: Setup, seed: int, device: torch.device) -> Batch:
+    """A row of whole documents of max_length tokens, with a target at every position."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocab_size, (setup.row + 1,), generator=generator).to(device)
+    rows = torch.arange(setup.row, device=device)
+    borders = torch.arange(setup.batch_size + 1, dtype=torch.int32, device=device) * setup.max_length
+    return Batch(ids[:-1], rows % setup.max_length, borders, [setup.max_length] * setup.batch_size, rows, ids[1:])
+
+
+def measure_apart(model: ModelConfig, setup: Setup, device: str = "cpu") -> float:
+    """As measure, in processes of their own; the largest of their peaks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    work = json.dumps({"model": model.to_json(), "setup": asdict(setup)})
+    command = [sys.executable, __file__, work, device, port]
+    ranks = [
+        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(setup.nodes * setup.gpus)
+    ]
+    outputs = [rank.communicate() for rank in ranks]
+    if failed := [errors for rank, (_, errors) in zip(ranks, outputs) if rank.returncode]:
+        raise RuntimeError(f"a process failed:\n{failed[0]}")
+    return max(float(output.splitlines()[-1]) for output, _ in outputs)
+
+
+def _main(work: str, device: str, port: str, rank: str) -> None:
+    torch.set_num_threads(1)
+    given = json.loads(work)
+    attributes = {key: field.name for key, field in keys_of(ModelConfig).items()}
+    model = ModelConfig(**{attributes[key]: value for key, value in given["model"].items() if key in attributes})
+    setup = Setup(**given["setup"])
+    store = dist.TCPStore("127.0.0.1", int(port), setup.nodes * setup.gpus, is_master=rank == "0")
+    print(measure(model, setup, device, int(rank), store))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,118 @@
+"""This machine's limits, its disk, and the way to node 0."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from fm9g.config.run import RunConfig
+from fm9g.doctor.report import ERROR, GIB, OK, WARNING, Line
+from fm9g.errors import UserError
+from fm9g.files import probe_writable
+from fm9g.plan.sizes import checkpoint_bytes
+
+_UNREACHABLE = "check that node 0 is up, that both are on one network, and that no firewall blocks the port"
+_REFUSALS = {
+    errno.EADDRINUSE: (ERROR, "another program listens there: end it, or choose another port on all nodes"),
+    errno.EADDRNOTAVAIL: (ERROR, "the address is not of this machine: node 0 is the one that it names"),
+    errno.EACCES: (ERROR, "ports below 1024 need rights: choose a higher one"),
+    errno.ECONNREFUSED: (WARNING, "the machine answers, but nothing listens yet: start node 0, then ask again"),
+}
+
+
+def examine_machine(run: RunConfig | None, gpus: int) -> list[Line]:
+    """Its limits, and whether its processors are enough for the processes of a run."""
+    return [_shared_memory(gpus > 0), _open_files(), _processors(run, gpus)]
+
+
+def _shared_memory(on_gpu: bool) -> Line:
+    if not Path("/dev/shm").is_dir():
+        return Line(WARNING, "/dev/shm", "missing", "NCCL and workers share memory there: mount a tmpfs")
+    size = shutil.disk_usage("/dev/shm").total
+    if size < GIB:
+        advice = "NCCL and workers share memory there; in a container: --shm-size 16g or --ipc host"
+        return Line(WARNING if on_gpu else OK, "/dev/shm", f"{size / 2**20:.0f} MiB", advice if on_gpu else "")
+    return Line(OK, "/dev/shm", f"{size / GIB:.1f} GiB")
+
+
+def _open_files() -> Line:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < 4096:
+        return Line(WARNING, "open files", f"at most {soft}", f"ulimit -n {65536 if hard < 0 else min(hard, 65536)}")
+    return Line(OK, "open files", f"at most {soft if soft >= 0 else 'any number'}")
+
+
+def _processors(run: RunConfig | None, gpus: int) -> Line:
+    cores = len(os.sched_getaffinity(0))
+    if run is None:
+        return Line(OK, "processors", str(cores))
+    processes = max(1, gpus) * (1 + run.train.value.dataloader_num_workers)
+    found = f"{cores}; a run here has {processes} processes ({max(1, gpus)} that train, each with its data workers)"
+    if processes > cores:
+        return Line(WARNING, "processors", found, "lower dataloader_num_workers, or the workers slow the training down")
+    return Line(OK, "processors", found)
+
+
+def examine_output(run: RunConfig, nodes: int) -> Iterator[Line]:
+    """Whether the run can write where it is told to, and how much of what it will write fits."""
+    folder = Path(run.train.value.output_dir)
+    try:
+        probe_writable(folder)
+    except (UserError, OSError) as error:
+        yield Line(ERROR, "output_dir", f"{folder}: {error}", "choose another --output_dir")
+        return
+    kind = _file_system(folder)
+    if nodes > 1 and kind in ("ext4", "xfs", "overlay", "tmpfs", "btrfs"):
+        yield Line(WARNING, "output_dir", f"{folder}: writable, {kind}: a disk of this machine alone",
+                   "all nodes must see the same folder: put it on a shared file system")  # fmt: skip
+    else:
+        yield Line(OK, "output_dir", f"{folder}: writable, {kind}")
+    yield _disk(run)
+
+
+def _file_system(folder: Path) -> str:
+    """The type of the file system that holds a folder."""
+    kinds = {line.split()[1]: line.split()[2] for line in Path("/proc/mounts").read_text().splitlines()}
+    real = folder.resolve()
+    return next((kinds[str(parent)] for parent in (real, *real.parents) if str(parent) in kinds), "unknown")
+
+
+def _disk(run: RunConfig) -> Line:
+    config = run.train.value
+    first = int(config.resume_ckpt) if config.resume_ckpt.isdecimal() else 0
+    free, size = shutil.disk_usage(config.output_dir).free, checkpoint_bytes(run.model.value)
+    steps = range(first, min(config.stop_iters or config.train_iters, config.train_iters))
+    count = -(-len(steps) // config.save_iters) if config.save else 0
+    found = (
+        f"{free / GIB:.1f} GiB free; {count} checkpoints of {size / GIB:.1f} GiB to come: {count * size / GIB:.1f} GiB"
+    )
+    if count and free < size:
+        return Line(ERROR, "disk", found, "not one fits: free space, or choose another --output_dir")
+    if free < count * size:
+        return Line(
+            WARNING, "disk", found, f"the first {free // size} fit: raise save_iters, or delete old ones on the way"
+        )
+    return Line(OK, "disk", found)
+
+
+def examine_rendezvous(address: str, port: int, node_rank: int, timeout: float) -> Line:
+    """Node 0 must be able to listen there, the others to reach it."""
+    name, first = f"node 0 at {address}:{port}", node_rank == 0
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        return Line(ERROR, name, f"the name is unknown here: {error}", "check it, or give an IP address")
+    with socket.socket(family, kind, protocol) as endpoint:
+        endpoint.settimeout(timeout)
+        endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            (endpoint.bind if first else endpoint.connect)(target)
+        except OSError as error:
+            status, advice = _REFUSALS.get(error.errno or 0, (ERROR, _UNREACHABLE))
+            return Line(status, name, f"{target[0]}: {error.strerror or error}", advice)
+    return Line(OK, name, f"{target[0]}: {'this machine can listen there' if first else 'answers'}")

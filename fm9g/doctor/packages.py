@@ -1,0 +1,219 @@
+"""Python, the packages that fm9g uses, CUDA and the GPUs that torch sees.
+
+Each package is tried in a process of its own, since a broken wheel can end the interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fm9g.doctor.report import ERROR, GIB, OK, WARNING, Line
+
+_TIMEOUT = 18.0  # seconds for an import; all run at once
+_OPTIONAL = {"bmtrain": "bmtrain", "flash-attn": "flash_attn", "opendelta": "opendelta", "bitsandbytes": "bitsandbytes"}
+_OF_GPUS = ("bmtrain", "flash-attn")  # nothing imports them where there is no GPU
+_MISSING = {  # on a machine with a GPU
+    "bmtrain": "the torch engine is used; for bmtrain: pip install --no-deps bmtrain==1.0.1 (CPython 3.10 or 3.11; on "
+    "others it is built from source, with nvcc)",
+    "flash-attn": "attention falls back to torch's, a call a document; pip install flash-attn --no-build-isolation",
+    "opendelta": "only for adapters of the published toolkit: pip install --no-deps opendelta==0.3.2",
+    "bitsandbytes": "only for quantized weights: pip install bitsandbytes",
+}
+# Oldest Linux driver for a CUDA major version (CUDA Toolkit release notes, minor version compatibility).
+_DRIVERS = {"11": "450.80.02", "12": "525.60.13", "13": "580.65.06"}
+# What a failed import says -> what to do. The first that matches is shown.
+_FAILURES = (
+    (r"compiled using NumPy 1|numpy\.core\.multiarray failed", "built for numpy 1, and fm9g needs numpy 2: upgrade it"),
+    (r"transformers\.deepspeed", "opendelta imports a module that newer transformers dropped (OpenDelta issue 82); "
+     "comment out that unused line of its basemodel.py, or do without opendelta"),
+    (r"undefined symbol: nccl|libnccl", "the NCCL that is found is not the one it was built for: pip uninstall "
+     "nvidia-nccl-cu11, reinstall the one torch asks for, then pip install --no-deps bmtrain==1.0.1"),
+    (r"undefined symbol|libc10|libtorch|GLIBCXX", "built for another torch, CUDA or C++ ABI: install the wheel for "
+     "{torch}, or build it here: pip install --no-build-isolation --no-binary :all: --no-deps {name}"),
+    (r"lib(cudart|cublas|cusparse|nvrtc)[\w.]*so", "built for another CUDA than {torch}: install one for that"),
+    (r"No module named '?([\w.]+)", "install what is missing: pip install {found}"),
+)  # fmt: skip
+_TORCH = """
+import json, torch
+cuda = torch.cuda
+gpus = [(cuda.get_device_name(i), *cuda.mem_get_info(i), *cuda.get_device_capability(i))
+        for i in range(cuda.device_count())] if cuda.is_available() else []
+nccl = cuda.nccl.version() if torch.version.cuda and torch.distributed.is_nccl_available() else ()
+print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "gpus": gpus, "arch": cuda.get_arch_list(),
+    "nccl": ".".join(map(str, nccl)), "gloo": torch.distributed.is_gloo_available(),
+    "abi": torch._C._GLIBCXX_USE_CXX11_ABI}))
+"""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What became of an import. output: of the process; failure: why it ended badly, or empty; hung: it had no end."""
+
+    output: str
+    failure: str = ""
+    hung: bool = False
+
+
+def examine_packages() -> tuple[list[Line], int]:
+    """What is installed and can be imported; and the number of GPUs that torch sees."""
+    codes = {"torch": _TORCH, "numpy": "import numpy", "transformers": "import transformers"}
+    codes |= {name: f"import {module}" for name, module in _OPTIONAL.items() if _version(name)}
+    with ThreadPoolExecutor(len(codes)) as pool:
+        probes = dict(zip(codes, pool.map(probe, codes.values())))
+    torch = {} if probes["torch"].failure else json.loads(probes["torch"].output.splitlines()[-1])
+    lines = [_python(), *_requirements(probes, torch), *_gpus(torch), _nccl(torch)]
+    return lines + [_optional(name, probes.get(name), torch) for name in _OPTIONAL], len(torch.get("gpus", ()))
+
+
+def probe(code: str, timeout: float = _TIMEOUT) -> Probe:
+    """Runs Python code in a process of its own."""
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return Probe("", f"cannot be imported within {timeout:.0f} s", hung=True)
+    if done.returncode < 0:
+        return Probe(done.stderr, f"ended the interpreter ({signal.Signals(-done.returncode).name})")
+    last = (done.stderr.strip() or "unknown error").splitlines()[-1]
+    return Probe(done.stdout if not done.returncode else done.stderr, last if done.returncode else "")
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version.partition("+")[0])))
+
+
+def _python() -> Line:
+    found = sys.version.split()[0]
+    if not (3, 10) <= sys.version_info[:2] < (3, 14):
+        return Line(ERROR, "Python", found, "fm9g needs 3.10 to 3.13")
+    return Line(OK, "Python", found)
+
+
+def _requirements(probes: dict[str, Probe], torch: dict[str, Any]) -> Iterator[Line]:
+    """What fm9g cannot do without: there, new enough, and the large ones importable."""
+    try:
+        wanted = metadata.requires("fm9g") or []
+    except metadata.PackageNotFoundError:
+        wanted = ["torch>=2.6", "transformers>=4.51", "numpy>=2"]
+    others = 0
+    for text in wanted:
+        match = re.fullmatch(r"([\w.-]+)(?:>=([\d.]+))?", text)
+        if not match:  # of an extra
+            continue
+        name, oldest = match[1], match[2] or "0"
+        version = _version(name)
+        if not version or _numbers(version) < _numbers(oldest):
+            yield Line(ERROR, name, version or "missing", f"pip install '{text}'")
+        elif name in probes and probes[name].hung:
+            yield Line(WARNING, name, f"{version}: {probes[name].failure}", _slow(name))
+        elif name in probes and probes[name].failure:
+            yield Line(ERROR, name, f"{version}: {probes[name].failure}", _advice(name, probes[name], torch))
+        elif name in probes:
+            yield Line(OK, name, version)
+        else:
+            others += 1
+    yield Line(OK, "other packages", f"{others} that are needed are there")
+
+
+def _driver() -> str:
+    """The version of NVIDIA's kernel module, or an empty string."""
+    file = Path("/proc/driver/nvidia/version")
+    match = re.search(r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)", file.read_text()) if file.is_file() else None
+    return match[1] if match else ""
+
+
+def _gpus(torch: dict[str, Any]) -> Iterator[Line]:
+    driver, cuda, gpus = _driver(), torch.get("cuda"), torch.get("gpus", [])
+    if not driver and not gpus:
+        yield Line(OK, "GPU", f"none; training runs on the CPU (CUDA of torch: {cuda or 'none'})")
+        return
+    oldest = _DRIVERS.get((cuda or "").split(".")[0], "0")
+    if not cuda:
+        yield Line(
+            ERROR, "CUDA", f"NVIDIA driver {driver}, but torch is a build without CUDA", "install torch for CUDA"
+        )
+    elif driver and _numbers(driver) < _numbers(oldest):
+        yield Line(
+            ERROR, "CUDA", f"{cuda}, NVIDIA driver {driver}", f"it needs driver {oldest}, or torch for older CUDA"
+        )
+    elif not gpus:
+        yield Line(ERROR, "CUDA", f"{cuda}, driver {driver}, but torch sees no GPU", "look at CUDA_VISIBLE_DEVICES, "
+                   "nvidia-smi and, in a container, at --gpus all")  # fmt: skip
+    else:
+        yield Line(OK, "CUDA", f"{cuda}, NVIDIA driver {driver or 'unknown'}")
+    for number, (name, free, total, major, minor) in enumerate(gpus):
+        found = f"{name}, {total / GIB:.1f} GiB, compute capability {major}.{minor}"
+        used, kernels = total - free, {arch.split("_")[-1].rstrip("af")[:-1] for arch in torch["arch"]}
+        if str(major) not in kernels:
+            yield Line(ERROR, f"GPU {number}", found, f"torch has kernels for {', '.join(torch['arch'])} only")
+        elif major < 8:
+            yield Line(
+                WARNING, f"GPU {number}", f"{found}, no bf16", "--model.half_type fp16; flash-attn needs 8.0, too"
+            )
+        elif used > 0.1 * total:
+            yield Line(
+                WARNING, f"GPU {number}", f"{found}, {used / GIB:.1f} GiB in use", "others use it: see nvidia-smi"
+            )
+        else:
+            yield Line(OK, f"GPU {number}", f"{found}, bf16")
+    if len({tuple(gpu[:1] + gpu[2:]) for gpu in gpus}) > 1:
+        yield Line(WARNING, "GPUs", "of several kinds", "the slowest sets the pace and the smallest the memory")
+
+
+def _nccl(torch: dict[str, Any]) -> Line:
+    wheels = [f"{name} {_version(name)}" for name in (f"nvidia-nccl-cu{n}" for n in (11, 12, 13)) if _version(name)]
+    found = torch.get("nccl") or ("none: gloo is used" if torch.get("gloo") else "none")
+    if len(wheels) > 1:
+        advice = "they write the same file: uninstall both, then install the one torch asks for; bmtrain with --no-deps"
+        return Line(ERROR if torch.get("gpus") else WARNING, "NCCL", f"{found}; {', '.join(wheels)}", advice)
+    if torch.get("gpus") and not torch.get("nccl"):
+        return Line(ERROR, "NCCL", found, "install a torch build with NCCL; several GPUs cannot train together without")
+    return Line(OK, "NCCL", found)
+
+
+def _optional(name: str, found: Probe | None, torch: dict[str, Any]) -> Line:
+    version, on_gpu = _version(name), bool(torch.get("gpus"))
+    if found is None:
+        if not on_gpu:
+            return Line(OK, name, "not needed here: no GPU")
+        return Line(WARNING if name in _OF_GPUS else OK, name, "missing", _MISSING[name])
+    if found.hung:
+        return Line(WARNING, name, f"{version}: {found.failure}", _slow(_OPTIONAL[name]))
+    if found.failure and name in _OF_GPUS and not on_gpu:
+        return Line(OK, name, f"{version}, cannot be imported ({found.failure}); not needed here: no GPU")
+    if found.failure:
+        return Line(ERROR if on_gpu else WARNING, name, f"{version}: {found.failure}", _advice(name, found, torch))
+    if name == "bmtrain" and version != "1.0.1":
+        return Line(WARNING, name, version, "1.0.1 is the version fm9g is tried with")
+    if name == "flash-attn" and _numbers(version) < (2, 4, 1):
+        return Line(ERROR, name, version, "2.4.1 is the first with a deterministic backward pass: upgrade it")
+    return Line(OK, name, version)
+
+
+def _slow(module: str) -> str:
+    return f"this machine is busy, or the import hangs: try it alone, python -c 'import {module}'"
+
+
+def _advice(name: str, found: Probe, torch: dict[str, Any]) -> str:
+    here = f"torch {torch.get('version', '?')}, CUDA {torch.get('cuda') or 'none'}"
+    here += f", cxx11abi{str(torch.get('abi', '?')).upper()}, cp{sys.version_info[0]}{sys.version_info[1]}"
+    for pattern, text in _FAILURES:
+        if match := re.search(pattern, f"{found.output}\n{found.failure}"):
+            return text.format(name=name, torch=here, found=match[match.lastindex or 0])
+    return f"reinstall or uninstall it: pip uninstall {name}"

@@ -1,0 +1,84 @@
+"""The processes of a run as its own see them: who takes part, and values on the host that all of them need."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from fm9g.errors import UserError
+from fm9g.memory import keep_freed_memory
+
+T = TypeVar("T")
+# Others may wait for one that reads or writes for hours; who is lost, fm9g.launch.monitor finds out.
+_FOR_EVER = datetime.timedelta(days=30)
+
+
+class Processes:
+    """The group of processes that train together, of which this is one; use as a context manager."""
+
+    def __init__(
+        self,
+        device: str = "auto",
+        rank: int = 0,
+        world_size: int = 1,
+        local_rank: int = 0,
+        store: dist.Store | None = None,
+        nccl: bool = True,
+    ) -> None:
+        """device: auto, cpu or cuda, of which the process takes number local_rank. store: where they meet; a single
+        process needs none. nccl: torch's own messages between GPUs are needed. Raises UserError where there is no GPU
+        for this process.
+        """
+        self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
+        self.store = store or dist.HashStore()
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if device == "cuda" and not found:
+            raise UserError("device: cuda, but torch sees no GPU here; use auto or cpu")
+        if found and device != "cpu" and local_rank >= found:
+            raise UserError(
+                f"process {local_rank} of this machine has no GPU: torch sees {found}. Start fewer processes (n_gpus "
+                "or --nproc), or look at CUDA_VISIBLE_DEVICES"
+            )
+        if found and device != "cpu":
+            self.device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(self.device)
+        else:
+            self.device = torch.device("cpu")
+            keep_freed_memory()
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if nccl and self.device.type == "cuda" else "gloo",
+            rank=rank,
+            world_size=world_size,
+            store=self.store,
+            timeout=_FOR_EVER,
+        )
+
+    def sum(self, numbers: Sequence[int]) -> list[int]:
+        """The elementwise sum over all processes. It waits for their hosts, not for their GPUs."""
+        total = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, in their order."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: T) -> T:
+        """Rank 0's value."""
+        values = [value]
+        dist.broadcast_object_list(values, 0, device=torch.device("cpu"))
+        return values[0]
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        # After an error others may hang in a message to this process; waiting for them would hang, too.
+        if kind is None or self.world_size == 1:
+            dist.destroy_process_group()

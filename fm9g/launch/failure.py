@@ -1,0 +1,101 @@
+"""Why a run ended: one record, one sentence, the same on every node; and how long each part of ending may take."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+OTHER, USER, LOST, INTERRUPTED = 1, 2, 69, 130  # exit codes; LOST is between a worker and its agent only
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The first thing that went wrong.
+
+    rank: None where a whole node is meant. host: "" where it never said its name. code: what all processes exit with:
+    2 for a user's mistake, 130 when interrupted, else 1, and only that is worth another attempt. detail: a traceback,
+    or the last lines of a log. gone: the rank cannot say it itself.
+    """
+
+    cause: str
+    rank: int | None
+    host: str
+    node: int
+    code: int = OTHER
+    detail: str = ""
+    gone: bool = False
+
+    @property
+    def message(self) -> str:
+        host = f" on host {self.host}" if self.host else ""
+        if self.rank is None:
+            return f"node {self.node}{host}: {self.cause}"
+        return f"rank {self.rank}{host} (node {self.node}): {self.cause}"
+
+    @property
+    def text(self) -> str:
+        """The message, and below it the detail."""
+        return "\n".join([f"fm9g: {self.message}", *(f"  | {line}" for line in self.detail.splitlines())])
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Failure:
+        return Failure(**values)
+
+
+class EndError(Exception):
+    """Carries the failure that a run ends with."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How one figure, the seconds within which everything has to end, is divided. All values are seconds.
+
+    The worst case is a node that vanishes: `silence` until it is noticed, then `settle` for the other nodes to end
+    their processes and say so.
+    """
+
+    timeout: float
+
+    @property
+    def beat(self) -> float:
+        """Between two signs of life."""
+        return min(2.0, max(0.1, self.timeout / 20))
+
+    @property
+    def silence(self) -> float:
+        """Without a sign of life, or without an answer of the board."""
+        return self.timeout / 2
+
+    @property
+    def grace(self) -> float:
+        """For processes to end by themselves once a failure is recorded."""
+        return self.timeout / 10
+
+    @property
+    def settle(self) -> float:
+        """From a failure until all nodes have ended their processes."""
+        return self.timeout / 5
+
+
+class Silence:
+    """Who has not given a sign of life for how long; by the clock of the one who listens, since clocks differ."""
+
+    def __init__(self, now: float) -> None:
+        self._start, self._seen = now, dict[int, tuple[Any, float]]()
+
+    def listen(self, signs: dict[int, Any], now: float) -> dict[int, float]:
+        """signs: for each peer something that changes while it lives; None: it has not begun. Returns the seconds since
+        each changed, or since the start."""
+        for peer, sign in signs.items():
+            if peer not in self._seen:
+                self._seen[peer] = (None, self._start)
+            if sign != self._seen[peer][0]:
+                self._seen[peer] = (sign, now)
+        return {peer: now - self._seen[peer][1] for peer in signs}

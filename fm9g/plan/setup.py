@@ -1,0 +1,139 @@
+"""How a model is trained, as far as memory and speed depend on it, and the GPUs there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fm9g.config.model import ModelConfig
+from fm9g.config.run import RunConfig
+from fm9g.errors import UserError
+
+GIB = 2**30
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "engine": ("torch", "bmtrain"),
+    "zero_level": (0, 2, 3),
+    "activation_checkpoint": ("none", "selective", "full"),
+    "half_type": ("bf16", "fp16", "fp32"),
+}
+# Keys of a training configuration that a Setup has by the same name.
+RUN_KEYS = (
+    "engine",
+    "zero_level",
+    "tp_size",
+    "sequence_parallel",
+    "activation_checkpoint",
+    "grad_ckpt_num",
+    "optimizer_offload",
+    "batch_size",
+    "max_length",
+    "grad_accum",
+)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """memory: GiB. flops: peak of dense bf16 (fp16 where there is no bf16) a second, of the maker's data sheet."""
+
+    memory: float
+    flops: float
+
+
+GPUS = {
+    "V100": Gpu(32, 125e12),
+    "A100": Gpu(80, 312e12),
+    "A100-40": Gpu(40, 312e12),
+    "A800": Gpu(80, 312e12),
+    "L40S": Gpu(48, 362e12),
+    "4090": Gpu(24, 165e12),
+    "H20": Gpu(96, 148e12),
+    "H100": Gpu(80, 989e12),
+    "H800": Gpu(80, 989e12),
+    "H200": Gpu(140, 989e12),
+    "B200": Gpu(179, 2250e12),
+    "910B": Gpu(64, 376e12),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The keys of a training configuration that matter here, and the machines.
+
+    nodes, gpus: machines, and GPUs (or processes) of each. flash: attention by the flash-attn kernel; without it torch
+    copies the outputs of a row's documents once more.
+    """
+
+    engine: str = "torch"
+    nodes: int = 1
+    gpus: int = 1
+    zero_level: int = 3
+    tp_size: int = 1
+    sequence_parallel: bool = True
+    activation_checkpoint: str = "none"
+    grad_ckpt_num: int = 160
+    optimizer_offload: bool = False
+    half_type: str = "bf16"
+    batch_size: int = 1
+    max_length: int = 4096
+    grad_accum: int = 1
+    flash: bool = True
+
+    def __post_init__(self) -> None:
+        for key, allowed in CHOICES.items():
+            if getattr(self, key) not in allowed:
+                raise UserError(f"{key}: found {getattr(self, key)!r}, allowed: {', '.join(map(str, allowed))}")
+        for key in ("nodes", "gpus", "tp_size", "batch_size", "max_length", "grad_accum"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key}: found {getattr(self, key)}, expected 1 or more")
+        if self.engine == "bmtrain" and self.tp_size > 1:
+            raise UserError("tp_size: the bmtrain engine has no tensor parallelism; use --engine torch")
+        if self.engine == "bmtrain" and self.zero_level == 0:
+            raise UserError("zero_level: the bmtrain engine has 2 and 3")
+        if self.gpus % self.tp_size:
+            raise UserError(f"tp_size {self.tp_size} does not divide the {self.gpus} GPUs of a node")
+        if self.sequence_parallel and self.row % self.tp_size:
+            raise UserError(f"sequence_parallel: tp_size {self.tp_size} does not divide a row of {self.row} tokens")
+
+    @property
+    def row(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.batch_size * self.max_length
+
+    @property
+    def data_parallel(self) -> int:
+        """Ranks that hold different tokens, and over which ZeRO shards."""
+        return self.nodes * self.gpus // self.tp_size
+
+    @property
+    def tokens_a_step(self) -> int:
+        return self.row * self.grad_accum * self.data_parallel
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in the computation."""
+        return 4 if self.half_type == "fp32" else 2
+
+    def check(self, model: ModelConfig) -> None:
+        """Raises UserError where the model's heads cannot be dealt out to tp_size ranks."""
+        for key in ("num_heads", "num_kv_heads"):
+            if getattr(model, key) % self.tp_size:
+                raise UserError(f"tp_size {self.tp_size} does not divide {key} {getattr(model, key)}")
+
+    @property
+    def split_tokens(self) -> int:
+        """Ranks that share the tokens of norms and residual stream."""
+        return self.tp_size if self.sequence_parallel else 1
+
+    @classmethod
+    def from_run(cls, run: RunConfig, nodes: int, gpus: int) -> Setup:
+        """Of a run's configuration on `nodes` machines with `gpus` GPUs each."""
+        train, model = run.train.value, run.model.value
+        values = {key: getattr(train, key) for key in RUN_KEYS}
+        full = model.use_checkpoint and not train.activation_checkpoint
+        values["activation_checkpoint"] = "full" if full else train.checkpointing
+        if train.engine == "auto":  # as on a machine with GPUs
+            values["engine"] = "torch" if train.tp_size > 1 or train.zero_level == 0 else "bmtrain"
+        flash = model.use_flash_attn and train.flash != "none"
+        setup = cls(nodes=nodes, gpus=gpus, half_type=model.dtype_name, flash=flash, **values)
+        packs = train.packs_a_step(setup.data_parallel)
+        return replace(setup, grad_accum=packs // setup.data_parallel)

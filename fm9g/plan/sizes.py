@@ -1,0 +1,144 @@
+"""What a layer weighs, computes and keeps: counts that follow from fm9g/model line by line.
+
+Shapes: T tokens of a row, C hidden size, Q and K widths of all query and of all key heads, F intermediate size, V token
+ids, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fm9g.config.model import ModelConfig
+from fm9g.plan.setup import Setup
+
+LOSS_ROWS = 1024  # of logits at a time, in fm9g/model/loss.py
+
+
+@dataclass(frozen=True)
+class Widths:
+    """The shapes above, of one rank: with tensor parallelism Q, K and F are its share."""
+
+    c: int
+    q: int
+    k: int
+    f: int
+    v: int
+    heads: int
+    layers: int
+
+    @classmethod
+    def of(cls, model: ModelConfig, ways: int = 1) -> Widths:
+        return cls(
+            c=model.hidden_size,
+            q=model.num_heads * model.head_dim // ways,
+            k=model.num_kv_heads * model.head_dim // ways,
+            f=-(-model.intermediate_size // ways),
+            v=model.vocab_size,
+            heads=model.num_heads // ways,
+            layers=model.num_layers,
+        )
+
+
+def layer_weights(model: ModelConfig, ways: int = 1) -> int:
+    """Weights of a layer on one of `ways` ranks of tensor parallelism: matrices and biases dealt out, norms whole."""
+    w = Widths.of(model, ways)
+    biases = (w.q + 2 * w.k) * model.qkv_bias
+    return 2 * w.c * (w.q + w.k) + 3 * w.c * w.f + biases + 2 * w.c
+
+
+def head_weights(model: ModelConfig, ways: int = 1) -> int:
+    """Weights of the output layer, and of the embedding, on one of `ways` ranks that share the vocabulary."""
+    return -(-model.vocab_size // ways) * model.hidden_size
+
+
+def root_weights(model: ModelConfig, ways: int = 1) -> int:
+    """Weights outside layers: embedding, last norm, and the output layer where it has its own."""
+    return head_weights(model, ways) * (1 if model.tie_word_embeddings else 2) + model.hidden_size
+
+
+def count_weights(model: ModelConfig) -> int:
+    """All weights of a model."""
+    return model.num_layers * layer_weights(model) + root_weights(model)
+
+
+def checkpoint_bytes(model: ModelConfig) -> int:
+    """Of a checkpoint on disk: fp32 weights and two fp32 moments of each."""
+    return 12 * count_weights(model)
+
+
+def flops_a_token(model: ModelConfig, max_length: int) -> float:
+    """Of forward and backward, for documents of max_length tokens; what is recomputed is not counted.
+
+    6 for each weight that multiplies, and for causal attention half of 12 L Q max_length (Kaplan et al. 2020, section
+    2.1; Chowdhery et al. 2022, appendix B, who do not halve it). An input embedding is looked up and not multiplied.
+    """
+    multiplied = model.num_layers * layer_weights(model) + head_weights(model)
+    return 6 * multiplied + 6 * model.num_layers * Widths.of(model).q * max_length
+
+
+def norm_bytes(w: Widths, width: int) -> float:
+    """Kept by an RMSNorm for a token: its input in fp32, the normed value, and the statistic; not its output."""
+    return 4 * w.c + width * w.c + 4
+
+
+def layer_bytes(model: ModelConfig, setup: Setup) -> float:
+    """Kept by a layer for its backward pass, for a row, on one rank.
+
+    Attention: the output of the norm, rotated queries and keys, values, the output (once more where torch joins those
+    of documents), and a statistic a head. Feed-forward: the output of the norm, the gate before and after its
+    activation, the other factor, and the product. Rotation keeps its shared angles alone, residual additions nothing.
+    """
+    w, e = Widths.of(model, setup.tp_size), setup.width
+    norm, out = norm_bytes(w, e), float(e * w.c)
+    if setup.split_tokens > 1:
+        norm, out = norm / setup.split_tokens, out + out / setup.split_tokens  # its share, and whole for the matrices
+    attention = e * (2 * w.q + 2 * w.k) + e * w.q * (not setup.flash) + 4 * w.heads
+    dropout = 2 * w.c * (model.dropout > 0)
+    return setup.row * (2 * (norm + out) + attention + 4 * e * w.f + dropout)
+
+
+def input_bytes(model: ModelConfig, setup: Setup) -> float:
+    """A layer's input, which is all that full checkpointing keeps of it."""
+    return setup.row * setup.width * model.hidden_size / setup.split_tokens
+
+
+def selective_bytes(model: ModelConfig, setup: Setup) -> float:
+    """Kept of a layer by selective checkpointing: its input, and what matrices and attention give."""
+    w, e = Widths.of(model, setup.tp_size), setup.width
+    kept = e * (w.q + 2 * w.k) + e * w.q + 4 * w.heads + 2 * e * w.f + 2 * e * w.c
+    return setup.row * kept + input_bytes(model, setup)
+
+
+def feed_forward_bytes(model: ModelConfig, setup: Setup) -> float:
+    """Above layer_bytes at the fullest moment of a layer's backward pass, which is that of the gate's product.
+
+    Then of the four kept there, the product has gone, and the gradients of product, gate and factor are there.
+    """
+    w, e = Widths.of(model, setup.tp_size), setup.width
+    return setup.row * (2 * e * w.f + 2 * e * w.c)
+
+
+def norm_backward_bytes(model: ModelConfig, setup: Setup) -> float:
+    """At the end of a layer's backward pass: what its first norm kept, and four gradients in fp32."""
+    w, e = Widths.of(model, setup.tp_size), setup.width
+    return setup.row * (norm_bytes(w, e) + 16 * w.c + 2 * e * w.c) / setup.split_tokens
+
+
+def shared_bytes(model: ModelConfig, setup: Setup) -> float:
+    """Kept once for a row: ids, positions and targets, angles of the rotation, the last norm, rows of the loss."""
+    w, e = Widths.of(model), setup.width
+    return setup.row * (40 + 8 * model.head_dim + norm_bytes(w, e) + 2 * e * w.c)
+
+
+def loss_bytes(model: ModelConfig, setup: Setup) -> tuple[float, float]:
+    """In fm9g/model/loss.py: at its fullest chunk, and in the backward pass, when the weights' gradient is scaled.
+
+    A chunk: logits in fp32, those of the chunk before with their copy in the computation's precision, and either the
+    logits as the matrix gives them or the differences that logsumexp takes; or its part of the weights' gradient.
+    """
+    ids, e, weight = -(-model.vocab_size // setup.tp_size), setup.width, head_weights(model, setup.tp_size)
+    first, second = min(LOSS_ROWS, setup.row), min(LOSS_ROWS, max(0, setup.row - LOSS_ROWS))
+    copy = e * (e < 4)
+    logits = ids * max(8 * first, (4 + copy) * first + (6 if copy else 8) * second)
+    product = ids * (4 + copy) * first + e * weight
+    return 4 * weight + max(logits, product), (8 + copy) * weight

@@ -1,0 +1,25 @@
+"""An agent of the tests: run_agent with arguments from JSON, its workers run worker.py."""
+
+import json
+import sys
+from pathlib import Path
+
+from fm9g.errors import UserError
+from fm9g.launch.agent import run_agent
+from fm9g.launch.place import Nodes
+
+
+def main(values: dict) -> int:
+    nodes, argv = Nodes(**values.pop("nodes")), values.pop("argv")
+    log_dir = Path(values.pop("log_dir")) if "log_dir" in values else None
+    try:
+        return run_agent(
+            argv, nodes, log_dir=log_dir, command=[sys.executable, str(Path(__file__).with_name("worker.py"))], **values
+        )
+    except UserError as error:
+        print(f"fm9g: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(json.loads(sys.argv[1])))

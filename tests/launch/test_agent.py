@@ -1,0 +1,349 @@
+"""Real agents on this machine stand for nodes; their workers (worker.py) need no torch, so they start at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+TIMEOUT = 6.0  # seconds: what these runs call a minute
+
+
+class Node:
+    """An agent in a process of its own."""
+
+    def __init__(self, prefix: list[str], values: dict) -> None:
+        command = [*prefix, sys.executable, str(HERE / "node.py"), json.dumps(values)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def end(self, within: float = 2 * TIMEOUT) -> tuple[int, str, str]:
+        """Its exit code, what it printed, and its messages."""
+        out, err = self.process.communicate(timeout=within)
+        return self.process.returncode, out, err
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Node]]:
+    """start(kind, node, of=2, nproc=1, port=...): an agent whose workers do what worker.py calls `kind`."""
+    nodes = []
+
+    def start_node(
+        kind: str, node: int = 0, of: int = 2, nproc: int = 1, port: int = 0, addr: str = "127.0.0.1", **more: object
+    ) -> Node:
+        place = {"nproc": nproc, "nnodes": of, "node_rank": node, "master_addr": addr, "master_port": port}
+        prefix = more.pop("prefix", [])
+        values = {"argv": [kind, str(tmp_path)], "nodes": place, "timeout": TIMEOUT, "step_timeout": 0, **more}
+        nodes.append(Node(prefix, values))
+        return nodes[-1]
+
+    yield start_node
+    for node in nodes:
+        if node.process.poll() is None:
+            node.process.kill()
+            node.process.communicate()
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def await_file(path: Path) -> None:
+    deadline = time.monotonic() + 10
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.02)
+
+
+def pid_of(folder: Path, rank: int, attempt: int = 0) -> int:
+    await_file(folder / f"ready-{rank}-{attempt}")
+    return int((folder / f"pid-{rank}-{attempt}").read_text())
+
+
+def await_end_of(pid: int, within: float) -> None:
+    deadline = time.monotonic() + within
+    while Path(f"/proc/{pid}").exists() and "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < deadline, f"process {pid} lives on"
+        time.sleep(0.05)
+
+
+def message(err: str) -> str:
+    """The one line that starts with our name."""
+    lines = [line for line in err.splitlines() if line.startswith("fm9g: ")]
+    assert len(lines) == 1, err
+    return lines[0].removeprefix("fm9g: ")
+
+
+def test_nodes_run_together_and_node_0_shows_the_log(start, port, tmp_path):
+    nodes = [start("late", node, nproc=2, port=port, log_dir=str(tmp_path / "log")) for node in (1, 0)][::-1]
+    assert nodes[0].end() == (0, "rank 0 done, attempt 0, resumes: False\n", "")
+    assert nodes[1].end() == (0, "", "")
+    assert "rank 3 done" in (tmp_path / "log" / "rank-3.log").read_text()
+
+
+def test_a_killed_worker_ends_all_nodes_with_one_message(start, port, tmp_path):
+    nodes = [start("train", node, nproc=2, port=port) for node in (0, 1)]
+    pids = [pid_of(tmp_path, rank) for rank in range(4)]
+    os.kill(pids[3], signal.SIGKILL)
+    began = time.monotonic()
+    for code, out, err in (node.end() for node in nodes):
+        assert (code, out) == (1, "")
+        assert message(err).startswith(f"rank 3 on host {socket.gethostname()} (node 1): killed by SIGKILL")
+    assert time.monotonic() - began < TIMEOUT
+    for pid in pids:
+        await_end_of(pid, 0.1)
+
+
+def test_a_killed_agent_takes_its_workers_with_it_and_is_missed(start, port, tmp_path):
+    nodes = [start("train", node, port=port) for node in (0, 1)]
+    pids = [pid_of(tmp_path, rank) for rank in range(2)]
+    nodes[1].signal(signal.SIGKILL)
+    began = time.monotonic()
+    await_end_of(pids[1], 1)
+    code, _, err = nodes[0].end()
+    assert code == 1
+    assert f"rank 1 on host {socket.gethostname()} (node 1): no sign of life" in message(err)
+    assert time.monotonic() - began < TIMEOUT
+    await_end_of(pids[0], 0.1)
+
+
+def test_a_killed_master_ends_the_other_nodes(start, port, tmp_path):
+    nodes = [start("train", node, port=port) for node in (0, 1)]
+    pids = [pid_of(tmp_path, rank) for rank in range(2)]
+    nodes[0].signal(signal.SIGKILL)
+    code, _, err = nodes[1].end(TIMEOUT)
+    assert code == 1
+    assert f"lost touch with the master 127.0.0.1:{port}" in message(err)
+    for pid in pids:
+        await_end_of(pid, 1)
+
+
+def test_a_stopped_worker_is_missed(start, port, tmp_path):
+    nodes = [start("train", node, port=port) for node in (0, 1)]
+    pid = pid_of(tmp_path, 1)
+    pid_of(tmp_path, 0)
+    time.sleep(0.5)
+    os.kill(pid, signal.SIGSTOP)
+    for code, _, err in (node.end(TIMEOUT) for node in nodes):
+        assert code == 1
+        assert "rank 1 on host" in message(err)
+        assert "no sign of life" in message(err)
+    await_end_of(pid, 0.1)
+
+
+def test_a_missing_node_is_numbered(start, port):
+    nodes = [start("train", node, of=3, port=port, timeout=2) for node in (0, 1)]
+    for code, _, err in (node.end() for node in nodes):
+        assert code == 1
+        assert "of 3 nodes, number 2 did not appear within 2 s" in message(err)
+
+
+@pytest.mark.parametrize(
+    ("addr", "problem"), [("127.0.0.1", "refused; is node 0 started"), ("no-such-host.invalid", "does not resolve")]
+)
+def test_an_unreachable_master(start, port, addr: str, problem: str):
+    code, _, err = start("train", 1, port=port, addr=addr, timeout=1.5).end()
+    assert code == 2
+    assert problem in message(err)
+    assert addr in message(err)
+
+
+def test_a_master_that_is_something_else(start):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and says nothing
+        code, _, err = start("train", 1, port=silent.getsockname()[1], timeout=1.5).end()
+    assert code == 2
+    assert "is not fm9g" in message(err)
+
+
+def test_a_port_in_use(start):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, _, err = start("train", 0, port=port).end()
+    assert code == 2
+    assert f"port {port}" in message(err)
+    assert "--master-port" in message(err)
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "key"),
+    [
+        ({"nproc": 1}, {"nproc": 2}, "nproc (GPUS_PER_NODE): 2 there, 1 on node 0"),
+        ({"of": 2}, {"of": 3}, "nnodes (NNODES): 3 there, 2 on node 0"),
+        ({"identity": {"code": "a"}}, {"identity": {"code": "b"}}, "code: b there, a on node 0"),
+    ],
+)
+def test_nodes_that_were_started_differently(start, port, here: dict, there: dict, key: str):
+    nodes = [start("train", 0, port=port, **here), start("train", 1, port=port, **there)]
+    for code, _, err in (node.end() for node in nodes):
+        assert code == 2
+        assert message(err).startswith(f"node 1 on host {socket.gethostname()}: differs from node 0")
+        assert key in message(err)
+
+
+def test_a_node_number_given_twice(start, port):
+    nodes = [start("train", node, of=3, port=port) for node in (0, 1, 1)]
+    for code, _, err in (node.end() for node in nodes):
+        assert code == 2
+        assert message(err).startswith("node 1 on host")
+        assert "given twice" in message(err)
+
+
+def test_a_stray_node_does_not_end_a_run(start, port, tmp_path):
+    nodes = [start("train", node, port=port) for node in (0, 1)]
+    pid_of(tmp_path, 0), pid_of(tmp_path, 1)
+    code, _, err = start("train", 1, port=port).end()
+    assert code == 2
+    assert "given twice" in message(err)
+    time.sleep(0.5)
+    assert [node.process.poll() for node in nodes] == [None, None]
+
+
+def test_a_users_mistake_in_one_rank_is_told_once_a_node_and_not_tried_again(start, port):
+    nodes = [start("error", node, port=port, max_restarts=3) for node in (0, 1)]
+    for code, out, err in (node.end() for node in nodes):
+        assert (code, out) == (2, "")
+        assert err.strip() == (
+            f"fm9g: rank 1 on host {socket.gethostname()} (node 1): data.jsonl:7: found nothing, expected something"
+        )
+
+
+def test_a_bug_comes_with_its_traceback(start):
+    code, _, err = start("bug", of=1, nproc=2).end()
+    assert code == 1
+    assert "(node 0): KeyError: 'a bug'" in message(err)
+    assert "worker.py" in err
+
+
+def test_a_worker_that_ends_without_a_word_has_its_last_line_shown(start):
+    code, _, err = start("exit", of=1, nproc=2).end()
+    assert code == 1
+    assert message(err).endswith("ended with exit code 3: the last words")
+
+
+def test_ranks_that_differ_name_the_one_that_does(start):
+    code, _, err = start("differ", of=1, nproc=2).end()
+    assert code == 2
+    assert message(err).startswith("rank 1 on host right (node 0): differs from rank 0 on host left in data.hash: bb")
+
+
+def test_the_echo_of_a_death_is_not_the_cause(start, port, tmp_path):
+    nodes = [start("echo", node, port=port) for node in (0, 1)]
+    pid_of(tmp_path, 0)
+    pid = pid_of(tmp_path, 1)
+    (tmp_path / "killed").touch()  # the echo comes before anyone else knows
+    time.sleep(0.2)
+    os.kill(pid, signal.SIGKILL)
+    for _, _, err in (node.end() for node in nodes):
+        assert "rank 1" in message(err)
+        assert "SIGKILL" in message(err)
+
+
+def test_a_step_that_hangs_is_reported_with_the_stacks_of_all_ranks(start, port, tmp_path):
+    nodes = [start("hang", node, port=port, step_timeout=1.0) for node in (0, 1)]
+    ends = [node.end() for node in nodes]
+    (stacks,) = tmp_path.glob("stacks-*.txt")
+    for code, _, err in ends:
+        assert code == 1
+        assert "hangs in step 4" in message(err)
+        assert str(stacks) in message(err)
+    assert "== rank 0" in stacks.read_text()
+    assert "hang_here" in stacks.read_text().split("== rank 1")[1]
+    assert "hang_here" in ends[0][2]  # on the screen of node 0 too
+
+
+def test_all_nodes_start_again_after_a_crash(start, port):
+    nodes = [start("crash-once", node, port=port, max_restarts=2) for node in (0, 1)]
+    ends = [node.end() for node in nodes]
+    assert [end[0] for end in ends] == [0, 0]
+    assert "rank 0 done, attempt 1, resumes: True" in ends[0][1]
+    for _, _, err in ends:
+        assert "rank 1" in err
+        assert "starting again (1 of 2)" in err
+        assert "(2 of 2)" not in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_is_passed_on_and_the_workers_save(start, tmp_path, number: int):
+    node = start("train", of=1, nproc=2)
+    pid_of(tmp_path, 0), pid_of(tmp_path, 1)
+    time.sleep(0.3)
+    node.signal(number)
+    code, _, err = node.end()
+    assert code == 130
+    assert err.count("stopping with a checkpoint") == 1  # rank 0 has it once, not from the agent and the terminal
+    assert (tmp_path / "saved-0").exists()
+    assert (tmp_path / "saved-1").exists()
+
+
+def test_a_second_signal_ends_workers_that_do_not_listen(start, port, tmp_path):
+    nodes = [start("hang", node, port=port) for node in (0, 1)]
+    pids = [pid_of(tmp_path, 0), pid_of(tmp_path, 1)]
+    time.sleep(0.8)
+    nodes[0].signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert nodes[0].process.poll() is None
+    nodes[0].signal(signal.SIGTERM)
+    for code, _, _ in (node.end() for node in nodes):
+        assert code == 130
+    for pid in pids:
+        await_end_of(pid, 0.1)
+
+
+def test_a_signal_while_nodes_are_missing(start, port):
+    node = start("train", 0, port=port)
+    time.sleep(1)
+    node.signal(signal.SIGINT)
+    code, _, err = node.end(2)
+    assert code == 130
+    assert "interrupted by SIGINT" in message(err)
+
+
+def test_a_cut_network_ends_both_sides(start, port, tmp_path):
+    """Two machines, a cable, and the cable is cut: packets vanish, and no connection is reset."""
+    names = [f"fm9g{os.getpid() % 10000}{side}" for side in "ab"]
+    setup = [f"ip netns add {name}" for name in names]
+    setup += [f"ip link add {names[0]}0 netns {names[0]} type veth peer name {names[1]}0 netns {names[1]}"]
+    for i, name in enumerate(names):
+        setup += [f"ip -n {name} addr add 10.99.0.{i + 1}/24 dev {name}0", f"ip -n {name} link set {name}0 up"]
+        setup += [f"ip -n {name} link set lo up"]
+    try:
+        for line in setup:
+            try:
+                subprocess.run(line.split(), check=True, capture_output=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', None) or error}")
+        nodes = [
+            start("train", i, addr="10.99.0.1", port=port, prefix=["ip", "netns", "exec", name])
+            for i, name in enumerate(names)
+        ]
+        pids = [pid_of(tmp_path, rank) for rank in range(2)]
+        time.sleep(0.5)
+        # Not the device but the path: a device that is down lets the sender know.
+        drop = f"tc -n {names[1]} qdisc add dev {names[1]}0 root netem loss 100%"
+        if subprocess.run(drop.split(), capture_output=True).returncode:
+            subprocess.run(f"ip -n {names[0]} link set {names[0]}0 down".split(), check=True)
+        began = time.monotonic()
+        ends = [node.end() for node in nodes]
+        assert time.monotonic() - began < TIMEOUT
+        assert [end[0] for end in ends] == [1, 1]
+        assert "rank 1 on host" in message(ends[0][2])
+        assert "no sign of life" in message(ends[0][2])
+        assert "master 10.99.0.1" in message(ends[1][2])
+        for pid in pids:
+            await_end_of(pid, 0.1)
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)

@@ -1,0 +1,150 @@
+import pytest
+
+from fm9g.errors import UserError
+from fm9g.launch.place import Nodes, Place, expand_nodes, find_launcher, find_nodes, find_place
+
+TORCHRUN = {
+    "RANK": "5",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "8",
+    "LOCAL_WORLD_SIZE": "4",
+    "GROUP_RANK": "1",
+    "GROUP_WORLD_SIZE": "2",
+    "MASTER_ADDR": "gpu01",
+    "MASTER_PORT": "29511",
+    "TORCHELASTIC_RESTART_COUNT": "2",
+}
+SLURM = {
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_PROCID": "4",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_NODELIST": "gpu[01-02,07]",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+    "SLURM_JOB_ID": "100",
+    "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.99",
+}
+
+
+def test_a_process_without_variables_is_alone():
+    assert find_place({}) == Place()
+    assert Place().alone
+    assert not Place().agent
+
+
+def test_the_number_of_the_node_is_not_a_rank():
+    guide = {"RANK": "1", "NNODES": "2", "MASTER_ENDPOINT": "gpu01", "MASTER_PORT": "29500", "GPUS_PER_NODE": "8"}
+    assert find_place(guide) == Place()
+    assert find_nodes(guide) == Nodes(8, 2, 1, "gpu01", 29500)
+
+
+def test_torchrun():
+    place = find_place(TORCHRUN)
+    assert (place.rank, place.local_rank, place.world_size, place.local_world_size) == (5, 1, 8, 4)
+    assert (place.node, place.nodes, place.master_addr, place.master_port) == (1, 2, "gpu01", 29511)
+    assert (place.launcher, place.attempt, place.agent) == ("torchrun", 2, False)
+
+
+def test_our_agent():
+    ours = {**TORCHRUN, "FM9G_AGENT": "1", "FM9G_ATTEMPT": "1", "FM9G_STARTED": "17.5", "FM9G_STEP_TIMEOUT": "9"}
+    place = find_place(ours)
+    assert (place.agent, place.attempt, place.started, place.step_timeout) == (True, 1, 17.5, 9.0)
+
+
+def test_slurm_step():
+    place = find_place(SLURM)
+    assert (place.rank, place.local_rank, place.world_size, place.local_world_size) == (4, 0, 5, 1)
+    assert (place.node, place.nodes, place.master_addr) == (2, 3, "gpu01")  # rank 0 is on the first node of the step
+    assert place.master_port == find_place({**SLURM, "SLURM_PROCID": "0", "SLURM_NODEID": "0"}).master_port
+    assert place.master_port != find_place({**SLURM, "SLURM_STEP_ID": "1"}).master_port
+    assert find_place({**SLURM, "MASTER_PORT": "2345", "MASTER_ADDR": "other"}).master_port == 2345
+
+
+def test_a_slurm_script_or_shell_is_no_step_of_several_tasks():
+    assert find_place({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) == Place()
+    assert find_place({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}) == Place()
+
+
+def test_torchrun_inside_slurm_is_torchrun():
+    assert find_launcher({**SLURM, **TORCHRUN}) == "torchrun"
+
+
+@pytest.mark.parametrize(
+    ("environ", "names"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "LOCAL_RANK"),
+        ({**TORCHRUN, "WORLD_SIZE": ""}, "WORLD_SIZE"),
+        ({**TORCHRUN, "RANK": ""}, "RANK"),
+        ({**TORCHRUN, "RANK": "8"}, "RANK is 8, but WORLD_SIZE is 8"),
+        ({**TORCHRUN, "LOCAL_RANK": "4"}, "LOCAL_RANK is 4"),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "16"}, "LOCAL_WORLD_SIZE"),
+        ({**TORCHRUN, "RANK": "-1"}, "RANK: found '-1'"),
+        ({**TORCHRUN, "MASTER_ADDR": ""}, "MASTER_ADDR"),
+        ({**TORCHRUN, "MASTER_PORT": "http"}, "MASTER_PORT: found 'http'"),
+        ({**SLURM, "SLURM_PROCID": "5"}, "SLURM_PROCID is 5"),
+        ({**SLURM, "SLURM_LOCALID": "1"}, "SLURM_LOCALID"),
+        ({**SLURM, "SLURM_STEP_NODELIST": "gpu[01-"}, "SLURM_STEP_NODELIST"),
+        ({**SLURM, "SLURM_JOB_ID": ""}, "MASTER_PORT"),
+        ({"FM9G_TIMEOUT": "soon"}, "FM9G_TIMEOUT: found 'soon'"),
+    ],
+)
+def test_variables_that_contradict_each_other_are_named(environ: dict, names: str):
+    with pytest.raises(UserError) as caught:
+        find_place(environ)
+    assert names in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("login1", ["login1"]),
+        ("a,b", ["a", "b"]),
+        ("gpu[01-03,07],login1", ["gpu01", "gpu02", "gpu03", "gpu07", "login1"]),
+        ("n[8-11]", ["n8", "n9", "n10", "n11"]),
+        ("n[098-101]-ib", ["n098-ib", "n099-ib", "n100-ib", "n101-ib"]),
+        ("r[1-2]n[1,3]", ["r1n1", "r1n3", "r2n1", "r2n3"]),
+    ],
+)
+def test_node_lists(text: str, names: list[str]):
+    assert expand_nodes(text) == names
+
+
+@pytest.mark.parametrize("text", ["", "gpu[1-", "gpu[3-1]", "gpu[a-b]", "gpu]1["])
+def test_node_lists_that_are_none(text: str):
+    with pytest.raises(UserError):
+        expand_nodes(text)
+
+
+def test_arguments_come_before_variables():
+    environ = {"NNODES": "4", "RANK": "3", "MASTER_ENDPOINT": "a", "GPUS_PER_NODE": "8"}
+    assert find_nodes(environ, nproc=2, nnodes=2, node_rank=1, master_addr="b", master_port=99) == Nodes(
+        2, 2, 1, "b", 99
+    )
+    assert find_nodes(environ).master_port == 29500
+    assert find_nodes({}, nproc=4) == Nodes(4, 1, 0, "127.0.0.1", 0)
+
+
+def test_one_agent_a_task_of_slurm():
+    step = {**SLURM, "SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "1(x3)", "SLURM_PROCID": "2"}
+    nodes = find_nodes(step, nproc=8)
+    assert (nodes.nnodes, nodes.node_rank, nodes.master_addr) == (3, 2, "gpu01")
+    with pytest.raises(UserError, match="ntasks-per-node"):
+        find_nodes({**SLURM, "SLURM_NODEID": "1", "SLURM_PROCID": "3"}, nproc=8)
+
+
+@pytest.mark.parametrize(
+    ("environ", "names"),
+    [
+        ({"NNODES": "2", "MASTER_ENDPOINT": "a"}, "RANK"),
+        ({"NNODES": "2", "RANK": "0"}, "MASTER_ENDPOINT"),
+        ({"RANK": "1"}, "NNODES"),  # else two machines would train the same, each alone
+        ({"NNODES": "2", "RANK": "2", "MASTER_ENDPOINT": "a"}, "RANK"),
+        ({"NNODES": "two"}, "NNODES"),
+        ({"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE"),
+        (TORCHRUN, "torchrun"),
+    ],
+)
+def test_nodes_that_contradict_each_other_are_named(environ: dict, names: str):
+    with pytest.raises(UserError) as caught:
+        find_nodes(environ)
+    assert names in str(caught.value)

@@ -1,0 +1,248 @@
+"""`fm9g plan`: its memory beside measured peaks, its arithmetic, and the settings that it suggests."""
+
+import argparse
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from fm9g.config.load import require_config
+from fm9g.config.model import ModelConfig, load_model_config
+from fm9g.config.run import load_run
+from fm9g.errors import UserError
+from fm9g.plan import (
+    GPUS,
+    Gpu,
+    Setup,
+    add_plan_arguments,
+    checkpoint_bytes,
+    count_weights,
+    flops_a_token,
+    moments,
+    peak,
+    plan,
+    run_plan,
+    suggest,
+    table,
+)
+from fm9g.plan.command import parse_tokens
+from fm9g.plan.setup import GIB
+
+SMALL = ModelConfig(
+    vocab_size=512, hidden_size=128, intermediate_size=352, num_layers=4, num_heads=4, use_flash_attn=False
+)
+
+
+def shipped(name: str) -> ModelConfig:
+    return load_model_config(require_config("model_configs", name)).value
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    file = Path(__file__).resolve().parents[2] / "benchmarks" / "plan" / "measure.py"
+    spec = importlib.util.spec_from_file_location("plan_measure", file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("model", "setup"),
+    [
+        ({}, {"half_type": "fp32"}),
+        ({}, {"half_type": "bf16", "max_length": 256}),
+        ({"num_layers": 6}, {"half_type": "fp32", "activation_checkpoint": "full"}),
+        (
+            {"num_layers": 6},
+            {"half_type": "fp32", "activation_checkpoint": "selective", "zero_level": 2, "grad_accum": 2},
+        ),
+        ({"vocab_size": 6000}, {"half_type": "fp32", "activation_checkpoint": "full", "grad_ckpt_num": 2}),
+        ({"vocab_size": 6000, "tie_word_embeddings": True}, {"half_type": "bf16", "max_length": 64, "zero_level": 0}),
+    ],
+)
+def test_memory_is_what_is_measured_within_15_percent(benchmark: ModuleType, model: dict, setup: dict) -> None:
+    config = replace(SMALL, **model)
+    chosen = Setup(**{"max_length": 512, "flash": False, **setup})
+    measured = benchmark.measure(config, chosen)
+    assert peak(config, chosen).total == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("2b", 2_724_880_896),
+        ("4b", 4_129_681_920),
+        ("7b", 7_668_831_744),
+        ("8b", 8_765_444_096),
+        ("70b", 80_814_546_944),
+    ],
+)
+def test_parameters_are_those_of_the_model(name: str, count: int) -> None:
+    from fm9g.model.transformer import weight_shapes
+
+    assert (
+        count_weights(shipped(name)) == count == sum(shape.numel() for shape in weight_shapes(shipped(name)).values())
+    )
+    assert checkpoint_bytes(shipped(name)) == 12 * count
+
+
+def test_planning_needs_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, fm9g.plan, fm9g.doctor; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_flops_are_those_of_the_matrices_and_of_causal_attention() -> None:
+    without = flops_a_token(SMALL, max_length=0)
+    matrices = 4 * (4 * 128 * 128 + 3 * 128 * 352 + 2 * 128) + 512 * 128
+    assert without == 6 * matrices
+    # Scores and mixing: 2 products of 2 x 128 FLOPs for each of 300 tokens and layer, half of them masked, three passes.
+    assert flops_a_token(SMALL, 300) - without == 3 * 4 * 2 * 2 * 128 * 300 / 2
+    tied = replace(SMALL, tie_word_embeddings=True)
+    assert flops_a_token(tied, 0) == without
+
+
+def test_days_and_tokens() -> None:
+    setup = Setup(nodes=8, gpus=8, tp_size=4, batch_size=2, grad_accum=3, max_length=1000)
+    made = plan(shipped("7b"), setup, Gpu(80, 312e12), mfu=0.5)
+    assert setup.tokens_a_step == 16 * 2 * 3 * 1000
+    assert made.tokens_a_second == pytest.approx(64 * 156e12 / flops_a_token(shipped("7b"), 1000))
+    assert made.days(1e12) == pytest.approx(1e12 / made.tokens_a_second / 86400)
+    assert [parse_tokens(text) for text in ("300M", "1.5t", "1000B", "5e9")] == [3e8, 1.5e12, 1e12, 5e9]
+
+
+def test_what_lasts_is_shared_by_the_ranks_and_offloaded() -> None:
+    model, setup = shipped("7b"), Setup(nodes=2, gpus=8, activation_checkpoint="full")
+    weights = count_weights(model)
+    last = list(moments(model, setup))[-1]
+    assert (last.weights, last.gradients, last.optimizer) == pytest.approx([w * weights / 16 for w in (4, 4, 8)])
+    whole = list(moments(model, replace(setup, zero_level=0)))[-1]
+    assert whole.optimizer == pytest.approx(8 * weights)
+    assert peak(model, replace(setup, optimizer_offload=True)).optimizer == 0
+    bmtrain = list(moments(model, replace(setup, engine="bmtrain")))[-1]
+    assert (bmtrain.weights, bmtrain.gradients, bmtrain.optimizer) == pytest.approx(
+        [w * weights / 16 for w in (2, 2, 12)]
+    )
+
+
+def test_each_setting_saves_what_it_is_for() -> None:
+    model, base = shipped("7b"), Setup(gpus=8, batch_size=2)
+    sizes = [
+        peak(model, replace(base, activation_checkpoint=kind)).activations for kind in ("none", "selective", "full")
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    buffers = [peak(model, replace(base, activation_checkpoint="full", zero_level=level)).total for level in (0, 2, 3)]
+    assert buffers == sorted(buffers, reverse=True)
+    split = replace(base, tp_size=4)
+    assert peak(model, split).activations < peak(model, replace(split, sequence_parallel=False)).activations
+    assert (
+        peak(model, replace(base, engine="bmtrain")).buffers
+        > peak(model, replace(base, engine="bmtrain", activation_checkpoint="full")).buffers
+    )  # without checkpointing bmtrain's gathered layers stay
+
+
+def test_suggestions_fit_and_keep_the_tokens_a_step() -> None:
+    model, setup = shipped("7b"), Setup(gpus=8, batch_size=4)
+    assert not plan(model, setup).fits
+    found = suggest(model, setup)
+    assert found
+    times = [made.step_seconds for _, made in found]
+    assert times == sorted(times)
+    for changes, made in found:
+        assert made.fits
+        assert made.setup.tokens_a_step == setup.tokens_a_step
+        assert replace(setup, **_parsed(changes, setup)) == made.setup
+    assert ("", plan(model, replace(setup, batch_size=1))) in suggest(model, replace(setup, batch_size=1))
+    assert suggest(shipped("70b"), Setup(batch_size=1)) == []
+
+
+def _parsed(changes: str, setup: Setup) -> dict:
+    values = {}
+    for key, text in zip(changes.split()[::2], changes.split()[1::2]):
+        old = getattr(setup, key.removeprefix("--"))
+        values[key.removeprefix("--")] = text == "true" if isinstance(old, bool) else type(old)(text)
+    return values
+
+
+def test_heads_limit_tensor_parallelism() -> None:
+    with pytest.raises(UserError, match="tp_size 8 does not divide num_kv_heads 4"):
+        plan(shipped("4b"), Setup(gpus=8, tp_size=8))
+    assert all(made.setup.tp_size <= 4 for _, made in suggest(shipped("4b"), Setup(gpus=8, batch_size=8), count=99))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"engine": "x"}, {"zero_level": 1}, {"gpus": 0}, {"gpus": 8, "tp_size": 3}, {"gpus": 2, "tp_size": 2, "max_length": 5},
+     {"engine": "bmtrain", "zero_level": 0}, {"engine": "bmtrain", "gpus": 2, "tp_size": 2}],
+)  # fmt: skip
+def test_a_setup_that_cannot_be(wrong: dict) -> None:
+    with pytest.raises(UserError):
+        Setup(**wrong)
+
+
+def test_a_setup_is_read_from_a_run() -> None:
+    keys = {"use_checkpoint": "true", "global_batch": "64", "max_length": "2048", "zero_level": "2", "engine": "torch"}
+    setup = Setup.from_run(load_run("7b", keys, complete=False), nodes=2, gpus=8)
+    assert setup == Setup(
+        nodes=2, gpus=8, zero_level=2, activation_checkpoint="full", max_length=2048, grad_accum=4, half_type="bf16"
+    )  # fmt: skip
+    assert Setup.from_run(load_run("7b", {}, complete=False), 1, 8).engine == "bmtrain"
+    assert Setup.from_run(load_run("7b", {"tp_size": "2"}, complete=False), 1, 8).engine == "torch"
+
+
+def command(*words: str, **keys: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_plan_arguments(parser)
+    return run_plan(parser.parse_args(words), keys)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    keys = {"engine": "torch", "use_checkpoint": "true"}
+    assert command("--config", "70b", "--nodes", "8", "--gpu", "h100", "--tokens", "2T", **keys) == 0
+    text = capsys.readouterr().out
+    assert "80.815 B" in text
+    assert "2000 B tokens" in text
+    assert f"{12 * 80_814_546_944 / GIB:.1f} GiB" in text
+    picture = tmp_path / "memory.png"
+    assert command("--config", "7b", "--json", "--plot", str(picture), batch_size="8", engine="torch") == 1
+    figures = json.loads(capsys.readouterr().out)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert not figures["fits"]
+    assert sum(figures["memory"].values()) == pytest.approx(figures["tensors"], abs=10)
+    assert figures["suggestions"][0]["fits"]
+    assert command("--config", "7b", batch_size="8", engine="torch") == 1
+    assert figures["suggestions"][0]["changes"] in capsys.readouterr().out
+    assert command("--config", "7b", "--json", batch_size="8", engine="torch", global_batch="64") == 1
+    changes = [other["changes"] for other in json.loads(capsys.readouterr().out)["suggestions"]]
+    assert any("--global_batch" in text for text in changes)
+    assert not any("--grad_accum" in text for text in changes)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--gpu", "H10"),
+        ("--gpu-memory", "0"),
+        ("--gpu-flops", "nan"),
+        ("--mfu", "40"),
+        ("--tokens", "many"),
+        ("--gpus", "0"),
+    ],
+)
+def test_mistakes_on_the_command_line(words: tuple[str, ...]) -> None:
+    with pytest.raises(UserError):
+        command("--config", "7b", *words)
+
+
+def test_every_component_is_in_the_table() -> None:
+    made = plan(shipped("7b"), Setup(gpus=8), GPUS["H200"])
+    text = table(made, 1e12)
+    assert f"{made.memory.total / GIB:.2f} GiB" in text
+    assert f"{made.memory.activations / GIB:.2f} GiB" in text
+    assert "free" in text

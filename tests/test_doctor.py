@@ -1,0 +1,189 @@
+"""`fm9g doctor`: each finding from a machine that is made up, and the whole on this one."""
+
+import argparse
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fm9g.config.run import load_run
+from fm9g.doctor import add_doctor_arguments, examine, machine, packages, run_doctor
+from fm9g.doctor.packages import Probe, probe
+from fm9g.doctor.report import ERROR, GIB, OK, WARNING, Line, show
+from fm9g.errors import UserError
+
+HERE = {
+    "version": "2.13.0",
+    "cuda": "13.0",
+    "gpus": [],
+    "arch": ["sm_80", "sm_90"],
+    "nccl": "2.27.5",
+    "gloo": True,
+    "abi": True,
+}
+H100 = ("NVIDIA H100", 79 * GIB, 80 * GIB, 9, 0)
+
+
+def options(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_doctor_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_this_machine_is_fit_for_the_tests(tmp_path: Path) -> None:
+    started = time.monotonic()
+    run = load_run("tiny", {"output_dir": str(tmp_path / "out"), "train_iters": "10"}, complete=False)
+    lines = {line.name: line for line in examine(run)}
+    assert time.monotonic() - started < 60
+    for name in ("Python", "torch", "numpy", "transformers", "other packages", "output_dir", "disk"):
+        assert lines[name].status == OK or "cannot be imported within" in lines[name].found, lines[name]
+    assert lines["disk"].found.endswith("1 checkpoints of 0.1 GiB to come: 0.1 GiB")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_crash_and_a_hang_of_an_import_are_findings() -> None:
+    assert "SIGSEGV" in probe("import os; os.kill(os.getpid(), 11)").failure
+    assert probe("import time; time.sleep(9)", timeout=0.2).hung
+    hung = packages._optional("bitsandbytes", Probe("", "cannot be imported within 18 s", hung=True), HERE)
+    assert (hung.status, "try it alone" in hung.advice) == (WARNING, True)
+    assert probe("import no_such_thing").failure == "ModuleNotFoundError: No module named 'no_such_thing'"
+    assert probe("print(1)") == Probe("1\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("ImportError: x.so: undefined symbol: _ZN3c105ErrorC2ENS", "torch 2.13.0, CUDA 13.0, cxx11abiTRUE"),
+        ("undefined symbol: ncclBroadcast", "nvidia-nccl-cu11"),
+        ("A module that was compiled using NumPy 1.x cannot be run in NumPy 2", "built for numpy 1"),
+        ("ModuleNotFoundError: No module named 'transformers.deepspeed'", "OpenDelta issue 82"),
+        ("ImportError: libcudart.so.12: cannot open shared object file", "another CUDA than torch 2.13.0"),
+        ("ModuleNotFoundError: No module named 'web'", "pip install web"),
+        ("Segmentation fault", "pip uninstall bmtrain"),
+    ],
+)
+def test_what_a_broken_package_says_tells_what_to_do(monkeypatch, text: str, advice: str) -> None:
+    monkeypatch.setattr(packages, "_version", lambda name: "1.0.1")
+    line = packages._optional("bmtrain", Probe(text, text), HERE | {"gpus": [H100]})
+    assert line.status == ERROR
+    assert advice in line.advice
+
+
+def test_what_only_gpus_need_is_not_missed_without_one(monkeypatch) -> None:
+    monkeypatch.setattr(packages, "_version", lambda name: "")
+    for name in ("bmtrain", "flash-attn", "opendelta", "bitsandbytes"):
+        assert packages._optional(name, None, HERE).status == OK
+    with_gpu = HERE | {"gpus": [H100]}
+    assert packages._optional("bmtrain", None, with_gpu).status == WARNING
+    assert "--no-deps" in packages._optional("bmtrain", None, with_gpu).advice
+    assert packages._optional("bitsandbytes", None, with_gpu).status == OK
+
+
+@pytest.mark.parametrize(
+    ("torch", "driver", "statuses", "words"),
+    [
+        ({}, "", [OK], "training runs on the CPU"),
+        ({"cuda": None}, "580.95.05", [ERROR], "install torch for CUDA"),
+        ({}, "550.54.14", [ERROR], "580.65.06"),
+        ({}, "580.95.05", [ERROR], "CUDA_VISIBLE_DEVICES"),
+        ({"gpus": [H100]}, "580.95.05", [OK, OK], "80.0 GiB, compute capability 9.0, bf16"),
+        (
+            {"gpus": [("V100", 32 * GIB, 32 * GIB, 7, 0)], "arch": ["sm_70"]},
+            "580.95.05",
+            [OK, WARNING],
+            "half_type fp16",
+        ),
+        ({"gpus": [("B200", 1, 1, 10, 0)]}, "580.95.05", [OK, ERROR], "kernels for sm_80, sm_90 only"),
+        ({"gpus": [(*H100[:1], 40 * GIB, *H100[2:])]}, "580.95.05", [OK, WARNING], "40.0 GiB in use"),
+        ({"gpus": [H100, ("H200", 140 * GIB, 140 * GIB, 9, 0)]}, "580.95.05", [OK, OK, OK, WARNING], "slowest"),
+    ],
+)
+def test_gpus(monkeypatch, torch: dict, driver: str, statuses: list[str], words: str) -> None:
+    monkeypatch.setattr(packages, "_driver", lambda: driver)
+    lines = list(packages._gpus(HERE | torch))
+    assert [line.status for line in lines] == statuses
+    assert words in show(lines)
+
+
+def test_two_nccl_wheels_are_found(monkeypatch) -> None:
+    monkeypatch.setattr(
+        packages, "_version", lambda name: "2.27.5" if name in ("nvidia-nccl-cu11", "nvidia-nccl-cu13") else ""
+    )
+    line = packages._nccl(HERE | {"gpus": [H100]})
+    assert line.status == ERROR
+    assert "--no-deps" in line.advice
+    monkeypatch.setattr(packages, "_version", lambda name: "")
+    assert packages._nccl(HERE).status == OK
+
+
+def test_old_and_missing_requirements(monkeypatch) -> None:
+    found = {"torch": "2.13.0+cpu", "transformers": "4.40.2", "numpy": ""}
+    monkeypatch.setattr(
+        packages.metadata, "requires", lambda name: ["torch>=2.6", "transformers>=4.51", "numpy>=2", "x; extra == 'y'"]
+    )
+    monkeypatch.setattr(packages, "_version", lambda name: found[name])
+    lines = {line.name: line for line in packages._requirements({"torch": Probe("{}")}, HERE)}
+    assert [lines[name].status for name in found] == [OK, ERROR, ERROR]
+    assert lines["transformers"].advice == "pip install 'transformers>=4.51'"
+
+
+def test_the_way_to_node_0() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert machine.examine_rendezvous("127.0.0.1", port, 1, 1).status == OK
+        taken = machine.examine_rendezvous("127.0.0.1", port, 0, 1)
+        assert (taken.status, "another program" in taken.advice) == (ERROR, True)
+    nobody = machine.examine_rendezvous("127.0.0.1", port, 1, 1)
+    assert (nobody.status, "start node 0" in nobody.advice) == (WARNING, True)
+    assert machine.examine_rendezvous("127.0.0.1", port, 0, 1).status == OK
+    assert machine.examine_rendezvous("no-such-host.invalid", port, 1, 1).status == ERROR
+    other = machine.examine_rendezvous("192.0.2.1", port, 0, 1)  # of TEST-NET: nobody's
+    assert (other.status, "not of this machine" in other.advice) == (ERROR, True)
+
+
+def test_disk_processors_and_output_of_a_run(tmp_path: Path, monkeypatch) -> None:
+    keys = {"output_dir": str(tmp_path), "train_iters": "1000", "save_iters": "300", "dataloader_num_workers": "9999"}
+    run = load_run("7b", keys, complete=False)
+
+    def disk(free: float) -> Line:
+        monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=int(free * GIB), total=0))
+        return machine._disk(run)
+
+    assert "4 checkpoints of 85.7 GiB" in disk(10).found
+    assert [disk(free).status for free in (10, 200, 400)] == [ERROR, WARNING, OK]
+    assert "the first 2 fit" in disk(200).advice
+    assert machine._processors(run, 8).status == WARNING
+    monkeypatch.setattr(machine, "_file_system", lambda folder: "ext4")
+    assert next(machine.examine_output(run, nodes=2)).status == WARNING
+    assert next(machine.examine_output(run, nodes=1)).status == OK
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    run = load_run("tiny", {"output_dir": str(tmp_path / "file" / "out")}, complete=False)
+    lines = list(machine.examine_output(run, nodes=1))
+    assert [line.status for line in lines] == [ERROR]
+
+
+def test_limits(monkeypatch) -> None:
+    monkeypatch.setattr(machine.resource, "getrlimit", lambda kind: (1024, -1))
+    assert machine._open_files().advice == "ulimit -n 65536"
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(total=64 * 2**20))
+    assert machine._shared_memory(on_gpu=True).status == WARNING
+    assert machine._shared_memory(on_gpu=False).status == OK
+
+
+def test_the_command(monkeypatch, capsys) -> None:
+    lines = [Line(OK, "Python", "3.11"), Line(WARNING, "NCCL", "old", "newer")]
+    monkeypatch.setattr("fm9g.doctor.examine", lambda *arguments: lines)
+    assert run_doctor(options(), {}) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "0 errors, 1 warning"
+    lines.append(replace(lines[1], status=ERROR))
+    assert run_doctor(options(), {}) == 1
+    assert "-> newer" in capsys.readouterr().out
+    for words, overrides in (((), {"lr": "1"}), (("--master-port", "0"), {}), (("--node-rank", "1"), {})):
+        with pytest.raises(UserError):
+            run_doctor(options(*words), overrides)
