@@ -81,7 +81,7 @@ class Figures:
 
 def make_engine(setup: Setup, processes: Processes) -> Engine:
     if setup.engine == "bmtrain":
-        from engine import bmtrain_stand_in
+        import bmtrain_stand_in
 
         bmtrain_stand_in.install()
         if setup.sabotage:

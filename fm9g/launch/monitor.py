@@ -254,8 +254,8 @@ class Monitor:
             os._exit(code if code == LOST and place.agent else failure.code)
 
     def _say_seen(self, board: Board) -> None:
-        """Tells that this rank has the failure. Without an agent each waits for the others of its machine, since torchrun
-        and SLURM end those, unheard, as soon as one has ended; and rank 0, which holds the board, for all."""
+        """Tells that this rank has the failure. Without an agent each waits for the others of its machine, since
+        torchrun and SLURM end those, unheard, as soon as one has ended; and rank 0, which holds the board, for all."""
         place, first = self.place, self.place.rank - self.place.local_rank
         ranks = range(place.world_size) if self._hub else range(first, first + place.local_world_size)
         keys = [f"{self._prefix}/seen/{rank}" for rank in ranks]

@@ -49,7 +49,6 @@ def moments(model: ModelConfig, setup: Setup) -> Iterator[Moment]:
     """All moments of a step that may be the fullest, first to last."""
     held = _bmtrain(model, setup) if setup.engine == "bmtrain" else _torch(model, setup)
     e, layers = setup.width, model.num_layers
-    head = e * sizes.head_weights(model, setup.tp_size)
     kept, shared, grad = _kept(model, setup), sizes.shared_bytes(model, setup), setup.row * e * model.hidden_size
     whole = sizes.layer_bytes(model, setup)
     if e == 4 and setup.activation_checkpoint != "none":
@@ -62,27 +61,20 @@ def moments(model: ModelConfig, setup: Setup) -> Iterator[Moment]:
         return Moment(name, held.weights, gradients, held.optimizer, activations, loss, buffers)
 
     in_loss, in_head = sizes.loss_bytes(model, setup)
-    everything = shared + sum(kept)
-    yield moment("the loss", 0, everything, in_loss, held.gathered(layers))
-    yield moment("gradient of the output layer", 0, everything + grad, in_head, held.gathered(layers))
+    everything, several = shared + sum(kept) + sizes.end_bytes(model, setup), setup.grad_accum > 1
+    yield moment("the loss", 0, everything, in_loss, held.output + held.gathered(layers))
+    yield moment("gradient of the output layer", 0, everything + grad, in_head, held.root + held.gathered(layers))
     for layer in reversed(range(layers)):
         done, below = layers - 1 - layer, shared + sum(kept[:layer]) + grad
         own = kept[layer] if kept[layer] == whole else sizes.input_bytes(model, setup) + whole
-        around = held.gathered(layer + 1) + held.layer * (not held.stays) + held.message * (done > 0)
+        around = held.root + held.gathered(layer + 1) + held.layer * (not held.stays) + held.message * (done > 0)
         started = held.whole_gradient * (held.message == 0)
         in_gate = own + sizes.feed_forward_bytes(model, setup)
         at_end = own - whole + sizes.norm_backward_bytes(model, setup)
-        yield moment(f"layer {layer}, feed-forward", done, below + in_gate, head, around + started)
-        yield moment(f"layer {layer}, its end", done, below + at_end, head, around + held.whole_gradient)
-        dealing = held.gathered(layer) + held.whole_gradient + held.message
-        if held.message:
-            yield moment(
-                f"layer {layer}, reduction",
-                done + 1,
-                below,
-                head,
-                dealing + held.layer_gradient * (setup.grad_accum > 1),
-            )
+        yield moment(f"layer {layer}, feed-forward", done, below + in_gate, held.head_gradient, around + started)
+        yield moment(f"layer {layer}, its end", done, below + at_end, held.head_gradient, around + held.whole_gradient)
+        dealt = held.root + held.gathered(layer) + held.whole_gradient + held.message + held.layer_gradient * several
+        yield moment(f"layer {layer}, reduction", done + 1, below, held.head_gradient, dealt)
     yield moment("gradients outside layers", layers, shared + grad, 0, held.root + held.root_whole + held.message)
     yield moment("reduction outside layers", layers + 1, shared, 0, held.root_whole + held.root_message)
     yield moment("the optimizer", layers + 1, 0, 0, held.stepping)
@@ -92,9 +84,10 @@ def moments(model: ModelConfig, setup: Setup) -> Iterator[Moment]:
 class _Held:
     """Bytes that an engine holds; "root" is what is outside layers.
 
-    layer, root: gathered weights; ahead: of the next layer, which is gathered meanwhile. whole_gradient, root_whole:
-    before they are dealt out; message, root_message: of the reduction, which lasts through the next layer. stepping:
-    what the optimizer adds. stays: a gathered layer does, until its backward pass; lasting: gradients do, for good.
+    layer, root: gathered weights; output: those at the loss; ahead: of the next layer, which is gathered meanwhile.
+    head_gradient: of the output layer, while layers go back. whole_gradient, root_whole: before they are dealt out;
+    message, root_message: of the reduction, which lasts through the next layer. stepping: what the optimizer adds.
+    stays: a gathered layer does, until its backward pass; lasting: gradients do, for good.
     """
 
     weights: float
@@ -103,7 +96,9 @@ class _Held:
     root_gradient: float
     layer: float
     root: float
+    output: float
     ahead: float
+    head_gradient: float
     whole_gradient: float
     root_whole: float
     message: float
@@ -114,7 +109,7 @@ class _Held:
 
     def gathered(self, layers: int) -> float:
         """While so many layers wait for their backward pass."""
-        return self.root + self.layer * layers * self.stays + self.ahead * (layers > 1)
+        return self.layer * layers * self.stays + self.ahead * (layers > 1)
 
 
 def _torch(model: ModelConfig, setup: Setup) -> _Held:
@@ -130,7 +125,9 @@ def _torch(model: ModelConfig, setup: Setup) -> _Held:
         root_gradient=4 * r / shards,
         layer=e * n,
         root=e * r,
+        output=e * r,
         ahead=e * n * (shards > 1 and setup.zero_level == 3),
+        head_gradient=e * sizes.head_weights(model, ways),
         whole_gradient=e * n,
         root_whole=e * (r + sizes.head_weights(model, ways) * model.tie_word_embeddings),
         message=4 * n,
@@ -145,7 +142,7 @@ def _bmtrain(model: ModelConfig, setup: Setup) -> _Held:
     """bmtrain: shards of weights and gradients in the computation's precision, fp32 copies beside the moments.
 
     A block's buffers for weights and gradients are whole while it runs; without checkpointing the weights stay, since
-    what the backward pass keeps names them.
+    what the backward pass keeps names them. Weights outside blocks are gathered for each use and released.
     """
     e, layers = setup.width, model.num_layers
     n, r = sizes.layer_weights(model), sizes.root_weights(model)
@@ -157,8 +154,10 @@ def _bmtrain(model: ModelConfig, setup: Setup) -> _Held:
         layer_gradient=e * n / setup.data_parallel,
         root_gradient=e * r / setup.data_parallel,
         layer=e * n,
-        root=e * head,
+        root=0,
+        output=e * head,
         ahead=0,
+        head_gradient=0,
         whole_gradient=e * n,
         root_whole=e * head * (1 + model.tie_word_embeddings),
         message=0,

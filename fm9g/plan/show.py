@@ -70,10 +70,11 @@ def draw(plans: dict[str, Plan], picture: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 1.6 + 0.6 * len(plans)), layout="constrained")
+    labels = [label.replace(" --", "\n--") for label in plans]  # a change a line
+    figure = Figure(figsize=(10, 1.6 + 0.25 * len("\n\n".join(labels).split("\n"))), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    labels, start = list(plans), [0.0] * len(plans)
+    start = [0.0] * len(plans)
     for component in COMPONENTS:
         sizes = [getattr(made.memory, component) / GIB for made in plans.values()]
         axes.barh(labels, sizes, left=start, label=component)

@@ -115,7 +115,7 @@ def feed_forward_bytes(model: ModelConfig, setup: Setup) -> float:
     Then of the four kept there, the product has gone, and the gradients of product, gate and factor are there.
     """
     w, e = Widths.of(model, setup.tp_size), setup.width
-    return setup.row * (2 * e * w.f + 2 * e * w.c)
+    return setup.row * 2 * e * w.f
 
 
 def norm_backward_bytes(model: ModelConfig, setup: Setup) -> float:
@@ -125,9 +125,14 @@ def norm_backward_bytes(model: ModelConfig, setup: Setup) -> float:
 
 
 def shared_bytes(model: ModelConfig, setup: Setup) -> float:
-    """Kept once for a row: ids, positions and targets, angles of the rotation, the last norm, rows of the loss."""
+    """There once for a row, all the time: ids, positions and targets, losses, angles of the rotation."""
+    return setup.row * (40 + 8 * model.head_dim)
+
+
+def end_bytes(model: ModelConfig, setup: Setup) -> float:
+    """Between the last layer and the loss: what the last norm keeps, its output, and the gradient of that."""
     w, e = Widths.of(model), setup.width
-    return setup.row * (40 + 8 * model.head_dim + norm_bytes(w, e) + 2 * e * w.c)
+    return setup.row * (norm_bytes(w, e) / setup.split_tokens + 2 * e * w.c)
 
 
 def loss_bytes(model: ModelConfig, setup: Setup) -> tuple[float, float]:

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -79,9 +80,9 @@ _OPS = (dist.ReduceOp.SUM, dist.ReduceOp.PRODUCT, dist.ReduceOp.MAX, dist.Reduce
 @_in_c("ncclGetUniqueId")
 def _unique_id() -> bytes:
     """The path of a file through which the ranks find each other."""
-    handle, path = tempfile.mkstemp(prefix="bmtrain-stand-in-")
-    os.close(handle)
-    return path.encode()
+    folder = tempfile.mkdtemp(prefix="bmtrain-stand-in-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # of the file itself, gloo leaves some behind
+    return os.path.join(folder, "store").encode()
 
 
 @_in_c("ncclCommInitRank")

@@ -3,6 +3,8 @@
 import argparse
 import importlib.util
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -44,7 +46,8 @@ def shipped(name: str) -> ModelConfig:
 def benchmark() -> ModuleType:
     file = Path(__file__).resolve().parents[2] / "benchmarks" / "plan" / "measure.py"
     spec = importlib.util.spec_from_file_location("plan_measure", file)
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -53,9 +56,7 @@ def benchmark() -> ModuleType:
 @pytest.mark.parametrize(
     ("model", "setup"),
     [
-        ({}, {"half_type": "fp32"}),
         ({}, {"half_type": "bf16", "max_length": 256}),
-        ({"num_layers": 6}, {"half_type": "fp32", "activation_checkpoint": "full"}),
         (
             {"num_layers": 6},
             {"half_type": "fp32", "activation_checkpoint": "selective", "zero_level": 2, "grad_accum": 2},
@@ -68,7 +69,7 @@ def test_memory_is_what_is_measured_within_15_percent(benchmark: ModuleType, mod
     config = replace(SMALL, **model)
     chosen = Setup(**{"max_length": 512, "flash": False, **setup})
     measured = benchmark.measure(config, chosen)
-    assert peak(config, chosen).total == pytest.approx(measured, rel=0.15)
+    assert peak(config, chosen).total == pytest.approx(measured, rel=0.08)  # 15 % is what is promised
 
 
 @pytest.mark.parametrize(
@@ -91,9 +92,6 @@ def test_parameters_are_those_of_the_model(name: str, count: int) -> None:
 
 
 def test_planning_needs_no_torch() -> None:
-    import subprocess
-    import sys
-
     code = "import sys, fm9g.plan, fm9g.doctor; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -102,7 +100,7 @@ def test_flops_are_those_of_the_matrices_and_of_causal_attention() -> None:
     without = flops_a_token(SMALL, max_length=0)
     matrices = 4 * (4 * 128 * 128 + 3 * 128 * 352 + 2 * 128) + 512 * 128
     assert without == 6 * matrices
-    # Scores and mixing: 2 products of 2 x 128 FLOPs for each of 300 tokens and layer, half of them masked, three passes.
+    # Scores and mixing: 2 products of 2 x 128 FLOPs for each of 300 tokens and layer, half masked, 3 passes.
     assert flops_a_token(SMALL, 300) - without == 3 * 4 * 2 * 2 * 128 * 300 / 2
     tied = replace(SMALL, tie_word_embeddings=True)
     assert flops_a_token(tied, 0) == without
@@ -178,9 +176,16 @@ def test_heads_limit_tensor_parallelism() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"engine": "x"}, {"zero_level": 1}, {"gpus": 0}, {"gpus": 8, "tp_size": 3}, {"gpus": 2, "tp_size": 2, "max_length": 5},
-     {"engine": "bmtrain", "zero_level": 0}, {"engine": "bmtrain", "gpus": 2, "tp_size": 2}],
-)  # fmt: skip
+    [
+        {"engine": "x"},
+        {"zero_level": 1},
+        {"gpus": 0},
+        {"gpus": 8, "tp_size": 3},
+        {"gpus": 2, "tp_size": 2, "max_length": 5},
+        {"engine": "bmtrain", "zero_level": 0},
+        {"engine": "bmtrain", "gpus": 2, "tp_size": 2},
+    ],
+)
 def test_a_setup_that_cannot_be(wrong: dict) -> None:
     with pytest.raises(UserError):
         Setup(**wrong)
@@ -191,7 +196,7 @@ def test_a_setup_is_read_from_a_run() -> None:
     setup = Setup.from_run(load_run("7b", keys, complete=False), nodes=2, gpus=8)
     assert setup == Setup(
         nodes=2, gpus=8, zero_level=2, activation_checkpoint="full", max_length=2048, grad_accum=4, half_type="bf16"
-    )  # fmt: skip
+    )
     assert Setup.from_run(load_run("7b", {}, complete=False), 1, 8).engine == "bmtrain"
     assert Setup.from_run(load_run("7b", {"tp_size": "2"}, complete=False), 1, 8).engine == "torch"
 

@@ -1,0 +1,149 @@
+"""The bmtrain engine: ZeRO-2 and ZeRO-3 on GPUs.
+
+bmtrain shards each layer as one flat buffer, and each weight outside the layers by itself; the model's modules only get
+another way to their weights. Weights are of the computation's type, and the optimizer keeps the fp32 ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+import unittest.mock
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import register_rendezvous_handler
+
+from fm9g.engine.base import Engine, Fill, Part, Placement
+from fm9g.engine.processes import Processes
+from fm9g.errors import UserError
+
+_SCHEME = "fm9g"  # of the address under which bmtrain finds the store of our processes
+
+
+class BMTrainEngine(Engine):
+    """See fm9g.engine.base.Engine."""
+
+    def __init__(self, processes: Processes, seed: int) -> None:
+        """Raises UserError where bmtrain cannot be used here."""
+        super().__init__(processes, seed)
+        self._bmt = _import_bmtrain()
+        if not self._bmt.config["initialized"]:
+            _rendezvous(processes)
+            with _as_before(processes):
+                self._bmt.init_distributed(init_method=f"{_SCHEME}://", seed=seed % 2**32)
+
+    def _place(
+        self, model: torch.nn.Module, layers: torch.nn.ModuleList, fill: Fill, placement: Placement
+    ) -> torch.nn.Module:
+        bmt = self._bmt
+        owners = dict(model.named_modules())
+        for name, weight in list(model.named_parameters()):
+            whole = self._spread(weight.shape, functools.partial(fill, name)).to(placement.dtype)
+            owner, _, key = name.rpartition(".")
+            owners[owner]._parameters[key] = bmt.DistributedParameter(whole, requires_grad=weight.requires_grad)
+        for module in owners.values():
+            kind = type(module)
+            module.__class__ = type(kind.__name__, (kind, bmt.DistributedModule), {})
+        for number, layer in enumerate(layers):
+            # Both ends of a list by itself: in bmtrain's lists, frozen layers keep others from being released.
+            # Checkpointing is done inside, so that it is the same under every engine.
+            layers[number] = bmt.Block(layer, use_checkpoint=False, zero_level=placement.zero_level)
+        return model
+
+    def _find_parts(self) -> dict[str, Part]:
+        parts = {}
+        for name, weight in self._model.named_parameters():
+            start = weight._start_partition
+            begin, end = (0, 0) if start is None else (start, max(start, weight._end_partition))
+            parts[name] = Part(
+                shape=weight._original_shape,
+                region=functools.partial(_flat_slice, begin=begin, end=min(end, weight._original_shape.numel())),
+                copies=1,
+                owner=True,
+                trainable=weight.requires_grad,
+                tensor=functools.partial(_data, weight),
+                grad=functools.partial(_grad, weight),
+            )
+        return parts
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        super().backward(loss, last)
+        # Reductions may still run on bmtrain's other stream.
+        torch.cuda.current_stream().wait_stream(self._bmt.config["load_stream"])
+
+    def step(self, lr: float, max_norm: float) -> torch.Tensor:
+        norm = super().step(lr, max_norm)
+        self._bmt.config["load_stream"].wait_stream(torch.cuda.current_stream())
+        return norm
+
+    def _clear_gradients(self) -> None:
+        # In place: a layer's gradients are views of a buffer that it keeps.
+        for weight in self._model.parameters():
+            if weight.grad is not None:
+                weight.grad.zero_()
+
+    def _add_up(self, values: torch.Tensor) -> torch.Tensor:
+        return self._bmt.distributed.all_reduce(values.detach().contiguous(), "sum")
+
+    def _broadcast(self, values: torch.Tensor) -> torch.Tensor:
+        return self._bmt.distributed.broadcast(values.contiguous(), 0)
+
+
+def _flat_slice(whole: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+    return whole.view(-1)[begin:end]
+
+
+def _data(weight: torch.nn.Parameter) -> torch.Tensor:
+    return weight.detach()
+
+
+def _grad(weight: torch.nn.Parameter) -> torch.Tensor | None:
+    return weight.grad
+
+
+def _import_bmtrain() -> Any:
+    try:
+        import bmtrain
+    except Exception as error:  # a wheel for another Python, CUDA or NCCL fails in many ways
+        raise UserError(
+            f"engine bmtrain: the package cannot be used here ({type(error).__name__}: {error}). `fm9g doctor` says "
+            "what is wrong; --engine torch does without"
+        ) from None
+    return bmtrain
+
+
+def _rendezvous(processes: Processes) -> None:
+    """Has bmtrain meet in the store where our processes have met already."""
+
+    def handler(*_: Any, **__: Any) -> Iterator[Any]:
+        yield dist.PrefixStore("fm9g-bmtrain", processes.store), processes.rank, processes.world_size
+
+    with contextlib.suppress(RuntimeError):  # registered by an earlier engine of this process
+        register_rendezvous_handler(_SCHEME, handler)
+
+
+@contextlib.contextmanager
+def _as_before(processes: Processes) -> Iterator[None]:
+    """Undoes what bmtrain's start changes beside its own: it reads variables, binds the process to few cores, which its
+    data loader's workers would inherit, sets the number of threads, turns cudnn off, and prints."""
+    places = {"RANK": processes.rank, "WORLD_SIZE": processes.world_size, "LOCAL_RANK": processes.local_rank}
+    before = {name: os.environ.get(name) for name in (*places, "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    affinity, threads, cudnn = os.sched_getaffinity(0), torch.get_num_threads(), torch.backends.cudnn.enabled
+    starting = sys.modules["bmtrain.init"]
+    os.environ.update({name: str(value) for name, value in places.items()})
+    try:
+        with unittest.mock.patch.object(starting, "print_dict"):
+            yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        os.sched_setaffinity(0, affinity)
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.enabled = cudnn
