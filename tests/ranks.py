@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import pickle
 import tempfile
 import traceback
@@ -30,20 +31,25 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
             process.start()
             sender.close()
         try:
-            return [_answer(rank, receiver) for rank, (receiver, _) in enumerate(answers)]
+            return _collect([receiver for receiver, _ in answers])
         finally:
             for process in ranks:
-                process.join(10)
                 process.kill()
+                process.join()
 
 
-def _answer(rank: int, receiver: Any) -> Any:
-    if not receiver.poll(SECONDS):
-        raise AssertionError(f"rank {rank} gave no answer in {SECONDS} s")
-    value, error = pickle.loads(receiver.recv_bytes())
-    if error:
-        raise AssertionError(f"rank {rank}:\n{error}")
-    return value
+def _collect(receivers: list[Any]) -> list[Any]:
+    """The answers in the order of ranks; the first rank that failed ends the waiting."""
+    answers: dict[int, Any] = {}
+    while len(answers) < len(receivers):
+        waiting = [receiver for rank, receiver in enumerate(receivers) if rank not in answers]
+        ready = multiprocessing.connection.wait(waiting, SECONDS)
+        assert ready, f"no answer in {SECONDS} s; ranks {sorted(answers)} are done"
+        for receiver in ready:
+            rank = receivers.index(receiver)
+            answers[rank], error = pickle.loads(receiver.recv_bytes())
+            assert not error, f"rank {rank}:\n{error}"
+    return [answers[rank] for rank in range(len(receivers))]
 
 
 def _rank(rank: int, world_size: int, store: str, sender: Any, function: Callable[..., Any], content: bytes) -> None:
@@ -54,7 +60,7 @@ def _rank(rank: int, world_size: int, store: str, sender: Any, function: Callabl
 
     torch.set_num_threads(1)
     try:
-        with Processes("cpu", rank, world_size, rank, dist.FileStore(store, world_size)) as processes:
+        with Processes("cpu", rank, world_size, rank, world_size, dist.FileStore(store, world_size)) as processes:
             answer = (function(processes, *pickle.loads(content)), "")
     except BaseException:
         answer = (None, traceback.format_exc())

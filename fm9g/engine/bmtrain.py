@@ -52,7 +52,10 @@ class BMTrainEngine(Engine):
         for number, layer in enumerate(layers):
             # Both ends of a list by itself: in bmtrain's lists, frozen layers keep others from being released.
             # Checkpointing is done inside, so that it is the same under every engine.
-            layers[number] = bmt.Block(layer, use_checkpoint=False, zero_level=placement.zero_level)
+            layers[number] = block = bmt.Block(layer, use_checkpoint=False, zero_level=placement.zero_level)
+            if any(weight.requires_grad for weight in layer.parameters()):
+                block.register_forward_pre_hook(_with_gradient)
+        self._sums: dict[str, torch.Tensor] = {}
         return model
 
     def _find_parts(self) -> dict[str, Part]:
@@ -66,15 +69,34 @@ class BMTrainEngine(Engine):
                 copies=1,
                 owner=True,
                 trainable=weight.requires_grad,
-                tensor=functools.partial(_data, weight),
-                grad=functools.partial(_grad, weight),
+                tensor=weight.detach,
+                grad=functools.partial(self._grad, name, weight),
             )
         return parts
+
+    def _grad(self, name: str, weight: torch.nn.Parameter) -> torch.Tensor | None:
+        return self._sums.get(name, weight.grad)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         super().backward(loss, last)
         # Reductions may still run on bmtrain's other stream.
         torch.cuda.current_stream().wait_stream(self._bmt.config["load_stream"])
+        if self._placement.dtype != torch.float32 and (self._sums or not last):
+            self._add_up_gradients()
+        if last:
+            for module in self._model.modules():
+                if isinstance(module, self._bmt.Block):  # with ZeRO-2 it would keep its gathered weights
+                    module._layer_dict.clear()
+
+    def _add_up_gradients(self) -> None:
+        """Moves gradients into fp32 sums: those of many micro-batches would drown in 8 bits."""
+        for name, weight in self._model.named_parameters():
+            if weight.grad is not None:
+                if name in self._sums:
+                    self._sums[name] += weight.grad
+                else:
+                    self._sums[name] = weight.grad.float()
+                weight.grad.zero_()
 
     def step(self, lr: float, max_norm: float) -> torch.Tensor:
         norm = super().step(lr, max_norm)
@@ -83,6 +105,7 @@ class BMTrainEngine(Engine):
 
     def _clear_gradients(self) -> None:
         # In place: a layer's gradients are views of a buffer that it keeps.
+        self._sums.clear()
         for weight in self._model.parameters():
             if weight.grad is not None:
                 weight.grad.zero_()
@@ -98,12 +121,11 @@ def _flat_slice(whole: torch.Tensor, begin: int, end: int) -> torch.Tensor:
     return whole.view(-1)[begin:end]
 
 
-def _data(weight: torch.nn.Parameter) -> torch.Tensor:
-    return weight.detach()
-
-
-def _grad(weight: torch.nn.Parameter) -> torch.Tensor | None:
-    return weight.grad
+def _with_gradient(block: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Has a layer's input ask for a gradient, even where all before it is frozen: without, bmtrain recomputes the layer
+    whatever it was told, and not as it was computed."""
+    x, *others = arguments
+    return x if x.requires_grad or not torch.is_grad_enabled() else x.detach().requires_grad_(), *others
 
 
 def _import_bmtrain() -> Any:
@@ -131,8 +153,13 @@ def _rendezvous(processes: Processes) -> None:
 def _as_before(processes: Processes) -> Iterator[None]:
     """Undoes what bmtrain's start changes beside its own: it reads variables, binds the process to few cores, which its
     data loader's workers would inherit, sets the number of threads, turns cudnn off, and prints."""
-    places = {"RANK": processes.rank, "WORLD_SIZE": processes.world_size, "LOCAL_RANK": processes.local_rank}
-    before = {name: os.environ.get(name) for name in (*places, "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    places = {
+        "RANK": processes.rank,
+        "WORLD_SIZE": processes.world_size,
+        "LOCAL_RANK": processes.local_rank,
+        "LOCAL_WORLD_SIZE": processes.local_world_size,
+    }
+    before = {name: os.environ.get(name) for name in (*places, "MASTER_ADDR", "MASTER_PORT")}
     affinity, threads, cudnn = os.sched_getaffinity(0), torch.get_num_threads(), torch.backends.cudnn.enabled
     starting = sys.modules["bmtrain.init"]
     os.environ.update({name: str(value) for name, value in places.items()})

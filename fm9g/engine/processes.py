@@ -26,14 +26,16 @@ class Processes:
         rank: int = 0,
         world_size: int = 1,
         local_rank: int = 0,
+        local_world_size: int = 1,
         store: dist.Store | None = None,
         nccl: bool = True,
     ) -> None:
-        """device: auto, cpu or cuda, of which the process takes number local_rank. store: where they meet; a single
-        process needs none. nccl: torch's own messages between GPUs are needed. Raises UserError where there is no GPU
-        for this process.
+        """device: auto, cpu or cuda, of which the process takes number local_rank, out of local_world_size processes
+        on this machine. store: where they meet; a single process needs none. nccl: torch's own messages between GPUs
+        are needed. Raises UserError where there is no GPU for this process.
         """
-        self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
+        self.rank, self.world_size = rank, world_size
+        self.local_rank, self.local_world_size = local_rank, local_world_size
         self.store = store or dist.HashStore()
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if device == "cuda" and not found:

@@ -68,7 +68,9 @@ def _join(run: RunConfig, place: Place, monitor: Monitor) -> Processes:
     config = run.train.value
     store = monitor.store() if place.world_size > 1 else None
     nccl = engine_name(config) == "torch"
-    return Processes(config.device, place.rank, place.world_size, place.local_rank, store, nccl)
+    return Processes(
+        config.device, place.rank, place.world_size, place.local_rank, place.local_world_size, store, nccl
+    )
 
 
 def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: Path) -> Result:
