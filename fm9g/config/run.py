@@ -11,6 +11,18 @@ from fm9g.config.model import ModelConfig, load_model_config
 from fm9g.config.train import TrainConfig, load_train_config
 from fm9g.errors import UserError
 
+# Keys that hold a path.
+_PLACES = (
+    "dataset_config",
+    "tokenizer_path",
+    "pretrained_model",
+    "output_dir",
+    "token_cache",
+    "template",
+    "path",
+    "transforms",
+)
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -23,12 +35,21 @@ class RunConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Every value with its origin, as kept in checkpoints."""
-        sections: dict[str, Loaded[Any]] = {"train": self.train, "model": self.model}
-        sections |= {f"data.{item.value.task_name}": item for item in self.mixture}
         return {
             name: {key: {"value": value, "from": origin} for key, value, origin in loaded.rows()}
-            for name, loaded in sections.items()
+            for name, loaded in self._sections().items()
         }
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same on all machines: every value but places of files, which may be mounted elsewhere."""
+        return {
+            name: {key: value for key, value, _ in loaded.rows() if key not in _PLACES}
+            for name, loaded in self._sections().items()
+        }
+
+    def _sections(self) -> dict[str, Loaded[Any]]:
+        sections: dict[str, Loaded[Any]] = {"train": self.train, "model": self.model}
+        return sections | {f"data.{item.value.task_name}": item for item in self.mixture}
 
 
 def with_defaults(item: Loaded[DatasetConfig], train: Loaded[TrainConfig]) -> Loaded[DatasetConfig]:

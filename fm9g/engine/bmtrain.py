@@ -60,6 +60,7 @@ class BMTrainEngine(Engine):
 
     def _find_parts(self) -> dict[str, Part]:
         parts = {}
+        weight: Any
         for name, weight in self._model.named_parameters():
             start = weight._start_partition
             begin, end = (0, 0) if start is None else (start, max(start, weight._end_partition))

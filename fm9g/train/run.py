@@ -68,9 +68,7 @@ def _join(run: RunConfig, place: Place, monitor: Monitor) -> Processes:
     config = run.train.value
     store = monitor.store() if place.world_size > 1 else None
     nccl = engine_name(config) == "torch"
-    return Processes(
-        config.device, place.rank, place.world_size, place.local_rank, place.local_world_size, store, nccl
-    )
+    return Processes(config.device, place.rank, place.world_size, place.local_rank, place.local_world_size, store, nccl)
 
 
 def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: Path) -> Result:
@@ -84,7 +82,7 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
 
     monitor.progress(0, "reading the data")
     mixture, notes = _open_in_turn(run, place, processes)
-    _check_same(run, place, processes, fingerprint(mixture, packs))
+    _check_same(run, processes, fingerprint(mixture, packs))
     notes += _check_fit(config, run.model.value, mixture)
     monitor.progress(0, "building the model")
     notes += build_model(engine, config, run.model.value, checkpoint)
@@ -183,15 +181,10 @@ def _open_in_turn(run: RunConfig, place: Place, processes: Processes) -> tuple[M
     return opened
 
 
-def _check_same(run: RunConfig, place: Place, processes: Processes, data: dict[str, Any]) -> None:
+def _check_same(run: RunConfig, processes: Processes, data: dict[str, Any]) -> None:
     """Raises UserError that names a process whose code, packages, configuration or data are not rank 0's."""
-    paths = ("dataset_config", "tokenizer_path", "pretrained_model", "output_dir", "token_cache", "path", "transforms")
-    config = {
-        section: {key: item["value"] for key, item in values.items() if key not in paths}
-        for section, values in run.to_json().items()
-    }
     packages = {name: version(name) for name in ("torch", "numpy", "tokenizers")}
-    mine = {"code": code_identity(), "packages": packages, "config": config, "data": data}
+    mine = {"code": code_identity(), "packages": packages, "config": run.identity(), "data": data}
     check_same(processes.gather(mine), processes.gather(host_name()))
 
 

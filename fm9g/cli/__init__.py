@@ -1,0 +1,122 @@
+"""The command `fm9g`: its verbs, each a thin function over the library.
+
+Only what argument parsing needs is imported here, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from fm9g import __version__
+from fm9g.cli.data import add_data_verbs
+from fm9g.cli.run import add_run_verbs
+from fm9g.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command line; returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):  # whatever a terminal cannot show must not end the command
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if rest and not options.takes_keys:
+        parser.error(f"unknown arguments: {' '.join(rest)} (see fm9g {options.verb} --help)")
+    try:
+        options.rest = rest
+        return options.run(options) or 0
+    except UserError as error:
+        print(f"fm9g: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # what no room expected: the system's own words name the file
+        if isinstance(error, BrokenPipeError):  # the reader of our output went away, as in `fm9g ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        print(f"fm9g: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fm9g: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "fm9g", description="Pretrain and finetune the 9G language models.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"fm9g {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run: Any, help: str, under: Any = verbs, takes_keys: bool = False) -> argparse.ArgumentParser:
+        sub = under.add_parser(name, help=help, description=help, allow_abbrev=False)
+        sub.set_defaults(run=run, takes_keys=takes_keys)
+        return sub
+
+    def group(name: str, help: str) -> Any:
+        sub = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
+        return sub.add_subparsers(dest=f"{name}_verb", required=True, metavar="VERB")
+
+    quick = verb("quickstart", _quickstart, "the whole path on this machine: text, index, training, export, generation")
+    quick.add_argument("--out", type=Path, default=Path("quickstart"), help="folder for all that is made (%(default)s)")
+    quick.add_argument("--steps", type=int, default=200, help="optimizer steps (%(default)s)")
+    quick.add_argument("--overwrite", action="store_true", help="replace --out if it holds something")
+
+    add_run_verbs(verb, group)
+    add_data_verbs(verb, group)
+
+    convert = verb("convert", _convert, "a Hugging Face folder to a 9G .pt file, or a 9G checkpoint to such a folder")
+    convert.add_argument("source", type=Path, help="a Hugging Face folder, a checkpoint folder, or a .pt file")
+    convert.add_argument("target", type=Path, help="FILE.pt for a 9G file, else a new Hugging Face folder")
+    convert.add_argument("--reference", type=Path, help="Hugging Face folder to take configuration and tokenizer from")
+    convert.add_argument(
+        "--dtype", default="", choices=["bf16", "fp16", "fp32"], help="of the exported weights; default: unchanged"
+    )
+    convert.add_argument("--overwrite", action="store_true", help="replace a folder or files that are there")
+
+    generate = verb("generate", _generate, "continue a prompt with the model of a Hugging Face folder")
+    generate.add_argument("folder", type=Path, help="a Hugging Face folder")
+    generate.add_argument("--prompt", required=True, help="the text to continue")
+    generate.add_argument("--chat", action="store_true", help="put the prompt into the folder's chat template")
+    generate.add_argument("--system", default="", help="with --chat: the system message")
+    for option, kind, default, meaning in (
+        ("max_new_tokens", int, 100, "longest continuation"),
+        ("temperature", float, 0.0, "0: always the likeliest token"),
+        ("top_p", float, 1.0, "sample from the likeliest tokens that make up this share"),
+        ("repetition_penalty", float, 1.0, "above 1: what was said becomes less likely"),
+        ("seed", int, 1234, "of the sampling"),
+    ):
+        generate.add_argument(f"--{option}", type=kind, default=default, help=f"{meaning} (default: {default})")
+    return parser
+
+
+def _quickstart(options: argparse.Namespace) -> None:
+    from fm9g.quickstart import quickstart
+
+    quickstart(options.out, options.steps, options.overwrite)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from fm9g.convert.hf import export_folder, import_folder
+
+    if options.target.suffix == ".pt":
+        if options.reference or options.dtype:
+            raise UserError("convert: --reference and --dtype are for the way to a Hugging Face folder")
+        config = import_folder(options.source, options.target, options.overwrite)
+        print(f"{options.target}: written; its model configuration is {config}")
+    else:
+        name = export_folder(options.source, options.target, options.reference, options.dtype, options.overwrite)
+        print(f"{options.target}: {name}, loads with transformers")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from fm9g.infer.generate import generate
+
+    settings = {
+        key: getattr(options, key)
+        for key in ("max_new_tokens", "temperature", "top_p", "repetition_penalty", "seed", "chat", "system")
+    }
+    print(("" if options.chat else options.prompt) + generate(options.folder, options.prompt, **settings))
