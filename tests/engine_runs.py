@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import unittest.mock
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from support import small_model
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 from fm9g.config.train import TrainConfig
 from fm9g.data.pack import Pack, Sample, collate
@@ -20,16 +27,22 @@ from fm9g.train.loop import TrainState, train
 CAPACITY, PACKS = 32, 4  # tokens of a micro-batch; micro-batches a step over all processes
 
 
+needs_bmtrain = pytest.mark.skipif(
+    importlib.util.find_spec("bmtrain") is None, reason="bmtrain has wheels for Python 3.10 and 3.11 alone"
+)
+
+
 @dataclass(frozen=True)
 class Setup:
-    """engine: torch or bmtrain. frozen: what of the model is not trained: "", lower or most."""
+    """engine: torch or bmtrain. frozen: what of the model is not trained: "", lower or most. broken: every process
+    keeps its own gradients instead of adding them up."""
 
     engine: str = "torch"
     placement: Placement = Placement()
     steps: int = 50
     frozen: str = ""
-    model: tuple[tuple[str, Any], ...] = (("num_layers", 3),)
-    sabotage: str = ""
+    model: tuple[tuple[str, Any], ...] = ()
+    broken: bool = False
 
 
 @dataclass
@@ -84,8 +97,6 @@ def make_engine(setup: Setup, processes: Processes) -> Engine:
         import bmtrain_stand_in
 
         bmtrain_stand_in.install()
-        if setup.sabotage:
-            bmtrain_stand_in.sabotage(setup.sabotage)
         from fm9g.engine.bmtrain import BMTrainEngine
 
         return BMTrainEngine(processes, seed=7)
@@ -94,7 +105,8 @@ def make_engine(setup: Setup, processes: Processes) -> Engine:
     return TorchEngine(processes, seed=7)
 
 
-def prepared(setup: Setup, processes: Processes) -> Engine:
+def prepared(setup: Setup, processes: Processes, weights: dict[str, torch.Tensor]) -> Engine:
+    """weights: the first ones; those that are missing are new."""
     config = small_model(**dict(setup.model))
     with torch.device("meta"):
         model = FM9G(config)
@@ -107,26 +119,56 @@ def prepared(setup: Setup, processes: Processes) -> Engine:
     engine.prepare(
         model,
         model.encoder.layers,
-        lambda name, weight: model.init_weight(name, weight, 3),
+        lambda name, weight: weight.copy_(weights[name]) if name in weights else model.init_weight(name, weight, 3),
         AdamW(scales, (0.9, 0.95), 1e-6, 0.1),
-        replace(setup.placement, checkpointed_layers=2),
+        replace(setup.placement, checkpointed_layers=1),
         LossScale(),
     )
     return engine
 
 
-def run(
-    processes: Processes, setup: Setup, first: int = 0, optimizer: dict[str, torch.Tensor] | None = None
-) -> Run | None:
-    """Trains; what came out, on rank 0. first: steps done before, whose optimizer state is given."""
-    engine = prepared(setup, processes)
-    if first:
-        engine.load_optimizer_state(optimizer if processes.rank == 0 and optimizer else {})
+@contextlib.contextmanager
+def broken(setup: Setup, engine: Engine) -> Iterator[None]:
+    """Takes the reduction of gradients out of an engine."""
+    if setup.engine == "bmtrain":
+        import bmtrain_stand_in
+
+        with bmtrain_stand_in.sabotage("ncclReduceScatter"):
+            yield
+    elif setup.placement.tp_size > 1:
+        with unittest.mock.patch("fm9g.model.loss._Vocabulary.total", lambda self, values, *_: values):
+            yield
+    elif setup.placement.zero_level == 0:
+        backward = engine.backward
+        engine.backward = lambda loss, last: backward(loss, False)  # type: ignore[method-assign]
+        yield
+    else:
+        for module in engine._model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_reduce_scatter(_OwnPart())
+        yield
+
+
+class _OwnPart(ReduceScatter):
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, op: Any, **_: Any) -> None:
+        output_tensor.copy_(input_tensor.view(group.size(), -1)[group.rank()])
+
+
+def run(processes: Processes, setup: Setup, first: int = 0, before: Run | None = None) -> Run:
+    """Trains; what came out is whole on rank 0. first: steps done before, which gave `before`."""
+    engine = prepared(setup, processes, before.weights if before else {})
+    if before:
+        engine.load_optimizer_state(before.optimizer if processes.rank == 0 else {})
     config = TrainConfig(config="x", train_iters=setup.steps, warmup_iters=0, lr=0.01, clip_grad=0.7)
     figures = Figures()
     loader: Any = Dealt(engine.replica, engine.replicas, first)
     state = TrainState(first, np.zeros(2, np.int64))
-    train(config, ["even", "odd"], engine, loader, figures, state, lambda: None, lambda: False)  # type: ignore[arg-type]
+    arguments: Any = (config, ["even", "odd"], engine, loader, figures, state, lambda: None, lambda: False)
+    with broken(setup, engine) if setup.broken else contextlib.nullcontext():
+        train(*arguments)
     # On ranks but the first the tensors are not whole, and nobody looks at them.
     weights = {name: weight.clone() for name, weight in engine.weights()}
     state_of_optimizer = {name: value.clone() for name, value in engine.optimizer_state()}
@@ -137,3 +179,8 @@ def run(
         weights,
         state_of_optimizer,
     )
+
+
+def run_all(processes: Processes, setups: list[Setup]) -> list[Run]:
+    """Several runs in the same processes: starting these takes the longest."""
+    return [run(processes, setup) for setup in setups]

@@ -13,7 +13,7 @@ from typing import Any
 # One server imports torch, and the ranks are its forks.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "fm9g.train.run"])
-SECONDS = 120
+SECONDS = 300
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:

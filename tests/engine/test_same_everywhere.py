@@ -1,0 +1,106 @@
+"""One training, placed in every way there is: the same losses, norms, weights and moments.
+
+All runs see the same documents of unequal length, four micro-batches a step: one process accumulates four, four
+processes one each. Everything is fp32; what differs is the order in which sums are rounded.
+"""
+
+import functools
+import os
+from dataclasses import replace
+
+import pytest
+from engine_runs import Run, Setup, needs_bmtrain, run_all
+from ranks import run_ranks
+
+from fm9g.engine.base import Placement
+
+# `make test-engines` takes the 50 steps that the tolerances are meant for; fewer show the same mistakes sooner.
+STEPS = int(os.environ.get("FM9G_ENGINE_STEPS", "8"))
+LOSS, NORM, WEIGHT = 2e-5, 2e-5, 2e-4  # absolute; losses are about 6, norms about 1, weights about 0.1
+
+
+@functools.cache
+def alone(frozen: str) -> Run:
+    return run_ranks(1, run_all, [Setup(frozen=frozen, steps=STEPS)])[0][0]
+
+
+def distance(one: Run, other: Run) -> tuple[float, float, float]:
+    """The largest differences of losses, of gradient norms, and of weights and moments."""
+    assert len(one.losses) == len(other.losses) == STEPS
+    assert one.weights.keys() == other.weights.keys()
+    assert one.optimizer.keys() == other.optimizer.keys()
+    pairs = [(one.weights[name], other.weights[name]) for name in one.weights]
+    pairs += [(one.optimizer[name], other.optimizer[name]) for name in one.optimizer]
+    return (
+        max(abs(a - b) for a, b in zip(one.losses, other.losses)),
+        max(abs(a - b) for a, b in zip(one.norms, other.norms)),
+        max((a - b).abs().max().item() for a, b in pairs),
+    )
+
+
+def assert_same(setup: Setup, run: Run) -> None:
+    loss, norm, weight = distance(alone(setup.frozen), run)
+    assert loss < LOSS, (setup, loss)
+    assert norm < NORM, (setup, norm)
+    assert weight < WEIGHT, (setup, weight)
+
+
+def assert_all_same(processes: int, setups: list[Setup]) -> None:
+    setups = [replace(setup, steps=STEPS) for setup in setups]
+    for setup, run in zip(setups, run_ranks(processes, run_all, setups)[0]):
+        assert_same(setup, run)
+
+
+@pytest.mark.parametrize("frozen", ["", "lower", "most"])
+def test_fsdp2_on_two_processes(frozen: str) -> None:
+    assert_all_same(2, [Setup(frozen=frozen, placement=Placement(zero_level=level)) for level in (3, 2, 0)])
+
+
+def test_fsdp2_on_four_processes() -> None:
+    assert_all_same(4, [Setup(placement=Placement(zero_level=3, checkpointing="full"))])
+
+
+def test_tensor_parallelism_on_two_processes() -> None:
+    placements = [Placement(tp_size=2), Placement(tp_size=2, sequence_parallel=False, checkpointing="selective")]
+    assert_all_same(2, [Setup(placement=placement) for placement in placements])
+
+
+def test_tensor_parallelism_of_a_tied_model_with_an_uneven_vocabulary_and_frozen_layers() -> None:
+    odd = (("tie_word_embeddings", True), ("vocab_size", 321))
+    setup = Setup(frozen="lower", placement=Placement(tp_size=2), steps=STEPS, model=odd)
+    whole, split = run_ranks(1, run_all, [replace(setup, placement=Placement())]), run_ranks(2, run_all, [setup])
+    loss, norm, weight = distance(whole[0][0], split[0][0])
+    assert loss < LOSS
+    assert norm < NORM
+    assert weight < WEIGHT
+
+
+@needs_bmtrain
+@pytest.mark.parametrize("frozen", ["", "lower", "most"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_bmtrain(processes: int, frozen: str) -> None:
+    placements = [Placement(zero_level=level, checkpointing=how) for level, how in ((3, "none"), (2, "full"))]
+    if not frozen:
+        placements += [Placement(zero_level=3, checkpointing="selective"), Placement(zero_level=2)]
+    assert_all_same(
+        processes, [Setup(engine="bmtrain", frozen=frozen, placement=placement) for placement in placements]
+    )
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        Setup(placement=Placement(zero_level=3)),
+        Setup(placement=Placement(zero_level=0)),
+        Setup(placement=Placement(tp_size=2)),
+        pytest.param(Setup(engine="bmtrain"), marks=needs_bmtrain),
+        pytest.param(Setup(engine="bmtrain", frozen="most"), marks=needs_bmtrain),
+    ],
+    ids=["fsdp2", "copies", "tensor-parallel", "bmtrain", "bmtrain-frozen"],
+)
+def test_without_the_reduction_of_gradients_they_differ(setup: Setup) -> None:
+    setup = replace(setup, steps=STEPS, broken=True)
+    loss, norm, weight = distance(alone(setup.frozen), run_ranks(2, run_all, [setup])[0][0])
+    assert loss > 10 * LOSS
+    assert norm > 10 * NORM
+    assert weight > 10 * WEIGHT

@@ -1,0 +1,170 @@
+"""The guide's launch scripts: what they start, by a fake `fm9g` that writes down its arguments and variables."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+from fm9g.config.load import read_object
+from fm9g.config.model import load_model_config
+from fm9g.config.run import load_run
+
+APPS = ROOT / "apps"
+SIZES = ("2b", "4b", "7b", "8b", "70b")
+NAMES = ("GPUS_PER_NODE", "NNODES", "RANK", "MASTER_ENDPOINT", "MASTER_PORT")
+FAKE = f"""#!{sys.executable}
+import json, os, sys
+json.dump({{"argv": sys.argv[1:], "cwd": os.getcwd(), "env": {{n: os.environ[n] for n in {NAMES} if n in os.environ}}}},
+          sys.stdout)
+sys.exit(3)
+"""
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+
+
+@pytest.fixture
+def bash(tmp_path: Path) -> Callable[..., dict]:
+    """bash(folder, "run_bmtrain.sh RANK=1", NNODES="2"): what the script started, and with what."""
+    fake = tmp_path / "bin" / "fm9g"
+    fake.parent.mkdir()
+    fake.write_text(FAKE)
+    fake.chmod(0o755)
+
+    def start(folder: Path, words: str, **variables: str) -> dict:
+        clean = {name: value for name, value in os.environ.items() if name not in NAMES}
+        environment = {**clean, "PATH": f"{fake.parent}:{os.environ['PATH']}", "CDPATH": "/", **variables}
+        done = subprocess.run(f"bash {words}", shell=True, cwd=folder, capture_output=True, text=True, env=environment)
+        assert (done.returncode, done.stderr) == (3, "")  # 3: of the fake one
+        return json.loads(done.stdout)
+
+    return start
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """apps/ in a folder with a space in its name."""
+    made = shutil.ignore_patterns("data", "ckpt", "9g_models")
+    return Path(shutil.copytree(APPS, tmp_path / "my apps", symlinks=True, ignore=made))
+
+
+def change(script: Path, old: str, new: str) -> None:
+    text = script.read_text()
+    assert text.count(old) == 1
+    script.write_text(text.replace(old, new))
+
+
+def test_bash_can_read_every_script() -> None:
+    for script in APPS.glob("*.sh"):
+        done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), script
+
+
+def test_folders_of_sizes_hold_links() -> None:
+    for folder in (f"fm9g_{size}" for size in SIZES):
+        for name in ("run_bmtrain.sh", "run_bmtrain_lora.sh", "launch.sh"):
+            assert os.readlink(APPS / folder / name) == f"../{name}"
+            assert (APPS / folder / name).resolve() == (APPS / name).resolve()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_guides_commands_train_the_size_of_the_folder(size: str, bash: Callable[..., dict]) -> None:
+    folder = APPS / f"fm9g_{size}"
+    made = bash(folder, "run_bmtrain.sh")
+    assert made == {"argv": ["train", "--config", size], "cwd": str(folder), "env": {}}
+    assert bash(folder, "run_bmtrain_lora.sh")["argv"] == ["train", "--config", f"{size}_lora"]
+
+
+def test_variables_and_arguments_reach_fm9g_and_arguments_win(bash: Callable[..., dict]) -> None:
+    variables = {"GPUS_PER_NODE": "4", "NNODES": "2", "RANK": "0", "MASTER_ENDPOINT": "g3006", "MASTER_PORT": "12345"}
+    folder = APPS / "fm9g_7b"
+    assert bash(folder, "run_bmtrain.sh", **variables)["env"] == variables
+    words = " ".join(f"{name}={value}" for name, value in variables.items())
+    made = bash(folder, f"run_bmtrain.sh {words} --lr 1e-5 --save=False --model_unique 'a b'", RANK="7", NNODES="9")
+    assert made["env"] == variables
+    assert made["argv"][3:] == ["--lr", "1e-5", "--save=False", "--model_unique", "a b"]
+
+
+def test_an_empty_variable_is_none(bash: Callable[..., dict]) -> None:
+    assert bash(APPS / "fm9g_7b", "run_bmtrain.sh", RANK="", NNODES="")["env"] == {}
+
+
+@pytest.mark.parametrize("kind", ["", "_lora"])
+def test_an_edited_copy_is_obeyed(kind: str, bash: Callable[..., dict], copy: Path) -> None:
+    folder = copy / "fm9g_4b"
+    script = Path(shutil.copy(folder / f"run_bmtrain{kind}.sh", folder / f"run_bmtrain{kind}_node_1.sh"))
+    change(script, "\nNNODES=${NNODES:-} ", "\n  NNODES=2 ")  # as the guide indents it
+    change(script, "\nRANK=${RANK:-} ", "\nRANK=1 ")
+    change(script, "\nMASTER_ENDPOINT=${MASTER_ENDPOINT:-} ", "\nMASTER_ENDPOINT=g3006 ")
+    made = bash(folder, f"{script.name} RANK=5 MASTER_PORT=12345", NNODES="8")
+    assert made["env"] == {"NNODES": "2", "RANK": "1", "MASTER_ENDPOINT": "g3006", "MASTER_PORT": "12345"}
+    assert made["argv"] == ["train", "--config", f"4b{kind}"]
+    assert made["cwd"] == str(folder)
+
+
+def test_a_renamed_link_works(bash: Callable[..., dict], copy: Path) -> None:
+    (copy / "fm9g_8b" / "run_bmtrain.sh").rename(copy / "fm9g_8b" / "run_bmtrain_node_0.sh")
+    assert bash(copy / "fm9g_8b", "run_bmtrain_node_0.sh")["argv"] == ["train", "--config", "8b"]
+
+
+def test_keys_written_as_in_the_guide(bash: Callable[..., dict], copy: Path) -> None:
+    script = Path(shutil.copy(copy / "fm9g_7b" / "run_bmtrain.sh", copy / "fm9g_7b" / "mine.sh"))
+    lines = 'args["pretrained_model"]="./9g models/7b.pt"\nargs["lr"]="1e-5"\nargs["n_gpus"]=2\nargs["config"]="7b"\n'
+    change(script, "# Keys of the run", f"{lines}# Keys of the run")
+    change(script, "GPUS_PER_NODE=${GPUS_PER_NODE:-} ", 'GPUS_PER_NODE=${args["n_gpus"]} ')
+    made = bash(copy / "fm9g_7b", "mine.sh --lr 2e-5")
+    words = made["argv"][3:]
+    pairs = dict(zip(words[::2], words[1::2]))
+    assert pairs == {"--pretrained_model": "./9g models/7b.pt", "--lr": "2e-5", "--n_gpus": "2"}
+    assert made["env"] == {"GPUS_PER_NODE": "2"}
+
+
+def test_any_folder_may_be_the_current_one(bash: Callable[..., dict], copy: Path, tmp_path: Path) -> None:
+    made = bash(tmp_path, f"'{copy}/fm9g_70b/run_bmtrain.sh' NNODES=2")
+    assert made == {
+        "argv": ["train", "--config", "70b"],
+        "cwd": str(copy / "fm9g_70b"),
+        "env": {"NNODES": "2"},
+    }
+    assert bash(copy / "fm9g_2b", "../run_bmtrain_lora.sh")["argv"] == ["train", "--config", "2b_lora"]
+    (tmp_path / "fm9g_mine").symlink_to(copy / "fm9g_7b")  # the name that the user sees counts
+    assert bash(tmp_path, "fm9g_mine/run_bmtrain.sh")["argv"] == ["train", "--config", "mine"]
+
+
+def test_without_a_size_or_fm9g_the_script_says_so(tmp_path: Path) -> None:
+    done = subprocess.run(["bash", str(APPS / "run_bmtrain.sh")], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "which size?" in done.stderr
+    for tool in ("bash", "dirname", "readlink"):
+        (tmp_path / tool).symlink_to(str(shutil.which(tool)))
+    python = tmp_path / "python3"  # has nothing
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    script = str(APPS / "fm9g_7b" / "run_bmtrain.sh")
+    done = subprocess.run([tmp_path / "bash", script], capture_output=True, text=True, env={"PATH": str(tmp_path)})
+    assert done.returncode == 2
+    assert "fm9g is not on PATH" in done.stderr
+    python.write_text('#!/bin/sh\nif [ "$1" = -m ]; then echo "$PYTHONPATH: $@"; fi\n')  # has torch
+    done = subprocess.run([tmp_path / "bash", script], capture_output=True, text=True, env={"PATH": str(tmp_path)})
+    assert done.stdout == f"{ROOT}: -m fm9g train --config 7b\n"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_settings_of_a_size_are_of_its_model(size: str) -> None:
+    run = load_run(size, {})
+    assert run.notes == []
+    assert (run.train.value.config, run.train.value.model_unique) == (size, size)
+    assert run.model.value == load_model_config(ROOT / "model_configs" / f"{size}.json").value
+    assert [item.value.task_name for item in run.mixture] == ["medical_o1_reasoning", "ralpaca_zh"]
+    for replicas in (run.train.value.n_gpus, 8):
+        assert run.train.value.packs_a_step(replicas) == run.train.value.global_batch > 0
+    lora = read_object(ROOT / "train_configs" / f"{size}_lora.json")["finetune"]
+    assert (lora["config"], lora["model_unique"]) == (size, f"{size}_lora")
+    assert {"lora_layer", "lora_r", "lora_alpha", "lora_dropout"} <= lora.keys()
