@@ -11,7 +11,8 @@ from fm9g.engine.base import Placement
 from fm9g.engine.processes import Processes
 
 HALF, WHOLE = 3, 6
-FSDP, BMTRAIN = Setup(steps=HALF), Setup("bmtrain", steps=HALF, placement=Placement(zero_level=2))
+FSDP = Setup(steps=WHOLE, stop=HALF)
+BMTRAIN = Setup("bmtrain", steps=WHOLE, stop=HALF, placement=Placement(zero_level=2))
 
 
 @functools.cache

@@ -1,0 +1,60 @@
+# Read by the scripts beside it; what they have in common.
+#
+#     bash run_bmtrain.sh [NAME=value ...] [--key value ...]
+#
+# NAME is one of those at the end of the script. A value written there comes first, then an argument, then a variable of
+# the shell. --key value goes to `fm9g train`: `fm9g config keys` lists the keys, train_configs/ has their values.
+# Everything happens in the folder of the script, which is called fm9g_SIZE: data/ is written there, and paths are
+# relative to it.
+
+NAMES="GPUS_PER_NODE NNODES RANK MASTER_ENDPOINT MASTER_PORT"
+LAUNCH=$(readlink -f -- "${BASH_SOURCE[0]}")
+declare -A args=() # keys of the run as the guide writes them; on the command line a key wins over these
+
+fail() {
+    echo "$0: $1" >&2
+    exit 2
+}
+
+# The folder is that of the script's name, symlinks and all; of `bash ../run_bmtrain.sh`, the one the user is in.
+folder=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd -L) || exit 2
+case ${folder##*/} in fm9g_?*) ;; *) folder=$PWD ;; esac
+cd -- "$folder" || exit 2
+case ${folder##*/} in
+fm9g_?*) size=${folder##*/fm9g_} ;;
+*) fail "which size? Run it in a folder such as apps/fm9g_7b, or as apps/fm9g_7b/${0##*/}" ;;
+esac
+
+others=()
+for word in "$@"; do
+    if [[ $word == *=* && " $NAMES " == *" ${word%%=*} "* ]]; then
+        declare "$word"
+    else
+        others+=("$word")
+    fi
+done
+set -- "${others[@]}"
+
+# train CONFIG [--key value ...]: does not return.
+train() {
+    local config=$1 key name
+    shift
+    [[ ${args[config]:-$size} == "$size" ]] || fail "args[config]: the size is the folder's; copy the folder, or use --config"
+    unset "args[config]"
+    for key in "${!args[@]}"; do
+        case " $* " in
+        *" --$key "* | *" --$key="*) ;;
+        *) set -- "--$key" "${args[$key]}" "$@" ;;
+        esac
+    done
+    for name in $NAMES; do
+        if [[ ${!name} ]]; then export "${name?}"; else unset "$name"; fi
+    done
+    if ! command -v fm9g >/dev/null; then
+        export PYTHONPATH="${LAUNCH%/*/*}${PYTHONPATH:+:$PYTHONPATH}"
+        python3 -c 'import importlib.util as i; exit(not (i.find_spec("fm9g") and i.find_spec("torch")))' 2>/dev/null ||
+            fail "fm9g is not on PATH, and python3 has no torch: activate the environment it is installed in"
+        exec python3 -m fm9g train --config "$config" "$@"
+    fi
+    exec fm9g train --config "$config" "$@"
+}

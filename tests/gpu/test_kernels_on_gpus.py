@@ -1,0 +1,90 @@
+"""flash-attn beside torch's attention, copies from pinned memory, and memory beside `fm9g plan`."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gpu.placed import REHEARSAL
+
+from fm9g.config.model import ModelConfig
+from fm9g.model.attention import attend
+from fm9g.plan import Setup, peak
+from fm9g.train.loop import _on_device
+
+LENGTHS = [37, 1, 300, 128, 7]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "shared"), [(8, 8), (8, 2)])
+def test_flash_attention_gives_what_torch_gives_on_packed_rows(
+    flash_attn: None, dtype: torch.dtype, heads: int, shared: int
+) -> None:
+    """Both in half precision beside fp32: flash-attn may be off by twice what torch is off, and no more."""
+    borders = torch.tensor([0, *np.cumsum(LENGTHS)], dtype=torch.int32, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(1)
+    tokens = sum(LENGTHS)
+
+    def draw(count: int) -> torch.Tensor:
+        return torch.randn(tokens, count, 64, device="cuda", generator=generator).to(dtype)
+
+    inputs, weight = [draw(heads), draw(shared), draw(shared)], draw(heads)
+
+    def run(flash: bool, kind: torch.dtype) -> list[torch.Tensor]:
+        given = [tensor.detach().to(kind).requires_grad_() for tensor in inputs]
+        output = attend(*given, borders, LENGTHS, flash)
+        (output * weight.to(kind)).sum().backward()
+        return [output.detach(), *(tensor.grad for tensor in given)]
+
+    exact, usual, fast, again = run(False, torch.float32), run(False, dtype), run(True, dtype), run(True, dtype)
+    for name, right, one, other, repeated in zip(("output", "query", "key", "value"), exact, usual, fast, again):
+        assert torch.equal(other, repeated), f"{name}: two runs differ"
+        allowed = 2 * (one.float() - right).abs().max() + 1e-3
+        assert (other.float() - right).abs().max() <= allowed, name
+
+
+def test_batches_arrive_whole_from_pinned_memory(gpus: int) -> None:
+    device = torch.device("cpu" if REHEARSAL else "cuda")
+    arrays = [np.arange(size, dtype=kind) for size in (0, 1, 100_000) for kind in (np.int32, np.int64, np.float32)]
+    for _ in range(20):  # pinned blocks are used again while copies are under way
+        if not REHEARSAL:
+            torch.cuda._sleep(1_000_000)
+        moved = [_on_device(array + 0, device) for array in arrays]
+        assert all(np.array_equal(tensor.cpu().numpy(), array) for tensor, array in zip(moved, arrays))
+
+
+MODEL = ModelConfig(vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_layers=8, num_heads=16)
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        {},
+        {"activation_checkpoint": "full"},
+        {"activation_checkpoint": "selective", "zero_level": 2, "grad_accum": 2},
+        {"activation_checkpoint": "full", "optimizer_offload": True},
+        {"engine": "bmtrain"},
+        {"engine": "bmtrain", "activation_checkpoint": "full", "zero_level": 2},
+        {"engine": "bmtrain", "activation_checkpoint": "full", "grad_accum": 2},
+    ],
+    ids=str,
+)
+def test_memory_is_what_is_planned_within_15_percent(
+    gpus: int, setup: dict, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if setup.get("engine") == "bmtrain":
+        request.getfixturevalue("bmtrain")
+    if REHEARSAL:
+        pytest.skip("tests/plan/ does this on CPUs")
+    file = Path(__file__).resolve().parents[2] / "benchmarks" / "plan" / "measure.py"
+    spec = importlib.util.spec_from_file_location("plan_measure_on_gpus", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    flash = importlib.util.find_spec("flash_attn") is not None
+    chosen = Setup(**{"max_length": 2048, "flash": flash, **setup})
+    assert peak(MODEL, chosen).total == pytest.approx(module.measure_apart(MODEL, chosen, "cuda"), rel=0.15)
