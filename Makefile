@@ -1,16 +1,27 @@
 # A fresh machine needs two commands: `make quickstart` and `make test`. Both make their own virtual environment.
 PYTHON ?= python3
 ARGS ?= --overwrite
+GPU ?= A100
+SCALE ?= 1
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check format bench-data clean
+.PHONY: quickstart test test-all test-gpu check format bench-data bench-engine bmtrain clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/fm9g quickstart $(ARGS)
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2  # a process a core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup  # a process a core
+
+test-all: check  # also every placement of every engine over 50 steps: half an hour on two cores
+	OMP_NUM_THREADS=1 FM9G_ENGINE_STEPS=50 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "slow or not slow"
+
+test-gpu: $(VENV)/installed  # both engines on the NVIDIA GPUs of this machine; without one it says so
+	$(BIN)/python -m pytest -q -rs tests/gpu
+
+bmtrain: $(VENV)/installed  # for the GPUs of this machine: make bmtrain BMTRAIN="--arch 9.0" for those of another
+	tools/build_bmtrain.sh --python $(BIN)/python $(BMTRAIN)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -24,9 +35,17 @@ format: $(VENV)/installed
 bench-data: $(VENV)/installed  # about ten minutes and 6 GB of disk, on a machine that does nothing else
 	for name in indexing reading encoding; do $(BIN)/python benchmarks/data/$$name.py || exit 1; done
 
+bench-engine: $(VENV)/installed  # on the GPU where there is one; GPU=H100 names whose peak the MFU is of
+	for engine in torch bmtrain; do $(BIN)/python benchmarks/engine/construction.py --engine $$engine --scale $(SCALE) || exit 1; done
+	$(BIN)/python benchmarks/engine/throughput.py --gpu $(GPU)
+
+# The tests on CPUs need the Python code of bmtrain, which has wheels for these Pythons. What it requires stays out:
+# nvidia-nccl-cu11 would overwrite the NCCL of torch.
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps -c constraints.txt \
+		"bmtrain; python_version < '3.12' and sys_platform == 'linux' and platform_machine == 'x86_64'"
 	touch $@
 
 clean:

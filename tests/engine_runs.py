@@ -34,8 +34,9 @@ needs_bmtrain = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class Setup:
-    """engine: torch or bmtrain. stop: earlier than steps. frozen: what of the model is not trained: "", lower or most. broken: every process
-    keeps its own gradients instead of adding them up."""
+    """engine: torch or bmtrain. stop: earlier than steps. frozen: what of the model is not trained: "", lower or most.
+    broken: every process keeps its own gradients instead of adding them up.
+    """
 
     engine: str = "torch"
     placement: Placement = Placement()
@@ -163,7 +164,9 @@ def run(processes: Processes, setup: Setup, first: int = 0, before: Run | None =
     engine = prepared(setup, processes, before.weights if before else {})
     if before:
         engine.load_optimizer_state(before.optimizer if processes.rank == 0 else {})
-    config = TrainConfig(config="x", train_iters=setup.steps, stop_iters=setup.stop, warmup_iters=0, lr=0.01, clip_grad=0.7)
+    config = TrainConfig(
+        config="x", train_iters=setup.steps, stop_iters=setup.stop, warmup_iters=0, lr=0.01, clip_grad=0.7
+    )
     figures = Figures()
     loader: Any = Dealt(engine.replica, engine.replicas, first)
     state = TrainState(first, np.zeros(2, np.int64))

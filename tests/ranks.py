@@ -10,9 +10,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-# One server imports torch, and the ranks are its forks.
+# One server imports what takes long, and the ranks are its forks.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "fm9g.train.run"])
+_context.set_forkserver_preload(["torch._dynamo", "torch.distributed.tensor.parallel", "engine_runs"])
 SECONDS = 300
 
 

@@ -116,7 +116,7 @@ def test_config_keys_lists_every_key_with_its_meaning(capsys: pytest.CaptureFixt
 
 
 def test_config_show_tells_what_is_missing(capsys: pytest.CaptureFixture) -> None:
-    assert main(["config", "show", "--config", "7b"]) == 0
+    assert main(["config", "show", "--config", str(ROOT / "model_configs" / "7b.json")]) == 0
     text = capsys.readouterr().out
     assert "dim_model                    3584" in text
     assert "note: dataset_config: missing" in text

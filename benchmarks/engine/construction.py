@@ -1,9 +1,9 @@
 """The memory that one rank of many takes to build a model: `python benchmarks/engine/construction.py --engine torch`.
 
-The process is rank 0, which makes or reads every weight whole, and the others are feigned: their messages carry nothing.
-For torch that is its fake process group; for bmtrain the stand-in of the tests with a communicator of one. Everything is
-in the host's memory, so the figure is the process's largest resident set above the one before. On a GPU the same tensors
-are on the device.
+The process is rank 0, which makes or reads every weight whole, and the others are feigned: their messages carry
+nothing. For torch that is its fake process group; for bmtrain the stand-in of the tests, with a communicator of one.
+Everything is in the host's memory, so the figure is the process's largest resident set above the one before. On a GPU the
+same tensors are on the device.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def main() -> None:
         return
     print(
         f"{options.engine}, rank 0 of {options.ranks}, {count_weights(config):,} weights: whole in fp32 "
-        f"{found['whole'] / GB:.2f} GB, peak {found['peak'] / GB:.2f} GB, ratio {found['ratio']:.3f}; with the optimizer "
+        f"{found['whole'] / GB:.2f} GB, peak {found['peak'] / GB:.2f} GB, ratio {found['ratio']:.3f}; with optimizer "
         f"{found['with_optimizer'] / GB:.2f} GB; {found['seconds']:.0f} s, {os.cpu_count()} processors"
     )
 

@@ -1,9 +1,9 @@
 """Tokens a second, MFU and peak memory of the engines: `python benchmarks/engine/throughput.py`.
 
-Each case is a process of its own on one GPU (or the CPU): steps on random tokens of full rows, the first left out. `loop` is
-fm9g.train.loop.train with an engine; `bare` is the same model in plain torch, autocast, torch.optim.AdamW and DDP's clipping
-by hand; `transformers` is the class that the model is exported as. MFU: of the model's own FLOPs (fm9g.plan), at the peak of
-the GPU that --gpu names.
+Each case is a process of its own on one GPU or the CPU: steps on random tokens of full rows, the first ones left out.
+torch and bmtrain: fm9g.train.loop with that engine. bare: the same model with autocast, torch.optim.AdamW and torch's
+clipping, by hand, as each process of DDP does it. transformers: its Llama of the same shapes, likewise. MFU: of the model's
+own FLOPs (fm9g.plan), at the peak of the GPU that --gpu names.
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ def cases_on_gpu() -> list[Case]:
         found += [Case(way, model, layers) for way in ("torch", "bmtrain", "bare", "transformers")]
         for way in ("torch", "bmtrain"):
             found += [Case(way, model, layers, checkpointing=kind) for kind in ("selective", "full")]
-            found += [Case(way, model, layers, zero_level=2, checkpointing="full"), Case(way, model, layers, flash=False)]
+            found += [
+                Case(way, model, layers, zero_level=2, checkpointing="full"),
+                Case(way, model, layers, flash=False),
+            ]
             found += [Case(way, model, layers, documents=8), Case(way, model, layers, documents=8, flash=False)]
         found += [Case("torch", model, layers, dtype=kind) for kind in ("fp16", "fp32")]
     return found
@@ -64,9 +67,9 @@ def cases_on_gpu() -> list[Case]:
 
 def cases_on_cpu() -> list[Case]:
     some = Case("torch", dtype="fp32", tokens=512, flash=False)
-    return [replace(some, way=way, documents=count) for count in (1, 8) for way in ("torch", "bare", "transformers")] + [
-        replace(some, checkpointing=kind) for kind in ("selective", "full")
-    ]
+    return [
+        replace(some, way=way, documents=count) for count in (1, 8) for way in ("torch", "bare", "transformers")
+    ] + [replace(some, checkpointing=kind) for kind in ("selective", "full")]
 
 
 def model_of(case: Case) -> ModelConfig:
@@ -80,7 +83,9 @@ def model_of(case: Case) -> ModelConfig:
 def packs(case: Case, vocabulary: int, step: int) -> list[Pack]:
     """A row of documents of equal length, a target at every position."""
     source, length = np.random.default_rng(step), case.tokens // case.documents
-    samples = [Sample(source.integers(0, vocabulary, length + 1).astype(np.int32), 0, i, 0) for i in range(case.documents)]
+    samples = [
+        Sample(source.integers(0, vocabulary, length + 1).astype(np.int32), 0, i, 0) for i in range(case.documents)
+    ]
     return [collate(samples, case.tokens)]
 
 
@@ -89,8 +94,8 @@ class Loader:
 
     def __init__(self, case: Case, vocabulary: int, count: int) -> None:
         self._packs = [packs(case, vocabulary, step) for step in range(min(count, 4))]  # not what is measured
-        self._step, self.times = 0, []
-        self.times: list[float]
+        self._step = 0
+        self.times: list[float] = []
 
     def next_step(self) -> list[Pack]:
         if torch.cuda.is_available() and self._step == WARM:
@@ -205,7 +210,16 @@ def main() -> None:
     print("| way | model | dtype | checkpointing | flash | documents x tokens | tokens/s | MFU | peak GiB |")
     print("|---|---|---|---|---|---|---|---|---|")
     for case in cases_on_gpu() if options.device == "cuda" else cases_on_cpu():
-        command = [sys.executable, "-W", "ignore", __file__, "--case", json.dumps(vars(case)), "--device", options.device]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            __file__,
+            "--case",
+            json.dumps(vars(case)),
+            "--device",
+            options.device,
+        ]
         command += ["--gpu", options.gpu, "--steps", str(options.steps)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -215,11 +229,11 @@ def main() -> None:
             found = json.loads(done.stdout.splitlines()[-1])
             mfu, gib = ("" if found[key] is None else f"{found[key]:.3f}" for key in ("mfu", "gib"))
             figures = f"{found['tokens_a_second']:,.0f} | {mfu} | {gib}"
+        way = case.way + (f", ZeRO-{case.zero_level}" if case.way in ("torch", "bmtrain") else "")
         model = f"{case.model}{f', {case.layers} layers' if case.layers else ''}"
         shape = f"{case.documents} x {case.tokens // case.documents}"
         print(
-            f"| {case.way}{f', ZeRO-{case.zero_level}' if case.way in ('torch', 'bmtrain') else ''} | {model} | {case.dtype} | "
-            f"{case.checkpointing} | {'yes' if case.flash else 'no'} | {shape} | {figures} |",
+            f"| {way} | {model} | {case.dtype} | {case.checkpointing} | {'yes' if case.flash else 'no'} | {shape} | {figures} |",
             flush=True,
         )
 

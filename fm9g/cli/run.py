@@ -92,9 +92,11 @@ def _train(options: argparse.Namespace) -> int:
         _print_loader(run_dataloader(run))
         return 0
     launcher = find_launcher()
-    if launcher in ("", "slurm") and not (launcher == "slurm" and options.nproc is None):
-        nproc = options.nproc if options.nproc is not None or os.environ.get("GPUS_PER_NODE") else config.n_gpus
+    several = options.nproc is not None or bool(os.environ.get("GPUS_PER_NODE"))  # to be started here
+    if launcher == "" or (launcher == "slurm" and several):
+        nproc = options.nproc if several else config.n_gpus
         nodes = find_nodes(os.environ, nproc, *(getattr(options, key) for key in _NODE_OPTIONS))
+        config.packs_a_step(config.replicas(nodes.nnodes * nodes.nproc))  # a mistake is told before anything starts
         if nodes.nnodes * nodes.nproc > 1 or options.max_restarts:
             from fm9g.launch.agent import run_agent
             from fm9g.launch.agree import code_identity

@@ -7,8 +7,6 @@ import difflib
 import math
 from typing import Any
 
-import jsonschema
-
 from fm9g.errors import UserError
 
 _JSON_TYPES: dict[str, Any] = {
@@ -96,6 +94,8 @@ def from_text(text: str, field: dataclasses.Field) -> Any:
 
 def check(cls: type, values: dict[str, Any], origins: dict[str, str], prefix: str = "") -> None:
     """Raises UserError that names every wrong key: where it came from, what was found, what is allowed."""
+    import jsonschema  # here, so that command lines are read without it
+
     complaints = []
     known = list(keys_of(cls))
     for error in jsonschema.Draft202012Validator(schema_of(cls)).iter_errors(values):

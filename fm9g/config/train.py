@@ -222,7 +222,10 @@ def load_train_config(name: str, overrides: dict[str, Any]) -> tuple[Loaded[Trai
 def _pretrain_section(file: Path, content: dict[str, Any]) -> Layer:
     unknown = sorted(set(content) - {"pretrain"})
     if "finetune" in unknown:
-        raise UserError(f"{file}: finetune: LoRA is not part of this version; remove the section to train in full")
+        raise UserError(
+            f"{file}: finetune: LoRA is not part of this version; --config {file.stem.removesuffix('_lora')} trains "
+            "all weights"
+        )
     if unknown or not isinstance(content.get("pretrain"), dict):
         raise UserError(f'{file}: expected one object {{"pretrain": {{...}}}}, found the keys {", ".join(content)}')
     return Layer(str(file), content["pretrain"], text=True)

@@ -69,7 +69,7 @@ def examine_output(run: RunConfig, nodes: int) -> Iterator[Line]:
     kind = _file_system(folder)
     if nodes > 1 and kind in ("ext4", "xfs", "overlay", "tmpfs", "btrfs"):
         yield Line(WARNING, "output_dir", f"{folder}: writable, {kind}: a disk of this machine alone",
-                   "all nodes must see the same folder: put it on a shared file system")  # fmt: skip
+                   "node 0 alone writes there: put it on a shared file system, for another to take over")  # fmt: skip
     else:
         yield Line(OK, "output_dir", f"{folder}: writable, {kind}")
     yield _disk(run)

@@ -141,16 +141,17 @@ def _torch(model: ModelConfig, setup: Setup) -> _Held:
 def _bmtrain(model: ModelConfig, setup: Setup) -> _Held:
     """bmtrain: shards of weights and gradients in the computation's precision, fp32 copies beside the moments.
 
-    A block's buffers for weights and gradients are whole while it runs; without checkpointing the weights stay, since
-    what the backward pass keeps names them. Weights outside blocks are gathered for each use and released.
+    Gradients of several micro-batches add up in fp32. A block's buffers for weights and gradients are whole while it
+    runs; without checkpointing the weights stay, since what the backward pass keeps names them. Weights outside blocks
+    are gathered for each use and released.
     """
     e, layers = setup.width, model.num_layers
     n, r = sizes.layer_weights(model), sizes.root_weights(model)
     total, head = (n * layers + r) / setup.data_parallel, sizes.head_weights(model)
-    masters = 4 * (e < 4)
+    masters, several = 4 * (e < 4), setup.grad_accum > 1
     return _Held(
         weights=e * total,
-        optimizer=0 if setup.optimizer_offload else (8 + masters) * total,
+        optimizer=(0 if setup.optimizer_offload else (8 + masters) * total) + masters * total * several,
         layer_gradient=e * n / setup.data_parallel,
         root_gradient=e * r / setup.data_parallel,
         layer=e * n,
@@ -162,7 +163,7 @@ def _bmtrain(model: ModelConfig, setup: Setup) -> _Held:
         root_whole=e * head * (1 + model.tie_word_embeddings),
         message=0,
         root_message=0,
-        stepping=masters * total,
+        stepping=masters * total * (not several),
         stays=setup.zero_level != 3 or setup.activation_checkpoint == "none",
         lasting=True,
     )

@@ -152,7 +152,8 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
 def _find_checkpoint(config: TrainConfig, place: Place, root: Path) -> Checkpoint | None:
     """What the run goes on from. Raises UserError where it is not there, or others would be overwritten unasked."""
     steps = steps_in(root)
-    if place.attempt:  # a restart: only what this run saved itself is newer than its start
+    restarted = place.attempt and place.started  # by our agent, which tells since when the run goes on
+    if restarted:  # only what this run saved itself is newer than its start
         own = [step for step in steps if (root / str(step)).stat().st_mtime >= place.started]
         if own:
             return open_step(root, own[-1])
@@ -160,7 +161,7 @@ def _find_checkpoint(config: TrainConfig, place: Place, root: Path) -> Checkpoin
         return open_step(root, steps[-1]) if steps else None
     if config.resume_ckpt:
         return open_step(root, int(config.resume_ckpt))
-    if steps and config.save and not config.overwrite and not place.attempt:
+    if steps and config.save and not config.overwrite and not restarted:
         raise UserError(
             f"{root}: holds checkpoints of steps {', '.join(map(str, steps))}; go on with --resume_ckpt, "
             "choose another --model_unique, or have them deleted with --overwrite true"

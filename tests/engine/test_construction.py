@@ -31,5 +31,7 @@ def test_one_rank_of_eight_builds_the_7b_model_in_a_fifth_of_its_size(engine: st
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["peak"] < 0.2 * found["whole"], found
-    least = 1 / 8 if engine == "torch" else 1 / 16  # fp32 shards, bf16 shards: if less is seen, something is not measured
+    least = (
+        1 / 8 if engine == "torch" else 1 / 16
+    )  # fp32 shards, bf16 shards: if less is seen, something is not measured
     assert found["peak"] > 0.9 * least * found["whole"], found

@@ -10,6 +10,8 @@ from ranks import run_ranks
 from fm9g.engine.base import Placement
 from fm9g.engine.processes import Processes
 
+pytestmark = pytest.mark.xdist_group("engines")
+slow = pytest.mark.slow
 HALF, WHOLE = 3, 6
 FSDP = Setup(steps=WHOLE, stop=HALF)
 BMTRAIN = Setup("bmtrain", steps=WHOLE, stop=HALF, placement=Placement(zero_level=2))
@@ -49,8 +51,8 @@ def assert_goes_on(before: Run, setup: Setup, processes: int) -> None:
     ("setup", "processes"),
     [
         (Setup(steps=WHOLE), 1),
-        (Setup(steps=WHOLE, placement=Placement(zero_level=0)), 2),
-        pytest.param(Setup("bmtrain", steps=WHOLE), 1, marks=needs_bmtrain),
+        pytest.param(Setup(steps=WHOLE, placement=Placement(zero_level=0)), 2, marks=slow),
+        pytest.param(Setup("bmtrain", steps=WHOLE), 1, marks=[needs_bmtrain, slow]),
         pytest.param(Setup("bmtrain", steps=WHOLE), 2, marks=needs_bmtrain),
     ],
     ids=["torch-1", "copies-2", "bmtrain-1", "bmtrain-2"],
@@ -61,7 +63,9 @@ def test_from_four_fsdp2_processes(setup: Setup, processes: int) -> None:
 
 @needs_bmtrain
 @pytest.mark.parametrize(
-    ("placement", "processes"), [(Placement(), 4), (Placement(tp_size=2), 2)], ids=["fsdp2-4", "tensor-parallel-2"]
+    ("placement", "processes"),
+    [(Placement(), 4), pytest.param(Placement(tp_size=2), 2, marks=slow)],
+    ids=["fsdp2-4", "tensor-parallel-2"],
 )
 def test_from_two_bmtrain_processes(placement: Placement, processes: int) -> None:
     assert_goes_on(saved(BMTRAIN, 2), Setup(steps=WHOLE, placement=placement), processes)
@@ -78,7 +82,7 @@ def test_without_the_optimizers_state_it_would_be_another_run() -> None:
     ("setup", "processes"),
     [
         (Setup(), 8),
-        (Setup(placement=Placement(tp_size=2, zero_level=2)), 4),
+        pytest.param(Setup(placement=Placement(tp_size=2, zero_level=2)), 4, marks=slow),
         pytest.param(Setup("bmtrain"), 4, marks=needs_bmtrain),
     ],
     ids=["fsdp2-8", "tensor-parallel-4", "bmtrain-4"],

@@ -14,7 +14,7 @@ from ranks import run_ranks
 
 from fm9g.engine.base import Placement
 
-# `make test-engines` takes the 50 steps that the tolerances are meant for; fewer show the same mistakes sooner.
+# `make test-all` takes the 50 steps that the tolerances are meant for; fewer show the same mistakes sooner.
 STEPS = int(os.environ.get("FM9G_ENGINE_STEPS", "8"))
 LOSS, NORM, WEIGHT = 2e-5, 2e-5, 2e-4  # absolute; losses are about 6, norms about 1, weights about 0.1
 
@@ -51,20 +51,33 @@ def assert_all_same(processes: int, setups: list[Setup]) -> None:
         assert_same(setup, run)
 
 
-@pytest.mark.parametrize("frozen", ["", "lower", "most"])
+pytestmark = pytest.mark.xdist_group("engines")  # they share runs, and the server that processes are forked from
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("frozen", ["", "lower", pytest.param("most", marks=slow)])
 def test_fsdp2_on_two_processes(frozen: str) -> None:
     assert_all_same(2, [Setup(frozen=frozen, placement=Placement(zero_level=level)) for level in (3, 2, 0)])
 
 
+@slow
 def test_fsdp2_on_four_processes() -> None:
     assert_all_same(4, [Setup(placement=Placement(zero_level=3, checkpointing="full"))])
 
 
-def test_tensor_parallelism_on_two_processes() -> None:
-    placements = [Placement(tp_size=2), Placement(tp_size=2, sequence_parallel=False, checkpointing="selective")]
-    assert_all_same(2, [Setup(placement=placement) for placement in placements])
+@pytest.mark.parametrize(
+    "placement",
+    [
+        Placement(tp_size=2),
+        pytest.param(Placement(tp_size=2, sequence_parallel=False, checkpointing="selective"), marks=slow),
+    ],
+    ids=["sequence-parallel", "whole-norms"],
+)
+def test_tensor_parallelism_on_two_processes(placement: Placement) -> None:
+    assert_all_same(2, [Setup(placement=placement)])
 
 
+@slow
 def test_tensor_parallelism_of_a_tied_model_with_an_uneven_vocabulary_and_frozen_layers() -> None:
     odd = (("tie_word_embeddings", True), ("vocab_size", 321))
     setup = Setup(frozen="lower", placement=Placement(tp_size=2), steps=STEPS, model=odd)
@@ -76,11 +89,18 @@ def test_tensor_parallelism_of_a_tied_model_with_an_uneven_vocabulary_and_frozen
 
 
 @needs_bmtrain
-@pytest.mark.parametrize("frozen", ["", "lower", "most"])
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("processes", "frozen"),
+    [
+        (1, ""),
+        (2, ""),
+        (2, "lower"),
+        *(pytest.param(*case, marks=slow) for case in [(1, "lower"), (1, "most"), (2, "most")]),
+    ],
+)
 def test_bmtrain(processes: int, frozen: str) -> None:
     placements = [Placement(zero_level=level, checkpointing=how) for level, how in ((3, "none"), (2, "full"))]
-    if not frozen:
+    if not frozen and STEPS == 50:
         placements += [Placement(zero_level=3, checkpointing="selective"), Placement(zero_level=2)]
     assert_all_same(
         processes, [Setup(engine="bmtrain", frozen=frozen, placement=placement) for placement in placements]
@@ -91,10 +111,10 @@ def test_bmtrain(processes: int, frozen: str) -> None:
     "setup",
     [
         Setup(placement=Placement(zero_level=3)),
-        Setup(placement=Placement(zero_level=0)),
-        Setup(placement=Placement(tp_size=2)),
+        pytest.param(Setup(placement=Placement(zero_level=0)), marks=slow),
+        pytest.param(Setup(placement=Placement(tp_size=2)), marks=slow),
         pytest.param(Setup(engine="bmtrain"), marks=needs_bmtrain),
-        pytest.param(Setup(engine="bmtrain", frozen="most"), marks=needs_bmtrain),
+        pytest.param(Setup(engine="bmtrain", frozen="most"), marks=[needs_bmtrain, slow]),
     ],
     ids=["fsdp2", "copies", "tensor-parallel", "bmtrain", "bmtrain-frozen"],
 )

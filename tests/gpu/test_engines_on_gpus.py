@@ -18,11 +18,18 @@ from fm9g.engine.processes import Processes
 from fm9g.train.loop import to_batch
 
 STEPS = 8
-# Absolute, in fp32 without TF32; losses are about 6, norms about 1, weights about 0.1. Between CPUs alone they are 2e-5,
-# 2e-5, 2e-4; a GPU adds in another order, and Adam's first steps grow what differs where a gradient is nearly 0.
+# Absolute, in fp32 without TF32; losses are about 6, norms about 1, weights about 0.1. Between CPUs alone they are
+# 2e-5, 2e-5, 2e-4; a GPU adds in another order, and Adam's first steps grow what differs where a gradient is nearly 0.
 LOSS, NORM, WEIGHT = 1e-4, 2e-4, 2e-3
 FULL, SELECTIVE = {"checkpointing": "full"}, {"checkpointing": "selective"}
-TORCH = [{"zero_level": 3}, {"zero_level": 2}, {"zero_level": 0}, FULL, SELECTIVE | {"zero_level": 2}, {"offload": True}]
+TORCH = [
+    {"zero_level": 3},
+    {"zero_level": 2},
+    {"zero_level": 0},
+    FULL,
+    SELECTIVE | {"zero_level": 2},
+    {"offload": True},
+]
 BMTRAIN = [
     *({"zero_level": level, "checkpointing": kind} for level in (2, 3) for kind in ("none", "selective", "full")),
     {"offload": True},
@@ -57,7 +64,9 @@ def assert_same(one: Run, other: Run, said: object) -> None:
     for name, weight in one.weights.items():
         torch.testing.assert_close(weight, other.weights[name], rtol=0, atol=WEIGHT, msg=lambda m, n=name: f"{n}: {m}")
     for name, moment in one.optimizer.items():
-        torch.testing.assert_close(moment, other.optimizer[name], rtol=0, atol=WEIGHT, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            moment, other.optimizer[name], rtol=0, atol=WEIGHT, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("frozen", ["", "lower", "most"])
@@ -133,9 +142,7 @@ def test_a_run_goes_on_under_another_engine(gpus: int, one: str, other: str, req
 
 
 @pytest.mark.parametrize("engine", ["torch", "bmtrain"])
-def test_a_run_that_was_resumed_is_the_same_bit_for_bit(
-    gpus: int, engine: str, request: pytest.FixtureRequest
-) -> None:
+def test_a_run_that_was_resumed_is_the_same_bit_for_bit(gpus: int, engine: str, request: pytest.FixtureRequest) -> None:
     if engine == "bmtrain":
         request.getfixturevalue("bmtrain")
     setups = placed(engine, {})

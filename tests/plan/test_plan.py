@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support import ROOT
 
 from fm9g.config.load import require_config
 from fm9g.config.model import ModelConfig, load_model_config
@@ -207,6 +208,9 @@ def command(*words: str, **keys: str) -> int:
     return run_plan(parser.parse_args(words), keys)
 
 
+SEVEN = str(ROOT / "model_configs" / "7b.json")  # not the training settings of that name
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     keys = {"engine": "torch", "use_checkpoint": "true"}
     assert command("--config", "70b", "--nodes", "8", "--gpu", "h100", "--tokens", "2T", **keys) == 0
@@ -215,15 +219,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "2000 B tokens" in text
     assert f"{12 * 80_814_546_944 / GIB:.1f} GiB" in text
     picture = tmp_path / "memory.png"
-    assert command("--config", "7b", "--json", "--plot", str(picture), batch_size="8", engine="torch") == 1
+    assert command("--config", SEVEN, "--json", "--plot", str(picture), batch_size="8", engine="torch") == 1
     figures = json.loads(capsys.readouterr().out)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert not figures["fits"]
     assert sum(figures["memory"].values()) == pytest.approx(figures["tensors"], abs=10)
     assert figures["suggestions"][0]["fits"]
-    assert command("--config", "7b", batch_size="8", engine="torch") == 1
+    assert command("--config", SEVEN, batch_size="8", engine="torch") == 1
     assert figures["suggestions"][0]["changes"] in capsys.readouterr().out
-    assert command("--config", "7b", "--json", batch_size="8", engine="torch", global_batch="64") == 1
+    assert command("--config", SEVEN, "--json", batch_size="8", engine="torch", global_batch="64") == 1
     changes = [other["changes"] for other in json.loads(capsys.readouterr().out)["suggestions"]]
     assert any("--global_batch" in text for text in changes)
     assert not any("--grad_accum" in text for text in changes)
