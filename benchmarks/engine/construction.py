@@ -2,8 +2,8 @@
 
 The process is rank 0, which makes or reads every weight whole, and the others are feigned: their messages carry
 nothing. For torch that is its fake process group; for bmtrain the stand-in of the tests, with a communicator of one.
-Everything is in the host's memory, so the figure is the process's largest resident set above the one before. On a GPU the
-same tensors are on the device.
+Everything is in the host's memory, so the figure is the process's largest resident set above the one before. On a GPU
+the same tensors are on the device.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Each case is a process of its own on one GPU or the CPU: steps on random tokens of full rows, the first ones left out.
 torch and bmtrain: fm9g.train.loop with that engine. bare: the same model with autocast, torch.optim.AdamW and torch's
-clipping, by hand, as each process of DDP does it. transformers: its Llama of the same shapes, likewise. MFU: of the model's
-own FLOPs (fm9g.plan), at the peak of the GPU that --gpu names.
+clipping, by hand, as each process of DDP does it. transformers: its Llama of the same shapes, likewise. MFU: of the
+model's own FLOPs (fm9g.plan), at the peak of the GPU that --gpu names.
 """
 
 from __future__ import annotations
@@ -232,8 +232,9 @@ def main() -> None:
         way = case.way + (f", ZeRO-{case.zero_level}" if case.way in ("torch", "bmtrain") else "")
         model = f"{case.model}{f', {case.layers} layers' if case.layers else ''}"
         shape = f"{case.documents} x {case.tokens // case.documents}"
+        flash = "yes" if case.flash else "no"
         print(
-            f"| {way} | {model} | {case.dtype} | {case.checkpointing} | {'yes' if case.flash else 'no'} | {shape} | {figures} |",
+            f"| {way} | {model} | {case.dtype} | {case.checkpointing} | {flash} | {shape} | {figures} |",
             flush=True,
         )
 

@@ -6,6 +6,7 @@ other processes. It knows nothing of data, files or schedules.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -111,6 +112,10 @@ class Engine(ABC):
             self._parts = self._find_parts()
             trained = {name: part.tensor() for name, part in self._parts.items() if part.trainable}
             self._optimizer = Optimizer(trained, optimizer, placement.offload)
+            for name, master in self._optimizer.masters.items():
+                part = self._parts[name]
+                if trained[name].dtype != torch.float32:  # what was lost by narrowing is asked for again
+                    master.copy_(part.region(self._spread(part.shape, functools.partial(fill, name))))
         except RuntimeError as error:
             if "out of memory" not in str(error) and "not enough memory" not in str(error):
                 raise

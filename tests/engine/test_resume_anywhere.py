@@ -1,6 +1,7 @@
 """What one engine saved on some number of processes, any engine goes on from on any other."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -93,3 +94,13 @@ def test_what_is_loaded_is_what_was_saved_bit_for_bit(setup: Setup, processes: i
     for found, expected in ((weights, before.weights), (optimizer, before.optimizer)):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("engine", ["torch", pytest.param("bmtrain", marks=needs_bmtrain)])
+def test_half_precision_goes_on_exactly(engine: str) -> None:
+    """The checkpoint's weights are the fp32 ones, of which those of the computation are copies."""
+    whole = Setup(engine, steps=WHOLE, placement=Placement(dtype=torch.bfloat16))
+    uninterrupted = run_ranks(1, run, whole)[0]
+    after = run_ranks(1, go_on, whole, run_ranks(1, run, replace(whole, stop=HALF))[0])[0]
+    assert (after.losses, after.norms) == (uninterrupted.losses[HALF:], uninterrupted.norms[HALF:])
+    assert all(torch.equal(weight, after.weights[name]) for name, weight in uninterrupted.weights.items())

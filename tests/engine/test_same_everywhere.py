@@ -9,6 +9,7 @@ import os
 from dataclasses import replace
 
 import pytest
+import torch
 from engine_runs import Run, Setup, needs_bmtrain, run_all
 from ranks import run_ranks
 
@@ -124,3 +125,16 @@ def test_without_the_reduction_of_gradients_they_differ(setup: Setup) -> None:
     assert loss > 10 * LOSS
     assert norm > 10 * NORM
     assert weight > 10 * WEIGHT
+
+
+@needs_bmtrain
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_the_same_bit_for_bit_on_one_process_of_either_engine(dtype: torch.dtype) -> None:
+    """Weights are rounded, gradients of micro-batches added, and the optimizer's copies kept in the same places."""
+    setup = Setup(steps=4, placement=Placement(dtype=dtype))
+    offloaded = replace(setup, engine="bmtrain", placement=Placement(dtype=dtype, zero_level=2, offload=True))
+    runs = run_ranks(1, run_all, [setup, replace(setup, engine="bmtrain"), offloaded])[0]
+    for other in runs[1:]:
+        assert (other.losses, other.norms) == (runs[0].losses, runs[0].norms)
+        assert all(torch.equal(weight, other.weights[name]) for name, weight in runs[0].weights.items())
+        assert all(torch.equal(state, other.optimizer[name]) for name, state in runs[0].optimizer.items())
