@@ -31,7 +31,7 @@ from fm9g.config.train import TrainConfig
 from fm9g.engine.base import Engine
 from fm9g.engine.processes import Processes
 from fm9g.plan.sizes import count_weights
-from fm9g.train.run import build_model, make_engine
+from fm9g.train.build import build_model, make_engine
 
 GB = 1e9
 
@@ -111,7 +111,7 @@ def build(engine: str, config: ModelConfig, ranks: int, zero_level: int, after_p
 
     with (
         mock.patch.object(made, "_place", placed),
-        mock.patch("fm9g.train.run.has_fast_bf16", return_value=True),  # memory is the same where it is slow
+        mock.patch("fm9g.train.build.has_fast_bf16", return_value=True),  # memory is the same where it is slow
     ):
         build_model(made, settings, config, None)
     return made

@@ -28,8 +28,8 @@ from fm9g.data.pack import Pack, Sample, collate
 from fm9g.engine.processes import Processes
 from fm9g.model.transformer import FM9G
 from fm9g.plan import GPUS, flops_a_token
+from fm9g.train.build import build_model, make_engine
 from fm9g.train.loop import TrainState, to_batch, train
-from fm9g.train.run import build_model, make_engine
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -125,7 +125,7 @@ def run_loop(case: Case, model: ModelConfig, steps: int, device: str) -> float:
     )
     with Processes(device) as processes:
         engine = make_engine(config, processes)
-        with mock.patch("fm9g.train.run.has_fast_bf16", return_value=True):
+        with mock.patch("fm9g.train.build.has_fast_bf16", return_value=True):
             build_model(engine, config, model, None)
         loader: Any = Loader(case, model.vocab_size, steps + WARM)
         train(config, ["all"], engine, loader, None, TrainState(0, np.zeros(1, np.int64)), lambda: None, lambda: False)

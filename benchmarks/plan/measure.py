@@ -21,7 +21,7 @@ from fm9g.config.train import TrainConfig
 from fm9g.engine.processes import Processes
 from fm9g.model.transformer import Batch
 from fm9g.plan.setup import RUN_KEYS, Setup
-from fm9g.train.run import build_model, make_engine
+from fm9g.train.build import build_model, make_engine
 
 _MARK = 98_765  # bytes of a tensor whose allocation marks the first step
 
@@ -52,7 +52,7 @@ def _train(model: ModelConfig, setup: Setup, processes: Processes, steps: int, m
     """As fm9g.train.loop does, on random tokens; `mark` is called once the model is there."""
     config = TrainConfig(**{name: getattr(setup, name) for name in RUN_KEYS}, flash="cuda" if setup.flash else "none")
     engine = make_engine(config, processes)
-    with mock.patch("fm9g.train.run.has_fast_bf16", return_value=True):  # memory is the same where it is slow
+    with mock.patch("fm9g.train.build.has_fast_bf16", return_value=True):  # memory is the same where it is slow
         build_model(engine, config, replace(model, half_type=setup.half_type), None)
     mark()
     for step in range(steps):

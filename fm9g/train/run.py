@@ -6,34 +6,30 @@ import shutil
 import time
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from fm9g.checkpoint.folder import MODEL_CONFIG, Checkpoint, Snapshot, Tensors, open_step, save_checkpoint, steps_in
-from fm9g.checkpoint.weights import check_weights, read_weights
 from fm9g.config.model import ModelConfig
 from fm9g.config.run import RunConfig
 from fm9g.config.train import TrainConfig
 from fm9g.data.loader import Loader
 from fm9g.data.mixture import Mixture
 from fm9g.data.position import fingerprint, merge_positions
-from fm9g.engine.base import Engine, LossScale, Placement
-from fm9g.engine.optimizer import AdamW
+from fm9g.engine.base import Engine
 from fm9g.engine.processes import Processes
-from fm9g.engine.torch import TorchEngine, has_fast_bf16
 from fm9g.errors import UserError
 from fm9g.files import probe_writable
 from fm9g.launch.agree import check_same, code_identity
 from fm9g.launch.monitor import Monitor
 from fm9g.launch.place import Place, host_name
-from fm9g.model.transformer import FM9G, is_width_scaled, weight_shapes
+from fm9g.model.transformer import weight_shapes
+from fm9g.train.build import build_model, compute_dtype, engine_name, make_engine
 from fm9g.train.data import open_loader, open_mixture
 from fm9g.train.interrupt import Interrupt
 from fm9g.train.loop import TrainState, train
@@ -66,8 +62,9 @@ def run_training(run: RunConfig, place: Place | None = None) -> Result:
 
 def _join(run: RunConfig, place: Place, monitor: Monitor) -> Processes:
     config = run.train.value
+    if not (nccl := engine_name(config) == "torch") and (config.device == "cpu" or not torch.cuda.is_available()):
+        raise UserError("engine: bmtrain needs NVIDIA GPUs, and this is a CPU; use --engine torch")
     store = monitor.store() if place.world_size > 1 else None
-    nccl = engine_name(config) == "torch"
     return Processes(config.device, place.rank, place.world_size, place.local_rank, place.local_world_size, store, nccl)
 
 
@@ -187,89 +184,6 @@ def _check_same(run: RunConfig, processes: Processes, data: dict[str, Any]) -> N
     packages = {name: version(name) for name in ("torch", "numpy", "tokenizers")}
     mine = {"code": code_identity(), "packages": packages, "config": run.identity(), "data": data}
     check_same(processes.gather(mine), processes.gather(host_name()))
-
-
-def engine_name(config: TrainConfig) -> str:
-    """bmtrain or torch, where the configuration leaves it open: bmtrain where there is a GPU and the package."""
-    if config.engine != "auto":
-        return config.engine
-    fits = torch.cuda.is_available() and config.device != "cpu" and config.tp_size == 1 and config.zero_level
-    return "bmtrain" if fits and find_spec("bmtrain") else "torch"
-
-
-def make_engine(config: TrainConfig, processes: Processes) -> Engine:
-    """The engine that the configuration names. Raises UserError where it cannot work here."""
-    if engine_name(config) == "torch":
-        return TorchEngine(processes, config.seed)
-    from fm9g.engine.bmtrain import BMTrainEngine
-
-    return BMTrainEngine(processes, config.seed)
-
-
-def build_model(
-    engine: Engine, config: TrainConfig, model_config: ModelConfig, checkpoint: Checkpoint | None
-) -> list[str]:
-    """Gives the engine a model with the weights of the checkpoint, of pretrained_model, or new ones.
-
-    checkpoint: on rank 0, which alone reads weights. Returns what differs between the weights and the model, a line
-    each, where strict_state_dict lets it pass.
-    """
-    flash = model_config.use_flash_attn and config.flash != "none"
-    with torch.device("meta"):
-        model = FM9G(replace(model_config, use_flash_attn=flash))
-    given: dict[str, torch.Tensor] = {}
-    notes: list[str] = []
-    if engine.processes.rank == 0 and (checkpoint is not None or config.pretrained_model):
-        given = checkpoint.weights() if checkpoint else read_weights(Path(config.pretrained_model))
-        where = str(checkpoint.weight_file if checkpoint else config.pretrained_model)
-        notes = check_weights(
-            given, weight_shapes(model_config), where, strict=config.strict_state_dict or checkpoint is not None
-        )
-
-    def fill(name: str, weight: torch.Tensor) -> None:
-        if name in given:
-            weight.copy_(given[name])
-        else:
-            model.init_weight(name, weight, config.seed)
-
-    width = model_config.scale_width
-    optimizer = AdamW(
-        lr_scales={name: 1 / width if is_width_scaled(name) else 1.0 for name, _ in model.named_parameters()},
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )
-    dtype, dtype_notes = compute_dtype(model_config, engine.device)
-    if config.optimizer_offload and engine.device.type == "cpu":
-        raise UserError("optimizer_offload: the weights are in the host's memory already; it is for GPUs")
-    if config.tp_size > 1:
-        for key, heads in (("num_heads", model_config.num_heads), ("num_kv_heads", model_config.num_kv_heads)):
-            if heads % config.tp_size:
-                raise UserError(f"tp_size {config.tp_size} does not divide the model's {key}, {heads}")
-    checkpointing = "full" if model_config.use_checkpoint and not config.activation_checkpoint else config.checkpointing
-    placement = Placement(
-        dtype=dtype,
-        zero_level=config.zero_level,
-        checkpointing=checkpointing,
-        checkpointed_layers=config.grad_ckpt_num,
-        tp_size=config.tp_size,
-        sequence_parallel=config.sequence_parallel,
-        offload=config.optimizer_offload,
-    )
-    scale = LossScale(config.loss_scale, config.loss_scale_steps) if dtype == torch.float16 else LossScale()
-    engine.prepare(model, model.encoder.layers, fill, optimizer, placement, scale)
-    return notes + dtype_notes
-
-
-def compute_dtype(model_config: ModelConfig, device: torch.device) -> tuple[torch.dtype, list[str]]:
-    """The precision of the computation: the model's half_type where the machine is fast at it, else fp32."""
-    if model_config.dtype_name == "fp32":
-        return torch.float32, []
-    if model_config.dtype_name == "fp16" and device.type == "cuda":
-        return torch.float16, []
-    if model_config.dtype_name == "bf16" and has_fast_bf16(device):
-        return torch.bfloat16, []
-    return torch.float32, [f"computing in fp32: {model_config.dtype_name} is not faster on this {device.type}"]
 
 
 def take_snapshot(

@@ -21,7 +21,7 @@ from ranks import run_ranks
 from fm9g.config.train import TrainConfig
 from fm9g.engine.base import Engine, LossScale
 from fm9g.engine.processes import Processes
-from fm9g.train.run import make_engine as make_real_engine
+from fm9g.train.build import make_engine as make_real_engine
 
 REHEARSAL = bool(os.environ.get("FM9G_GPU_REHEARSAL"))
 _stand_in = engine_runs.make_engine

@@ -135,7 +135,7 @@ def test_a_run_goes_on_under_another_engine(gpus: int, one: str, other: str, req
     if "bmtrain" in (one, other):
         request.getfixturevalue("bmtrain")
     count = min(gpus, 2)
-    half = train(1, [replace(placed(one, {})[0], steps=STEPS // 2)])[0]
+    half = train(1, [replace(placed(one, {})[0], stop=STEPS // 2)])[0]
     (rest,) = train(count, placed(other, {"zero_level": 2}), first=STEPS // 2, before=half)
     whole = replace(on_cpu(), losses=on_cpu().losses[STEPS // 2 :], norms=on_cpu().norms[STEPS // 2 :])
     assert_same(rest, whole, (one, other))
@@ -147,7 +147,7 @@ def test_a_run_that_was_resumed_is_the_same_bit_for_bit(gpus: int, engine: str, 
         request.getfixturevalue("bmtrain")
     setups = placed(engine, {})
     whole = train(1, setups)[0]
-    half = train(1, [replace(setups[0], steps=STEPS // 2)])[0]
+    half = train(1, [replace(setups[0], stop=STEPS // 2)])[0]
     rest = train(1, setups, first=STEPS // 2, before=half)[0]
     assert rest.norms == whole.norms[STEPS // 2 :]
     assert rest.losses == whole.losses[STEPS // 2 :]

@@ -10,8 +10,8 @@ from fm9g.config.train import TrainConfig
 from fm9g.data.pack import Pack, collate
 from fm9g.engine.processes import Processes
 from fm9g.engine.torch import TorchEngine
+from fm9g.train.build import build_model
 from fm9g.train.loop import TrainState, to_batch, train
-from fm9g.train.run import build_model
 
 STEPS = 4
 

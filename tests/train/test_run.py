@@ -278,6 +278,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(train: Train, tmp_path: Path, m
         ({"resume_ckpt": 12, "seed": 5}, "seed: was 1234, is 5"),
         ({"resume_ckpt": 12, "model.num_layers": 3}, "is missing"),
         ({"model.vocab_size": 100}, "the model's vocab_size is 100"),
+        ({"engine": "bmtrain"}, "bmtrain needs NVIDIA GPUs, and this is a CPU"),
         ({"optimizer_offload": True}, "the weights are in the host's memory already"),
         ({"tp_size": 2}, "tp_size 2 does not divide the number of processes, 1"),
         ({"tokenizer_path": "nowhere"}, "nowhere: no such tokenizer"),
