@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fm9g.checkpoint.folder import MODEL_CONFIG, Checkpoint, Snapshot, Tensors, open_step, save_checkpoint, steps_in
 from fm9g.config.model import ModelConfig
