@@ -172,10 +172,13 @@ class Engine(ABC):
     def _norm(self, grads: dict[str, torch.Tensor]) -> torch.Tensor:
         """The norm of all gradients: each part counts once, however many processes hold it."""
         total = torch.zeros((), device=self.device)
-        if filled := [(grad, self._parts[name].copies) for name, grad in grads.items() if grad.numel()]:
-            norms = torch.stack(torch._foreach_norm([grad for grad, _ in filled], 2, dtype=torch.float32))
-            copies = torch.tensor([float(copies) for _, copies in filled], device=self.device)
-            total = (norms.square() / copies).sum()
+        by_copies: dict[int, list[torch.Tensor]] = {}
+        for name, grad in grads.items():
+            if grad.numel():
+                by_copies.setdefault(self._parts[name].copies, []).append(grad)
+        for copies, held in by_copies.items():
+            norms = torch._foreach_norm(held, 2, dtype=torch.float32)
+            total = total + torch.stack(norms).square().sum() / copies
         return self._add_up(total).sqrt()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:

@@ -154,8 +154,12 @@ class _Agent:
         return Failure(cause, None, self._host, self._me, code)
 
     def _environment(self, attempt: int, local_rank: int) -> dict[str, str]:
-        nodes = self._nodes
+        nodes, cores = self._nodes, len(os.sched_getaffinity(0))
+        warnings = [os.environ.get("PYTHONWARNINGS", ""), "ignore::UserWarning:multiprocessing.resource_tracker"]
         return {
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // nodes.nproc)),
+            # A worker that is ended leaves semaphores of its data loader, which Python clears away, and says so.
+            "PYTHONWARNINGS": ",".join(filter(None, warnings)),
             "RANK": str(self._me * nodes.nproc + local_rank),
             "LOCAL_RANK": str(local_rank),
             "WORLD_SIZE": str(nodes.nproc * nodes.nnodes),
