@@ -254,6 +254,7 @@ def install() -> None:
     if "bmtrain.C" in sys.modules:
         assert sys.modules["bmtrain.C"] is _compiled, "bmtrain is imported already"
         return
+    torch.utils._device._device_constructors()  # torch.device("meta") remembers these: as they were
     sys.modules["bmtrain.C"] = _compiled
     atexit.register(_groups.clear)  # or gloo's threads abort the process
 

@@ -36,7 +36,8 @@ def measure(
 ) -> float:
     """Bytes at the fullest moment of `steps` steps, of this process as one of all those of the setup."""
     gc.collect()  # else what is left of another model goes in the middle
-    with Processes(device, rank, setup.nodes * setup.gpus, rank, store) as processes:
+    ranks = setup.nodes * setup.gpus
+    with Processes(device, rank, ranks, rank, ranks, store) as processes:
         if device == "cuda":
             _train(model, setup, processes, steps, torch.cuda.reset_peak_memory_stats)
             return torch.cuda.max_memory_allocated()

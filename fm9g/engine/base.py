@@ -183,11 +183,11 @@ class Engine(ABC):
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The elementwise sum over all replicas."""
-        return self._add_up(values) * self.replicas / self.processes.world_size
+        return self._add_up(values.clone()) * self.replicas / self.processes.world_size
 
     @abstractmethod
     def _add_up(self, values: torch.Tensor) -> torch.Tensor:
-        """The elementwise sum over all processes."""
+        """The tensor, which becomes the elementwise sum over all processes."""
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every weight by its full name, fp32, on the host, one at a time: whole on rank 0; all ranks must iterate."""
@@ -251,4 +251,4 @@ class Engine(ABC):
 
     @abstractmethod
     def _broadcast(self, values: torch.Tensor) -> torch.Tensor:
-        """Rank 0's tensor, on every process."""
+        """The tensor, which becomes rank 0's on every process."""

@@ -112,10 +112,12 @@ class BMTrainEngine(Engine):
                 weight.grad.zero_()
 
     def _add_up(self, values: torch.Tensor) -> torch.Tensor:
-        return self._bmt.distributed.all_reduce(values.detach().contiguous(), "sum")
+        self._bmt.nccl.allReduce(values.storage(), values.storage(), "sum", self._bmt.config["comm"])
+        return values
 
     def _broadcast(self, values: torch.Tensor) -> torch.Tensor:
-        return self._bmt.distributed.broadcast(values.contiguous(), 0)
+        self._bmt.nccl.broadcast(values.storage(), values.storage(), 0, self._bmt.config["comm"])
+        return values
 
 
 def _flat_slice(whole: torch.Tensor, begin: int, end: int) -> torch.Tensor:
@@ -153,7 +155,9 @@ def _rendezvous(processes: Processes) -> None:
 @contextlib.contextmanager
 def _as_before(processes: Processes) -> Iterator[None]:
     """Undoes what bmtrain's start changes beside its own: it reads variables, binds the process to few cores, which its
-    data loader's workers would inherit, sets the number of threads, turns cudnn off, and prints."""
+    data loader's workers would inherit, sets the number of threads, turns cudnn off, sets our store's timeout, and
+    prints.
+    """
     places = {
         "RANK": processes.rank,
         "WORLD_SIZE": processes.world_size,
@@ -161,6 +165,7 @@ def _as_before(processes: Processes) -> Iterator[None]:
         "LOCAL_WORLD_SIZE": processes.local_world_size,
     }
     before = {name: os.environ.get(name) for name in (*places, "MASTER_ADDR", "MASTER_PORT")}
+    patience = processes.store.timeout  # type: ignore[attr-defined]
     affinity, threads, cudnn = os.sched_getaffinity(0), torch.get_num_threads(), torch.backends.cudnn.enabled
     starting = sys.modules["bmtrain.init"]
     os.environ.update({name: str(value) for name, value in places.items()})
@@ -172,6 +177,7 @@ def _as_before(processes: Processes) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+        processes.store.set_timeout(patience)
         os.sched_setaffinity(0, affinity)
         torch.set_num_threads(threads)
         torch.backends.cudnn.enabled = cudnn

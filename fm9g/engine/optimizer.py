@@ -18,6 +18,9 @@ class AdamW:
     weight_decay: float
 
 
+_BUCKET = 1 << 27  # weights that are updated at a time: what this takes beside them is 4 bytes for each, at most twice
+
+
 class Optimizer:
     """Keeps moments, and fp32 copies of weights that are not fp32 themselves, beside the weights or on the host.
 
@@ -45,9 +48,26 @@ class Optimizer:
     ) -> None:
         """Updates weights by grads * factor; weights of no elements are those this process holds nothing of."""
         self.steps += 1
-        names = [name for name, weight in weights.items() if weight.numel()]
-        if not names:
-            return
+        bucket: list[str] = []
+        size = 0
+        for name, weight in weights.items():
+            if weight.numel():
+                bucket.append(name)
+                size += weight.numel()
+            if size >= _BUCKET:
+                self._step(bucket, weights, grads, lr, factor)
+                bucket, size = [], 0
+        if bucket:
+            self._step(bucket, weights, grads, lr, factor)
+
+    def _step(
+        self,
+        names: list[str],
+        weights: dict[str, torch.Tensor],
+        grads: dict[str, torch.Tensor],
+        lr: float,
+        factor: torch.Tensor,
+    ) -> None:
         wide = [grads[name].float() for name in names]
         torch._foreach_mul_(wide, factor)
         if self._offload:
@@ -68,7 +88,7 @@ class Optimizer:
                 [self.moments[name]["exp_avg_sq"] for name in chosen],
                 [],
                 # The function counts up what it is given, and wants a counter a weight.
-                [torch.full((), self.steps - 1.0, device=self._home) for _ in chosen],
+                list(torch.full((len(chosen),), self.steps - 1.0, device=self._home).unbind()),
                 fused=True,
                 amsgrad=False,
                 beta1=self._settings.betas[0],
@@ -78,6 +98,7 @@ class Optimizer:
                 eps=self._settings.eps,
                 maximize=False,
             )
-        for name in names:
-            if name in self.masters:
-                weights[name].copy_(self.masters[name], non_blocking=True)
+        if changed := [name for name in names if name in self.masters]:
+            # Narrowed on the device: on the host, that would be a copy in memory that is not pinned.
+            new = [self.masters[name].to(self._device, non_blocking=True) for name in changed]
+            torch._foreach_copy_([weights[name] for name in changed], new)

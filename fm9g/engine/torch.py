@@ -47,11 +47,10 @@ class TorchEngine(Engine):
             fully_shard,
             mesh=mesh["copies", "shards"] if copies > 1 else mesh["shards"],
             mp_policy=policy,
-            reshard_after_forward=placement.zero_level == 3,
         )
         for layer in layers:
-            shard(layer)
-        shard(model)
+            shard(layer, reshard_after_forward=placement.zero_level == 3)
+        shard(model, reshard_after_forward=False)  # what is outside the layers is needed again at once
         for unit in model.modules():
             if isinstance(unit, FSDPModule):  # gradients are added up: the loss is already divided
                 unit.set_gradient_divide_factor(1.0)
@@ -86,9 +85,8 @@ class TorchEngine(Engine):
         super().backward(loss, last)
 
     def _add_up(self, values: torch.Tensor) -> torch.Tensor:
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
+        dist.all_reduce(values)
+        return values
 
     def _broadcast(self, values: torch.Tensor) -> torch.Tensor:
         dist.broadcast(values, 0)

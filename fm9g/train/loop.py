@@ -55,13 +55,15 @@ def train(
         if not loader.endless and targets == 0:
             break
         share = ranks_a_replica / max(1, targets)
+        numbers = torch.arange(len(tasks), device=engine.device)[:, None]
         task_losses = torch.zeros(len(tasks), device=engine.device)
         for i, pack in enumerate(packs):
             batch, row_tasks = to_batch(pack, engine.device)
             number = (state.step * len(packs) + i) * engine.replicas + engine.replica
             loss_sum, losses = engine.forward(batch, number)
             engine.backward(loss_sum * share, last=i == len(packs) - 1)
-            task_losses.index_add_(0, row_tasks, losses)
+            # Not index_add_, which adds in no fixed order on a GPU.
+            task_losses += torch.where(row_tasks == numbers, losses, 0.0).sum(1)
             state.task_tokens += np.bincount(pack.task_ids[pack.task_ids >= 0], minlength=len(tasks))
         lr = learning_rate(config, state.step)
         grad_norm = engine.step(lr, config.clip_grad)
