@@ -1,12 +1,12 @@
 """A model is built a weight at a time: one rank of eight never holds all of it."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from engine_runs import needs_bmtrain
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "engine" / "construction.py"
 
@@ -17,10 +17,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "engine" / "constr
         "torch",
         pytest.param(
             "bmtrain",
-            marks=pytest.mark.skipif(
-                importlib.util.find_spec("bmtrain") is None,
-                reason="bmtrain is not installed: it has wheels for Python 3.10 and 3.11",
-            ),
+            marks=[needs_bmtrain, pytest.mark.slow],
         ),
     ],
 )

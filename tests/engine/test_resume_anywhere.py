@@ -11,7 +11,7 @@ from ranks import run_ranks
 from fm9g.engine.base import Placement
 from fm9g.engine.processes import Processes
 
-pytestmark = pytest.mark.xdist_group("engines")
+pytestmark = pytest.mark.xdist_group("resume")
 slow = pytest.mark.slow
 HALF, WHOLE = 3, 6
 FSDP = Setup(steps=WHOLE, stop=HALF)
@@ -65,8 +65,12 @@ def test_from_four_fsdp2_processes(setup: Setup, processes: int) -> None:
 @needs_bmtrain
 @pytest.mark.parametrize(
     ("placement", "processes"),
-    [(Placement(), 4), pytest.param(Placement(tp_size=2), 2, marks=slow)],
-    ids=["fsdp2-4", "tensor-parallel-2"],
+    [
+        (Placement(), 1),
+        pytest.param(Placement(), 4, marks=slow),
+        pytest.param(Placement(tp_size=2), 2, marks=slow),
+    ],
+    ids=["torch-1", "fsdp2-4", "tensor-parallel-2"],
 )
 def test_from_two_bmtrain_processes(placement: Placement, processes: int) -> None:
     assert_goes_on(saved(BMTRAIN, 2), Setup(steps=WHOLE, placement=placement), processes)
@@ -84,7 +88,7 @@ def test_without_the_optimizers_state_it_would_be_another_run() -> None:
     [
         (Setup(), 8),
         pytest.param(Setup(placement=Placement(tp_size=2, zero_level=2)), 4, marks=slow),
-        pytest.param(Setup("bmtrain"), 4, marks=needs_bmtrain),
+        pytest.param(Setup("bmtrain"), 4, marks=[needs_bmtrain, slow]),
     ],
     ids=["fsdp2-8", "tensor-parallel-4", "bmtrain-4"],
 )
@@ -96,7 +100,7 @@ def test_what_is_loaded_is_what_was_saved_bit_for_bit(setup: Setup, processes: i
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("engine", ["torch", pytest.param("bmtrain", marks=needs_bmtrain)])
+@pytest.mark.parametrize("engine", [pytest.param("torch", marks=slow), pytest.param("bmtrain", marks=needs_bmtrain)])
 def test_half_precision_goes_on_exactly(engine: str) -> None:
     """The checkpoint's weights are the fp32 ones, of which those of the computation are copies."""
     whole = Setup(engine, steps=WHOLE, placement=Placement(dtype=torch.bfloat16))

@@ -56,7 +56,7 @@ pytestmark = pytest.mark.xdist_group("engines")  # they share runs, and the serv
 slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize("frozen", ["", "lower", pytest.param("most", marks=slow)])
+@pytest.mark.parametrize("frozen", ["", *(pytest.param(frozen, marks=slow) for frozen in ("lower", "most"))])
 def test_fsdp2_on_two_processes(frozen: str) -> None:
     assert_all_same(2, [Setup(frozen=frozen, placement=Placement(zero_level=level)) for level in (3, 2, 0)])
 
@@ -93,10 +93,9 @@ def test_tensor_parallelism_of_a_tied_model_with_an_uneven_vocabulary_and_frozen
 @pytest.mark.parametrize(
     ("processes", "frozen"),
     [
-        (1, ""),
         (2, ""),
         (2, "lower"),
-        *(pytest.param(*case, marks=slow) for case in [(1, "lower"), (1, "most"), (2, "most")]),
+        *(pytest.param(*case, marks=slow) for case in [(1, ""), (1, "lower"), (1, "most"), (2, "most")]),
     ],
 )
 def test_bmtrain(processes: int, frozen: str) -> None:

@@ -135,6 +135,7 @@ def test_a_process_alone_gets_its_exception_and_needs_no_torch():
     assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")
 
 
+@pytest.mark.slow
 def test_torchrun_and_a_collective_operation(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = subprocess.run(

@@ -14,8 +14,8 @@ import torch
 from support import records, small_model
 
 from fm9g.checkpoint.folder import Checkpoint, steps_in
+from fm9g.cli import main
 
-pytestmark = pytest.mark.xdist_group("engines")
 Fm9g = Callable[..., subprocess.CompletedProcess]
 
 
@@ -39,12 +39,17 @@ def loaded(folder: Path) -> tuple[dict, dict, dict, dict]:
     return checkpoint.weights(), checkpoint.optimizer(), checkpoint.position(), checkpoint.counts()
 
 
-def test_two_processes_and_then_one_are_the_run_of_one_alone(fm9g: Fm9g, tmp_path: Path) -> None:
-    assert fm9g("--model_unique", "alone").returncode == 0
+def test_two_processes_and_then_one_are_the_run_of_one_alone(
+    fm9g: Fm9g, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     done = fm9g("--model_unique", "parts", "--nproc", 2, "--stop_iters", 3)
     assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stdout
-    assert fm9g("--model_unique", "parts", "--resume_ckpt", "latest").returncode == 0
+    arguments = [str(argument) for argument in done.args[3:]]
+    shared = arguments[: arguments.index("--model_unique")]
+    assert main([*shared, "--model_unique", "parts", "--resume_ckpt", "latest"]) == 0
+    assert main([*shared, "--model_unique", "alone"]) == 0
     checkpoints = tmp_path / "data" / "checkpoints"
     assert steps_in(checkpoints / "parts") == [3, 6]
     alone, parts = loaded(checkpoints / "alone" / "6"), loaded(checkpoints / "parts" / "6")
