@@ -86,11 +86,12 @@ def test_without_the_optimizers_state_it_would_be_another_run() -> None:
 @pytest.mark.parametrize(
     ("setup", "processes"),
     [
-        (Setup(), 8),
+        (Setup(placement=Placement(zero_level=2)), 2),
+        pytest.param(Setup(), 8, marks=slow),
         pytest.param(Setup(placement=Placement(tp_size=2, zero_level=2)), 4, marks=slow),
         pytest.param(Setup("bmtrain"), 4, marks=[needs_bmtrain, slow]),
     ],
-    ids=["fsdp2-8", "tensor-parallel-4", "bmtrain-4"],
+    ids=["fsdp2-2", "fsdp2-8", "tensor-parallel-4", "bmtrain-4"],
 )
 def test_what_is_loaded_is_what_was_saved_bit_for_bit(setup: Setup, processes: int) -> None:
     before = saved(FSDP, 4)
