@@ -62,4 +62,7 @@ def split_layers(model: torch.nn.Module, mesh: DeviceMesh, sequence: bool) -> No
     plan = ends | {f"encoder.layers.*.{name}": style for name, style in layer.items()}
     present = {name for name, _ in model.named_modules()}
     plan = {name: style for name, style in plan.items() if name.replace("*", "0") in present}
+    trained = {name: weight.requires_grad for name, weight in model.named_parameters()}
     parallelize_module(model, mesh, plan)
+    for name, weight in model.named_parameters():  # it makes some weights anew, which ask for a gradient
+        weight.requires_grad_(trained[name])
