@@ -18,8 +18,8 @@
 # conda activate fm-9g
 
 # fm9g finds the other processes, their master and its port (from the number of the job) in SLURM's variables.
-exec srun --cpus-per-task="$SLURM_CPUS_PER_TASK" fm9g train --resume_ckpt latest "$@"
+exec srun --cpus-per-task="$SLURM_CPUS_PER_TASK" fm9g train --resume auto "$@"
 
 # Or one task a node, whose fm9g starts the others, so that --max-restarts works. In place of the line above:
 # exec srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=64 \
-#     fm9g train --resume_ckpt latest --nproc 8 --max-restarts 3 "$@"
+#     fm9g train --resume auto --nproc 8 --max-restarts 3 "$@"

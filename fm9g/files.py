@@ -168,6 +168,25 @@ def recover(target: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def sweep(folder: Path) -> None:
+    """Cleans up after killed processes that wrote in a folder: see `recover`, for all that is there."""
+    for leftover in folder.glob(".*.*.*"):
+        name, pid, kind = leftover.name[1:].rsplit(".", 2)
+        if not pid.isdecimal() or kind not in ("tmp", "old") or _runs(int(pid)):
+            continue
+        if leftover.is_dir():
+            recover(folder / name)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Deletes a folder so that it is never there in part under its name."""
+    gone = _beside(folder, "tmp")
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 def _beside(target: Path, kind: str) -> Path:
     return target.parent / f".{target.name}.{os.getpid()}.{kind}"
 

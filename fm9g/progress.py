@@ -16,7 +16,7 @@ class Progress:
 
     def __init__(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
         self._terminal = sys.stderr.isatty()
-        self._title, self._unit, self.done = title, unit, done
+        self._title, self._unit, self.done, self.total = title, unit, done, total
         self._of = "" if total is None else f" of {total}"
         self._last_line = time.monotonic()
         self._bar = tqdm(
@@ -38,6 +38,13 @@ class Progress:
         else:
             self._last_line = time.monotonic()
             print(f"{self._title} {self.done}{self._of} | {text}", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """Prints a line; on a terminal, above the bar."""
+        if self._terminal:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         return self

@@ -22,8 +22,8 @@ from fm9g.data.tokenizer import train_tokenizer
 from fm9g.errors import UserError
 from fm9g.infer.generate import generate
 from fm9g.progress import Progress
-from fm9g.train.metrics import read_metrics
-from fm9g.train.plot import plot_loss
+from fm9g.report.files import read_metrics
+from fm9g.report.plot import plot_loss
 from fm9g.train.run import Result, run_training
 
 CONFIG = "tiny"

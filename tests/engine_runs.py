@@ -19,9 +19,10 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from fm9g.config.train import TrainConfig
 from fm9g.data.pack import Pack, Sample, collate
 from fm9g.engine.base import Engine, LossScale, Placement
-from fm9g.engine.optimizer import AdamW
 from fm9g.engine.processes import Processes
+from fm9g.engine.rules import OptimizerSettings
 from fm9g.model.transformer import FM9G, is_width_scaled
+from fm9g.train.clock import Clock
 from fm9g.train.loop import TrainState, train
 
 CAPACITY, PACKS = 32, 4  # tokens of a micro-batch; micro-batches a step over all processes
@@ -85,13 +86,27 @@ class Dealt:
 
 
 class Figures:
+    """A desk that keeps the figures of each step, and does nothing else."""
+
     def __init__(self) -> None:
         self.lines: list[dict[str, float]] = []
 
-    def advance(self) -> None: ...
+    def wishes(self) -> tuple[bool, bool]:
+        return False, False
 
-    def write(self, step: int, figures: dict[str, float]) -> None:
+    def stepped(self) -> None: ...
+
+    def skipped(self, *_: object) -> None: ...
+
+    def inspect(self) -> None: ...
+
+    def log(self, figures: dict[str, float], clock: Clock) -> None:
         self.lines.append(figures)
+
+    def evaluate(self) -> bool:
+        return False
+
+    def save(self) -> None: ...
 
 
 def make_engine(setup: Setup, processes: Processes) -> Engine:
@@ -122,7 +137,7 @@ def prepared(setup: Setup, processes: Processes, weights: dict[str, torch.Tensor
         model,
         model.encoder.layers,
         lambda name, weight: weight.copy_(weights[name]) if name in weights else model.init_weight(name, weight, 3),
-        AdamW(scales, (0.9, 0.95), 1e-6, 0.1),
+        OptimizerSettings(scales, (0.9, 0.95), 1e-6, 0.1),
         replace(setup.placement, checkpointed_layers=1),
         LossScale(),
     )
@@ -170,9 +185,8 @@ def run(processes: Processes, setup: Setup, first: int = 0, before: Run | None =
     figures = Figures()
     loader: Any = Dealt(engine.replica, engine.replicas, first)
     state = TrainState(first, np.zeros(2, np.int64))
-    arguments: Any = (config, ["even", "odd"], engine, loader, figures, state, lambda: None, lambda: False)
     with broken(setup, engine) if setup.broken else contextlib.nullcontext():
-        train(*arguments)
+        train(config, ["even", "odd"], engine, loader, state, figures, Clock())
     # On ranks but the first the tensors are not whole, and nobody looks at them.
     weights = {name: weight.clone() for name, weight in engine.weights()}
     state_of_optimizer = {name: value.clone() for name, value in engine.optimizer_state()}

@@ -8,52 +8,64 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from fm9g.checkpoint.weights import read_weights, write_weights
 from fm9g.errors import UserError
-from fm9g.files import new_folder, recover
+from fm9g.files import new_folder
 
 MANIFEST, POSITION, MODEL_CONFIG, TOKENIZER = "manifest.json", "data_position.json", "config.json", "tokenizer"
+RUN_CONFIG = "run_config.json"
 _STEM = "fm9g_live_checkpoint"
+_SUFFIXES = {"weights": ".pt", "optimizer": ".rank-0.opt", "means": ".ema.pt"}
 
 
-@dataclass(frozen=True)
-class Tensors:
+class Tensors(Protocol):
     """Whole tensors that come one at a time. like: a tensor of the shape and type of each, on the meta device."""
 
-    like: Mapping[str, torch.Tensor]
-    values: Iterable[tuple[str, torch.Tensor]]
+    @property
+    def like(self) -> Mapping[str, torch.Tensor]: ...
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]: ...
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """All that a checkpoint holds.
 
-    weights, optimizer: as an engine gives them. position: as the loader gives it. counts: iteration,
-    global_token_pass, global_total_task_token. documents: file name -> JSON content. tokenizer_files: file name -> a
-    file to copy, or text.
+    weights, optimizer, means: as an engine gives them; optimizer and means may be None. position: as the loader gives
+    it. counts: iteration, global_token_pass, global_total_task_token, and what else is known of the run. documents:
+    file name -> JSON content. tokenizer_files: file name -> a file to copy, or text.
     """
 
+    step: int
     weights: Tensors
-    optimizer: Tensors
+    optimizer: Tensors | None
+    means: Tensors | None
     position: dict[str, Any]
     counts: dict[str, Any]
     documents: dict[str, Any]
     tokenizer_files: dict[str, Path | str]
 
+    def tensors(self) -> dict[str, Any]:
+        """Those of weights, optimizer and means that there are."""
+        found = {"weights": self.weights, "optimizer": self.optimizer, "means": self.means}
+        return {kind: tensors for kind, tensors in found.items() if tensors is not None}
 
-def save_checkpoint(root: Path, step: int, snapshot: Snapshot) -> Path:
+
+def save_checkpoint(root: Path, snapshot: Snapshot) -> Path:
     """Writes root/<step>, in place of one that is there. Raises UserError for a full disk, which changes nothing."""
+    step = snapshot.step
     target = root / str(step)
     with new_folder(target, overwrite=True) as folder:
-        for suffix, tensors in ((".pt", snapshot.weights), (".rank-0.opt", snapshot.optimizer)):
-            write_weights(folder / f"{_STEM}-{step}{suffix}", tensors.like, tensors.values)
+        for kind, tensors in snapshot.tensors().items():
+            suffix = _SUFFIXES[kind]
+            write_weights(folder / f"{_STEM}-{step}{suffix}", tensors.like, tensors)
         documents = {f"{_STEM}-{step}.log_ckpt": snapshot.counts, POSITION: snapshot.position, **snapshot.documents}
         for name, content in documents.items():
             (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -73,8 +85,11 @@ def save_checkpoint(root: Path, step: int, snapshot: Snapshot) -> Path:
 class Checkpoint:
     """An existing checkpoint; opening it compares every file's size and checksum with the manifest."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises UserError where the folder is no checkpoint, or a file is missing or cut short."""
+    def __init__(self, folder: Path, checksums: bool = True) -> None:
+        """checksums: False compares the sizes alone, without reading the files.
+
+        Raises UserError where the folder is no checkpoint, or a file is missing, cut short or changed.
+        """
         self.folder = folder
         if not (folder / MANIFEST).is_file():
             raise UserError(f"{folder}: not a checkpoint ({MANIFEST} is missing)")
@@ -92,7 +107,7 @@ class Checkpoint:
             if found != size:
                 state = "is missing" if found is None else f"has {found} of {size} bytes"
                 raise UserError(f"{file}: {state}; the checkpoint is damaged. Take another one")
-            if _checksum(file) != checksum:
+            if checksums and _checksum(file) != checksum:
                 raise UserError(f"{file}: its content has changed; the checkpoint is damaged. Take another one")
 
     @property
@@ -108,8 +123,23 @@ class Checkpoint:
         return read_weights(self.weight_file)
 
     def optimizer(self) -> dict[str, torch.Tensor]:
-        """The optimizer's state, as engines take it."""
-        return read_weights(self.folder / f"{_STEM}-{self.step}.rank-0.opt")
+        """The optimizer's state, as engines take it. Raises UserError where the checkpoint has the model alone."""
+        file = self.folder / f"{_STEM}-{self.step}{_SUFFIXES['optimizer']}"
+        if not file.is_file():
+            raise UserError(
+                f"{self.folder}: holds no state of the optimizer (it was saved with save_model_only); "
+                "--resume_no_optimze true goes on without it"
+            )
+        return read_weights(file)
+
+    def mean_weights(self) -> dict[str, torch.Tensor]:
+        """The running means of weights; empty where there are none."""
+        file = self.folder / f"{_STEM}-{self.step}{_SUFFIXES['means']}"
+        return read_weights(file) if file.is_file() else {}
+
+    def run_config(self) -> dict[str, Any]:
+        """The configuration it was made with, as RunConfig.to_json gives it; empty where it was not kept."""
+        return self._read(RUN_CONFIG) if (self.folder / RUN_CONFIG).is_file() else {}
 
     def position(self) -> dict[str, Any]:
         return self._read(POSITION)
@@ -141,9 +171,22 @@ def steps_in(root: Path) -> list[int]:
     )
 
 
+def open_newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, and a line for each newer one that is not. Raises UserError where there are
+    checkpoints and none is whole."""
+    notes: list[str] = []
+    for step in reversed(steps_in(root)):
+        try:
+            return Checkpoint(root / str(step)), notes
+        except UserError as error:
+            notes.append(str(error))
+    if notes:
+        raise UserError("\n".join([*notes, f"{root}: no checkpoint is whole; --overwrite true starts anew"]))
+    return None, []
+
+
 def open_step(root: Path, step: int) -> Checkpoint:
     """The checkpoint of a step. Raises UserError that lists those that are there."""
-    recover(root / str(step))
     steps = steps_in(root)
     if step not in steps:
         raise UserError(f"{root}: no checkpoint of step {step}; there are: {', '.join(map(str, steps)) or 'none'}")

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from fm9g import __version__
+from fm9g.cli.ckpt import add_ckpt_verbs
 from fm9g.cli.data import add_data_verbs
+from fm9g.cli.report import add_report_verbs
 from fm9g.cli.run import add_run_verbs
 from fm9g.errors import UserError
 
@@ -66,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     quick.add_argument("--overwrite", action="store_true", help="replace --out if it holds something")
 
     add_run_verbs(verb, group)
+    add_report_verbs(verb)
+    add_ckpt_verbs(verb, group)
     add_data_verbs(verb, group)
 
     convert = verb("convert", _convert, "a Hugging Face folder to a 9G .pt file, or a 9G checkpoint to such a folder")

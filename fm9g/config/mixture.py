@@ -41,6 +41,9 @@ class DatasetConfig:
         enum=["drop", "head", "segment", "whole"],
     )
     incontext_weight: list[float] = option([1.0], help="odds of num_sample being 0, 1, 2, ...", minItems=1)
+    max_samples: int = option(
+        0, help="use the first records alone, so many; 0: as the run's max_samples says", minimum=0
+    )
     do_compact: bool = option(False, help=UNUSED)
     is_long: bool = option(False, help=UNUSED)
 

@@ -103,6 +103,27 @@ class ModelConfig:
         return {**values, "architectures": ["FM9GForCausalLM"]}
 
 
+# Keys that change no result of a trained model: how it is computed, how it starts, how long texts may be.
+_MANNER = ("dropout_p", "init_std", "half", "half_type", "use_flash_attn", "use_checkpoint", "max_length")
+
+
+def arithmetic(config: ModelConfig) -> dict[str, Any]:
+    """The keys that two configurations of one model have alike, in the terms that act."""
+    values = {key: value for key, value in config.to_json().items() if key not in _MANNER}
+    if not config.scale:
+        values |= {"scale_emb": 1.0, "dim_model_base": 0}
+    if config.scale_depth <= 0:
+        values["scale_depth"] = -1.0
+    if not config.rope_scaling:
+        values |= {"rope_scaling_factor": 1.0, "orig_max_length": 0}
+    return values
+
+
+def differ(one: Any, other: Any) -> bool:
+    """Whether two values of a key are not the same; some are computed, and come back by a division."""
+    return not math.isclose(one, other, rel_tol=1e-6) if isinstance(one, float) else one != other
+
+
 def load_model_config(path: Path, overrides: dict[str, Any] | None = None) -> Loaded[ModelConfig]:
     """Reads a 9G model configuration.
 

@@ -12,8 +12,9 @@ from fm9g.config.train import TrainConfig, load_train_config
 from fm9g.errors import UserError
 
 # Keys that hold a path.
-_PLACES = (
+PLACES = (
     "dataset_config",
+    "val_dataset",
     "tokenizer_path",
     "pretrained_model",
     "output_dir",
@@ -31,6 +32,7 @@ class RunConfig:
     train: Loaded[TrainConfig]
     model: Loaded[ModelConfig]
     mixture: list[Loaded[DatasetConfig]]
+    validation: list[Loaded[DatasetConfig]]
     notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -43,20 +45,24 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """What must be the same on all machines: every value but places of files, which may be mounted elsewhere."""
         return {
-            name: {key: value for key, value, _ in loaded.rows() if key not in _PLACES}
+            name: {key: value for key, value, _ in loaded.rows() if key not in PLACES}
             for name, loaded in self._sections().items()
         }
 
     def _sections(self) -> dict[str, Loaded[Any]]:
         sections: dict[str, Loaded[Any]] = {"train": self.train, "model": self.model}
-        return sections | {f"data.{item.value.task_name}": item for item in self.mixture}
+        sections |= {f"data.{item.value.task_name}": item for item in self.mixture}
+        return sections | {f"val.{item.value.task_name}": item for item in self.validation}
 
 
 def with_defaults(item: Loaded[DatasetConfig], train: Loaded[TrainConfig]) -> Loaded[DatasetConfig]:
-    """A dataset with the run's template and loss where it has none of its own."""
-    keys = [key for key in ("template", "loss") if not getattr(item.value, key)]
-    value = replace(item.value, **{key: getattr(train.value, key) for key in keys})
-    return Loaded(value, item.origins | {key: train.origins[key] for key in keys})
+    """A dataset with the run's template, loss and max_samples where it has none of its own, and its stop_when_end."""
+    keys = [key for key in ("template", "loss", "max_samples") if not getattr(item.value, key)]
+    values = {key: getattr(train.value, key) for key in keys}
+    origins = {key: train.origins[key] for key in keys}
+    if train.value.stop_when_end:
+        values["allow_repeat"], origins["allow_repeat"] = False, train.origins["stop_when_end"]
+    return Loaded(replace(item.value, **values), item.origins | origins)
 
 
 def load_run(name: str, overrides: dict[str, str], complete: bool = True) -> RunConfig:
@@ -86,10 +92,10 @@ def load_run(name: str, overrides: dict[str, str], complete: bool = True) -> Run
     if missing and complete:
         raise UserError("\n".join(missing))
     notes += missing
-    mixture: list[Loaded[DatasetConfig]] = []
-    if train.value.dataset_config:
-        mixture = [
-            with_defaults(item, train)
-            for item in load_mixture(require_config("dataset_configs", train.value.dataset_config), data)
-        ]
-    return RunConfig(train, load_model_config(model_file, model), mixture, notes)
+
+    def datasets(name: str, overrides: dict[str, dict[str, str]]) -> list[Loaded[DatasetConfig]]:
+        found = load_mixture(require_config("dataset_configs", name), overrides) if name else []
+        return [with_defaults(item, train) for item in found]
+
+    mixture, validation = datasets(train.value.dataset_config, data), datasets(train.value.val_dataset, {})
+    return RunConfig(train, load_model_config(model_file, model), mixture, validation, notes)

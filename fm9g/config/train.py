@@ -11,22 +11,16 @@ from fm9g.config.load import COMMAND_LINE, Layer, Loaded, build, find_config, re
 from fm9g.config.mixture import LOSSES
 from fm9g.errors import UserError
 
-# Names of the 9G guide that this version accepts and that change nothing: name -> what holds instead.
+# Names of the 9G guide that have no meaning any more: name -> what replaces it.
 RETIRED = {
-    "async_save": "a checkpoint is written before the next step starts",
     "dataloader": "indexed datasets are the only kind",
     "dataloader_num_threads": "dataloader_num_workers sets how many processes encode",
     "dataloader_prefetch": "dataloader_prefetch_factor sets how far they run ahead",
-    "ignore_cuda_oom": "a batch that does not fit in memory ends the run; lower batch_size or set use_checkpoint",
-    "inspect_iters": "weights and gradients are not inspected",
-    "load_dataloader_ckpt": "resume_ckpt always restores the data position",
-    "load_grad": "a checkpoint is taken between steps and holds no gradients",
+    "load_grad": "a checkpoint is taken between steps, where there are no gradients to load",
     "local": "paths are used as they are given",
-    "only_load_model": "pretrained_model loads the weights alone, resume_ckpt everything",
-    "parallel_load_datastate": "the data position is a few integers and needs no parallel reading",
-    "stop_when_end": "a run ends at train_iters, or when datasets with allow_repeat false are used up",
-    "tensorboard_all_tasks": "the loss of every task is always written",
+    "parallel_load_datastate": "the data position is a few kilobytes, read at once",
 }
+_SHORT = {"resume": "resume_ckpt"}  # other names of keys
 
 
 @dataclass(frozen=True)
@@ -39,19 +33,77 @@ class TrainConfig:
     model_unique: str = option("run", help="name of the run; its outputs are kept under it; default: the --config name")
     exp_group: str = option("", help="put before model_unique in the names of the TensorBoard and logs folders")
     output_dir: str = option("data", help="where checkpoints/, tensorboard/ and logs/ go", minLength=1)
-    pretrained_model: str = option("", help="a 9G .pt file to start from, at step 0")
+    pretrained_model: str = option(
+        "", help="what to start from, at step 0: a 9G .pt file, a checkpoint, or a Hugging Face folder"
+    )
     strict_state_dict: bool = option(True, help="pretrained_model must hold every weight and no other")
-    resume_ckpt: str = option("", help="step of this run's checkpoint to go on from; latest: the last, if there is one")
+    only_load_model: bool = option(
+        True, help="of a checkpoint's pretrained_model take the weights alone; false: the optimizer's state, too"
+    )
+    load_dataloader_ckpt: bool = option(
+        False, help="go on in the data where the checkpoint of pretrained_model stood; resume_ckpt always does"
+    )
+    resume_ckpt: str = option(
+        "",
+        help="step of this run's checkpoint to go on from; auto: the newest whole one, if there is one. "
+        "--resume is the same",
+    )
     resume_no_optimze: bool = option(False, help="resume without the optimizer's state")
 
+    epochs: float = option(
+        0.0, help="train_iters is what it takes to see all the data so often; 0: as train_iters says", minimum=0
+    )
     train_iters: int = option(10000, help="optimizer steps of the whole run", minimum=1)
     stop_iters: int = option(
         0, help="stop, with a checkpoint, at this step although train_iters is later; 0: do not", minimum=0
     )
+    stop_when_end: bool = option(
+        False, help="no dataset is repeated, whatever its allow_repeat: the run ends when all are used up"
+    )
+    early_stop: int = option(
+        0, help="stop when so many evaluations in a row have not lowered the best validation loss; 0: do not", minimum=0
+    )
     save: bool = option(True, help="write checkpoints")
     overwrite: bool = option(False, help="start anew although the run has checkpoints, and delete these")
     save_iters: int = option(500, help="steps between checkpoints; the end always saves", minimum=1)
+    async_save: bool = option(
+        False, help="write checkpoints from a copy in the host's memory while training goes on (12 bytes a weight)"
+    )
+    save_total_limit: int = option(
+        0, help="checkpoints to keep: the last ones and the best by validation loss; 0: all", minimum=0
+    )
+    save_model_only: bool = option(False, help="checkpoints without the optimizer's state; a third of the size")
     log_iters: int = option(1, help="steps between log lines", minimum=1)
+    inspect_iters: int = option(
+        0, help="steps between tables and histograms of every layer's weights and gradients; 0: never", minimum=0
+    )
+    report_to: str = option(
+        "tensorboard",
+        help="where figures go beside console and metrics.jsonl: tensorboard, wandb, swanlab, several with commas, "
+        "or none",
+    )
+    tensorboard_all_tasks: bool = option(
+        False, help="report tokens and epochs of each task, too, and its last loss at steps that had none of it"
+    )
+    peak_tflops: float = option(
+        0.0,
+        help="of one device, for the MFU; 0: the data sheet's of a known GPU, else measured at the start",
+        minimum=0,
+    )
+    val_dataset: str = option("", help="what to evaluate on: name in dataset_configs/, or a path; empty: nothing")
+    eval_iters: int = option(500, help="steps between evaluations on val_dataset; the end always evaluates", minimum=1)
+    eval_batches: int = option(0, help="rows of an evaluation, over all processes, at most; 0: all the data", minimum=0)
+    max_bad_steps: int = option(
+        10,
+        help="steps in a row, skipped for a loss or gradient that is not finite or for memory, after which a run ends",
+        minimum=1,
+    )
+    ignore_cuda_oom: bool = option(
+        True, help="skip a step that does not fit in memory, on one process; false: it ends the run"
+    )
+    spike: float = option(
+        6.0, help="standard deviations above the last losses that mark a step's as a spike; 0: none", minimum=0
+    )
     seed: int = option(1234, help="of the weights, the order of samples and dropout", minimum=0, maximum=2**32 - 1)
 
     batch_size: int = option(1, help="a micro-batch is one row of batch_size * max_length tokens", minimum=1)
@@ -77,6 +129,7 @@ class TrainConfig:
     only_run_dataloader: bool = option(
         False, help="run the data loader alone for train_iters steps and say how fast it is"
     )
+    max_samples: int = option(0, help="use the first records of each dataset alone, so many; 0: all", minimum=0)
     token_cache: str = option("", help="folder that keeps encoded datasets, for the next epoch or run; empty: none")
     data_changes: str = option(
         "refuse",
@@ -91,7 +144,7 @@ class TrainConfig:
         "cosine",
         help="learning rate schedule",
         any_case=True,
-        enum=["cosine", "warmupstabledrop", "warmupstableexp"],
+        enum=["cosine", "warmupstabledrop", "warmupstableexp", "linear", "constant", "noam"],
     )
     warmup_iters: float = option(20, help="steps of linear warmup from rate 0; below 1: a share of all", minimum=0)
     drop_iters: float = option(
@@ -99,11 +152,37 @@ class TrainConfig:
     )
     drop_begin: int = option(-1, help="step at which warmupstableexp starts to decay; -1: never", minimum=-1)
     drop_rate: float = option(0.5, help="decay of warmupstableexp every drop_iters", exclusiveMinimum=0, maximum=1)
-    weight_decay: float = option(0.1, help="AdamW's decoupled weight decay, on every weight", minimum=0)
+    min_lr_ratio: float = option(
+        0.1, help="where cosine, linear and warmupstabledrop end, as a share of lr", minimum=0, maximum=1
+    )
+    optimizer: str = option(
+        "adamw",
+        any_case=True,
+        help="adamw; adamw8bit, its moments in 8 bits; adafactor; muon, for the layers' matrices, adamw for the rest",
+        enum=["adamw", "adamw8bit", "adafactor", "muon"],
+    )
+    weight_decay: float = option(0.1, help="decoupled weight decay, on every weight", minimum=0)
     beta1: float = option(0.9, help="AdamW's decay of the first moment", minimum=0, exclusiveMaximum=1)
     beta2: float = option(0.95, help="AdamW's decay of the second moment", minimum=0, exclusiveMaximum=1)
     eps: float = option(1e-6, help="AdamW's epsilon", exclusiveMinimum=0)
+    muon_momentum: float = option(0.95, help="muon's decay of its mean of gradients", minimum=0, exclusiveMaximum=1)
     clip_grad: float = option(1.0, help="largest norm of the gradients; 0: no clipping", minimum=0)
+    ema_decay: float = option(
+        0.0,
+        help="of a running mean of the weights, kept in checkpoints as .ema.pt; 0: none",
+        minimum=0,
+        exclusiveMaximum=1,
+    )
+    freeze: str = option(
+        "", help="weights that are not trained: patterns of their names with commas, such as encoder.layers.[0-9].*"
+    )
+    label_smoothing: float = option(
+        0.0, help="share of each target that is spread over all token ids", minimum=0, exclusiveMaximum=1
+    )
+    z_loss: float = option(0.0, help="weight of the squared log of the softmax's denominator in the loss", minimum=0)
+    neftune_alpha: float = option(
+        0.0, help="noise on the embeddings in training: uniform in +-alpha / sqrt(document length * width)", minimum=0
+    )
 
     device: str = option("auto", help="auto: a GPU where there is one", enum=["auto", "cpu", "cuda"])
     flash: str = option(
@@ -152,6 +231,16 @@ class TrainConfig:
         """What the backward pass computes again, both names considered."""
         return self.activation_checkpoint or ("full" if self.use_checkpoint else "none")
 
+    @property
+    def sinks(self) -> list[str]:
+        """Where figures go beside console and metrics.jsonl."""
+        return [name for name in map(str.strip, self.report_to.lower().split(",")) if name not in ("", "none")]
+
+    @property
+    def last_step(self) -> int:
+        """Where this session ends."""
+        return min(self.stop_iters or self.train_iters, self.train_iters)
+
     def replicas(self, world_size: int) -> int:
         """Groups of processes that train on different data. Raises UserError where tp_size does not divide them."""
         if world_size % self.tp_size:
@@ -174,8 +263,8 @@ class TrainConfig:
         if (row := self.batch_size * self.max_length) >= 2**31:
             raise UserError(f"batch_size * max_length: {row} tokens are too many for a row")
         step = self.resume_ckpt
-        if step and step != "latest" and not (step.isascii() and step.isdecimal()):
-            raise UserError(f"resume_ckpt: found {step!r}, expected the number of a step, or latest")
+        if step and step != "auto" and not (step.isascii() and step.isdecimal()):
+            raise UserError(f"resume_ckpt: found {step!r}, expected the number of a step, or auto")
         if self.global_batch and self.grad_accum != 1:
             raise UserError("global_batch and grad_accum are both given; keep one of them")
         if self.tp_size > 1 and self.engine == "bmtrain":
@@ -186,8 +275,14 @@ class TrainConfig:
             raise UserError(f"tp_size {self.tp_size} does not divide batch_size * max_length, {row}")
         if self.resume_ckpt and self.overwrite:
             raise UserError("resume_ckpt and overwrite are both given; a run goes on or starts anew")
-        if self.resume_ckpt and self.pretrained_model:
+        if self.resume_ckpt not in ("", "auto") and self.pretrained_model:
             raise UserError("resume_ckpt and pretrained_model are both given; a run starts from one of them")
+        if self.early_stop and not self.val_dataset:
+            raise UserError("early_stop needs a val_dataset to evaluate on")
+        if self.tp_size > 1 and self.neftune_alpha:
+            raise UserError("neftune_alpha does not go with tp_size: its processes would draw different noise")
+        if unknown := sorted(set(self.sinks) - {"tensorboard", "wandb", "swanlab"}):
+            raise UserError(f"report_to: found {unknown[0]!r}, expected tensorboard, wandb, swanlab, or none")
         if self.only_run_dataloader and self.resume_ckpt:
             raise UserError("only_run_dataloader and resume_ckpt are both given; the loader alone starts at step 0")
         if (
@@ -232,8 +327,10 @@ def _pretrain_section(file: Path, content: dict[str, Any]) -> Layer:
 
 
 def _acting(layer: Layer, notes: list[str]) -> dict[str, Any]:
-    """The layer's values without those of the guide's names that change nothing; a note for each of these."""
-    values = dict(layer.values)
+    """The layer's values, under their keys' own names, without those that change nothing; a note for each of these."""
+    values = {_SHORT.get(key, key): value for key, value in layer.values.items()}
+    if len(values) < len(layer.values):
+        raise UserError(f"{layer.origin}: resume and resume_ckpt are both given; they are the same")
     for key in sorted(RETIRED.keys() & values.keys()):
         notes.append(f"{layer.origin}: {key} changes nothing: {RETIRED[key]}")
         del values[key]

@@ -53,8 +53,17 @@ def import_folder(source: Path, target: Path, overwrite: bool = False) -> Path:
     for file in (target, config_file):
         if file.is_dir() or (file.exists() and not overwrite):
             raise UserError(f"{file}: is there already; choose another name or allow it to be replaced (--overwrite)")
+    config, weights = read_folder(source)
+    check_weights(weights, weight_shapes(config), str(source), strict=True)
+    write_weights(target, weights, weights.items())
+    with new_file(config_file) as temporary:
+        temporary.write_text(json.dumps(config.to_json(), indent=4), encoding="utf-8")
+    return config_file
+
+
+def read_folder(source: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+    """The 9G configuration and weights of a Hugging Face folder. Raises UserError where a weight has no 9G name."""
     config = from_hf_config(read_object(source / "config.json"), str(source / "config.json"))
-    shapes = weight_shapes(config)
     weights: dict[str, torch.Tensor] = {}
     unknown = []
     head = None
@@ -70,11 +79,7 @@ def import_folder(source: Path, target: Path, overwrite: bool = False) -> Path:
         raise UserError(f"{source}: {unknown[0]} and {len(unknown) - 1} more have no place in a 9G model")
     if head is not None and not torch.equal(head, weights.get("input_embedding.weight", head)):
         raise UserError(f"{source}: tie_word_embeddings is true, but lm_head.weight differs from the embedding")
-    check_weights(weights, shapes, str(source), strict=True)
-    write_weights(target, weights, weights.items())
-    with new_file(config_file) as temporary:
-        temporary.write_text(json.dumps(config.to_json(), indent=4), encoding="utf-8")
-    return config_file
+    return config, weights
 
 
 def export_folder(

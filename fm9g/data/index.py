@@ -26,8 +26,11 @@ _PAGE, _PAGES = 4096, 64
 class IndexedDataset:
     """The records of one dataset folder, by number. Opening reads no record and, from index.h5, no list of bounds."""
 
-    def __init__(self, folder: str | Path) -> None:
-        """Raises UserError where a file is missing or the index was made from other data."""
+    def __init__(self, folder: str | Path, most: int = 0) -> None:
+        """most: only the first so many records; 0: all.
+
+        Raises UserError where a file is missing or the index was made from other data.
+        """
         self.folder = Path(folder)
         self._data = self.folder / DATA
         if not self._data.is_file():
@@ -49,6 +52,8 @@ class IndexedDataset:
                 "one of them was changed; index it again with `fm9g data index`"
             )
         self._file = self._open(self._data)
+        self.size = self._size  # of all records
+        self._size = min(most or self.size, self.size)
 
     def _open(self, path: Path) -> int:
         self._files.append(os.open(path, os.O_RDONLY))
@@ -107,7 +112,7 @@ class IndexedDataset:
         else:
             start, end = 0, int(self._read_bounds(0, 1)[0])
         line = os.pread(self._file, end - start, start) if 0 <= start <= end <= self.nbytes else b""
-        if not line or (line[-1:] != b"\n" and number + 1 < len(self)) or line.count(b"\n", 0, -1):
+        if not line or (line[-1:] != b"\n" and number + 1 < self.size) or line.count(b"\n", 0, -1):
             where = f"{self._data}, line {number + 1}"
             raise UserError(f"{where}: the index does not match the data; index it again with `fm9g data index`")
         return line

@@ -85,6 +85,10 @@ class Loader:
             "streams": {str(s): stream.state() for s, stream in self._streams.items()},
         }
 
+    def begun(self) -> list[int]:
+        """How many records of each dataset this rank's streams have begun, over all epochs."""
+        return [sum(counts) for counts in zip(*(stream.begun() for stream in self._streams.values()))]
+
     def skipped(self) -> dict[str, int]:
         """How many records gave no sample, by reason."""
         total: dict[str, int] = {}

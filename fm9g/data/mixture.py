@@ -68,7 +68,7 @@ class Mixture:
         assert self.capacity >= max_length  # else a sample might fit into no row
         self.recipe = Recipe(configs, tokenizer_path, max_length, seed, self.capacity, token_cache)
         self.tokenizer = load_tokenizer(tokenizer_path)
-        self.datasets = [IndexedDataset(config.path) for config in configs]
+        self.datasets = [IndexedDataset(config.path, config.max_samples) for config in configs]
         self.transforms = [_load_transform(config) for config in configs]
         self.encoders = [
             Encoder(
@@ -206,9 +206,9 @@ class Mixture:
     def notes(self) -> list[str]:
         """What the configuration says that the data does not bear out, a line each."""
         return [
-            f"{config.task_name}: nlines is {config.nlines} in the configuration, {len(dataset)} in {config.path}"
+            f"{config.task_name}: nlines is {config.nlines} in the configuration, {dataset.size} in {config.path}"
             for config, dataset in zip(self.configs, self.datasets)
-            if config.nlines is not None and config.nlines != len(dataset)
+            if config.nlines is not None and config.nlines != dataset.size
         ]
 
     def mean_tokens(self) -> list[float]:
@@ -217,17 +217,30 @@ class Mixture:
         The measure is the mean over the samples of the same 256 records in every process.
         """
         means = []
-        for number, (config, dataset) in enumerate(zip(self.configs, self.datasets)):
+        for number, config in enumerate(self.configs):
             if config.mean_tokens:
                 means.append(min(config.mean_tokens, float(self.max_length)))
                 continue
-            size = len(dataset)
-            drawn = Permutation(size, self.seed, _MEAN, self.keys[number])(np.arange(min(_MEAN_RECORDS, size)))
-            cached = self.caches[number]
-            tokens = cached.read(drawn) if cached else self.tokens(number, drawn.tolist(), places=drawn.tolist())
+            _, tokens = self._measured(number)
             lengths = [len(piece) - 1 for record in tokens for piece in self.cut(number, record).pieces]
             means.append(sum(lengths) / len(lengths) if lengths else 1.0)
         return means
+
+    def count_tokens(self) -> float:
+        """About how many tokens all records together give, once each: measured on the same records as mean_tokens."""
+        total = 0.0
+        for number, dataset in enumerate(self.datasets):
+            drawn, tokens = self._measured(number)
+            pieces = (piece for record in tokens for piece in self.cut(number, record).pieces)
+            total += sum(len(piece) - 1 for piece in pieces) / len(drawn) * len(dataset)
+        return total
+
+    def _measured(self, number: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Some records of a dataset, the same in every process, and their marked tokens."""
+        size = len(self.datasets[number])
+        drawn = Permutation(size, self.seed, _MEAN, self.keys[number])(np.arange(min(_MEAN_RECORDS, size)))
+        cached = self.caches[number]
+        return drawn, cached.read(drawn) if cached else self.tokens(number, drawn.tolist(), places=drawn.tolist())
 
     def shares(self) -> list[float]:
         """The share of tokens that each dataset is to have: abs_weight, or weight times the size in bytes; sum 1."""

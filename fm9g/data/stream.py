@@ -168,6 +168,10 @@ class Stream:
                 )
         return None
 
+    def begun(self) -> list[int]:
+        """Records of each dataset that have begun."""
+        return list(self._begun)
+
     def state(self) -> dict[str, Any]:
         """Where the stream stands, as JSON.
 

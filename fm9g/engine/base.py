@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fm9g.engine.optimizer import AdamW, Optimizer
+from fm9g.engine.collect import Collected, Held
+from fm9g.engine.optimizer import Optimizer, saved_keys
 from fm9g.engine.processes import Processes
 from fm9g.engine.recompute import recompute
+from fm9g.engine.rules import Layout, OptimizerSettings
+from fm9g.engine.statistics import Statistics, statistics
+from fm9g.engine.stopwatch import Stopwatch
 from fm9g.errors import UserError
 
 Fill = Callable[[str, torch.Tensor], None]
@@ -57,6 +61,10 @@ class Part:
     tensor: Callable[[], torch.Tensor]
     grad: Callable[[], torch.Tensor | None]
 
+    def held(self, local: torch.Tensor | None = None) -> Held:
+        """The part as it is to be collected. local: in place of its own tensor."""
+        return Held(self.shape, self.region, self.owner, self.tensor if local is None else lambda: local)
+
 
 @dataclass
 class LossScale:
@@ -88,13 +96,14 @@ class Engine(ABC):
         self.processes, self.device, self._seed = processes, processes.device, seed
         self.replica, self.replicas = processes.rank, processes.world_size
         self._parts: dict[str, Part] = {}
+        self.messages = Stopwatch(self.device)  # of this process's messages to others, as far as they are seen
 
     def prepare(
         self,
         model: torch.nn.Module,
         layers: torch.nn.ModuleList,
         fill: Fill,
-        optimizer: AdamW,
+        optimizer: OptimizerSettings,
         placement: Placement,
         loss_scale: LossScale,
     ) -> None:
@@ -111,11 +120,14 @@ class Engine(ABC):
             self._model = self._place(model.train(), layers, fill, placement)
             self._parts = self._find_parts()
             trained = {name: part.tensor() for name, part in self._parts.items() if part.trainable}
-            self._optimizer = Optimizer(trained, optimizer, placement.offload)
+            layout = Layout(lambda name: self._parts[name].shape, self._gather, self._region)
+            self._optimizer = Optimizer(trained, optimizer, layout, placement.offload)
             for name, master in self._optimizer.masters.items():
                 part = self._parts[name]
                 if trained[name].dtype != torch.float32:  # what was lost by narrowing is asked for again
                     master.copy_(part.region(self._spread(part.shape, functools.partial(fill, name))))
+                    if name in self._optimizer.means:
+                        self._optimizer.means[name].copy_(master)
         except RuntimeError as error:
             if "out of memory" not in str(error) and "not enough memory" not in str(error):
                 raise
@@ -144,29 +156,45 @@ class Engine(ABC):
         """
         (loss * self.loss_scale.scale).backward()
 
+    @torch.no_grad()
+    def evaluate(self, batch: Any) -> Any:
+        """The model's result for a batch, without dropout and without what a backward pass needs."""
+        self._model.eval()
+        try:
+            return self._model(batch)
+        finally:
+            self._model.train()
+
     def step(self, lr: float, max_norm: float) -> torch.Tensor:
         """Clips the summed gradients to max_norm (0: not), updates the weights, clears the gradients.
 
-        Returns the norm before clipping, over all ranks, still on the device. With loss scaling a norm that is not
-        finite changes no weight but the scale.
+        Returns the norm before clipping, over all ranks, still on the device. A norm that is not finite changes
+        nothing, neither weights nor the optimizer's state; with loss scaling it changes the scale. With AdamW the
+        device alone knows: the host does not wait for it.
         """
-        grads = {
-            name: grad for name, part in self._parts.items() if part.trainable and (grad := part.grad()) is not None
-        }
+        grads = self._grads()
         norm = self._norm(grads) / self.loss_scale.scale
         factor = torch.ones_like(norm) / self.loss_scale.scale
         if max_norm:
             factor = factor * (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        finite = not self.loss_scale.steps or bool(norm.isfinite())
+        look = bool(self.loss_scale.steps) or not self._optimizer.skips
+        finite = bool(norm.isfinite()) if look else True
         if finite:
             weights = {name: self._parts[name].tensor() for name in grads}
-            self._optimizer.step(weights, grads, lr, factor)
+            skip = None if look else 1.0 - norm.isfinite().float()
+            self._optimizer.step(weights, grads, lr, factor, skip)
         if self.loss_scale.steps:
             self.loss_scale.update(finite)
-        self._clear_gradients()
+        self.clear_gradients()
         return norm
 
-    def _clear_gradients(self) -> None:
+    def _grads(self) -> dict[str, torch.Tensor]:
+        return {
+            name: grad for name, part in self._parts.items() if part.trainable and (grad := part.grad()) is not None
+        }
+
+    def clear_gradients(self) -> None:
+        """Forgets the gradients that were added up."""
         self._model.zero_grad(set_to_none=True)
 
     def _norm(self, grads: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -179,7 +207,23 @@ class Engine(ABC):
         for copies, held in by_copies.items():
             norms = torch._foreach_norm(held, 2, dtype=torch.float32)
             total = total + torch.stack(norms).square().sum() / copies
-        return self._add_up(total).sqrt()
+        with self.messages:
+            return self._add_up(total).sqrt()
+
+    def inspect(self) -> dict[str, tuple[Statistics, Statistics]]:
+        """What the trained weights and the gradients of the step so far are like, by name. It waits for the device."""
+        grads = self._grads()
+        copies = [self._parts[name].copies for name in grads]
+        weights = [functools.partial(self._wide, name) for name in grads]
+        unscaled = [functools.partial(torch.div, grad, self.loss_scale.scale) for grad in grads.values()]
+        tensors = list(zip([*weights, *unscaled], copies * 2))
+        found = statistics(tensors, self._add_up, self.processes.gather, self.device)
+        return dict(zip(grads, zip(found[: len(grads)], found[len(grads) :])))
+
+    def _wide(self, name: str) -> torch.Tensor:
+        """This process's part of a weight on the device, fp32 where it is kept so."""
+        part = self._optimizer.masters.get(name)
+        return self._parts[name].tensor() if part is None else part.to(self.device)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The elementwise sum over all replicas."""
@@ -189,57 +233,84 @@ class Engine(ABC):
     def _add_up(self, values: torch.Tensor) -> torch.Tensor:
         """The tensor, which becomes the elementwise sum over all processes."""
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every weight by its full name, fp32, on the host, one at a time: whole on rank 0; all ranks must iterate."""
-        for name, part in self._parts.items():
-            yield name, self._whole(part, self._optimizer.masters.get(name, part.tensor()))
+    def weights(self) -> Collected:
+        """Every weight by its full name, fp32, whole on rank 0's host."""
+        masters = self._optimizer.masters
+        return self._collected({name: part.held(masters.get(name)) for name, part in self._parts.items()})
 
-    def optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The optimizer's state by full weight name, as `weights` gives weights: NAME.exp_avg, NAME.exp_avg_sq; and the
-        numbers it goes on with."""
-        numbers = (self._optimizer.steps, self.loss_scale.scale, self.loss_scale.good)
-        yield "numbers", torch.tensor(numbers)
-        for name, moments in self._optimizer.moments.items():
-            for key, moment in moments.items():
-                yield f"{name}.{key}", self._whole(self._parts[name], moment)
+    def mean_weights(self) -> Collected:
+        """As `weights`, the running means in place of weights that are trained; nothing where none are kept."""
+        means, masters = self._optimizer.means, self._optimizer.masters
+        parts = self._parts if means else {}
+        held = {name: part.held(means.get(name, masters.get(name))) for name, part in parts.items()}
+        return self._collected(held)
 
-    def weights_like(self) -> dict[str, torch.Tensor]:
-        """What `weights` gives, on the meta device."""
-        return {name: torch.empty(part.shape, device="meta") for name, part in self._parts.items()}
-
-    def optimizer_like(self) -> dict[str, torch.Tensor]:
-        """What `optimizer_state` gives, on the meta device."""
-        like = {"numbers": torch.empty(3, device="meta")}
-        for name, moments in self._optimizer.moments.items():
-            like |= {f"{name}.{key}": torch.empty(self._parts[name].shape, device="meta") for key in moments}
-        return like
+    def optimizer_state(self) -> Collected:
+        """The optimizer's state by full weight name, fp32, as `weights` gives weights: NAME.exp_avg, NAME.exp_avg_sq,
+        or what else the optimizer keeps; and under "numbers" the steps made, the loss scale and good steps since."""
+        first = self.processes.rank == 0
+        held = {"numbers": Held(torch.Size([3]), _same, first, self._numbers)}
+        for name, key in self._saved():
+            part, rule = self._parts[name], self._optimizer.rules[name]
+            tensor = functools.partial(rule.saved, name, key)
+            vector = rule.vector_shape(name, key)
+            whole = Held(vector, _same, first, tensor) if vector is not None else None
+            held[f"{name}.{key}"] = whole or Held(part.shape, part.region, part.owner, tensor)
+        return self._collected(held)
 
     def load_optimizer_state(self, saved: dict[str, torch.Tensor]) -> None:
         """Restores what optimizer_state gave, in any number of processes. saved: on rank 0; the others' may be empty.
 
         Raises UserError where the names or shapes do not match.
         """
-        wanted = self.optimizer_like()
+        wanted = self.optimizer_state().like
         if self.processes.rank == 0:
             if odd := sorted(saved.keys() ^ wanted.keys()):
-                raise UserError(f"the optimizer's state is of other weights than the model's: {', '.join(odd[:5])}")
+                raise UserError(
+                    f"the optimizer's state is of another optimizer, or of other weights: {', '.join(odd[:5])}. "
+                    "--resume_no_optimze true goes on without it"
+                )
             if odd := [name for name, like in wanted.items() if saved[name].shape != like.shape]:
                 raise UserError(f"the optimizer's state of {odd[0]} has another shape than the model's weight")
-        steps, scale, good = self._spread(torch.Size([3]), saved.get("numbers")).tolist()
-        self._optimizer.steps, self.loss_scale.good = int(steps), int(good)
+        numbers = self._spread(torch.Size([3]), saved.get("numbers"))
+        self._optimizer.steps.copy_(numbers[0])
+        _, scale, good = numbers.tolist()
+        self.loss_scale.good = int(good)
         if self.loss_scale.steps:
             self.loss_scale.scale = scale
-        for name, moments in self._optimizer.moments.items():
-            part = self._parts[name]
-            for key, moment in moments.items():
-                moment.copy_(part.region(self._spread(part.shape, saved.get(f"{name}.{key}"))))
+        for name, key in self._saved():
+            part, rule = self._parts[name], self._optimizer.rules[name]
+            vector = rule.vector_shape(name, key)
+            whole = self._spread(part.shape if vector is None else vector, saved.get(f"{name}.{key}"))
+            rule.load(name, key, part.region(whole) if vector is None else whole)
 
-    def _whole(self, part: Part, local: torch.Tensor) -> torch.Tensor:
-        """A whole tensor from the parts of all processes, on rank 0's host."""
+    def load_mean_weights(self, saved: dict[str, torch.Tensor]) -> None:
+        """Restores what mean_weights gave. saved: as for load_optimizer_state."""
+        for name, mean in self._optimizer.means.items():
+            part = self._parts[name]
+            mean.copy_(part.region(self._spread(part.shape, saved.get(name))))
+
+    def _numbers(self) -> torch.Tensor:
+        return torch.tensor([float(self._optimizer.steps), self.loss_scale.scale, self.loss_scale.good])
+
+    def _saved(self) -> list[tuple[str, str]]:
+        """The keys of the optimizer's state, each with the name of its weight."""
+        rules = self._optimizer.rules
+        return [(name, key) for name, rule in rules.items() for key in saved_keys(rule, name)]
+
+    def _collected(self, held: dict[str, Held]) -> Collected:
+        return Collected(held, self.device, self.processes.world_size, self.processes.beside)
+
+    def _gather(self, name: str, local: torch.Tensor) -> torch.Tensor:
+        """The whole tensor, fp32, on the device of every process, from the parts of all."""
+        part = self._parts[name]
         whole = torch.zeros(part.shape, device=self.device)
         if part.owner:
             part.region(whole).copy_(local)
-        return self._add_up(whole).cpu()
+        return self._add_up(whole)
+
+    def _region(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        return self._parts[name].region(whole)
 
     def _spread(self, shape: torch.Size, content: torch.Tensor | Callable[[torch.Tensor], None] | None) -> torch.Tensor:
         """A whole tensor on the device of every process. content: on rank 0, its values or what writes them."""
@@ -252,3 +323,7 @@ class Engine(ABC):
     @abstractmethod
     def _broadcast(self, values: torch.Tensor) -> torch.Tensor:
         """The tensor, which becomes rank 0's on every process."""
+
+
+def _same(whole: torch.Tensor) -> torch.Tensor:
+    return whole

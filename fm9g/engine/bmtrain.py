@@ -104,7 +104,7 @@ class BMTrainEngine(Engine):
         self._bmt.config["load_stream"].wait_stream(torch.cuda.current_stream())
         return norm
 
-    def _clear_gradients(self) -> None:
+    def clear_gradients(self) -> None:
         # In place: a layer's gradients are views of a buffer that it keeps.
         self._sums.clear()
         for weight in self._model.parameters():

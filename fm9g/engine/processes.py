@@ -58,6 +58,8 @@ class Processes:
             store=self.store,
             timeout=_FOR_EVER,
         )
+        # Of messages between threads that collect a checkpoint while training goes on.
+        self.beside = dist.new_group(backend="gloo", timeout=_FOR_EVER) if world_size > 1 else None
 
     def sum(self, numbers: Sequence[int]) -> list[int]:
         """The elementwise sum over all processes. It waits for their hosts, not for their GPUs."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 from torch.distributed.tensor import DTensor, Shard
 
 from fm9g.engine.base import Engine, Fill, Part, Placement
+from fm9g.engine.stopwatch import Stopwatch
 from fm9g.engine.tensor_parallel import split_layers
 
 
@@ -53,6 +56,9 @@ class TorchEngine(Engine):
         shard(model, reshard_after_forward=False)  # what is outside the layers is needed again at once
         for unit in model.modules():
             if isinstance(unit, FSDPModule):  # gradients are added up: the loss is already divided
+                if shards > 1:
+                    unit.set_custom_all_gather(_TimedAllGather(self.messages))
+                    unit.set_custom_reduce_scatter(_TimedReduceScatter(self.messages))
                 unit.set_gradient_divide_factor(1.0)
                 unit.set_force_sum_reduction_for_comms(True)
         model.to_empty(device=self.device)
@@ -91,6 +97,24 @@ class TorchEngine(Engine):
     def _broadcast(self, values: torch.Tensor) -> torch.Tensor:
         dist.broadcast(values, 0)
         return values
+
+
+class _TimedAllGather(DefaultAllGather):
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self._stopwatch = stopwatch
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        with self._stopwatch:
+            return super().__call__(*arguments, **keywords)
+
+
+class _TimedReduceScatter(DefaultReduceScatter):
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self._stopwatch = stopwatch
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        with self._stopwatch:
+            return super().__call__(*arguments, **keywords)
 
 
 def _local(weight: torch.nn.Parameter) -> torch.Tensor:

@@ -15,6 +15,15 @@ _ROWS = 1024  # logits held at a time: this many rows of V
 
 
 @dataclass(frozen=True)
+class Objective:
+    """What is added to the cross entropy of a target y: with label smoothing e (Szegedy et al. 2016) it is that of
+    (1 - e) onehot(y) + e / V; z_loss * log(Z)^2 of the softmax's denominator Z is added (Chowdhery et al. 2022)."""
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+@dataclass(frozen=True)
 class _Vocabulary:
     """The token ids that this process's output weights are of: from `first` on, where a group shares them."""
 
@@ -42,9 +51,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocabulary: _Vocabulary
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        vocabulary: _Vocabulary,
+        objective: Objective,
     ) -> Any:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
+        smoothing, z_loss = objective.label_smoothing, objective.z_loss
+        ids = vocabulary.total(targets.new_tensor(len(weight))) if smoothing else targets.new_tensor(0)  # V
+        extra = torch.zeros((), device=hidden.device)
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
@@ -55,11 +72,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             wanted = wanted.where(here, 0)
             logits = (part @ weight.T).float()
             normalizer = vocabulary.normalizer(logits)
-            losses[rows] = (normalizer - vocabulary.total(logits.gather(1, wanted) * here))[:, 0]
+            at_target = vocabulary.total(logits.gather(1, wanted) * here)
+            losses[rows] = (normalizer - at_target)[:, 0]
+            if smoothing:
+                extra += smoothing * (at_target - vocabulary.total(logits.sum(1, keepdim=True)) / ids).sum()
+            if z_loss:
+                extra += z_loss * normalizer.square().sum()
             if not (need_hidden or need_weight):
                 continue
             error = logits.sub_(normalizer).exp_()  # probabilities, less 1 at the target
-            error.scatter_add_(1, wanted, -here.to(error.dtype))
+            if z_loss:
+                error *= 1 + 2 * z_loss * normalizer
+            error.scatter_add_(1, wanted, (smoothing - 1) * here.to(error.dtype))
+            if smoothing:
+                error -= smoothing / ids
             error = error.to(part.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = error @ weight
@@ -70,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
+        return losses.sum() + extra, losses
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> Any:  # type: ignore[override]
@@ -80,20 +106,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
             None,
             None,
+            None,
         )
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, objective: Objective = Objective()
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The cross entropy of softmax(hidden @ weight.T), in nats.
 
     hidden (R, C) and weight (V, C) of one type, targets (R,) int64. The weight may be a DTensor that is split by the
-    vocabulary. Returns the sum over rows, and (R,) fp32 the loss of each row, which no gradient flows from.
+    vocabulary. Returns the sum over rows of what is to be minimized, and (R,) fp32 the plain cross entropy of each row,
+    which no gradient flows from.
     """
     vocabulary = _Vocabulary()
     if (mesh := getattr(weight, "device_mesh", None)) is not None:
         most = -(-len(weight) // mesh.size())
         vocabulary = _Vocabulary(most * mesh.get_local_rank(), mesh.get_group())
         weight = weight.to_local()  # type: ignore[attr-defined, operator]
-    return _LinearCrossEntropy.apply(hidden, weight, targets, vocabulary)  # type: ignore[no-untyped-call]
+    return _LinearCrossEntropy.apply(hidden, weight, targets, vocabulary, objective)  # type: ignore[no-untyped-call]

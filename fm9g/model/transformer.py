@@ -16,7 +16,7 @@ from torch import nn
 
 from fm9g.config.model import ModelConfig
 from fm9g.model.attention import attend
-from fm9g.model.loss import linear_cross_entropy
+from fm9g.model.loss import Objective, linear_cross_entropy
 from fm9g.model.rotary import cos_sin, rotate
 
 
@@ -140,9 +140,11 @@ class Encoder(nn.Module):
 class FM9G(nn.Module):
     """A 9G language model. Build it under torch.device("meta") and let an engine fill it, or call init_weight."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, objective: Objective | None = None, noise: float = 0.0) -> None:
+        """objective: None: plain cross entropy. noise: the alpha of NEFTune (Jain et al. 2023) on embeddings, in
+        training."""
         super().__init__()
-        self.config = config
+        self.config, self._objective, self._noise = config, objective or Objective(), noise
         self.input_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.encoder = Encoder(config)
         if not config.tie_word_embeddings:
@@ -151,7 +153,7 @@ class FM9G(nn.Module):
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of a packed row: its sum over targets, in nats, and (R,) the loss of each target (no gradient)."""
         hidden = self.hidden_states(batch)[batch.target_rows]
-        return linear_cross_entropy(hidden, self.output_weight, batch.targets)
+        return linear_cross_entropy(hidden, self.output_weight, batch.targets, self._objective)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """(T, V) scores of the token after each position."""
@@ -161,9 +163,18 @@ class FM9G(nn.Module):
         """(T, C) what the output weights are applied to."""
         cos, sin = cos_sin(self.config, batch.positions, batch.cu_seqlens)
         x = self.input_embedding(batch.input_ids) * self.config.embedding_multiplier
+        if self._noise and self.training:
+            x = x + self._noise_for(x, batch)
         for layer in self.encoder.layers:
             x = layer(x, cos, sin, batch.cu_seqlens, batch.lengths)
         return self.encoder.output_layernorm(x) / self.config.scale_width
+
+    def _noise_for(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """(T, C) uniform in +-alpha / sqrt(length of the document * C)."""
+        spans = batch.cu_seqlens.diff()
+        bounds = self._noise / (spans * x.shape[-1]).sqrt()
+        bound = bounds.repeat_interleave(spans, output_size=len(x))[:, None]  # (T, 1)
+        return ((torch.rand_like(x, dtype=torch.float32) * 2 - 1) * bound).to(x.dtype)
 
     @property
     def output_weight(self) -> torch.Tensor:

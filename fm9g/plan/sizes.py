@@ -72,8 +72,13 @@ def flops_a_token(model: ModelConfig, max_length: int) -> float:
     6 for each weight that multiplies, and for causal attention half of 12 L Q max_length (Kaplan et al. 2020, section
     2.1; Chowdhery et al. 2022, appendix B, who do not halve it). An input embedding is looked up and not multiplied.
     """
+    return flops_of(model, 1, max_length)
+
+
+def flops_of(model: ModelConfig, tokens: float, squares: float) -> float:
+    """As flops_a_token, of documents with so many tokens in all, whose squared lengths add up to `squares`."""
     multiplied = model.num_layers * layer_weights(model) + head_weights(model)
-    return 6 * multiplied + 6 * model.num_layers * Widths.of(model).q * max_length
+    return 6 * multiplied * tokens + 6 * model.num_layers * Widths.of(model).q * squares
 
 
 def norm_bytes(w: Widths, width: int) -> float:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import fnmatch
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from fm9g.checkpoint.folder import Checkpoint
+from fm9g.checkpoint.folder import MANIFEST, Checkpoint
 from fm9g.checkpoint.weights import check_weights, read_weights
-from fm9g.config.model import ModelConfig
+from fm9g.config.model import ModelConfig, arithmetic, differ
 from fm9g.config.train import TrainConfig
+from fm9g.convert.hf import read_folder
 from fm9g.engine.base import Engine, LossScale, Placement
-from fm9g.engine.optimizer import AdamW
 from fm9g.engine.processes import Processes
+from fm9g.engine.rules import OptimizerSettings
 from fm9g.engine.torch import TorchEngine, has_fast_bf16
 from fm9g.errors import UserError
+from fm9g.model.loss import Objective
 from fm9g.model.transformer import FM9G, is_width_scaled, weight_shapes
 
 
@@ -46,16 +49,19 @@ def build_model(
     each, where strict_state_dict lets it pass.
     """
     flash = model_config.use_flash_attn and config.flash != "none"
+    objective = Objective(config.label_smoothing, config.z_loss)
     with torch.device("meta"):
-        model = FM9G(replace(model_config, use_flash_attn=flash))
+        model = FM9G(replace(model_config, use_flash_attn=flash), objective, config.neftune_alpha)
+    notes = _freeze(model, config.freeze)
     given: dict[str, torch.Tensor] = {}
-    notes: list[str] = []
     if engine.processes.rank == 0 and (checkpoint is not None or config.pretrained_model):
-        given = checkpoint.weights() if checkpoint else read_weights(Path(config.pretrained_model))
-        where = str(checkpoint.weight_file if checkpoint else config.pretrained_model)
-        notes = check_weights(
-            given, weight_shapes(model_config), where, strict=config.strict_state_dict or checkpoint is not None
+        given, where = (
+            (checkpoint.weights(), checkpoint.weight_file)
+            if checkpoint
+            else _pretrained(Path(config.pretrained_model), model_config)
         )
+        strict = config.strict_state_dict or checkpoint is not None
+        notes += check_weights(given, weight_shapes(model_config), str(where), strict)
 
     def fill(name: str, weight: torch.Tensor) -> None:
         if name in given:
@@ -64,11 +70,15 @@ def build_model(
             model.init_weight(name, weight, config.seed)
 
     width = model_config.scale_width
-    optimizer = AdamW(
+    optimizer = OptimizerSettings(
         lr_scales={name: 1 / width if is_width_scaled(name) else 1.0 for name, _ in model.named_parameters()},
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         weight_decay=config.weight_decay,
+        name=config.optimizer,
+        matrices=frozenset(name for name in weight_shapes(model_config) if is_width_scaled(name)),
+        momentum=config.muon_momentum,
+        ema_decay=config.ema_decay,
     )
     dtype, dtype_notes = compute_dtype(model_config, engine.device)
     if config.optimizer_offload and engine.device.type == "cpu":
@@ -90,6 +100,39 @@ def build_model(
     scale = LossScale(config.loss_scale, config.loss_scale_steps) if dtype == torch.float16 else LossScale()
     engine.prepare(model, model.encoder.layers, fill, optimizer, placement, scale)
     return notes + dtype_notes
+
+
+def _freeze(model: FM9G, patterns: str) -> list[str]:
+    """Has weights whose name matches a pattern stay as they are; a line that counts them. Raises UserError."""
+    weights = dict(model.named_parameters())
+    for pattern in filter(None, map(str.strip, patterns.split(","))):
+        found = fnmatch.filter(weights, pattern)
+        if not found:
+            raise UserError(
+                f"freeze: {pattern!r} matches no weight; names are such as input_embedding.weight and "
+                "encoder.layers.0.ffn.ffn.w_out.weight, and a pattern matches all of a name"
+            )
+        for name in found:
+            weights[name].requires_grad_(False)
+    trained = sum(weight.numel() for weight in weights.values() if weight.requires_grad)
+    if not trained:
+        raise UserError("freeze: nothing is left to train")
+    total = sum(weight.numel() for weight in weights.values())
+    return [f"trained: {trained:,} of {total:,} parameters ({trained / total:.2%})"] if trained < total else []
+
+
+def _pretrained(path: Path, model_config: ModelConfig) -> tuple[dict[str, torch.Tensor], Path]:
+    """The weights of a .pt file, a checkpoint or a Hugging Face folder, and where they are from."""
+    if not path.is_dir():
+        return read_weights(path), path
+    if (path / MANIFEST).is_file():
+        checkpoint = Checkpoint(path)
+        return checkpoint.weights(), checkpoint.weight_file
+    config, weights = read_folder(path)
+    ours, theirs = (arithmetic(c) for c in (model_config, config))
+    if odd := [f"{key} is {theirs[key]!r}, the run's {ours[key]!r}" for key in ours if differ(ours[key], theirs[key])]:
+        raise UserError(f"pretrained_model: {path / 'config.json'} describes another model: {'; '.join(odd)}")
+    return weights, path
 
 
 def compute_dtype(model_config: ModelConfig, device: torch.device) -> tuple[torch.dtype, list[str]]:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run between two steps, so that it can save."""
+"""Signals of a run: SIGINT and SIGTERM end it between two steps, with a checkpoint; SIGUSR1 has one written."""
 
 from __future__ import annotations
 
@@ -9,27 +9,35 @@ from typing import Any
 
 
 class Interrupt:
-    """While its block runs, the first SIGINT or SIGTERM only sets `requested`; a second signal acts as usual."""
+    """While its block runs, the first SIGINT or SIGTERM only sets `requested`, a second one acts as usual; SIGUSR1 sets
+    `wants_save`, which whoever saves sets back."""
 
     def __init__(self, ending: str = "stopping with a checkpoint after this step") -> None:
         """ending: what messages say of it."""
-        self.requested, self._ending = False, ending
+        self.requested, self.wants_save, self._ending = False, False, ending
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number, handler in (
+            (signal.SIGINT, self._stop),
+            (signal.SIGTERM, self._stop),
+            (signal.SIGUSR1, self._save),
+        ):
             try:
-                self._before[number] = signal.signal(number, self._handle)
+                self._before[number] = signal.signal(number, handler)
             except ValueError:  # not the main thread: signals are somebody else's
                 break
         return self
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _stop(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         name = signal.Signals(number).name
         print(f"{name}: {self._ending}; Ctrl-C again ends at once", file=sys.stderr)
-        for again, handler in self._before.items():
-            signal.signal(again, handler)
+        for again in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(again, self._before[again])
+
+    def _save(self, number: int, frame: FrameType | None) -> None:
+        self.wants_save = True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

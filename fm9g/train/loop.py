@@ -1,11 +1,9 @@
-"""The training loop: fetch, forward and backward over micro-batches, step, log, save."""
+"""The training loop: fetch, forward and backward over micro-batches, step; then log, evaluate, save."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,80 +15,145 @@ from fm9g.data.pack import Pack
 from fm9g.engine.base import Engine
 from fm9g.errors import UserError
 from fm9g.model.transformer import Batch
-from fm9g.train.metrics import Metrics
+from fm9g.train.bad import BadSteps
+from fm9g.train.clock import Clock
 from fm9g.train.schedule import learning_rate
 
 
 @dataclass
 class TrainState:
-    """How far a run is. task_tokens: tokens trained on, for each task; on rank 0 those before a resume are included."""
+    """How far a run is. task_tokens: tokens trained on, for each task; on rank 0 those before a resume are included.
+    skipped: steps that changed nothing. loss: of the last logged step. val_loss: of the evaluation at this very step.
+    best: the lowest of all evaluations; worse: evaluations since.
+    """
 
     step: int
     task_tokens: np.ndarray
+    skipped: int = 0
+    loss: float | None = None
+    val_loss: float | None = None
+    best: float | None = None
+    worse: int = 0
+
+
+class Desk(Protocol):
+    """What the loop has done for it, at its moments; see fm9g.train.desk."""
+
+    def wishes(self) -> tuple[bool, bool]:
+        """Whether this process wants to stop, and whether it wants a checkpoint now."""
+
+    def stepped(self) -> None:
+        """One more step is finished."""
+
+    def skipped(self, step: int, packs: list[Pack], why: str) -> None:
+        """A step changed nothing; packs: those of this process."""
+
+    def inspect(self) -> None:
+        """The gradients of a step are whole, and its weights not yet changed."""
+
+    def log(self, figures: dict[str, float], clock: Clock) -> None:
+        """figures: of the step just finished."""
+
+    def evaluate(self) -> bool:
+        """Returns whether it is time to stop for what was found."""
+
+    def save(self) -> None:
+        """Writes a checkpoint of the state."""
 
 
 def train(
-    config: TrainConfig,
-    tasks: list[str],
-    engine: Engine,
-    loader: Loader,
-    metrics: Metrics | None,
-    state: TrainState,
-    save: Callable[[], None],
-    should_stop: Callable[[], bool],
+    config: TrainConfig, tasks: list[str], engine: Engine, loader: Loader, state: TrainState, desk: Desk, clock: Clock
 ) -> None:
-    """Trains from state.step until train_iters, stop_iters, the end of the data, or should_stop on any rank.
+    """Trains from state.step until the last step, the end of the data, or the wish of any rank to stop.
 
-    tasks: the names behind the packs' task ids. metrics: on rank 0. save: writes a checkpoint of `state`; called once
-    more at the end.
+    tasks: the names behind the packs' task ids. Raises UserError where too many steps in a row were skipped.
     """
-    last = min(config.stop_iters or config.train_iters, config.train_iters)
-    saved, stop = state.step, 0
-    ranks_a_replica = engine.processes.world_size // engine.replicas
-    clock = Clock()
-    while state.step < last and not stop:
-        packs = loader.next_step()
-        # The hosts agree, and no GPU is waited for.
-        targets, stop = engine.processes.sum([sum(pack.target_tokens for pack in packs), should_stop()])
+    saved, evaluated, stop = state.step, state.step, False
+    bad = BadSteps(engine, config.max_bad_steps)
+    while state.step < config.last_step and not stop:
+        with clock.span("data"):
+            packs = loader.next_step()
+        with clock.span("communication"):  # the hosts agree, and no GPU is waited for
+            counts = engine.processes.sum([sum(pack.target_tokens for pack in packs), *desk.wishes()])
+        targets, stop, save_now = counts[0], counts[1] > 0, counts[2] > 0
         if not loader.endless and targets == 0:
             break
-        share = ranks_a_replica / max(1, targets)
-        numbers = torch.arange(len(tasks), device=engine.device)[:, None]
         task_losses = torch.zeros(len(tasks), device=engine.device)
+        short = not _accumulate(config, engine, packs, state.step, targets, task_losses, clock)
+        state.step += 1
+        state.val_loss = None
+        if config.inspect_iters and state.step % config.inspect_iters == 0 and not short:
+            desk.inspect()
+        lr = learning_rate(config, state.step - 1)
+        norm = torch.tensor(torch.nan) if short else engine.step(lr, config.clip_grad)
+        if not short:
+            for pack in packs:
+                state.task_tokens += np.bincount(pack.task_ids[pack.task_ids >= 0], minlength=len(tasks))
+        clock.count(packs)
+        desk.stepped()
+        bad.add(state.step, packs, norm, short)
+
+        last = state.step == config.last_step
+        logs = state.step % config.log_iters == 0 or last or stop
+        evaluates = bool(config.val_dataset) and (state.step % config.eval_iters == 0 or last)
+        saves = state.step % config.save_iters == 0 or save_now
+        for step, kept, why in bad.found(wait=logs or saves):
+            state.skipped += 1
+            desk.skipped(step, kept, why)
+        bad.check()
+        if logs:
+            figures = _figures(tasks, engine, packs, task_losses)
+            figures |= {"Optimizer/lr": lr, "Optimizer/grad_norm": norm.item()}
+            figures["Optimizer/scale"] = engine.loss_scale.scale
+            state.loss = figures["Loss/train"]
+            desk.log(figures, clock)
+        if evaluates:
+            with clock.span("evaluation"):
+                stop = desk.evaluate() or stop
+            evaluated = state.step
+        if saves and not bad.in_a_row:
+            with clock.span("checkpoint"):
+                desk.save()
+            saved = state.step
+    if config.val_dataset and evaluated != state.step and not stop:  # who gives a signal does not want to wait
+        desk.evaluate()
+    if saved != state.step:
+        desk.save()
+
+
+def _accumulate(
+    config: TrainConfig,
+    engine: Engine,
+    packs: list[Pack],
+    step: int,
+    targets: int,
+    task_losses: torch.Tensor,
+    clock: Clock,
+) -> bool:
+    """Adds up the gradients of a step, and the losses of tasks. Returns False where the memory was short, which is let
+    pass where no other process waits for this one; then there are no gradients."""
+    share = engine.processes.world_size / engine.replicas / max(1, targets)
+    numbers = torch.arange(len(task_losses), device=engine.device)[:, None]
+    try:
         for i, pack in enumerate(packs):
-            batch, row_tasks = to_batch(pack, engine.device)
-            number = (state.step * len(packs) + i) * engine.replicas + engine.replica
-            loss_sum, losses = engine.forward(batch, number)
+            with clock.span("data"):
+                batch, row_tasks = to_batch(pack, engine.device)
+            loss_sum, losses = engine.forward(batch, (step * len(packs) + i) * engine.replicas + engine.replica)
             engine.backward(loss_sum * share, last=i == len(packs) - 1)
             # Not index_add_, which adds in no fixed order on a GPU.
             task_losses += torch.where(row_tasks == numbers, losses, 0.0).sum(1)
-            state.task_tokens += np.bincount(pack.task_ids[pack.task_ids >= 0], minlength=len(tasks))
-        lr = learning_rate(config, state.step)
-        grad_norm = engine.step(lr, config.clip_grad)
-
-        state.step += 1
-        clock.count(sum(pack.tokens for pack in packs))
-        if metrics:
-            metrics.advance()
-        if state.step % config.log_iters == 0 or state.step == last:
-            task_targets = torch.from_numpy(_targets_by_task(packs, len(tasks))).to(engine.device)
-            figures = step_figures(tasks, engine.sum(task_losses), engine.sum(task_targets))
-            scale = engine.loss_scale.scale
-            figures |= {"Optimizer/lr": lr, "Optimizer/grad_norm": grad_norm.item(), "Optimizer/scale": scale}
-            figures["Throughput/tokens_per_second"] = sum(engine.processes.gather(clock.rate())) / ranks_a_replica
-            if metrics:
-                metrics.write(state.step, figures)
-            # A norm that overflows is what loss scaling is there for.
-            if not math.isfinite(figures["Loss/train"] + (grad_norm.item() if scale == 1 else 0)):
-                raise UserError(
-                    f"step {state.step}: the loss or the norm of the gradients is not a finite number. Nothing of it "
-                    "is saved. Resume from an earlier checkpoint with a lower lr, or look at the data"
-                )
-        if state.step % config.save_iters == 0:
-            save()
-            saved = state.step
-    if saved != state.step:
-        save()
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; CPUs have no class of their own
+        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+            raise
+        if config.ignore_cuda_oom and engine.processes.world_size == 1:
+            engine.clear_gradients()
+            return False
+        raise UserError(
+            f"step {step + 1}: a row of {len(packs[0].input_ids)} tokens does not fit in the memory of "
+            f"{engine.device}; lower batch_size or max_length, or set activation_checkpoint full; `fm9g plan` tells "
+            "what fits"
+        ) from error
+    return True
 
 
 def to_batch(pack: Pack, device: torch.device) -> tuple[Batch, torch.Tensor]:
@@ -108,31 +171,14 @@ def _on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def step_figures(tasks: list[str], losses: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+def _figures(tasks: list[str], engine: Engine, packs: list[Pack], task_losses: torch.Tensor) -> dict[str, float]:
     """The mean loss over all targets of a step, and over those of each task that had one."""
-    sums, counts = losses.tolist(), targets.tolist()
-    figures = {"Loss/train": sum(sums) / max(1, sum(counts))}
-    for task, loss, count in zip(tasks, sums, counts):
+    rows = [pack.task_ids[pack.targets != IGNORED] for pack in packs]
+    counts = np.bincount(np.concatenate(rows), minlength=len(tasks))
+    targets = engine.sum(torch.from_numpy(counts).float().to(engine.device)).tolist()
+    sums = engine.sum(task_losses).tolist()
+    figures = {"Loss/train": sum(sums) / max(1, sum(targets))}
+    for task, loss, count in zip(tasks, sums, targets):
         if count:
             figures[f"Loss/train/{task}"] = loss / count
     return figures
-
-
-def _targets_by_task(packs: list[Pack], tasks: int) -> np.ndarray:
-    return sum(np.bincount(pack.task_ids[pack.targets != IGNORED], minlength=tasks) for pack in packs)  # type: ignore[return-value]
-
-
-class Clock:
-    """Tokens a second since the last time it was asked."""
-
-    def __init__(self) -> None:
-        self._tokens, self._since = 0, time.monotonic()
-
-    def count(self, tokens: int) -> None:
-        self._tokens += tokens
-
-    def rate(self) -> float:
-        now = time.monotonic()
-        rate = self._tokens / max(now - self._since, 1e-9)
-        self._tokens, self._since = 0, now
-        return rate

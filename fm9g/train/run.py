@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
-import shutil
+import math
 import time
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from fm9g.checkpoint.folder import MODEL_CONFIG, Checkpoint, Snapshot, Tensors, open_step, save_checkpoint, steps_in
+from fm9g.checkpoint.folder import Checkpoint, steps_in
+from fm9g.checkpoint.saver import Saver
+from fm9g.config.load import Loaded
 from fm9g.config.model import ModelConfig
 from fm9g.config.run import RunConfig
 from fm9g.config.train import TrainConfig
-from fm9g.data.loader import Loader
 from fm9g.data.mixture import Mixture
-from fm9g.data.position import fingerprint, merge_positions
+from fm9g.data.position import fingerprint
 from fm9g.engine.base import Engine
 from fm9g.engine.processes import Processes
 from fm9g.errors import UserError
-from fm9g.files import probe_writable
+from fm9g.files import probe_writable, sweep
 from fm9g.launch.agree import check_same, code_identity
 from fm9g.launch.monitor import Monitor
 from fm9g.launch.place import Place, host_name
 from fm9g.model.transformer import weight_shapes
+from fm9g.report.files import METRICS_FILE
 from fm9g.train.build import build_model, compute_dtype, engine_name, make_engine
+from fm9g.train.clock import Clock
 from fm9g.train.data import open_loader, open_mixture
+from fm9g.train.desk import RunDesk
+from fm9g.train.evaluate import Evaluation
 from fm9g.train.interrupt import Interrupt
-from fm9g.train.loop import TrainState, train
-from fm9g.train.metrics import METRICS_FILE, Metrics
+from fm9g.train.loop import train
+from fm9g.train.metrics import Metrics
+from fm9g.train.peak import peak_flops
+from fm9g.train.resume import changes, find_checkpoint, restore
+from fm9g.train.sinks import open_sinks
+
+PACKAGES = ("torch", "numpy", "tokenizers")  # that must be the same in all processes
 
 
 @dataclass(frozen=True)
@@ -74,68 +82,96 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
     first = processes.rank == 0
     base, name = Path(config.output_dir), config.model_unique
     root, tensorboard = base / "checkpoints" / name, base / "tensorboard" / f"{config.exp_group}{name}"
-    checkpoint = _find_checkpoint(config, place, root) if first else None
+    checkpoint: Checkpoint | None = None
+    notes: list[str] = []
+    if first:
+        for folder in (root, log):
+            sweep(folder)
+        checkpoint, notes = find_checkpoint(config, place, root)
+        if checkpoint:
+            notes += changes(run, checkpoint)
     replicas = config.replicas(processes.world_size)
     packs = config.packs_a_step(replicas)
 
     monitor.progress(0, "reading the data")
-    mixture, notes = _open_in_turn(run, place, processes)
+    mixture, about_data = _open_in_turn(run, place, processes)
+    run, about_epochs = _with_epochs(run, mixture, packs)
+    config = run.train.value
     _check_same(run, processes, fingerprint(mixture, packs))
-    notes += _check_fit(config, run.model.value, mixture)
+    evaluation = Evaluation(run, engine) if run.validation else None
+    notes += about_data + about_epochs + _check_fit(config, run.model.value, mixture)
     monitor.progress(0, "building the model")
     notes += build_model(engine, config, run.model.value, checkpoint)
     tasks = [item.value.task_name for item in run.mixture]
-    state, position = _restore(engine, config, checkpoint, tasks)
+    state, position = restore(engine, config, checkpoint, tasks)
+    summary = _summary(run, engine, mixture, packs)
+    start = f"resuming from {checkpoint.folder}" if checkpoint else f"starting at step {state.step}"
     if first:
         for note in notes:
             print(f"note: {note}")
-        print(_summary(run, engine, mixture, packs))
-        print(f"resuming from {checkpoint.folder}" if checkpoint else "starting at step 0")
-    replaced = [] if checkpoint else steps_in(root)
-    if config.save and first:
-        probe_writable(root)
-    if state.step >= min(config.stop_iters or config.train_iters, config.train_iters) and first:
-        print(f"note: nothing is left to do: step {state.step}, train_iters {config.train_iters}")
+        print(summary)
+        print(start)
+        if config.save:
+            probe_writable(root)
+        if state.step >= config.last_step:
+            print(f"note: nothing is left to do: step {state.step}, train_iters {config.train_iters}")
+    dtype, _ = compute_dtype(run.model.value, engine.device)
+    peak = config.peak_tflops * 1e12 or peak_flops(engine.device, dtype)
     with (
         open_loader(config, mixture, engine.replica, replicas, position) as loader,
-        Metrics(tensorboard, log, state.step, config.train_iters) if first else nullcontext() as metrics,
+        _open_metrics(run, tensorboard, log, state.step) if first else nullcontext() as metrics,
         Interrupt() as interrupt,
     ):
-
-        def save() -> None:
-            if not config.save:
-                return
-            monitor.progress(state.step, "saving")
-            snapshot = take_snapshot(run, engine, loader, mixture, state, tasks)
-            if not first:
-                for _ in chain(snapshot.weights.values, snapshot.optimizer.values):
-                    pass
-                return
-            save_checkpoint(root, state.step, snapshot)
-            while replaced:  # only now that the new run has something to show for itself
-                if (old := replaced.pop()) != state.step:
-                    shutil.rmtree(root / str(old))
-
-        def should_stop() -> bool:
-            monitor.progress(state.step)
-            return interrupt.requested
-
-        if first:
+        if metrics:
             for note in loader.notes:
                 print(f"note: {note}")
+            metrics.describe(_description(run, mixture, summary))
+            metrics.event(state.step, "resume" if checkpoint else "start", start)
+        saver = Saver(
+            root,
+            first,
+            config.async_save,
+            config.save_total_limit,
+            replaced=[] if checkpoint else steps_in(root),
+            told=metrics.event if metrics else _tell_nobody,
+        )
+        desk = RunDesk(
+            run,
+            engine,
+            mixture,
+            loader,
+            state,
+            metrics=metrics,
+            saver=saver,
+            evaluation=evaluation,
+            monitor=monitor,
+            interrupt=interrupt,
+            peak=peak,
+            log=log,
+        )
         started, tokens_before = time.monotonic(), state.task_tokens.sum()
-        train(config, tasks, engine, loader, metrics, state, save, should_stop)
+        try:
+            train(config, tasks, engine, loader, state, desk, Clock())
+            monitor.progress(state.step, "saving")
+            saver.wait()
+        except BaseException:
+            saver.wait(place.timeout)  # a checkpoint that is nearly written is worth a moment
+            raise
         monitor.progress(state.step, "ending")
         seconds = time.monotonic() - started
         tokens, stopped = processes.sum([int(state.task_tokens.sum() - tokens_before), interrupt.requested])
         skipped: Counter[str] = Counter()
         for counts in processes.gather(loader.skipped()):
             skipped.update(counts)
-        if first:
+        if metrics:
             for reason, count in skipped.items():
                 print(f"note: {count // config.tp_size} records were not trained on: {reason}")
+            metrics.event(state.step, "end", f"{'stopped' if stopped else 'ended'} after {seconds:.0f} s")
     if state.step == 0 and not stopped:
         raise UserError("nothing was trained on: no record of the mixture gave a sample")
+    if saver.failure:
+        last = f"{root / str(saver.written)}" if saver.written else "none of this session"
+        raise UserError(f"the last checkpoint could not be written (the last good one: {last}): {saver.failure}")
     return Result(
         step=state.step,
         tokens=tokens // config.tp_size,
@@ -147,24 +183,49 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
     )
 
 
-def _find_checkpoint(config: TrainConfig, place: Place, root: Path) -> Checkpoint | None:
-    """What the run goes on from. Raises UserError where it is not there, or others would be overwritten unasked."""
-    steps = steps_in(root)
-    restarted = place.attempt and place.started  # by our agent, which tells since when the run goes on
-    if restarted:  # only what this run saved itself is newer than its start
-        own = [step for step in steps if (root / str(step)).stat().st_mtime >= place.started]
-        if own:
-            return open_step(root, own[-1])
-    if config.resume_ckpt == "latest":
-        return open_step(root, steps[-1]) if steps else None
-    if config.resume_ckpt:
-        return open_step(root, int(config.resume_ckpt))
-    if steps and config.save and not config.overwrite and not restarted:
-        raise UserError(
-            f"{root}: holds checkpoints of steps {', '.join(map(str, steps))}; go on with --resume_ckpt, "
-            "choose another --model_unique, or have them deleted with --overwrite true"
+def _tell_nobody(step: int, kind: str, text: str) -> None: ...
+
+
+def _open_metrics(run: RunConfig, tensorboard: Path, log: Path, step: int) -> Metrics:
+    config = run.train.value
+    values = {key: item["value"] for key, item in run.to_json()["train"].items()}
+    project = config.exp_group or "fm9g"
+    sinks = open_sinks(config.sinks, tensorboard, log, project, config.model_unique, values, step)
+    return Metrics(log, sinks, step, config.train_iters, config.tensorboard_all_tasks, config.spike)
+
+
+def _description(run: RunConfig, mixture: Mixture, summary: str) -> dict[str, Any]:
+    """What reports say of a run."""
+    data = [
+        {
+            "task": config.task_name,
+            "path": config.path,
+            "records": len(dataset),
+            "share": share,
+            "tokens_a_sample": mean,
+            "template": config.template,
+            "loss": config.loss,
+        }
+        for config, dataset, share, mean in zip(
+            mixture.configs, mixture.datasets, mixture.shares(), mixture.mean_tokens()
         )
-    return None
+    ]
+    versions = {name: version(name) for name in PACKAGES}
+    return {"config": run.to_json(), "data": data, "summary": summary, "versions": versions}
+
+
+def _with_epochs(run: RunConfig, mixture: Mixture, packs: int) -> tuple[RunConfig, list[str]]:
+    """The run with the train_iters that its `epochs` take, and a line that says so."""
+    config = run.train.value
+    if not config.epochs:
+        return run, []
+    tokens = mixture.count_tokens()
+    iters = max(1, math.ceil(config.epochs * tokens / (config.batch_size * config.max_length * packs)))
+    origins = run.train.origins | {"train_iters": run.train.origins["epochs"]}
+    train = Loaded(replace(config, train_iters=iters), origins)
+    return replace(run, train=train), [
+        f"epochs {config.epochs:g}: train_iters {iters}; about {tokens:.0f} tokens an epoch"
+    ]
 
 
 def _open_in_turn(run: RunConfig, place: Place, processes: Processes) -> tuple[Mixture, list[str]]:
@@ -182,46 +243,9 @@ def _open_in_turn(run: RunConfig, place: Place, processes: Processes) -> tuple[M
 
 def _check_same(run: RunConfig, processes: Processes, data: dict[str, Any]) -> None:
     """Raises UserError that names a process whose code, packages, configuration or data are not rank 0's."""
-    packages = {name: version(name) for name in ("torch", "numpy", "tokenizers")}
+    packages = {name: version(name) for name in PACKAGES}
     mine = {"code": code_identity(), "packages": packages, "config": run.identity(), "data": data}
     check_same(processes.gather(mine), processes.gather(host_name()))
-
-
-def take_snapshot(
-    run: RunConfig, engine: Engine, loader: Loader, mixture: Mixture, state: TrainState, tasks: list[str]
-) -> Snapshot:
-    """What a checkpoint of this moment holds. All ranks must take part."""
-    processes = engine.processes
-    tokens = np.array(processes.sum(state.task_tokens.tolist())) // (processes.world_size // engine.replicas)
-    return Snapshot(
-        weights=Tensors(engine.weights_like(), engine.weights()),
-        optimizer=Tensors(engine.optimizer_like(), engine.optimizer_state()),
-        position=merge_positions(processes.gather(loader.position())),
-        counts={
-            "iteration": state.step,
-            "global_token_pass": int(np.sum(tokens)),
-            "global_total_task_token": dict(zip(tasks, tokens.tolist())),
-        },
-        documents={MODEL_CONFIG: run.model.value.to_json(), "run_config.json": run.to_json()},
-        tokenizer_files=mixture.files_to_keep(),
-    )
-
-
-def _restore(
-    engine: Engine, config: TrainConfig, checkpoint: Checkpoint | None, tasks: list[str]
-) -> tuple[TrainState, dict[str, Any] | None]:
-    """How far the run is, and its data position. checkpoint: on rank 0, which tells the others."""
-    found = (checkpoint.counts(), checkpoint.position()) if checkpoint else None
-    found = engine.processes.from_first(found)
-    if found is None:
-        return TrainState(0, np.zeros(len(tasks), np.int64)), None
-    counts, position = found
-    if not config.resume_no_optimze:
-        engine.load_optimizer_state(checkpoint.optimizer() if checkpoint else {})
-    trained = counts["global_total_task_token"]
-    # Counted once, on the processes that hold rank 0's data.
-    tokens = np.array([trained.get(task, 0) if engine.replica == 0 else 0 for task in tasks], np.int64)
-    return TrainState(counts["iteration"], tokens), position
 
 
 def _summary(run: RunConfig, engine: Engine, mixture: Mixture, packs: int) -> str:

@@ -1,6 +1,7 @@
 """Learning rate schedules, as functions of the number of finished optimizer steps.
 
-n: finished steps, b: base rate, w: warmup steps, E: train_iters, d: drop steps. Each starts with a linear warmup b*n/w.
+n: finished steps, b: base rate, w: warmup steps, E: train_iters, d: drop steps, r: min_lr_ratio. Each starts with a
+linear warmup b*n/w; what follows is b times one of the functions below.
 """
 
 from __future__ import annotations
@@ -12,31 +13,48 @@ from fm9g.config.train import TrainConfig
 
 def learning_rate(config: TrainConfig, n: int) -> float:
     """The learning rate of the step after n finished ones."""
-    end = config.train_iters
+    end, floor = config.train_iters, config.min_lr_ratio
     warmup, drop = _steps(config.warmup_iters, end), _steps(config.drop_iters, end)
     if n < warmup:
         return config.lr * n / warmup
-    if config.lr_scheduler == "cosine":
-        return config.lr * cosine(n, warmup, end)
-    if config.lr_scheduler == "warmupstabledrop":
-        return config.lr * stable_drop(n, drop, end)
-    return config.lr * stable_exp(n, drop, config.drop_begin, config.drop_rate)
+    factor = {
+        "cosine": lambda: cosine(n, warmup, end, floor),
+        "linear": lambda: linear(n, warmup, end, floor),
+        "constant": lambda: 1.0,
+        "noam": lambda: noam(n, warmup),
+        "warmupstabledrop": lambda: stable_drop(n, drop, end, floor),
+        "warmupstableexp": lambda: stable_exp(n, drop, config.drop_begin, config.drop_rate),
+    }[config.lr_scheduler]
+    return config.lr * factor()
 
 
-def cosine(n: int, warmup: float, end: int) -> float:
-    """From 1 to 0.1: 0.1 + 0.45 * (1 + cos(pi * p)), p = (n - w) / max(1, E - w)."""
-    progress = min(1.0, (n - warmup) / max(1, end - warmup))
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+def cosine(n: int, warmup: float, end: int, floor: float) -> float:
+    """From 1 to r: r + (1 - r) / 2 * (1 + cos(pi * p)), p = (n - w) / max(1, E - w)."""
+    return floor + (1 - floor) / 2 * (1 + math.cos(math.pi * _progress(n, warmup, end)))
 
 
-def stable_drop(n: int, drop: float, end: int) -> float:
-    """1 until E - d, then 0.1 + max(0.9 * (E - n) / d, 0)."""
-    return 1.0 if n <= end - drop else 0.1 + max(0.9 * (end - n) / drop, 0)
+def linear(n: int, warmup: float, end: int, floor: float) -> float:
+    """From 1 to r in a line: r + (1 - r) * (1 - p), p as for cosine."""
+    return floor + (1 - floor) * (1 - _progress(n, warmup, end))
+
+
+def noam(n: int, warmup: float) -> float:
+    """sqrt(w / n) (Vaswani et al. 2017, scaled so that it starts from 1); without warmup from step 1."""
+    return math.sqrt(max(warmup, 1) / max(n, 1))
+
+
+def stable_drop(n: int, drop: float, end: int, floor: float) -> float:
+    """1 until E - d, then r + max((1 - r) * (E - n) / d, 0)."""
+    return 1.0 if n <= end - drop else floor + max((1 - floor) * (end - n) / drop, 0)
 
 
 def stable_exp(n: int, drop: float, begin: int, rate: float) -> float:
     """1, then rate^((n - begin) / d) once n > begin >= 0."""
     return rate ** ((n - begin) / max(drop, 1)) if n > begin >= 0 else 1.0
+
+
+def _progress(n: int, warmup: float, end: int) -> float:
+    return min(1.0, (n - warmup) / max(1, end - warmup))
 
 
 def _steps(value: float, end: int) -> float:

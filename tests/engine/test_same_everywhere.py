@@ -17,7 +17,7 @@ from fm9g.engine.base import Placement
 
 # `make test-all` takes the 50 steps that the tolerances are meant for; fewer show the same mistakes sooner.
 STEPS = int(os.environ.get("FM9G_ENGINE_STEPS", "8"))
-LOSS, NORM, WEIGHT = 2e-5, 2e-5, 2e-4  # absolute; losses are about 6, norms about 1, weights about 0.1
+LOSS, NORM, WEIGHT = 2e-5, 2e-5, 5e-4  # absolute; losses are about 6, norms about 1, weights about 0.1
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from fm9g.data.pack import Pack, collate
 from fm9g.engine.processes import Processes
 from fm9g.engine.torch import TorchEngine
 from fm9g.train.build import build_model
+from fm9g.train.clock import Clock
 from fm9g.train.loop import TrainState, to_batch, train
 
 STEPS = 4
@@ -40,7 +41,7 @@ def run(packs_a_step: int) -> tuple[list[dict[str, float]], dict[str, torch.Tens
     with Processes("cpu") as processes:
         engine = TorchEngine(processes, seed=0)
         build_model(engine, config, small_model(), None)
-        train(config, ["even", "odd"], engine, loader, figures, state, lambda: None, lambda: False)  # type: ignore[arg-type]
+        train(config, ["even", "odd"], engine, loader, state, figures, Clock())  # type: ignore[arg-type]
         return figures.lines, {name: weight.clone() for name, weight in engine.weights()}
 
 

@@ -48,7 +48,7 @@ def test_two_processes_and_then_one_are_the_run_of_one_alone(
     assert "2 processes" in done.stdout
     arguments = [str(argument) for argument in done.args[3:]]
     shared = arguments[: arguments.index("--model_unique")]
-    assert main([*shared, "--model_unique", "parts", "--resume_ckpt", "latest"]) == 0
+    assert main([*shared, "--model_unique", "parts", "--resume", "auto"]) == 0
     assert main([*shared, "--model_unique", "alone"]) == 0
     checkpoints = tmp_path / "data" / "checkpoints"
     assert steps_in(checkpoints / "parts") == [3, 6]

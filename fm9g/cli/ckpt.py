@@ -1,0 +1,249 @@
+"""The verbs of checkpoints: ls, verify, show, diff. None of them writes anything."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import unicodedata
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+_SHOWN = 10  # differences and names in a list that is not all of them
+
+
+def add_ckpt_verbs(verb: Any, group: Any) -> None:
+    """verb, group: put a verb, or a group of them, on the command line."""
+    ckpt = group("ckpt", "ls, verify, show, diff: look at checkpoints; nothing is changed")
+    where = "a folder, or RUN/STEP in data/checkpoints/"
+    ls = verb("ls", _ls, "the checkpoints of runs: size, loss, what they hold, whether they are whole", under=ckpt)
+    ls.add_argument(
+        "runs", nargs="*", type=Path, metavar="RUN", help="a folder, or a name in data/checkpoints/; default: all there"
+    )
+    verify = verb("verify", _verify, "read whole checkpoints: checksums, shapes, values; 2: something is wrong", ckpt)
+    verify.add_argument(
+        "paths", nargs="+", type=Path, metavar="PATH", help=f"a checkpoint: {where}; or a run, for all of it"
+    )
+    show = verb("show", _show, "what a checkpoint, or a 9G .pt file, is", under=ckpt)
+    show.add_argument("path", type=Path, metavar="PATH", help=f"a .pt file, or a checkpoint: {where}")
+    show.add_argument("--weights", action="store_true", help="also shape, type and statistics of every weight")
+    show.add_argument("--json", action="store_true", help="as JSON; null: not known, or not a finite number")
+    diff = verb(
+        "diff", _diff, "what two checkpoints, or .pt files, differ in; 0: their weights are equal, else 1", ckpt
+    )
+    diff.add_argument("a", type=Path, metavar="A", help=f"a .pt file, or a checkpoint: {where}")
+    diff.add_argument("b", type=Path, metavar="B", help="another one")
+    diff.add_argument("--all", action="store_true", help=f"every difference, not the {_SHOWN} largest")
+
+
+def _ls(options: argparse.Namespace) -> None:
+    from fm9g.checkpoint.inspect import list_run, runs_at
+
+    folders = [run for path in options.runs or [None] for run in runs_at(path)]
+    rows: list[Sequence[str]] = [("run", "step", "written", "size", "tokens", "loss", "val_loss", "holds", "state")]
+    notes = []
+    for run in map(list_run, dict.fromkeys(folders)):
+        for item in run.checkpoints:
+            marks = ["resume auto"] * (item.folder == run.newest) + ["best val_loss"] * (item.folder == run.best)
+            state = f"damaged: {item.damage}" if item.damage else "whole"
+            rows.append(
+                (
+                    run.folder.resolve().name,
+                    item.folder.name,
+                    datetime.fromtimestamp(item.written).strftime("%Y-%m-%d %H:%M"),
+                    _bytes(item.size),
+                    "" if item.tokens is None else f"{item.tokens:,}",
+                    "" if item.loss is None else f"{item.loss:.4f}",
+                    "" if item.val_loss is None else f"{item.val_loss:.4f}",
+                    " +".join(item.holds),
+                    f"{state}  <- {', '.join(marks)}" if marks else state,
+                )
+            )
+        notes += [f"note: {leftover}: {why}" for leftover, why in run.leftovers]
+    print("\n".join([*_table(rows, right=(1, 3, 4, 5, 6)), *notes]))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from fm9g.checkpoint.inspect import checkpoints_at, verify, work_of
+    from fm9g.progress import Progress
+
+    damaged = 0
+    for folder in dict.fromkeys(folder for path in options.paths for folder in checkpoints_at(path)):
+        with Progress(f"verifying {folder.name}", work_of(folder), "B") as progress:
+            found = verify(folder, progress.advance)
+        if found.damages:
+            damaged += 1
+            print("\n  ".join([f"{folder}: damaged", *found.damages]))
+        else:
+            size = f"{found.files} files, {_bytes(found.size)}, {found.parameters:,} parameters"
+            print(f"{folder}: whole: {size}, every value finite", flush=True)
+    return 2 if damaged else 0
+
+
+def _show(options: argparse.Namespace) -> None:
+    import dataclasses
+
+    from fm9g.checkpoint.inspect import describe, tensors_size, weight_statistics
+    from fm9g.progress import Progress
+
+    shown = describe(options.path)
+    if options.weights:
+        with Progress("reading weights", tensors_size(options.path, "weights"), "B") as progress:
+            rows = list(weight_statistics(options.path, progress.advance))
+        shown["weights"] = [dataclasses.asdict(row) for row in rows]
+    if options.json:
+        print(json.dumps(_finite(shown), ensure_ascii=False, indent=1))
+    else:
+        print("\n".join(_description(shown)))
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from fm9g.checkpoint.inspect import compare, tensors_size
+    from fm9g.progress import Progress
+
+    with Progress("comparing", tensors_size(options.a), "B") as progress:
+        found = compare(options.a, options.b, progress.advance)
+    print(f"A: {options.a}\nB: {options.b}")
+    for title, changes in (("configuration", found.configuration), ("counts", found.counts)):
+        if changes is None:
+            print(f"{title}: not told by both")
+        elif not changes:
+            print(f"{title}: equal")
+        else:
+            rows = [("", "A", "B"), *((key, _value(a), _value(b)) for key, a, b in changes)]
+            print(
+                "\n  ".join([f"{title}: {len(changes)} {'differ' if len(changes) > 1 else 'differs'}", *_table(rows)])
+            )
+    places = {None: "not told by both", True: "equal", False: "not equal"}
+    print(f"data position: {places[found.position]}")
+    for kind, tensors in found.tensors.items():
+        print("\n  ".join(_tensor_lines(kind, tensors, options.all)))
+    return 0 if found.tensors["weights"].equal else 1
+
+
+def _tensor_lines(kind: str, found: Any, everything: bool) -> Iterator[str]:
+    """found: a TensorDifference."""
+    if found.equal:
+        yield f"{kind}: {found.count} tensors, equal, bit for bit"
+        return
+    yield f"{kind}: of {found.count} tensors, {len(found.distances)} differ in values, {len(found.shapes)} in shape"
+    only = [("only in A", name) for name in found.only_a] + [("only in B", name) for name in found.only_b]
+    rows = [(name, where) for where, name in only]
+    rows += [(name, f"shape {a} in A, {b} in B") for name, a, b in found.shapes]
+    yield from _shortened(_table(rows), everything)
+    if found.distances:
+        figures = [
+            (d.name, f"{d.largest:.3e}", f"{d.relative:.3e}", f"{d.cosine:.6f}", d.dtypes) for d in found.distances
+        ]
+        header = ("", "largest |A - B|", "|A - B| / |A|", "cosine", "")
+        yield from _shortened(_table([header, *figures], right=(1, 2, 3)), everything, 1)
+
+
+def _shortened(lines: list[str], everything: bool, header: int = 0) -> Iterator[str]:
+    shown = len(lines) if everything else _SHOWN + header
+    yield from lines[:shown]
+    if len(lines) > shown:
+        yield f"and {len(lines) - shown} more; --all shows them"
+
+
+def _description(shown: dict[str, Any]) -> Iterator[str]:
+    """What describe gives, as text."""
+    counts, model = shown["counts"], shown["model"] or {}
+    yield shown["path"]
+    facts = [("written", shown["written"].replace("T", " "))]
+    if shown["step"] is not None:
+        tasks = counts.get("global_total_task_token")
+        each = [f"{task} {_count(count)}" for task, count in tasks.items()] if isinstance(tasks, dict) else []
+        facts.append(("step", str(shown["step"])))
+        facts.append(("tokens", f"{_count(counts.get('global_token_pass'))}: {', '.join(each)}"))
+        known = ("iteration", "global_token_pass", "global_total_task_token")
+        facts += [(key, _value(value)) for key, value in counts.items() if key not in known]
+        facts += [("data", text) for text in _data_lines(shown["data"])]
+    keys = ", ".join(f"{key} {_value(value)}" for key, value in _main_keys(model))
+    facts += (
+        [("model", keys), ("", f"from {shown['model_from']}")] if keys else [("model", "not one of 9G, by its names")]
+    )
+    types = ", ".join(f"{count} {dtype}" for dtype, count in shown["dtypes"].items())
+    facts.append(("parameters", f"{shown['parameters']:,} in {shown['tensors']} tensors: {types}"))
+    yield from (f"  {line}" for line in _table(facts))
+    for section, values in shown["configuration"].items():
+        if values:
+            yield f"[{section}] what is not a default"
+            rows = [(key, _value(item.get("value")), str(item["from"])) for key, item in values.items()]
+            yield from (f"  {line}" for line in _table(rows))
+    yield "files"
+    files = [(name, _bytes(size)) for name, size in shown["files"].items()]
+    yield from (f"  {line}" for line in _table(files, right=(1,)))
+    if "weights" in shown:
+        yield "weights"
+        header = ("", "shape", "type", "mean", "std", "min", "max", "")
+        table = _table([header, *map(_weight_row, shown["weights"])], right=(3, 4, 5, 6))
+        yield from (f"  {line}" for line in table)
+
+
+def _main_keys(model: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key in ("num_layers", "dim_model", "dim_ff", "num_heads", "num_kv_heads", "dim_head", "vocab_size"):
+        if key in model:
+            yield key, model[key]
+
+
+def _data_lines(data: dict[str, Any] | None) -> Iterator[str]:
+    if data is None:
+        yield "position not known"
+        return
+    for task, figures in data["tasks"].items():
+        yield f"{task}: {figures['begun']:,} records of {figures['records']:,} begun, {figures['epochs']:.3f} epochs"
+    yield f"{data['waiting']:,} records or samples of these wait for the next steps"
+    for reason, count in data["skipped"].items():
+        yield f"{count:,} records gave no sample: {reason}"
+
+
+def _weight_row(row: dict[str, Any]) -> Sequence[str]:
+    figures = ("" if row[key] is None else f"{row[key]:.4g}" for key in ("mean", "std", "min", "max"))
+    odd = f"{row['not_finite']:,} not finite" if row["not_finite"] else ""
+    return (row["name"], str(row["shape"]), row["dtype"], *figures, odd)
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else "not known"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def _table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Lines of columns; those numbered in `right` end at the same place."""
+    widths = [max(map(_width, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = []
+        for number, (cell, width) in enumerate(zip(row, widths)):
+            space = " " * (width - _width(cell))
+            cells.append(space + cell if number in right else cell + space)
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _width(text: str) -> int:
+    """Columns on a terminal."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no nan and no infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""How runs went: their figures, events and configuration, as one HTML page or as a picture."""

@@ -1,0 +1,178 @@
+"""The files that a run leaves in its logs folder, and which folder a name stands for."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fm9g.config.fields import nearest
+from fm9g.config.load import read_object
+from fm9g.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"  # figures: a JSON object a logged step
+EVENTS_FILE = "events.jsonl"  # what happened: {"step", "time", "kind", "text"} a line
+RUN_FILE = "run.json"  # {"config", "data", "summary", "versions"}
+LOGS = Path("data") / "logs"  # of runs that are given by name
+_LISTED = 30  # names in a message
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of a run. Everything but `metrics` may be empty: of an old run, or one that just started.
+
+    name: as short as it can be without being another's. metrics: a dict a step, in order, never empty.
+    config: section -> key -> {"value", "from"}. data: a dict a dataset. versions: package -> version.
+    """
+
+    name: str
+    folder: Path
+    metrics: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    config: dict[str, dict[str, dict[str, Any]]]
+    data: list[dict[str, Any]]
+    summary: str
+    versions: dict[str, str]
+
+
+def open_runs(names: list[str]) -> list[Run]:
+    """The runs that `names` stand for (see find_run). Raises UserError."""
+    folders = [find_run(name) for name in names]
+    places = [folder.resolve() for folder in folders]
+    for number, place in enumerate(places):
+        if place in places[:number]:
+            raise UserError(f"{names[number]}: is given twice, also as {names[places.index(place)]}; leave one out")
+    return [open_run(folder, name) for folder, name in zip(folders, _short_names(places))]
+
+
+def open_run(folder: Path, name: str = "") -> Run:
+    """Reads a logs folder. Raises UserError where it holds no figures."""
+    metrics = read_metrics(folder / METRICS_FILE)
+    if not metrics:
+        raise UserError(f"{folder / METRICS_FILE}: holds no figures yet; wait until the run has logged a step")
+    run = read_run(folder / RUN_FILE)
+    return Run(name or folder.resolve().name, folder, metrics, read_events(folder / EVENTS_FILE), **run)
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The figures of a run, a dict a step, in order; what is not finite is None. None of them where no file is.
+
+    The lines of one step (it is logged, then evaluated) become one. A line that was cut off by a crash is left out.
+    """
+    steps: dict[int, dict[str, Any]] = {}
+    for line in _objects(file):
+        step = line.get("step")
+        if isinstance(step, int) and not isinstance(step, bool):
+            steps.setdefault(step, {}).update(line)
+    return [steps[step] for step in sorted(steps)]
+
+
+def read_events(file: Path) -> list[dict[str, Any]]:
+    """What happened, in order: {"step", "time": seconds or None, "kind", "text"}; none without a file."""
+    events = []
+    for line in _objects(file):
+        if isinstance(line.get("step"), int) and isinstance(line.get("kind"), str):
+            text = line.get("text")
+            events.append({**line, "time": number(line.get("time")), "text": text if isinstance(text, str) else ""})
+    return events
+
+
+def read_run(file: Path) -> dict[str, Any]:
+    """{"config", "data", "summary", "versions"} of a run, each empty where it is not known. Raises UserError."""
+    content = read_object(file) if file.is_file() else {}
+    config = {
+        section: {key: item for key, item in values.items() if isinstance(item, dict) and "value" in item}
+        for section, values in _dict(content.get("config")).items()
+        if isinstance(values, dict)
+    }
+    data, summary = content.get("data"), content.get("summary")
+    return {
+        "config": config,
+        "data": [item for item in data if isinstance(item, dict)] if isinstance(data, list) else [],
+        "summary": summary if isinstance(summary, str) else "",
+        "versions": {package: str(version) for package, version in _dict(content.get("versions")).items()},
+    }
+
+
+def number(value: Any) -> float | None:
+    """A figure as a finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return value
+
+
+def find_run(name: str) -> Path:
+    """The logs folder that a user means.
+
+    name: such a folder, a file in it, or the name of a run in data/logs/. Raises UserError that lists the runs there.
+    """
+    path = Path(name)
+    named = [LOGS / name] if path.name == name else []
+    file = [path.parent] if path.name in (METRICS_FILE, EVENTS_FILE, RUN_FILE) else []
+    for folder in [path, *file, *named]:
+        if (folder / METRICS_FILE).is_file():
+            return folder
+    inside = next((folder for folder in [path, *([] if named else [path.parent]), LOGS] if _runs_in(folder)), LOGS)
+    runs = _runs_in(inside)
+    if path.is_dir():
+        what = f"the folder holds no {METRICS_FILE}"
+    elif path.is_file():
+        what = f"is not the {METRICS_FILE} of a run"
+    else:
+        what = f"is neither a folder with a {METRICS_FILE} nor the name of a run in {LOGS}/"
+    if not runs:
+        known = f"No run is in {LOGS}/ here; go to where training was started, or give the path of a run's logs folder"
+    else:
+        known = f"Runs in {inside}/: {', '.join(runs[:_LISTED])}"
+        known += f" and {len(runs) - _LISTED} more" if len(runs) > _LISTED else ""
+    raise UserError(f"{name}: {what}{nearest(path.name, runs)}. {known}".replace("?.", "?"))
+
+
+def require_output(output: Path, suffixes: tuple[str, ...], overwrite: bool, runs: list[Run]) -> None:
+    """Raises UserError where `output` cannot be what a report is written to.
+
+    suffixes: one of which it must have. overwrite: an existing file may be replaced, but never one that was read.
+    """
+    if output.suffix.lower() not in suffixes:
+        raise UserError(f"--output: found {str(output)!r}, expected a name that ends in {' or '.join(suffixes)}")
+    if output.is_dir():
+        raise UserError(f"{output}: a folder is in the way; choose another --output")
+    for run in runs:
+        if output.resolve() in [(run.folder / file).resolve() for file in (METRICS_FILE, EVENTS_FILE, RUN_FILE)]:
+            raise UserError(f"{output}: is read for the report; choose another --output")
+    if output.exists() and not overwrite:
+        raise UserError(f"{output}: is already there; choose another --output, or replace it with --overwrite")
+
+
+def _objects(file: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file's lines; whatever else a line holds is passed over."""
+    if not file.is_file():
+        return
+    # Not splitlines(), which also ends a line at signs that may stand inside a text.
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            content = json.loads(line, parse_constant=lambda _: None)  # old files hold NaN
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(content, dict):
+            yield content
+
+
+def _runs_in(folder: Path) -> list[str]:
+    return sorted(file.parent.name for file in folder.glob(f"*/{METRICS_FILE}")) if folder.is_dir() else []
+
+
+def _short_names(places: list[Path]) -> list[str]:
+    """The last part of each path, or as many of the last as it takes to tell them apart."""
+    names, length = [place.name for place in places], 1
+    while len(set(names)) < len(names):
+        length += 1
+        names = ["/".join(place.parts[-length:]) for place in places]
+    return names
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

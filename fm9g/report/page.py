@@ -1,0 +1,51 @@
+"""One HTML page about one or several runs, which needs nothing but itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fm9g import __version__
+from fm9g.files import new_file
+from fm9g.report.files import Run
+from fm9g.report.panels import sections
+from fm9g.report.tables import NONE, configuration, datasets, events, results, versions
+
+_TEMPLATE = "page.html.jinja"
+
+
+def write_page(runs: list[Run], output: Path) -> None:
+    """Writes the page; what was under `output` is replaced. Raises UserError where it cannot be written."""
+    text = render(runs)
+    with new_file(output) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def render(runs: list[Run]) -> str:
+    """The page as HTML: the same text for the same runs, at any time and place."""
+    import jinja2
+    from markupsafe import Markup
+
+    folder = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["svg"] = Markup  # of draw.py, which escapes what it is given
+    groups = configuration(runs)
+    return environment.get_template(_TEMPLATE).render(
+        runs=runs,
+        several=len(runs) > 1,
+        none=NONE,
+        results=results(runs),
+        sections=sections(runs),
+        events=events(runs, routine=False),
+        routine=events(runs, routine=True),
+        datasets=[(run, rows) for run in runs if (rows := datasets(run))],
+        groups=groups,
+        differing=[(group.title, row) for group in groups for row in group.rows if row.differs],
+        versions=versions(runs),
+        version=__version__,
+    )

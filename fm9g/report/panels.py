@@ -1,0 +1,295 @@
+"""Which figures the page has: their curves, legends and captions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fm9g.report.curves import Curve, blocks, curve, running_mean
+from fm9g.report.draw import COLOURS, Line, Mark, draw_blocks, draw_lines
+from fm9g.report.files import Run
+
+# kind of an event -> matplotlib's marker, the same sign as text, in words
+KINDS = {
+    "resume": (">", "▶", "resumed from a checkpoint"),
+    "spike": ("^", "▲", "jump of the loss"),
+    "skip": ("x", "✕", "step skipped"),
+    "oom": ("D", "◆", "out of memory"),
+    "signal": ("s", "■", "stopped by a signal"),
+    "save_failed": ("X", "✖", "checkpoint not saved"),
+    "best": ("*", "★", "best validation loss"),
+    "early_stop": ("o", "●", "stopped early"),
+    "save": ("|", "|", "checkpoint saved"),
+    "start": ("", "", "started"),
+    "end": ("", "", "ended"),
+}
+_OTHER = ("P", "✚", "other event")
+TIMES = {
+    "Time/compute": "computing",
+    "Time/data": "waiting for data",
+    "Time/communication": "communication between processes",
+    "Time/checkpoint": "saving checkpoints",
+    "Time/evaluation": "evaluation",
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """An entry of a legend. shape: line, dash, area, or the sign of a mark; colour: None for that of the text."""
+
+    shape: str
+    label: str
+    colour: int | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A figure of the page. svg: whole and safe to put in."""
+
+    title: str
+    caption: str
+    svg: str
+    keys: list[Key]
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """Figures under one heading."""
+
+    id: str
+    title: str
+    text: str
+    panels: list[Panel] = field(default_factory=list)
+
+
+def sections(runs: list[Run]) -> list[Section]:
+    """All figures there are values for, under their headings; a heading without any is left out."""
+    made = [
+        Section(
+            "loss",
+            "Loss",
+            "The loss says how badly the model predicts the next token: lower is better. A good curve falls quickly "
+            "at first, then ever more slowly.",
+            list(_loss(runs)),
+        ),
+        Section(
+            "tasks",
+            "Loss of each dataset",
+            "The same loss, over the samples of one dataset at a time. Datasets differ in difficulty: what matters is "
+            "whether each curve falls, not which one is lowest.",
+            list(_tasks(runs)),
+        ),
+        Section(
+            "optimizer",
+            "Learning",
+            "How large the steps of the optimizer are, and how hard the data pulls at the weights.",
+            list(_optimizer(runs)),
+        ),
+        Section("speed", "Speed and memory", "What the hardware makes of it.", list(_speed(runs))),
+    ]
+    return [section for section in made if section.panels]
+
+
+def tasks_of(run: Run) -> list[str]:
+    """The names of a run's datasets, those of its mixture first."""
+    names = [str(item["task"]) for item in run.data if "task" in item]
+    keys = dict.fromkeys(key for line in run.metrics for key in line)
+    for start in ("Loss/train/", "Loss/val/", "Tokens/", "Epoch/"):
+        names += [key.removeprefix(start) for key in keys if key.startswith(start) and key != "Tokens/total"]
+    return list(dict.fromkeys(names))
+
+
+def is_routine(run: Run, event: dict[str, Any]) -> bool:
+    """Whether an event is one of many that nobody needs to look at: a checkpoint, a best loss that did not last."""
+    if event["kind"] == "best":
+        return event is not next(other for other in reversed(run.events) if other["kind"] == "best")
+    return event["kind"] == "save"
+
+
+def _loss(runs: list[Run]) -> Iterator[Panel]:
+    lines, keys = _train_and_val(runs, "")
+    if not lines:
+        return
+    marks, mark_keys = _marks(runs)
+    caption = "Faint: the loss of each logged step; bold: its running mean."
+    caption += " Signs at the upper edge: events, which are listed below." if mark_keys else ""
+    svg = draw_lines("loss", "Loss of the whole run", lines, "loss (nats a token)", marks, wide=True)
+    yield Panel("The whole run", caption, svg, keys + mark_keys, wide=True)
+    if focus := _close_up(lines):
+        svg = draw_lines("loss-late", "Loss, close up", lines, "loss (nats a token)", wide=True, focus=focus)
+        without = (
+            f"The same without the first {focus[0]:,.0f} steps, and larger; what is far above the rest is cut off."
+        )
+        yield Panel("Close up", without, svg, keys, wide=True)
+
+
+def _train_and_val(runs: list[Run], task: str) -> tuple[list[Line], list[Key]]:
+    """The two losses of each run. task: its name with a slash before it, or nothing for the whole."""
+    lines, keys, dashed = [], [], False
+    for number, run in enumerate(runs):
+        train, val = curve(run.metrics, f"Loss/train{task}"), curve(run.metrics, f"Loss/val{task}")
+        val_colour = number if len(runs) > 1 else 1
+        if len(train):
+            lines.append(Line(train, number, smooth=True))
+        if len(val):
+            lines.append(Line(val, val_colour, dashed=True))
+            dashed = True
+        if len(runs) > 1 and (len(train) or len(val)):
+            keys.append(Key("line", run.name, number))
+        elif len(runs) == 1:
+            keys += [Key("line", "training", 0)] if len(train) else []
+            keys += [Key("dash", "validation: text it does not learn from", 1)] if len(val) else []
+    if len(runs) > 1 and dashed:
+        keys.append(Key("dash", "validation: text it does not learn from"))
+    return lines, keys
+
+
+def _close_up(lines: list[Line]) -> tuple[float, float, float] | None:
+    """(step, lowest, highest) for a look at the late part of the loss, where the whole is mostly its first fall."""
+    means = [running_mean(line.curve) if line.smooth else line.curve for line in lines]
+    last = max(mean.steps[-1] for mean in means)
+    start = float(last // 10)
+    late = np.concatenate([mean.after(start).values for mean in means])
+    late = late[np.isfinite(late)]
+    if len(late) < 50:
+        return None
+    values = np.concatenate([line.curve.values for line in lines])
+    low, high = float(late.min()), float(np.quantile(late, 0.995))
+    if high <= low or np.nanmax(values) - low < 2 * (high - low):
+        return None
+    room = 0.15 * (high - low)
+    return start, low - room, high + room
+
+
+def _marks(runs: list[Run]) -> tuple[list[Mark], list[Key]]:
+    marks, found = [], {}
+    for number, run in enumerate(runs):
+        for event in run.events:
+            sign, shape, words = KINDS.get(event["kind"], _OTHER)
+            if not sign or (event["kind"] == "best" and is_routine(run, event)):
+                continue
+            text = f"{run.name}, step {event['step']:,}: {event['text'] or words}"
+            colour = number if len(runs) > 1 else None
+            marks.append(Mark(event["step"], sign, text, colour, low=event["kind"] == "save"))
+            found[shape] = words
+    order = [*KINDS.values(), _OTHER]
+    return marks, [Key(shape, found[shape]) for _, shape, _ in order if shape in found]
+
+
+def _tasks(runs: list[Run]) -> Iterator[Panel]:
+    tasks = list(dict.fromkeys(task for run in runs for task in tasks_of(run)))
+    if len(runs) == 1 and len(tasks) <= COLOURS:  # few curves: in one figure
+        lines, keys = [], []
+        for number, task in enumerate(tasks):
+            train = curve(runs[0].metrics, f"Loss/train/{task}")
+            val = curve(runs[0].metrics, f"Loss/val/{task}")
+            lines += [Line(train, number, smooth=True)] if len(train) else []
+            lines += [Line(val, number, dashed=True)] if len(val) else []
+            keys += [Key("line", task, number)] if len(train) or len(val) else []
+        if any(line.dashed for line in lines):
+            keys.append(Key("dash", "validation"))
+        if lines:
+            svg = draw_lines("tasks", "Loss of each dataset", lines, "loss (nats a token)", wide=True)
+            yield Panel("All datasets", "Faint: logged steps; bold: running mean.", svg, keys, wide=True)
+        return
+    for number, task in enumerate(tasks):
+        lines, keys = _train_and_val(runs, f"/{task}")
+        if lines:
+            yield Panel(task, "", draw_lines(f"task{number}", f"Loss of {task}", lines, "loss"), keys)
+
+
+def _optimizer(runs: list[Run]) -> Iterator[Panel]:
+    yield from _each(
+        runs,
+        "Optimizer/lr",
+        "Learning rate",
+        "How far a step moves the weights. It usually rises at the start (warm-up) and falls towards the end.",
+        smooth=False,
+    )
+    yield from _each(
+        runs,
+        "Optimizer/grad_norm",
+        "Gradient norm",
+        "How hard a step's data pulls at the weights, before clipping. Lasting growth or many peaks mean that training "
+        "is not stable.",
+        log=True,
+    )
+    scales = np.concatenate([curve(run.metrics, "Optimizer/scale").values for run in runs])
+    if len(np.unique(scales[np.isfinite(scales)])) > 1:  # it moves in fp16 alone
+        yield from _each(
+            runs,
+            "Optimizer/scale",
+            "Loss scale",
+            "Of fp16 arithmetic: halves when numbers overflow, doubles after a long while without.",
+            smooth=False,
+        )
+
+
+def _speed(runs: list[Run]) -> Iterator[Panel]:
+    yield from _each(
+        runs, "Throughput/tokens_per_second", "Tokens a second", "Over all processes. Dips are saving or evaluation."
+    )
+    yield from _each(
+        runs,
+        "Throughput/mfu",
+        "Use of the hardware (MFU), %",
+        "Share of the arithmetic that the GPUs could do at best; 40 to 60 % is good for large models.",
+        change=lambda values: 100 * values,
+    )
+    yield from _each(
+        runs,
+        "Memory/peak_gb",
+        "Peak memory, GB",
+        "The most that a GPU held at a time. Near the GPU's size, a run may fail.",
+        smooth=False,
+    )
+    for number, run in enumerate(runs):
+        yield from _times(number, run, len(runs) > 1)
+
+
+def _times(number: int, run: Run, several: bool) -> Iterator[Panel]:
+    edges, values = blocks(run.metrics, list(TIMES))
+    total = (values * np.diff(edges)).sum()
+    if not values.size or total <= 0:
+        return
+    shares = (values * np.diff(edges)).sum(1) / total
+    used = [place for place, share in enumerate(shares) if share > 0]
+    labels = list(TIMES.values())
+    title = f"Where the time goes: {run.name}" if several else "Where the time goes"
+    svg = draw_blocks(f"times{number}", title, edges, values[used], used, "seconds a step")
+    keys = [Key("area", f"{labels[place]}, {_percent(shares[place])}", place) for place in used]
+    caption = "Seconds a step, by what they were spent on. The more of it is computing, the better."
+    yield Panel(title, caption, svg, keys, wide=True)
+
+
+def _each(
+    runs: list[Run],
+    key: str,
+    title: str,
+    caption: str,
+    smooth: bool = True,
+    log: bool = False,
+    change: Callable[[Any], Any] = lambda values: values,
+) -> Iterator[Panel]:
+    """A figure of one value, a curve a run. log: with a logarithmic axis where the values ask for one."""
+    lines, keys = [], []
+    for number, run in enumerate(runs):
+        found = curve(run.metrics, key)
+        if len(found):
+            lines.append(Line(Curve(found.steps, change(found.values)), number, smooth))
+            keys += [Key("line", run.name, number)] if len(runs) > 1 else []
+    if not lines:
+        return
+    values = np.concatenate([line.curve.values for line in lines])
+    values = values[np.isfinite(values)]
+    log = log and bool(values.min() > 0 and values.max() > 30 * np.median(values))
+    svg = draw_lines(key.replace("/", "-").lower(), title, lines, "logarithmic" if log else "", log=log)
+    yield Panel(title, caption, svg, keys)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else "below 1%"

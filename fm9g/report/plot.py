@@ -1,0 +1,115 @@
+"""The loss of runs as one picture, for papers, slides and messages."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fm9g.errors import UserError
+from fm9g.files import new_file
+from fm9g.report.curves import curve, running_mean, thin
+from fm9g.report.files import METRICS_FILE, Run, read_metrics
+
+SUFFIXES = (".png", ".svg", ".pdf")
+_MARKED = ("resume", "spike", "skip", "oom", "early_stop")
+_MOST_MARKS = 12  # more would hide the curve
+_CHINESE = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "SimHei")
+
+
+def plot_loss(metrics_file: Path, picture: Path, marks: dict[int, str] | None = None) -> None:
+    """Draws a run's loss, its running mean, the validation loss and the learning rate.
+
+    picture: its suffix, one of SUFFIXES, says the format. marks: step -> what happened there. Raises UserError.
+    """
+    metrics = read_metrics(metrics_file)
+    if not metrics:
+        raise UserError(f"{metrics_file}: holds no figures, so there is nothing to draw")
+    _draw({"loss": metrics}, picture, marks or {})
+
+
+def plot_runs(runs: list[Run], picture: Path) -> None:
+    """Draws the loss of several runs over each other; of a single one as plot_loss does, with its events."""
+    if not any(len(curve(run.metrics, key)) for run in runs for key in ("Loss/train", "Loss/val")):
+        raise UserError(f"{runs[0].folder / METRICS_FILE}: holds no loss, so there is nothing to draw")
+    marks: dict[int, str] = {}
+    for event in runs[0].events if len(runs) == 1 else ():
+        if event["kind"] in _MARKED and (event["step"] in marks or len(marks) < _MOST_MARKS):
+            before = marks.get(event["step"], "")
+            marks[event["step"]] = f"{before}{', ' if before else ''}{event['kind'].replace('_', ' ')}"
+    _draw({"loss" if len(runs) == 1 else run.name: run.metrics for run in runs}, picture, marks)
+
+
+def _draw(runs: dict[str, list[dict[str, Any]]], picture: Path, marks: dict[int, str]) -> None:
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    style: Any = {"svg.hashsalt": "fm9g", "text.parse_math": False, "font.family": ["DejaVu Sans", *_chinese_font()]}
+    with matplotlib.rc_context(style), new_file(picture) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of signs that no font of this machine has; they show as boxes
+        figure = Figure(figsize=(9, 5), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss (nats a token)")
+        handles: list[Any] = []
+        for number, (name, metrics) in enumerate(runs.items()):
+            handles += _plot_run(axes, name, metrics, f"C{number}", several=len(runs) > 1)
+        if len(runs) == 1:
+            handles += _plot_rate(axes, next(iter(runs.values())))
+        for step, text in marks.items():
+            axes.axvline(step, color="grey", linestyle="--", linewidth=1)
+            # At the upper edge, whatever the curve does.
+            axes.annotate(
+                text,
+                (step, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(4, -4),
+                textcoords="offset points",
+                va="top",
+            )
+        axes.grid(alpha=0.3)
+        columns = max(1, min(4, 100 // max(len(line.get_label()) + 8 for line in handles)))
+        figure.legend(handles=handles, loc="outside upper right", ncols=columns)
+        kind = picture.suffix.lower().removeprefix(".")
+        dates: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
+        figure.savefig(temporary, format=kind, dpi=120, metadata=dates)
+
+
+def _plot_run(axes: Any, name: str, metrics: list[dict[str, Any]], colour: str, several: bool) -> Iterable[Any]:
+    """The lines that the legend shows. A name that begins with _ would be left out there, but for the space."""
+    train, val = curve(metrics, "Loss/train"), curve(metrics, "Loss/val")
+    shown, mean = thin(train), thin(running_mean(train))
+    dot = "." if len(shown) == 1 else ""
+    (faint,) = axes.plot(shown.steps, shown.values, dot + "-", color=colour, alpha=0.3, label=f"\u200b{name}")
+    (bold,) = axes.plot(
+        mean.steps, mean.values, color=colour, label=f"\u200b{name}" if several else "running mean of the loss"
+    )
+    lines = [bold] if several else [faint, bold]
+    if len(val):
+        (dashed,) = axes.plot(
+            val.steps,
+            val.values,
+            ".--",
+            color=colour if several else "C2",
+            label=f"\u200b{name}, validation" if several else "validation loss",
+        )
+        lines.append(dashed)
+    return lines
+
+
+def _plot_rate(axes: Any, metrics: list[dict[str, Any]]) -> Iterable[Any]:
+    rate = thin(curve(metrics, "Optimizer/lr"))
+    if not len(rate):
+        return []
+    right = axes.twinx()
+    right.set_ylabel("learning rate")
+    return right.plot(rate.steps, rate.values, color="C1", linestyle=":", label="learning rate")
+
+
+def _chinese_font() -> list[str]:
+    """A font of this machine for what matplotlib's own cannot show, where there is one."""
+    from matplotlib import font_manager
+
+    known = set(font_manager.get_font_names())
+    return [name for name in _CHINESE if name in known][:1]

@@ -1,0 +1,250 @@
+"""The tables of the page, as text: key results, events, data, and the configuration side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+from fm9g.config.fields import keys_of
+from fm9g.config.mixture import DatasetConfig
+from fm9g.config.model import ModelConfig
+from fm9g.config.train import TrainConfig
+from fm9g.report.curves import curve, running_mean
+from fm9g.report.files import Run, number
+from fm9g.report.panels import KINDS, is_routine, tasks_of
+
+NONE = "\u2013"
+DEFAULT = "default"  # the origin of a value that nobody set
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table. note: what it means. cells: one a run, (value, where it comes from)."""
+
+    label: str
+    note: str
+    cells: list[tuple[str, str]]
+    differs: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """A part of the configuration. rows: what was set, or differs between runs; defaults: the rest."""
+
+    title: str
+    rows: list[Row]
+    defaults: list[Row]
+
+
+def results(runs: list[Run]) -> list[Row]:
+    """The key results, a row each; those that no run has are left out."""
+    rows: list[tuple[str, str, Callable[[Run], str]]] = [
+        ("Steps", "how often the weights were changed", _steps),
+        ("Tokens", "pieces of text it was trained on", _tokens),
+        ("Loss at the end", "of the last logged step; lower is better", lambda run: _last(run, "Loss/train")),
+        ("Loss, mean of the last steps", "the same without the noise of a single step", _smooth_loss),
+        ("Best loss", "of any logged step", lambda run: _best(run, "Loss/train")),
+        ("Validation loss at the end", "on text it does not learn from", lambda run: _last(run, "Loss/val")),
+        ("Best validation loss", "where it did best on such text", lambda run: _best(run, "Loss/val")),
+        ("Perplexity at the end", "e to the validation loss", lambda run: _last(run, "Perplexity/val")),
+        ("Tokens a second", "on average", lambda run: _figure(_mean_rate(run, "Throughput/tokens_per_second"), ",.0f")),
+        ("MFU", "share of the hardware's arithmetic in use, on average", _mfu),
+        ("Peak memory", "the most that a GPU held", _memory),
+        ("Skipped steps", "left out as their numbers were not usable", lambda run: _last(run, "Run/skipped", ",.0f")),
+        ("Duration", "while it ran, without the pauses between sessions", lambda run: _duration(run.events)),
+        ("Started", "", lambda run: _clock(run.events[0]["time"]) if run.events else NONE),
+    ]
+    made = [Row(label, note, [(cell(run), "") for run in runs]) for label, note, cell in rows]
+    return [row for row in made if any(value != NONE for value, _ in row.cells)]
+
+
+def events(runs: list[Run], routine: bool) -> list[dict[str, str]]:
+    """What happened, by time: {"run", "time", "step", "kind", "sign", "text"}. routine: what is, or the rest."""
+    found = [(event, run.name) for run in runs for event in run.events if is_routine(run, event) == routine]
+    found.sort(key=lambda pair: (pair[0]["time"] or 0, pair[0]["step"]))
+    rows = []
+    for event, name in found:
+        _, sign, words = KINDS.get(event["kind"], ("", "✚", event["kind"]))
+        row = {"run": name, "time": _clock(event["time"]), "step": f"{event['step']:,}"}
+        rows.append({**row, "kind": words, "sign": sign, "text": event["text"]})
+    return rows
+
+
+def datasets(run: Run) -> list[dict[str, str]]:
+    """The datasets of a run: what was planned, and how much of each it has had."""
+    known = {str(item.get("task")): item for item in run.data}
+    total = sum(_last_value(run, f"Tokens/{task}") or 0 for task in tasks_of(run))
+    rows = []
+    for task in tasks_of(run):
+        item, tokens = known.get(task, {}), _last_value(run, f"Tokens/{task}")
+        rows.append(
+            {
+                "dataset": task,
+                "records": _figure(number(item.get("records")), ",.0f"),
+                "tokens a sample": _figure(number(item.get("tokens_a_sample")), ",.1f"),
+                "share wanted": _figure(number(item.get("share")), ".1%"),
+                "share so far": _figure(tokens / total if tokens is not None and total else None, ".1%"),
+                "tokens so far": _count(tokens),
+                "epochs so far": _figure(_last_value(run, f"Epoch/{task}"), ".2f"),
+                "template": str(item.get("template") or NONE),
+                "what is learnt": str(item.get("loss") or NONE),
+                "path": str(item.get("path") or NONE),
+            }
+        )
+    used = [key for key in (rows[0] if rows else {}) if any(row[key] != NONE for row in rows)]
+    return [{key: row[key] for key in used} for row in rows]
+
+
+def configuration(runs: list[Run]) -> list[Group]:
+    """Every value of every run with its origin; a run that kept no configuration differs from none."""
+    titles = {"train": "Training", "model": "Model"}
+    groups = []
+    for section in dict.fromkeys(section for run in runs for section in run.config):
+        rows = []
+        for key in dict.fromkeys(key for run in runs for key in run.config.get(section, {})):
+            items = [run.config.get(section, {}).get(key) if run.config else {} for run in runs]
+            rows.append((_row(key, _meaning(section, key), items), items))
+        title = titles.get(section) or f"Data: {section.removeprefix('data.')}"
+        groups.append(_group(title, rows))
+    return groups
+
+
+def versions(runs: list[Run]) -> list[Row]:
+    """The packages of each run."""
+    rows = []
+    for package in dict.fromkeys(package for run in runs for package in run.versions):
+        items: list[dict[str, Any] | None] = []
+        for run in runs:
+            found = run.versions.get(package)
+            items.append({"value": found} if found else None if run.versions else {})
+        rows.append(_row(package, "", items))
+    return rows
+
+
+def _row(key: str, meaning: str, items: list[dict[str, Any] | None]) -> Row:
+    """items: of each run; None where it lacks the key, {} where nothing was recorded at all."""
+    known = {json.dumps(item["value"], sort_keys=True) if item else NONE for item in items if item != {}}
+    cells = [
+        (_text(item["value"]), str(item.get("from") or "")) if item else (NONE if item is None else "not recorded", "")
+        for item in items
+    ]
+    return Row(key, meaning, cells, differs=len(known) > 1)
+
+
+def _group(title: str, rows: Iterable[tuple[Row, list[dict[str, Any] | None]]]) -> Group:
+    shown: list[Row] = []
+    defaults: list[Row] = []
+    for row, items in rows:
+        untouched = not row.differs and all(item.get("from") == DEFAULT for item in items if item)
+        (defaults if untouched else shown).append(row)
+    return Group(title, shown, defaults)
+
+
+def _meaning(section: str, key: str) -> str:
+    cls = {"train": TrainConfig, "model": ModelConfig}.get(section, DatasetConfig)
+    field = keys_of(cls).get(key)
+    return field.metadata["help"] if field else ""
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, str):
+        return value or "(empty)"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _steps(run: Run) -> str:
+    planned = run.config.get("train", {}).get("train_iters", {}).get("value")
+    last = run.metrics[-1]["step"]
+    return f"{last:,} of {planned:,}" if isinstance(planned, int) else f"{last:,}"
+
+
+def _tokens(run: Run) -> str:
+    total = _last_value(run, "Tokens/total")
+    if total is None:
+        parts = [tokens for task in tasks_of(run) if (tokens := _last_value(run, f"Tokens/{task}")) is not None]
+        total = sum(parts) if parts else None
+    return _count(total)
+
+
+def _values(run: Run, key: str) -> list[tuple[int, float]]:
+    return [(line["step"], value) for line in run.metrics if (value := number(line.get(key))) is not None]
+
+
+def _last_value(run: Run, key: str) -> float | None:
+    return next((value for line in reversed(run.metrics) if (value := number(line.get(key))) is not None), None)
+
+
+def _last(run: Run, key: str, form: str = ",.4f") -> str:
+    return _figure(_last_value(run, key), form)
+
+
+def _smooth_loss(run: Run) -> str:
+    means = running_mean(curve(run.metrics, "Loss/train")).values
+    known = means[means == means]  # NaN is not itself
+    return _figure(float(known[-1]), ".4f") if len(known) else NONE
+
+
+def _best(run: Run, key: str) -> str:
+    if not (values := _values(run, key)):
+        return NONE
+    step, value = min(values, key=lambda pair: pair[1])
+    return f"{value:,.4f} at step {step:,}"
+
+
+def _mean_rate(run: Run, key: str) -> float | None:
+    """The harmonic mean: each logged rate is over about as many tokens, so this is all tokens by all time."""
+    rates = [value for _, value in _values(run, key) if value > 0]
+    return len(rates) / sum(1 / rate for rate in rates) if rates else None
+
+
+def _mfu(run: Run) -> str:
+    return _figure(_mean_rate(run, "Throughput/mfu"), ".1%")
+
+
+def _memory(run: Run) -> str:
+    values = [value for _, value in _values(run, "Memory/peak_gb")]
+    return f"{max(values):,.1f} GB" if values else NONE
+
+
+def _duration(found: list[dict[str, Any]]) -> str:
+    """The time of all sessions; a session that crashed ends with the last event that it wrote."""
+    seconds, before = 0.0, None
+    for event in found:
+        if event["time"] is None:
+            continue
+        if before is not None and event["kind"] not in ("start", "resume"):
+            seconds += max(0.0, event["time"] - before)
+        before = event["time"]
+    if seconds <= 0:
+        return NONE
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [f"{days} d" if days else "", f"{hours} h" if hours else "", f"{minutes} min" if minutes else ""]
+    return " ".join(part for part in [*parts, "" if days or hours else f"{rest} s"] if part)
+
+
+def _clock(seconds: float | None) -> str:
+    """UTC, so that the page is the same wherever it is made."""
+    if seconds is None:
+        return NONE
+    try:
+        moment = datetime(1970, 1, 1, tzinfo=timezone.utc) + timedelta(seconds=seconds)
+    except OverflowError:
+        return NONE
+    return moment.strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _count(value: float | None) -> str:
+    if value is None:
+        return NONE
+    return f"{value / 1e9:,.2f} billion" if value >= 1e9 else f"{value:,.0f}"
+
+
+def _figure(value: float | None, form: str) -> str:
+    return NONE if value is None else format(value, form)

@@ -1,0 +1,120 @@
+"""What a run goes on from: its own checkpoints, or another's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fm9g.checkpoint.folder import MANIFEST, MODEL_CONFIG, Checkpoint, open_newest, open_step, steps_in
+from fm9g.config.model import arithmetic, differ, load_model_config
+from fm9g.config.run import PLACES, RunConfig
+from fm9g.config.train import TrainConfig
+from fm9g.engine.base import Engine
+from fm9g.errors import UserError
+from fm9g.launch.place import Place
+from fm9g.train.loop import TrainState
+
+# Keys that say how a session starts; that they differ from those of the one before is their nature.
+_OF_A_SESSION = (
+    *PLACES,
+    "resume_ckpt",
+    "resume_no_optimze",
+    "overwrite",
+    "stop_iters",
+    "only_load_model",
+    "load_dataloader_ckpt",
+    "data_changes",
+)
+
+
+def find_checkpoint(config: TrainConfig, place: Place, root: Path) -> tuple[Checkpoint | None, list[str]]:
+    """What the run goes on from, and what there is to know, a line each.
+
+    Raises UserError where it is not there, or others would be overwritten unasked.
+    """
+    steps = steps_in(root)
+    restarted = place.attempt and place.started  # by our agent, which tells since when the run goes on
+    if restarted:  # only what this run saved itself is newer than its start
+        own = [step for step in steps if (root / str(step)).stat().st_mtime >= place.started]
+        if own:
+            return open_step(root, own[-1]), []
+    if config.resume_ckpt == "auto":
+        return open_newest(root)
+    if config.resume_ckpt:
+        return open_step(root, int(config.resume_ckpt)), []
+    if steps and config.save and not config.overwrite and not restarted:
+        raise UserError(
+            f"{root}: holds checkpoints of steps {', '.join(map(str, steps))}; go on with --resume auto, "
+            "choose another --model_unique, or have them deleted with --overwrite true"
+        )
+    return None, []
+
+
+def changes(run: RunConfig, checkpoint: Checkpoint) -> list[str]:
+    """What of the configuration is not as it was, a line each. Raises UserError for what cannot change: the model."""
+    before = load_model_config(checkpoint.folder / MODEL_CONFIG).value
+    old, new = arithmetic(before), arithmetic(run.model.value)
+    if odd := [f"{key}: was {old[key]!r}, is {new[key]!r}" for key in new if differ(old[key], new[key])]:
+        raise UserError(
+            f"{checkpoint.folder}: was made with another model, which a run cannot change on its way:\n"
+            + "\n".join(odd)
+            + "\nResume with what it was, or start a run of its own with --pretrained_model and another --model_unique"
+        )
+    saved = checkpoint.run_config().get("train", {})
+    return [
+        f"{key}: was {saved[key]['value']!r}, is {value!r}"
+        for key, value, _ in run.train.rows()
+        if key in saved and key not in _OF_A_SESSION and differ(saved[key]["value"], value)
+    ]
+
+
+def restore(
+    engine: Engine, config: TrainConfig, checkpoint: Checkpoint | None, tasks: list[str]
+) -> tuple[TrainState, dict[str, Any] | None]:
+    """How far the run is, and its data position. checkpoint: on rank 0, which tells the others."""
+    first = engine.processes.rank == 0
+    given = _given(config) if first and checkpoint is None else None
+    source = checkpoint or given
+    found = None
+    if source:
+        with_optimizer = not config.resume_no_optimze if checkpoint else not config.only_load_model
+        position = source.position() if checkpoint or config.load_dataloader_ckpt else None
+        found = (source.counts() if checkpoint else None, position, with_optimizer, bool(source.mean_weights()))
+    found = engine.processes.from_first(found)
+    if found is None:
+        return TrainState(0, np.zeros(len(tasks), np.int64)), None
+    counts, position, with_optimizer, has_means = found
+    if with_optimizer:
+        engine.load_optimizer_state(source.optimizer() if source else {})
+        if has_means and config.ema_decay:
+            engine.load_mean_weights(source.mean_weights() if source else {})
+    if counts is None:
+        return TrainState(0, np.zeros(len(tasks), np.int64)), position
+    trained = counts["global_total_task_token"]
+    # Counted once, on the processes that hold rank 0's data.
+    tokens = np.array([trained.get(task, 0) if engine.replica == 0 else 0 for task in tasks], np.int64)
+    return (
+        TrainState(
+            counts["iteration"],
+            tokens,
+            skipped=counts.get("skipped", 0),
+            loss=counts.get("loss"),
+            best=counts.get("best_val_loss"),
+            worse=counts.get("evaluations_since_best", 0),
+        ),
+        position,
+    )
+
+
+def _given(config: TrainConfig) -> Checkpoint | None:
+    """The checkpoint that pretrained_model is, or lies in, where more than its weights is wanted of it."""
+    if (config.only_load_model and not config.load_dataloader_ckpt) or not config.pretrained_model:
+        return None
+    path = Path(config.pretrained_model)
+    folder = path if path.is_dir() else path.parent
+    if not (folder / MANIFEST).is_file():
+        key = "load_dataloader_ckpt true" if config.only_load_model else "only_load_model false"
+        raise UserError(f"{key}: {path} is no checkpoint of a run, and holds weights alone")
+    return Checkpoint(folder)

@@ -1,0 +1,125 @@
+"""Reading what a run left, and finding it."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fm9g.cli import main
+from fm9g.errors import UserError
+from fm9g.report.files import find_run, open_runs, read_events, read_metrics, read_run
+
+
+def test_lines_of_one_step_become_one_and_broken_ones_are_passed_over(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    separator = "\u2028"  # str.splitlines ends a line here
+    file.write_text(
+        '{"step": 4, "Loss/train": 2.5, "note": "a' + separator + 'b"}\n'
+        '{"step": 2, "Loss/train": NaN, "Optimizer/lr": -Infinity}\n'
+        '[1]\nnull\n{"Loss/train": 1}\n{"step": true}\n\n'
+        '{"step": 4, "Loss/val": 3.5}\n{"step": 6, "Loss/tr',
+        encoding="utf-8",
+    )
+    assert read_metrics(file) == [
+        {"step": 2, "Loss/train": None, "Optimizer/lr": None},
+        {"step": 4, "Loss/train": 2.5, "note": f"a{separator}b", "Loss/val": 3.5},
+    ]
+    assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+def test_events_and_run_files_may_be_missing_or_odd(tmp_path: Path) -> None:
+    assert read_events(tmp_path / "events.jsonl") == []
+    assert read_run(tmp_path / "run.json") == {"config": {}, "data": [], "summary": "", "versions": {}}
+    (tmp_path / "events.jsonl").write_text('{"step": 1, "time": "x", "kind": "save"}\n{"kind": "end"}\n{"st')
+    assert read_events(tmp_path / "events.jsonl") == [{"step": 1, "time": None, "kind": "save", "text": ""}]
+    (tmp_path / "run.json").write_text('{"config": {"train": {"lr": {"value": 1}, "bad": 3}, "x": 4}, "data": [5, {}]}')
+    read = read_run(tmp_path / "run.json")
+    assert (read["config"], read["data"]) == ({"train": {"lr": {"value": 1}}}, [{}])
+    (tmp_path / "run.json").write_text('{"config"')
+    with pytest.raises(UserError, match=r"run\.json, line 1"):
+        read_run(tmp_path / "run.json")
+
+
+def test_a_run_is_found_by_name_folder_and_file(make_run) -> None:
+    folder = make_run("tiny")
+    Path("tiny").mkdir()  # something else of the same name
+    for name in ("tiny", str(folder), str(folder / "metrics.jsonl"), str(folder / "events.jsonl"), str(folder) + "/"):
+        assert find_run(name).resolve() == folder.resolve()
+    assert find_run(str(folder.resolve())) == folder.resolve()
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (
+            "report tny",
+            "tny: is neither a folder with a metrics.jsonl nor the name of a run in data/logs/; did you mean ",
+        ),
+        ("report tny", "did you mean 'tiny'? Runs in data/logs/: empty, other, tiny"),
+        ("plot data/logs", "data/logs: the folder holds no metrics.jsonl. Runs in data/logs/: empty, other, tiny"),
+        ("plot data/logs/oter", "did you mean 'other'?"),
+        ("report setup.txt", "setup.txt: is not the metrics.jsonl of a run"),
+        ("report tiny data/logs/tiny", "data/logs/tiny: is given twice, also as tiny"),
+        ("report tiny empty", "data/logs/empty/metrics.jsonl: holds no figures yet"),
+        ("plot tiny --output x.jpg", "--output: found 'x.jpg', expected a name that ends in .png or .svg or .pdf"),
+        ("report tiny --output x.png", "--output: found 'x.png', expected a name that ends in .html or .htm"),
+        ("report tiny --output old.html", "old.html: is already there; choose another --output, or replace it with"),
+        ("report tiny --output dir.html --overwrite", "dir.html: a folder is in the way"),
+        ("plot tiny --output link.svg --overwrite", "link.svg: is read for the report"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(make_run, capsys: pytest.CaptureFixture, command: str, expected: str) -> None:
+    folder = make_run("tiny")
+    make_run("other")
+    make_run("empty", metrics=[])
+    Path("setup.txt").touch()
+    Path("old.html").write_text("old")
+    Path("dir.html").mkdir()
+    Path("link.svg").symlink_to(folder / "metrics.jsonl")
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert main(command.split()) == 2
+    printed = capsys.readouterr()
+    assert expected in printed.err
+    assert printed.err.startswith("fm9g: ")
+    assert printed.out == ""
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    assert Path("old.html").read_text() == "old"
+
+
+def test_without_any_run_the_message_says_where_they_are_looked_for(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "tiny"]) == 2
+    assert "No run is in data/logs/ here; go to where training was started" in capsys.readouterr().err
+
+
+def test_names_are_as_long_as_it_takes_to_tell_runs_apart(make_run, tmp_path: Path) -> None:
+    first, third = make_run("tiny"), make_run("big")
+    second = tmp_path / "elsewhere" / "tiny"
+    second.parent.mkdir()
+    os.rename(make_run("tiny2"), second)
+    assert [run.name for run in open_runs([str(first), str(third)])] == ["tiny", "big"]
+    assert [run.name for run in open_runs([str(first), str(second)])] == ["logs/tiny", "elsewhere/tiny"]
+
+
+def test_the_readers_import_light() -> None:
+    code = "import sys, fm9g.report.files\n"
+    code += "print([name for name in ('torch', 'numpy', 'matplotlib', 'jinja2') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_training_reads_its_figures_with_these() -> None:
+    from fm9g.report import files
+    from fm9g.train import metrics
+
+    assert metrics.read_metrics is files.read_metrics
+    assert metrics.METRICS_FILE == files.METRICS_FILE
+
+
+def test_a_number_is_finite() -> None:
+    from fm9g.report.files import number
+
+    assert [number(value) for value in (1, 0.5, math.inf, math.nan, True, "1", None)] == [1, 0.5, *[None] * 5]
