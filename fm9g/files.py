@@ -205,9 +205,12 @@ def _runs(pid: int) -> bool:
 
 def probe_writable(folder: Path) -> None:
     """Makes the folder and a file in it, so that a run learns before it starts that it cannot save."""
-    with new_file(folder / "probe") as temporary:
-        temporary.write_bytes(b"")
-    (folder / "probe").unlink()
+    try:
+        with new_file(folder / "probe") as temporary:
+            temporary.write_bytes(b"")
+    finally:
+        with suppress(OSError):
+            (folder / "probe").unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -229,6 +232,11 @@ def _as_user_error(target: Path) -> Iterator[None]:
     except OSError as error:
         raise as_user_error(error, target) from error
     except Exception as error:
+        # What torch raises when it closes a file that could not be written hides the error of the system.
+        hidden: BaseException | None = error
+        while hidden := hidden.__context__:
+            if isinstance(hidden, OSError):
+                raise as_user_error(hidden, target) from error
         # torch, safetensors and tokenizers report a full disk each in a class and in words of their own.
         with suppress(OSError):
             full = shutil.disk_usage(_existing(target)).free < _FULL

@@ -36,7 +36,8 @@ needs_bmtrain = pytest.mark.skipif(
 @dataclass(frozen=True)
 class Setup:
     """engine: torch or bmtrain. stop: earlier than steps. frozen: what of the model is not trained: "", lower or most.
-    broken: every process keeps its own gradients instead of adding them up.
+    broken: every process keeps its own gradients instead of adding them up. optimizer: with a mean of weights, where it
+    is another one than adamw.
     """
 
     engine: str = "torch"
@@ -46,6 +47,7 @@ class Setup:
     frozen: str = ""
     model: tuple[tuple[str, Any], ...] = ()
     broken: bool = False
+    optimizer: str = "adamw"
 
 
 @dataclass
@@ -54,6 +56,7 @@ class Run:
     norms: list[float]
     weights: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
+    means: dict[str, torch.Tensor]
 
 
 def documents(step: int) -> list[list[Sample]]:
@@ -137,7 +140,15 @@ def prepared(setup: Setup, processes: Processes, weights: dict[str, torch.Tensor
         model,
         model.encoder.layers,
         lambda name, weight: weight.copy_(weights[name]) if name in weights else model.init_weight(name, weight, 3),
-        OptimizerSettings(scales, (0.9, 0.95), 1e-6, 0.1),
+        OptimizerSettings(
+            scales,
+            (0.9, 0.95),
+            1e-6,
+            0.1,
+            name=setup.optimizer,
+            matrices=frozenset(name for name in scales if is_width_scaled(name)),
+            ema_decay=0.0 if setup.optimizer == "adamw" else 0.5,
+        ),
         replace(setup.placement, checkpointed_layers=1),
         LossScale(),
     )
@@ -179,6 +190,7 @@ def run(processes: Processes, setup: Setup, first: int = 0, before: Run | None =
     engine = prepared(setup, processes, before.weights if before else {})
     if before:
         engine.load_optimizer_state(before.optimizer if processes.rank == 0 else {})
+        engine.load_mean_weights(before.means if processes.rank == 0 else {})
     config = TrainConfig(
         config="x", train_iters=setup.steps, stop_iters=setup.stop, warmup_iters=0, lr=0.01, clip_grad=0.7
     )
@@ -196,6 +208,7 @@ def run(processes: Processes, setup: Setup, first: int = 0, before: Run | None =
         [line["Optimizer/grad_norm"] for line in lines],
         weights,
         state_of_optimizer,
+        {name: value.clone() for name, value in engine.mean_weights()},
     )
 
 

@@ -69,11 +69,15 @@ class Saver:
                 save_checkpoint(self._root, replace(snapshot, **parts))
                 self.failure, self.written = "", snapshot.step
                 self._told(snapshot.step, "save", f"checkpoint written: {self._root / str(snapshot.step)}")
-                self._tidy()
             except UserError as error:
                 self.failure = str(error)
                 last = "" if self.written is None else f"; the last good one is {self._root / str(self.written)}"
                 self._told(snapshot.step, "save_failed", f"no checkpoint of this step{last}: {error}")
+            else:
+                try:
+                    self._tidy()
+                except OSError as error:  # more is kept than was wanted, until the next checkpoint
+                    self._told(snapshot.step, "tidy_failed", f"an old checkpoint could not be deleted: {error}")
         for rest in parts.values():  # the other ranks hand over everything, whatever became of it
             for _ in rest:
                 pass

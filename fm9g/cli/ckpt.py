@@ -159,7 +159,7 @@ def _description(shown: dict[str, Any]) -> Iterator[str]:
         facts.append(("step", str(shown["step"])))
         facts.append(("tokens", f"{_count(counts.get('global_token_pass'))}: {', '.join(each)}"))
         known = ("iteration", "global_token_pass", "global_total_task_token")
-        facts += [(key, _value(value)) for key, value in counts.items() if key not in known]
+        facts += [(key, _value(value)) for key, value in counts.items() if key not in known and value is not None]
         facts += [("data", text) for text in _data_lines(shown["data"])]
     keys = ", ".join(f"{key} {_value(value)}" for key, value in _main_keys(model))
     facts += (

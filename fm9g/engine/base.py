@@ -189,9 +189,15 @@ class Engine(ABC):
         return norm
 
     def _grads(self) -> dict[str, torch.Tensor]:
-        return {
-            name: grad for name, part in self._parts.items() if part.trainable and (grad := part.grad()) is not None
-        }
+        """The gradients of trained weights, in the same order on every rank."""
+        grads = {}
+        for name, part in self._parts.items():
+            grad = part.grad() if part.trainable else None
+            if grad is None and part.trainable and not part.tensor().numel():
+                grad = part.tensor()  # nothing of it is here, but others may wait for this process
+            if grad is not None:
+                grads[name] = grad
+        return grads
 
     def clear_gradients(self) -> None:
         """Forgets the gradients that were added up."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.optim._adafactor import adafactor
 from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.optim.adamw import adamw
@@ -145,6 +146,8 @@ class AdamW8bit(Rule):
             "exp_avg": functional.create_dynamic_map(signed=True),
             "exp_avg_sq": functional.create_dynamic_map(signed=False),
         }
+        # bitsandbytes' map ends at -0.993: a block whose largest value is negative would come back smaller.
+        self._codes["exp_avg"][0] = -1.0
 
     def add(self, name: str, beside: Callable[..., torch.Tensor]) -> None:
         blocks = -(-beside().numel() // self._BLOCK)
@@ -188,12 +191,13 @@ class AdamW8bit(Rule):
         )
 
     def load(self, name: str, key: str, values: torch.Tensor) -> None:
-        if values.numel():
-            codes, scales = self._lib.quantize_blockwise(
-                values.contiguous(), code=self._codes[key], blocksize=self._BLOCK
-            )
-            self.state[name][key].copy_(codes.view_as(values))
-            self.state[name][f"{key}.scales"].copy_(scales.absmax)
+        # To the nearest code. bitsandbytes' function searches less exactly, and would not give back what was saved.
+        blocks = F.pad(values.flatten(), (0, -values.numel() % self._BLOCK)).view(-1, self._BLOCK)
+        scales = blocks.abs().amax(1) if len(blocks) else blocks.new_zeros(0)
+        borders = (self._codes[key][1:] + self._codes[key][:-1]) / 2
+        codes = torch.searchsorted(borders, blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None])
+        self.state[name][key].copy_(codes.flatten()[: values.numel()].view_as(values))
+        self.state[name][f"{key}.scales"].copy_(scales)
 
 
 class Adafactor(Rule):
@@ -257,10 +261,10 @@ class Muon(Rule):
         for name, weight in weights.items():
             mean = self.state[name]["momentum"].lerp_(grads[name], 1 - momentum)
             whole = self._layout.gather(name, grads[name].lerp(mean, momentum))
-            whole = _zeropower_via_newtonschulz(whole, *self._NEWTON_SCHULZ)
+            whole = _zeropower_via_newtonschulz(whole, *self._NEWTON_SCHULZ).contiguous()
             lr = step.lr * self._settings.lr_scales[name]
             weight.mul_(1 - lr * self._settings.weight_decay)
-            weight.add_(self._layout.region(name, whole), alpha=-lr * 0.2 * max(whole.shape) ** 0.5)
+            weight.add_(self._layout.region(name, whole), alpha=-lr * (0.2 * max(whole.shape) ** 0.5))
 
 
 def rules_for(shapes: dict[str, torch.Size], settings: OptimizerSettings, layout: Layout) -> dict[str, Rule]:

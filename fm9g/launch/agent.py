@@ -51,10 +51,10 @@ def run_agent(
 
 
 class _Signals:
-    """Counts SIGINT, SIGTERM and SIGHUP while its block runs."""
+    """Counts SIGINT, SIGTERM and SIGHUP while its block runs, and SIGUSR1, which asks for a checkpoint."""
 
     def __init__(self) -> None:
-        self.count, self.last = 0, signal.SIGTERM
+        self.count, self.last, self.saves = 0, signal.SIGTERM, 0
 
     def __enter__(self) -> _Signals:
         self._before = {
@@ -62,11 +62,15 @@ class _Signals:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
             if signal.getsignal(number) != signal.SIG_IGN  # nohup
         }
+        self._before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._count_save)
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
         self.last = signal.Signals(number)
+
+    def _count_save(self, number: int, frame: FrameType | None) -> None:
+        self.saves += 1
 
     def name(self) -> str | None:
         return self.last.name if self.count else None
@@ -185,6 +189,7 @@ class _Attempt:
         self._failure: Failure | None = None
         self._failed_at = 0.0  # monotonic
         self._passed_on = self._beats = 0
+        self._saves = self._signals.saves
         self._silence = Silence(time.monotonic())
 
     def watch(self) -> tuple[Failure | None, bool]:
@@ -216,6 +221,9 @@ class _Attempt:
         self._failure, self._failed_at = Failure.from_json(claimed), time.monotonic()
 
     def _pass_on_signals(self) -> None:
+        if self._signals.saves != self._saves:
+            self._saves = self._signals.saves
+            self._team.signal(signal.SIGUSR1)
         if self._signals.count == self._passed_on:
             return
         self._passed_on += 1

@@ -16,6 +16,7 @@ from fm9g.errors import UserError
 from fm9g.launch.place import Place
 from fm9g.train.loop import TrainState
 
+_SAME_STATE = {"adamw", "adamw8bit"}  # optimizers that go on from one another
 # Keys that say how a session starts; that they differ from those of the one before is their nature.
 _OF_A_SESSION = (
     *PLACES,
@@ -63,6 +64,12 @@ def changes(run: RunConfig, checkpoint: Checkpoint) -> list[str]:
             + "\nResume with what it was, or start a run of its own with --pretrained_model and another --model_unique"
         )
     saved = checkpoint.run_config().get("train", {})
+    rules = [saved.get("optimizer", {"value": "adamw"})["value"], run.train.value.optimizer]
+    if rules[0] != rules[1] and not set(rules) <= _SAME_STATE and not run.train.value.resume_no_optimze:
+        raise UserError(
+            f"optimizer: was {rules[0]}, is {rules[1]}, which cannot go on with its state; --resume_no_optimze true "
+            "starts with a new one"
+        )
     return [
         f"{key}: was {saved[key]['value']!r}, is {value!r}"
         for key, value, _ in run.train.rows()

@@ -268,13 +268,14 @@ def test_verify_counts_as_many_bytes_as_it_foretells() -> None:
 
 
 def test_show_tells_what_a_checkpoint_is(capsys: pytest.CaptureFixture) -> None:
-    folder = save("m", 7, loss=2.5, skipped={"nan": 1})
+    folder = save("m", 7, loss=2.5, val_loss=None, skipped={"nan": 1})
     status, out = run(capsys, "show", "m/7")
     assert status == 0
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert lines[0] == str(BASE / "m" / "7")
     assert "tokens 7,000: few 2,800, many 4,200" in lines
     assert "loss 2.5" in lines
+    assert not any(line.startswith("val_loss") for line in lines)
     assert 'skipped {"nan": 1}' in lines
     assert "data few: 100 records of 50 begun, 2.000 epochs" in lines
     assert "data many: 30 records of 150 begun, 0.200 epochs" in lines
@@ -434,7 +435,7 @@ def test_distances_are_those_of_numpy_over_pieces(monkeypatch: pytest.MonkeyPatc
 
 
 def test_diff_of_files_finds_names_shapes_types_signs_and_what_is_not_a_number(capsys: pytest.CaptureFixture) -> None:
-    nan, same = torch.tensor([1.0, math.nan]), torch.tensor([math.nan, 2.0])
+    nan, same = torch.tensor([1.0, math.nan]), torch.tensor([math.nan, 0.0, 2.0])[::2]  # which stays every second one
     a = {"same": same, "left": nan, "shape": torch.ones(3, 2), "type": torch.zeros(4).half(), "zero": torch.zeros(2)}
     b = {"same": same, "right": nan, "shape": torch.ones(2, 3), "type": torch.zeros(4).short(), "zero": -torch.zeros(2)}
     torch.save({**a, "nan": nan, "most": torch.zeros(2)}, "a.pt")

@@ -80,7 +80,7 @@ def test_without_the_optimizers_state_it_would_be_another_run() -> None:
     before = saved(FSDP, 4)
     emptied = {name: torch.zeros_like(value) for name, value in before.optimizer.items()}
     with pytest.raises(AssertionError):
-        assert_goes_on(Run([], [], before.weights, emptied), Setup(steps=WHOLE), 1)
+        assert_goes_on(Run([], [], before.weights, emptied, {}), Setup(steps=WHOLE), 1)
 
 
 @pytest.mark.parametrize(

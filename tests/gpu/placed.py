@@ -87,4 +87,4 @@ def start(processes: Processes, setup: Setup) -> Run:
     """The first weights and the state of an optimizer that has done nothing. On a GPU other numbers would be drawn."""
     engine = engine_runs.prepared(setup, processes, {})
     state = {name: value.clone() for name, value in engine.optimizer_state()}
-    return Run([], [], {name: weight.clone() for name, weight in engine.weights()}, state)
+    return Run([], [], {name: weight.clone() for name, weight in engine.weights()}, state, {})

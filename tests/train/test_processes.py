@@ -53,6 +53,7 @@ def test_two_processes_and_then_one_are_the_run_of_one_alone(
     checkpoints = tmp_path / "data" / "checkpoints"
     assert steps_in(checkpoints / "parts") == [3, 6]
     alone, parts = loaded(checkpoints / "alone" / "6"), loaded(checkpoints / "parts" / "6")
+    assert parts[3].pop("loss") == pytest.approx(alone[3].pop("loss"), abs=1e-5)
     assert alone[2:] == parts[2:]  # the data position and all counts, exactly
     for one, other in zip(alone[:2], parts[:2]):
         assert one.keys() == other.keys()
