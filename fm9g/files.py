@@ -47,9 +47,10 @@ def new_folder(target: Path, overwrite: bool = False, sources: tuple[Path, ...] 
             sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        with suppress(OSError):  # what cannot be moved back now, `recover` moves
+            if old.exists() and not target.exists():
+                old.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:

@@ -85,8 +85,9 @@ class Saver:
     def _tidy(self) -> None:
         """Deletes what is no longer kept: of a run before, and beyond the limit all but the last and the best."""
         while self._replaced:
-            if (old := self._replaced.pop()) != self.written:
+            if (old := self._replaced[-1]) != self.written:
                 remove_folder(self._root / str(old))
+            self._replaced.pop()
         steps = steps_in(self._root)
         if self._limit and len(steps) > self._limit:
             keep = steps[-self._limit :]

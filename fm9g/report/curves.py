@@ -39,13 +39,13 @@ def curve(metrics: list[dict[str, Any]], key: str) -> Curve:
 
 
 def running_mean(curve: Curve) -> Curve:
-    """The mean of the values around each: five or, in a long curve, half a percent of them on either side.
+    """The mean of the values around each: up to five or, in a long curve, half a percent of all on either side.
 
     At the start only as many are taken from after a value as there are before it, so that the mean does not lag behind
     the first fall of a loss. A missing value stays a gap.
     """
     count = len(curve.values)
-    places, reach = np.arange(count), max(5, count // 200)
+    places, reach = np.arange(count), max(min(5, count // 20), count // 200)
     first = np.maximum(0, places - reach)
     end = np.minimum(count, places + np.minimum(reach, places) + 1)
     known = np.isfinite(curve.values)

@@ -166,7 +166,8 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
         if metrics:
             for reason, count in skipped.items():
                 print(f"note: {count // config.tp_size} records were not trained on: {reason}")
-            metrics.event(state.step, "end", f"{'stopped' if stopped else 'ended'} after {seconds:.0f} s")
+            text = f"stopped by a signal after {seconds:.0f} s" if stopped else f"ended after {seconds:.0f} s"
+            metrics.event(state.step, "signal" if stopped else "end", text)
     if state.step == 0 and not stopped:
         raise UserError("nothing was trained on: no record of the mixture gave a sample")
     if saver.failure:
@@ -224,7 +225,7 @@ def _with_epochs(run: RunConfig, mixture: Mixture, packs: int) -> tuple[RunConfi
     origins = run.train.origins | {"train_iters": run.train.origins["epochs"]}
     train = Loaded(replace(config, train_iters=iters), origins)
     return replace(run, train=train), [
-        f"epochs {config.epochs:g}: train_iters {iters}; about {tokens:.0f} tokens an epoch"
+        f"epochs {config.epochs:g}: train_iters {iters}; an epoch has about {tokens:.0f} tokens"
     ]
 
 

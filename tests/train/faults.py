@@ -52,7 +52,7 @@ _context.set_forkserver_preload(
 )
 PATIENCE = 120.0  # seconds that a life may take
 KINDS = ("full", "denied", "short", "limit", "disk")  # of failing writes
-WORDS = {"full": "disk is full", "denied": "Permission denied", "limit": "File too large"}  # of errors, in events
+WORDS = ("disk is full", "Permission denied", "File too large")  # of errors that the faults make
 _KEPT_LOGS = {f"{METRICS_FILE}.old", f"{EVENTS_FILE}.old"}  # of a run that began anew under its old name
 
 
@@ -112,6 +112,12 @@ class Bed:
     def __init__(self, folder: Path, steps: int = 14, save_iters: int = 2) -> None:
         self.folder, self.steps, self.save_iters = folder, steps, save_iters
         self._references: dict[int, Reference] = {}
+        # The server's imports would count as a part of the first life. Killed processes leave semaphores, which Python
+        # clears away at the end, and says so.
+        with mock.patch.dict(os.environ, PYTHONWARNINGS="ignore::UserWarning:multiprocessing.resource_tracker"):
+            warm_up = _context.Process(target=_nothing)
+            warm_up.start()
+        warm_up.join()
         source = random.Random(0)
         train_tokenizer((text(source, 30) for _ in range(200)), 320, folder / "tokenizer")
         mixture = []
@@ -204,6 +210,9 @@ class Life:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-15:]) if self._log.is_file() else ""
 
 
+def _nothing() -> None: ...
+
+
 def _live(
     settings: dict[str, str], rank: int, ranks: int, port: int, log: str, before: Callable[[], object] | None
 ) -> None:
@@ -244,7 +253,7 @@ def kill_at_random(
     while tally.kills < kills and len(tally.problems) < 5:
         number = tally.courses
         source = random.Random(f"{seed} {way} {number}")
-        course = Course(bed, way, f"kills-{seed}-{number}", tally, source.choice((0, 2)), changes)
+        course = Course(bed, way, "kills", seed, tally, source.choice((0, 2)), changes)
         most_here = min(source.randint(1, most), kills - tally.kills)
         while not course.over:
             life = course.start(before)
@@ -268,7 +277,8 @@ def fail_writes_at_random(
     while tally.courses < courses and len(tally.problems) < 5:
         number = tally.courses
         source = random.Random(f"{seed} {way} {kind} {number}")
-        course = Course(bed, way, f"{kind}-{seed}-{number}", tally, source.choice((0, 2)), {})
+        limit = 2 if kind == "disk" else source.choice((0, 2))  # more would not fit
+        course = Course(bed, way, kind, seed, tally, limit, {})
         faulty = source.randint(1, 3)  # lives; one more ends the course in peace
         with _small_disk(course.root.parent, source) if kind == "disk" else contextlib.nullcontext() as disk:
             while not course.over:
@@ -276,8 +286,11 @@ def fail_writes_at_random(
                 fault = WriteFault(str(course.root), kind, chance, source.random()) if faulty > 0 else None
                 if disk:
                     disk.turbulent = faulty > 0
-                life = course.start(before or (fault.install if fault and kind != "disk" else None))
-                if faulty > 0 and source.random() < 0.3:
+                back = 0  # a life that goes back writes over what is there; without a limit, which keeps the newest
+                if faulty > 0 and not limit and source.random() < 0.3:
+                    back = source.choice([0, *steps_in(course.root)])
+                life = course.start(before or (fault.install if fault and kind != "disk" else None), back)
+                if faulty > 0 and not back and source.random() < 0.3:
                     life.sleep(source.uniform(0, bed.reference(way.ranks).seconds))
                     life.kill(source)
                 course.end(life, may_fail=faulty > 0)
@@ -289,20 +302,24 @@ def fail_writes_at_random(
 class Course:
     """One run in its folder, life after life; what is met goes into the tally."""
 
-    def __init__(self, bed: Bed, way: Way, name: str, tally: Tally, limit: int, changes: dict[str, object]) -> None:
-        """limit: checkpoints that are kept, 0 for all."""
-        self._bed, self._way, self._name, self._tally, self._limit = bed, way, name, tally, limit
-        self._out = bed.folder / f"{name}-{way.ranks}-{way.background:d}"
+    def __init__(
+        self, bed: Bed, way: Way, kind: str, seed: int, tally: Tally, limit: int, changes: dict[str, object]
+    ) -> None:
+        """limit: checkpoints that are kept, 0 for all. changes: settings."""
+        self._bed, self._way, self._kind, self._seed, self._tally = bed, way, kind, seed, tally
+        self._out = bed.folder / f"{kind}-{seed}-{tally.courses}-{way.ranks}-{way.background:d}"
         self._settings = bed.settings(self._out, way, save_total_limit=limit, **changes)
         self.root, self.over = _root(self._out), False
         self._newest, self._failures, self._before = 0, 0, len(tally.problems)
         bed.reference(way.ranks)
         tally.courses += 1
 
-    def start(self, before: Callable[[], object] | None) -> Life:
+    def start(self, before: Callable[[], object] | None, back: int = 0) -> Life:
+        """back: the step to go on from; 0: the newest checkpoint."""
         self._tally.lives += 1
         self._began = time.time()
-        return Life(self._settings, self._way.ranks, self._out.with_suffix(".log"), before)
+        settings = {**self._settings, **({"resume_ckpt": str(back)} if back else {})}
+        return Life(settings, self._way.ranks, self._out.with_suffix(".log"), before)
 
     def wait_for_writing(self, life: Life, times: int) -> None:
         """Returns when something temporary has appeared so many times, or the life is over."""
@@ -335,8 +352,9 @@ class Course:
             self.over = self._failures > 2
         for event in events:
             if event["kind"] in ("save_failed", "tidy_failed"):
-                known = [name for name, words in WORDS.items() if words in event["text"]]
-                tally.failed[known[0] if known else event["text"]] += 1
+                tally.failed[self._kind] += 1
+                if not may_fail or not any(words in event["text"] for words in WORDS):
+                    self._complain(f"an event that nobody caused: {event}")
         self._look_at_checkpoints(killed, may_fail)
         if not killed and (left := _temporary(self._out)):
             self._complain(f"a life that ended by itself left {left}")
@@ -368,7 +386,9 @@ class Course:
             self._complain(f"ended with the checkpoints {steps}")
         for step in steps:
             found = _checksums(self.root / str(step))
-            if odd := sorted(name for name in reference.checkpoints[step] if found.get(name) != reference.checkpoints[step][name]):
+            if odd := sorted(
+                name for name in reference.checkpoints[step] if found.get(name) != reference.checkpoints[step][name]
+            ):
                 self._complain(f"step {step} is not that of the undisturbed run: {', '.join(odd)}")
         if (figures := _figures(self._out)) != reference.figures:
             odd = [line["step"] for line, other in zip(figures, reference.figures) if line != other]
@@ -383,7 +403,8 @@ class Course:
         return self._out / "logs" / "m" / name
 
     def _complain(self, problem: str) -> None:
-        self._tally.problems.append(f"{self._way}, {self._name}, life {self._tally.lives}: {problem}")
+        where = f"{self._way}, {self._kind}, seed {self._seed}, course {self._tally.courses}, life {self._tally.lives}"
+        self._tally.problems.append(f"{where}: {problem}")
 
 
 def _root(out: Path) -> Path:

@@ -1,6 +1,5 @@
 """Whole runs: resume equals never having stopped, figures reach every sink, mistakes are refused."""
 
-import json
 import os
 import signal
 import threading
@@ -11,54 +10,23 @@ from typing import BinaryIO
 import numpy as np
 import pytest
 import torch
-from support import records, small_model
+from support import records
 
 from fm9g.checkpoint.folder import Checkpoint, open_step, steps_in
 from fm9g.checkpoint.weights import read_weights
-from fm9g.config.run import load_run
 from fm9g.errors import UserError
 from fm9g.train.metrics import read_metrics
-from fm9g.train.run import Result, run_training
+from fm9g.train.run import Result
 
-Train = Callable[..., Result]
 STEPS = 12
-
-
-@pytest.fixture
-def train(make_mixture: Callable[..., Path], tokenizer_path: Path, tmp_path: Path) -> Train:
-    """train(out, key=value, ...): a run of a two-layer model with dropout on two small datasets of unequal lengths.
-
-    An epoch of `few` ends between steps 1 and 7: the packers draw ahead at first, then what a step takes.
-    """
-    mixture = make_mixture({"few": records(50, 1), "many": records(150, 2)}, few={"abs_weight": 0.5})
-    model = tmp_path / "model.json"
-    model.write_text(json.dumps(small_model(dropout=0.1, scale=True, base_hidden_size=16).to_json()))
-
-    def run(out: str, **changes: object) -> Result:
-        settings: dict[str, object] = {
-            "config": model,
-            "dataset_config": mixture,
-            "tokenizer_path": tokenizer_path,
-            "output_dir": tmp_path / out,
-            "model_unique": "m",
-            "train_iters": STEPS,
-            "save_iters": STEPS,
-            "batch_size": 2,
-            "max_length": 64,
-            "grad_accum": 2,
-            "warmup_iters": 2,
-            "dataloader_num_workers": 0,
-            "device": "cpu",
-        }
-        given = {**settings, **changes}
-        return run_training(load_run(str(model), {key: str(value) for key, value in given.items()}))
-
-    return run
 
 
 def weights(result: Result) -> dict[str, torch.Tensor]:
     assert result.checkpoint is not None
     return read_weights(Checkpoint(result.checkpoint).weight_file)
+
+
+Train = Callable[..., Result]
 
 
 def figures(result: Result) -> list[dict]:

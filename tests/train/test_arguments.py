@@ -1,0 +1,423 @@
+"""Every training key changes something: a small run without it and one with it differ in what the key is there for."""
+
+from __future__ import annotations
+
+import re
+import threading
+import unittest.mock
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import ROOT, records
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import fm9g.checkpoint.saver
+import fm9g.engine.base
+from fm9g.checkpoint.folder import Checkpoint, steps_in
+from fm9g.cli import main
+from fm9g.config.fields import keys_of
+from fm9g.config.train import RETIRED, TrainConfig
+from fm9g.errors import UserError
+from fm9g.report.files import read_events
+from fm9g.train.metrics import read_metrics
+from fm9g.train.run import Result
+
+Train = Callable[..., Result]
+SMALL = {"train_iters": 4, "save_iters": 4, "max_length": 32, "batch_size": 1, "grad_accum": 1, "report_to": "none"}
+
+
+@dataclass
+class Facts:
+    """What a run left behind and did on its way."""
+
+    steps: int
+    losses: list[float | None]
+    lines: dict[str, dict[int, float]]
+    norms: list[float]
+    lrs: list[float]
+    checkpoints: list[int]
+    files: set[str]
+    events: list[str]
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+    counts: dict[str, Any]
+    logs: str
+    folder: str
+    output: str
+    tags: dict[str, list[int]] = field(default_factory=dict)
+    recomputed: list[str] = field(default_factory=list)
+    writers: list[str] = field(default_factory=list)
+
+
+@pytest.fixture
+def facts(train: Train, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Any:
+    recomputed: list[str] = []
+    writers: list[str] = []
+    recompute, write = fm9g.engine.base.recompute, fm9g.checkpoint.saver.save_checkpoint
+    monkeypatch.setattr(
+        fm9g.engine.base, "recompute", lambda layer, how: recomputed.append(how) or recompute(layer, how)
+    )
+    monkeypatch.setattr(
+        fm9g.checkpoint.saver,
+        "save_checkpoint",
+        lambda *given: writers.append(threading.current_thread().name) or write(*given),
+    )
+
+    def run(out: str = "out", **changes: object) -> Facts:
+        recomputed.clear()
+        writers.clear()
+        result = train(out, **{**SMALL, **changes})
+        lines = read_metrics(result.metrics_file)
+        keys = {key for line in lines for key in line}
+        by_key = {key: {line["step"]: line[key] for line in lines if key in line} for key in keys}
+        checkpoint = Checkpoint(result.checkpoint) if result.checkpoint else None
+        root = result.checkpoint.parent if result.checkpoint else tmp_path / "nowhere"
+        return Facts(
+            steps=result.step,
+            losses=list(by_key.get("Loss/train", {}).values()),
+            lines=by_key,
+            norms=list(by_key.get("Optimizer/grad_norm", {}).values()),
+            lrs=list(by_key.get("Optimizer/lr", {}).values()),
+            checkpoints=steps_in(root),
+            files={file.name for file in checkpoint.folder.iterdir()} if checkpoint else set(),
+            events=[event["kind"] for event in read_events(result.metrics_file.parent / "events.jsonl")],
+            weights=dict(checkpoint.weights()) if checkpoint else {},
+            moments=checkpoint.optimizer() if checkpoint and "save_model_only" not in changes else {},
+            counts=checkpoint.counts() if checkpoint else {},
+            logs=result.metrics_file.parent.name,
+            folder=root.name,
+            output=str.join("", capfd.readouterr()),
+            tags=_tags(result.tensorboard),
+            recomputed=list(recomputed),
+            writers=list(writers),
+        )
+
+    return run
+
+
+def _tags(folder: Path) -> dict[str, list[int]]:
+    if not folder.is_dir():
+        return {}
+    events = EventAccumulator(str(folder)).Reload()
+    found = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return found | {tag: [event.step for event in events.Histograms(tag)] for tag in events.Tags()["histograms"]}
+
+
+def _first(facts: Facts) -> Any:
+    return facts.losses[0]
+
+
+def _last(facts: Facts) -> Any:
+    return facts.losses[-1]
+
+
+def _loss(step: int) -> Callable[[Facts], Any]:
+    return lambda facts: facts.losses[step - 1]
+
+
+# Key: what is given with and without it, the key's value, what of the run must differ, and what must stay.
+CHANGES: list[tuple[str, dict[str, Any], Any, Callable[[Facts], Any], Callable[[Facts], Any] | None]] = [
+    ("model_unique", {}, "other", lambda f: (f.folder, f.logs), _last),
+    ("exp_group", {}, "group_", lambda f: f.logs, lambda f: (f.folder, f.losses)),
+    ("train_iters", {}, 3, lambda f: f.steps, _first),
+    ("stop_iters", {}, 2, lambda f: f.steps, lambda f: (f.lrs[:2], f.losses[:2])),
+    ("epochs", {}, 0.5, lambda f: f.steps, _first),
+    ("save", {}, False, lambda f: f.checkpoints, _last),
+    ("save_iters", {}, 2, lambda f: f.checkpoints, _last),
+    ("async_save", {}, True, lambda f: f.writers, lambda f: (f.losses, f.checkpoints, f.files)),
+    ("save_total_limit", {"save_iters": 1}, 2, lambda f: f.checkpoints, _last),
+    ("save_model_only", {}, True, lambda f: f.files, _last),
+    ("log_iters", {}, 2, lambda f: len(f.losses), _last),
+    ("seed", {}, 5, _first, lambda f: f.steps),
+    ("batch_size", {}, 2, _first, lambda f: f.steps),
+    ("max_length", {}, 40, _first, lambda f: f.steps),
+    ("grad_accum", {}, 2, _first, lambda f: f.steps),
+    ("global_batch", {}, 2, _first, lambda f: f.steps),
+    ("max_samples", {}, 7, _last, lambda f: f.steps),
+    ("lr", {"warmup_iters": 0}, 0.5, lambda f: f.lrs, _first),
+    ("lr_scheduler", {}, "Constant", lambda f: f.lrs[-1], lambda f: f.lrs[:3]),
+    ("warmup_iters", {}, 0, lambda f: f.lrs, _first),
+    ("drop_iters", {"lr_scheduler": "warmupstabledrop", "drop_iters": 1}, 2, lambda f: f.lrs, _first),
+    ("drop_begin", {"lr_scheduler": "WarmupStableExp", "drop_iters": 1}, 2, lambda f: f.lrs[3], lambda f: f.lrs[:3]),
+    (
+        "drop_rate",
+        {"lr_scheduler": "WarmupStableExp", "drop_iters": 1, "drop_begin": 2},
+        0.1,
+        lambda f: f.lrs[3],
+        lambda f: f.lrs[:3],
+    ),
+    ("min_lr_ratio", {}, 0.5, lambda f: f.lrs[-1], lambda f: f.lrs[:3]),
+    ("optimizer", {}, "muon", _last, _first),
+    ("weight_decay", {}, 0.9, _last, _first),
+    ("beta1", {}, 0.1, _last, _first),
+    ("beta2", {}, 0.1, _last, _first),
+    ("eps", {}, 0.1, _last, _first),
+    ("muon_momentum", {"optimizer": "muon"}, 0.1, _last, _first),
+    ("clip_grad", {}, 0.01, lambda f: f.moments["lm_head.weight.exp_avg"].norm().item(), lambda f: f.norms[0]),
+    ("ema_decay", {}, 0.9, lambda f: f.files, _last),
+    (
+        "freeze",
+        {},
+        "input_embedding*, encoder.layers.1.*",
+        lambda f: f.weights["encoder.layers.1.ffn.ffn.w_out.weight"].sum().item(),
+        _first,
+    ),
+    ("label_smoothing", {}, 0.3, lambda f: f.norms[0], _first),
+    ("z_loss", {}, 0.1, lambda f: f.norms[0], _first),
+    ("neftune_alpha", {}, 50.0, _first, lambda f: f.lrs),
+    ("loss", {}, "all", _first, lambda f: f.steps),
+    ("report_to", {}, "tensorboard", lambda f: f.tags.keys(), _last),
+    (
+        "tensorboard_all_tasks",
+        {"report_to": "tensorboard"},
+        1,
+        lambda f: "Epoch/few" in f.tags,
+        lambda f: f.lines["Epoch/few"],
+    ),
+    (
+        "inspect_iters",
+        {"report_to": "tensorboard"},
+        2,
+        lambda f: (f.tags.get("weights/lm_head.weight"), "by layer" in f.output),
+        _last,
+    ),
+    ("use_checkpoint", {}, 1, lambda f: f.recomputed, _last),
+    ("activation_checkpoint", {}, "selective", lambda f: f.recomputed, _last),
+    ("grad_ckpt_num", {"use_checkpoint": 1}, 1, lambda f: f.recomputed, _last),
+]
+
+
+@pytest.mark.parametrize(("key", "given", "value", "differs", "stays"), CHANGES, ids=[case[0] for case in CHANGES])
+def test_the_key_changes_what_it_is_there_for(
+    facts: Any, key: str, given: dict, value: Any, differs: Callable, stays: Callable | None
+) -> None:
+    before, after = facts("before", **given), facts("after", **given | {key: value})
+    assert differs(before) != differs(after)
+    if stays:
+        assert stays(before) == stays(after)
+
+
+def test_the_guides_only_load_model_and_load_dataloader_ckpt(facts: Any, tmp_path: Path) -> None:
+    facts("first")
+    source = tmp_path / "first" / "checkpoints" / "m" / "4"
+    start = {"pretrained_model": source, "train_iters": 2, "warmup_iters": 0}
+    plain = facts("plain", **start)
+    assert plain.losses[0] < 6
+    file = facts("file", **start | {"pretrained_model": source / "fm9g_live_checkpoint-4.pt"})
+    assert plain.losses == file.losses
+    everything = facts("everything", **start, only_load_model=0)
+    assert everything.losses[0] == plain.losses[0]
+    assert everything.losses[1] != plain.losses[1]
+    later = facts("later", **start, load_dataloader_ckpt=1)
+    assert later.losses[0] != plain.losses[0]
+    with pytest.raises(UserError, match="is no checkpoint of a run, and holds weights alone"):
+        torch.save(plain.weights, tmp_path / "alone.pt")
+        facts("refused", **start | {"pretrained_model": tmp_path / "alone.pt"}, only_load_model=0)
+
+
+def test_resuming_with_another_configuration_says_what_changed(facts: Any) -> None:
+    facts("run", stop_iters=2)
+    again = facts("run", resume_ckpt="auto", lr=0.005, weight_decay=0.0)
+    for line in ("lr: was 0.01, is 0.005", "weight_decay: was 0.1, is 0.0", "resuming from"):
+        assert line in again.output
+    assert "max_length: was" not in again.output
+    assert again.events == ["start", "save", "end", "resume", "save", "end"]
+    for changes, message in (
+        ({"optimizer": "muon"}, "optimizer: was adamw, is muon"),
+        ({"model.base": 500}, "base: was 10000.0, is 500"),
+    ):
+        with pytest.raises(UserError, match=message):
+            facts("run", resume_ckpt=4, train_iters=6, **changes)
+    assert facts("run", resume_ckpt=4, train_iters=6, optimizer="muon", resume_no_optimze=1).steps == 6
+
+
+def test_stop_when_end_ends_with_the_data(facts: Any) -> None:
+    ended = facts("ended", stop_when_end=1, train_iters=500, max_samples=20, save_iters=500)
+    assert 20 < ended.steps < 60
+    assert ended.lines["Epoch/few"][ended.steps] == ended.lines["Epoch/many"][ended.steps] == 1.0
+
+
+def test_epochs_are_what_they_say(facts: Any) -> None:
+    two = facts("two", epochs=2, max_samples=20, log_iters=100)
+    assert two.lines["Tokens/total"][two.steps] / 2 == pytest.approx(_an_epoch(two), rel=0.08)
+
+
+def _an_epoch(facts: Facts) -> float:
+    return float(re.search(r"an epoch has about (\d+) tokens", facts.output)[1])  # type: ignore[index]
+
+
+@pytest.fixture
+def validation(make_mixture: Callable[..., Path], tmp_path: Path) -> Path:
+    mixture = (tmp_path / "mixture.json").read_text()
+    path = make_mixture({"v1": records(9, 8), "v2": records(12, 9)}).rename(tmp_path / "validation.json")
+    (tmp_path / "mixture.json").write_text(mixture)
+    return path
+
+
+def test_evaluation_is_token_weighted_and_ends_a_run_that_gets_worse(facts: Any, validation: Path) -> None:
+    given = {"val_dataset": validation, "train_iters": 8, "save_iters": 2}
+    run = facts("run", **given, eval_iters=3)
+    losses = run.lines["Loss/val"]
+    assert list(losses) == [3, 6, 8]
+    assert run.lines["Loss/val/v1"][8] != run.lines["Loss/val/v2"][8]
+    low, high = sorted(run.lines[f"Loss/val/{task}"][8] for task in ("v1", "v2"))
+    assert low < losses[8] < high
+    assert run.lines["Perplexity/val"][8] == pytest.approx(torch.tensor(losses[8]).exp().item(), rel=1e-5)
+    assert facts("other", **given, eval_iters=2).lines["Loss/val"][8] == losses[8]
+    assert facts("few", **given, eval_iters=2, eval_batches=1).lines["Loss/val"][8] != losses[8]
+    assert run.losses == facts("without", train_iters=8, save_iters=2).losses
+    # A rate that makes everything worse: the best evaluation stays the first.
+    worse = {**given, "lr": 5.0, "warmup_iters": 0, "lr_scheduler": "constant", "eval_iters": 1, "max_bad_steps": 100}
+    stopped = facts("stopped", **worse | {"save_iters": 1, "train_iters": 30}, early_stop=2, save_total_limit=1)
+    assert stopped.steps < 30
+    assert "early_stop" in stopped.events
+    best = min(stopped.lines["Loss/val"], key=stopped.lines["Loss/val"].get)
+    assert stopped.checkpoints == sorted({best, stopped.steps})
+    assert stopped.counts["evaluations_since_best"] == 2
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_kept_and_counted(
+    facts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward = fm9g.engine.base.Engine.backward
+    calls = iter(range(100))
+    bad = {2, 3}
+    monkeypatch.setattr(
+        "fm9g.engine.torch.TorchEngine.backward",
+        lambda self, loss, last: backward(self, loss * (float("nan") if next(calls) in bad else 1.0), last),
+    )
+    run = facts("run", train_iters=6, spike=0)
+    assert run.events.count("skip") == 2
+    assert run.counts["skipped"] == 2
+    assert run.norms[2] is None
+    assert all(torch.isfinite(weight).all() for weight in run.weights.values())
+    assert run.moments["numbers"][0] == 4
+    kept = sorted((tmp_path / "run" / "logs" / "m" / "bad_batches").iterdir())
+    assert [file.name for file in kept] == ["step-3.rank-0.jsonl", "step-4.rank-0.jsonl"]
+    assert '"text": ' in kept[0].read_text()
+    calls = iter(range(100))
+    with pytest.raises(
+        UserError, match="2 steps in a row were skipped, the last because the norm of the gradients is nan"
+    ):
+        facts("other", train_iters=6, max_bad_steps=2)
+
+
+def test_a_batch_that_does_not_fit_in_memory_is_skipped_or_ends_the_run(
+    facts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = fm9g.engine.base.Engine.forward
+    calls = iter(range(100))
+
+    def short(self: Any, *given: Any) -> Any:
+        if next(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, *given)
+
+    monkeypatch.setattr("fm9g.engine.torch.TorchEngine.forward", short)
+    run = facts("run")
+    assert run.events.count("oom") == 1
+    assert "32 tokens a row; lower batch_size or max_length" in run.output
+    assert run.counts["skipped"] == 1
+    calls = iter(range(100))
+    with pytest.raises(UserError, match="step 2: a row of 32 tokens does not fit in the memory"):
+        facts("other", ignore_cuda_oom=0)
+
+
+def test_spikes_are_marked(facts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fm9g.train.metrics._SPIKE_FEWEST", 3)
+    given = {"train_iters": 8, "lr_scheduler": "constant", "lr": 0.5, "warmup_iters": 4, "max_bad_steps": 100}
+    assert "spike" in facts("marked", **given, spike=1).events
+    assert "spike" not in facts("not", **given, spike=0).events
+
+
+def test_mfu_is_a_share_of_the_peak(facts: Any) -> None:
+    shares = []
+    for peak in (1, 1000):
+        run = facts(f"peak-{peak}", peak_tflops=peak)
+        shares.append(run.lines["Throughput/mfu"][4] / run.lines["Throughput/tokens_per_second"][4])
+    assert shares[0] / shares[1] == pytest.approx(1000, rel=0.2)  # rates of documents of other lengths differ a little
+
+
+def test_flash_none_keeps_the_kernel_away(facts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    prepare = fm9g.engine.base.Engine.prepare
+    monkeypatch.setattr(
+        "fm9g.engine.torch.TorchEngine.prepare",
+        lambda self, model, *rest: seen.append(model.config.use_flash_attn) or prepare(self, model, *rest),
+    )
+    facts("cuda", flash="cuda")
+    facts("none", flash="none")
+    assert seen == [True, False]
+
+
+# Where the keys are tried that need several processes, other data, or a GPU.
+ELSEWHERE = {
+    "config": "tests/train/conftest.py",
+    "dataset_config": "tests/train/test_run.py",
+    "tokenizer_path": "tests/train/test_run.py",
+    "output_dir": "tests/train/conftest.py",
+    "pretrained_model": "tests/train/test_run.py",
+    "strict_state_dict": "tests/train/test_run.py",
+    "resume_ckpt": "tests/train/test_run.py",
+    "overwrite": "tests/train/test_run.py",
+    "only_run_dataloader": "tests/data/test_position_and_cache.py",
+    "token_cache": "tests/data/test_position_and_cache.py",
+    "data_changes": "tests/data/test_position_and_cache.py",
+    "dataloader_num_workers": "tests/train/test_run.py",
+    "dataloader_prefetch_factor": "tests/data/test_mixture_and_loader.py",
+    "template": "tests/train/test_chat.py",
+    "device": "tests/train/test_run.py",
+    "engine": "tests/train/test_run.py",
+    "zero_level": "tests/engine/test_same_everywhere.py",
+    "tp_size": "tests/engine/test_same_everywhere.py",
+    "sequence_parallel": "tests/engine/test_same_everywhere.py",
+    "optimizer_offload": "tests/train/test_run.py",
+    "loss_scale": "tests/engine/test_torch_engine.py",
+    "loss_scale_steps": "tests/engine/test_torch_engine.py",
+    "n_gpus": "tests/test_apps.py",
+    "timeout": "tests/launch/test_agent.py",
+    "step_timeout": "tests/launch/test_agent.py",
+}
+
+
+def test_no_key_is_left_out() -> None:
+    source = Path(__file__).read_text(encoding="utf-8")
+    here = {case[0] for case in CHANGES}
+    for key in keys_of(TrainConfig).keys() - here - ELSEWHERE.keys():
+        assert re.search(rf"\b{key}=|\"{key}\":", source), key
+    for key, file in ELSEWHERE.items():
+        words = {"loss_scale": "LossScale", "loss_scale_steps": "LossScale", "n_gpus": "n_gpus"}
+        assert words.get(key, key) in (ROOT / file).read_text(encoding="utf-8"), (key, file)
+
+
+def test_every_name_of_the_guide_is_known(shared: Path, capsys: pytest.CaptureFixture) -> None:
+    """What the guide's table holds, as typed there. LoRA's names are refused by a message of their own."""
+    guide = next((shared / "spec").glob("002*")).read_text(encoding="utf-8")
+    table = guide[guide.index("## 参数详细介绍") : guide.index("## 查看训练情况")]
+    given = dict(re.findall(r'args\["(\w+)"\]=\s*"?([^"\n#]*)"?', table))
+    assert len(given) == 42
+    unknown = given.keys() - keys_of(TrainConfig).keys() - RETIRED.keys()
+    assert not unknown
+    arguments = [word for key, value in given.items() if key != "config" for word in (f"--{key}", value.strip())]
+    assert main(["config", "show", "--config", "7b", *arguments]) == 0
+    output = capsys.readouterr().out
+    for key in RETIRED.keys() & given.keys():
+        assert f"{key} changes nothing: {RETIRED[key]}" in output
+
+
+def test_short_names_and_contradictions(train: Train) -> None:
+    with unittest.mock.patch("fm9g.train.run.run_training"), pytest.raises(UserError, match="they are the same"):
+        train("out", resume="auto", resume_ckpt=4)
+    for changes, message in (
+        ({"early_stop": 2}, "early_stop needs a val_dataset"),
+        ({"report_to": "wandbee"}, "report_to: found 'wandbee', expected tensorboard, wandb"),
+        ({"freeze": "nothing*"}, "freeze: 'nothing\\*' matches no weight"),
+        ({"freeze": "*"}, "freeze: nothing is left to train"),
+        ({"resume_ckpt": "newest"}, "expected the number of a step, or auto"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train("out", **changes)
