@@ -100,7 +100,7 @@ class Optimizer:
         values = {name: self.masters.get(name, weights[name]) for name in names}
         self.rules[names[0]].update(values, dict(zip(names, wide)), update)
         if self.means:
-            pace = torch.tensor(1 - self._settings.ema_decay, device=self._home)
+            pace = torch.full((), 1 - self._settings.ema_decay, device=self._home)
             pace = pace if update.skip is None else pace * (1 - update.skip)
             for name, value in values.items():
                 self.means[name].lerp_(value, pace)

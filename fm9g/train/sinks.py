@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fm9g.errors import UserError
+from fm9g.files import new_file
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,16 @@ class TensorBoard:
 class WandB:
     """Weights & Biases; WANDB_MODE=offline keeps everything on this machine."""
 
-    def __init__(self, project: str, name: str, folder: Path, config: dict[str, Any]) -> None:
+    def __init__(self, project: str, name: str, folder: Path, config: dict[str, Any], first_step: int) -> None:
+        """first_step: finished steps; a run that goes on does so in its curves there."""
         self._module = _find("wandb")
-        folder.mkdir(parents=True, exist_ok=True)
-        # One name is one run there, so that a resumed run goes on in its curves.
+        kept = folder / "wandb_id"
+        known = kept.read_text().strip() if first_step and kept.is_file() else ""
+        identity = known or uuid.uuid4().hex[:12]
+        with new_file(kept) as temporary:
+            temporary.write_text(identity)
         self._run = self._module.init(
-            project=project, name=name, id=f"{project}-{name}", resume="allow", dir=str(folder), config=config
+            project=project, name=name, id=identity, resume="allow", dir=str(folder), config=config
         )
 
     def write(self, step: int, figures: dict[str, float]) -> None:
@@ -107,7 +113,7 @@ def open_sinks(
     """The sinks of these names. config: of the run, as they show it. Raises UserError where a package is missing."""
     makers: dict[str, Any] = {
         "tensorboard": lambda: TensorBoard(tensorboard, first_step),
-        "wandb": lambda: WandB(project, run, log, config),
+        "wandb": lambda: WandB(project, run, log, config, first_step),
         "swanlab": lambda: SwanLab(project, run, log / "swanlab", config),
     }
     return [makers[name]() for name in dict.fromkeys(names)]

@@ -21,6 +21,7 @@ from fm9g.checkpoint.folder import Checkpoint, steps_in
 from fm9g.cli import main
 from fm9g.config.fields import keys_of
 from fm9g.config.train import RETIRED, TrainConfig
+from fm9g.data.pool import EncodingPool
 from fm9g.errors import UserError
 from fm9g.report.files import read_events
 from fm9g.train.metrics import read_metrics
@@ -354,6 +355,16 @@ def test_flash_none_keeps_the_kernel_away(facts: Any, monkeypatch: pytest.Monkey
     assert seen == [True, False]
 
 
+def test_workers_run_ahead_as_far_as_they_are_told(facts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    tokens = EncodingPool.tokens
+    monkeypatch.setattr(EncodingPool, "tokens", lambda *given: seen.append(given[-1]) or tokens(*given))
+    one = facts("one", dataloader_num_workers=1, dataloader_prefetch_factor=1)
+    seven = facts("seven", dataloader_num_workers=1, dataloader_prefetch_factor=7)
+    assert set(seen) == {1, 7}
+    assert one.losses == seven.losses
+
+
 # Where the keys are tried that need several processes, other data, or a GPU.
 ELSEWHERE = {
     "config": "tests/train/conftest.py",
@@ -364,11 +375,10 @@ ELSEWHERE = {
     "strict_state_dict": "tests/train/test_run.py",
     "resume_ckpt": "tests/train/test_run.py",
     "overwrite": "tests/train/test_run.py",
-    "only_run_dataloader": "tests/data/test_position_and_cache.py",
+    "only_run_dataloader": "tests/train/test_chat.py",
     "token_cache": "tests/data/test_position_and_cache.py",
     "data_changes": "tests/data/test_position_and_cache.py",
     "dataloader_num_workers": "tests/train/test_run.py",
-    "dataloader_prefetch_factor": "tests/data/test_mixture_and_loader.py",
     "template": "tests/train/test_chat.py",
     "device": "tests/train/test_run.py",
     "engine": "tests/train/test_run.py",

@@ -1,0 +1,160 @@
+"""Checkpoints written one after the other: beside the training, within a limit, whatever goes wrong."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fm9g.checkpoint.saver
+from fm9g.checkpoint.folder import Checkpoint, Snapshot, open_newest, steps_in
+from fm9g.checkpoint.saver import Saver, best_step
+from fm9g.engine.collect import Collected, Held
+from fm9g.errors import UserError
+
+
+class Model:
+    """One weight that changes in place, as an engine's do."""
+
+    def __init__(self) -> None:
+        self.weight = torch.zeros(3, 4)
+
+    def collected(self) -> Collected:
+        held = Held(self.weight.shape, lambda whole: whole, True, lambda: self.weight)
+        return Collected({"w": held}, torch.device("cpu"), 1, None)
+
+    def snapshot(self, step: int, val_loss: float | None = None) -> Snapshot:
+        return Snapshot(step, self.collected(), None, None, {}, {"iteration": step, "val_loss": val_loss}, {}, {})
+
+
+def saver(root: Path, **changes: Any) -> tuple[Saver, list[tuple[int, str, str]]]:
+    events: list[tuple[int, str, str]] = []
+    settings = {"first": True, "background": False, "limit": 0, "replaced": []} | changes
+    return Saver(root, told=lambda *event: events.append(event), **settings), events
+
+
+def value(root: Path, step: int) -> float:
+    return Checkpoint(root / str(step)).weights()["w"][0, 0].item()
+
+
+def test_in_the_background_a_checkpoint_holds_the_moment_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, may_write = Model(), threading.Event()
+    write = fm9g.checkpoint.saver.save_checkpoint
+    monkeypatch.setattr(fm9g.checkpoint.saver, "save_checkpoint", lambda *given: may_write.wait(30) and write(*given))
+    keeper, events = saver(tmp_path, background=True)
+    model.weight.fill_(1.0)
+    keeper.save(model.snapshot(1))
+    model.weight.fill_(2.0)  # training goes on while nothing is written yet
+    assert steps_in(tmp_path) == []
+    may_write.set()
+    keeper.save(model.snapshot(2))  # waits for the first
+    assert steps_in(tmp_path)[0] == 1
+    keeper.wait()
+    assert [value(tmp_path, 1), value(tmp_path, 2)] == [1.0, 2.0]
+    assert [event[:2] for event in events] == [(1, "save"), (2, "save")]
+
+
+def test_the_limit_keeps_the_last_and_the_best(tmp_path: Path) -> None:
+    model = Model()
+    keeper, _ = saver(tmp_path, limit=2)
+    for step, loss in enumerate([5.0, 2.0, 3.0, None, 4.0], 1):
+        keeper.save(model.snapshot(step, loss))
+        assert (loss is None) or best_step(tmp_path) == (1 if step == 1 else 2)
+    assert steps_in(tmp_path) == [2, 5]
+    keeper, _ = saver(tmp_path, limit=1)
+    keeper.save(model.snapshot(6, 9.0))
+    assert steps_in(tmp_path) == [2, 6]
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+def test_what_another_run_left_goes_when_this_one_has_something(tmp_path: Path) -> None:
+    model = Model()
+    for step in (3, 7, 9):
+        saver(tmp_path)[0].save(model.snapshot(step))
+    model.weight.fill_(1.0)
+    keeper, _ = saver(tmp_path, replaced=[3, 7, 9])
+    assert steps_in(tmp_path) == [3, 7, 9]
+    keeper.save(model.snapshot(7))
+    assert steps_in(tmp_path) == [7]
+    assert value(tmp_path, 7) == 1.0
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_failed_write_is_told_and_the_next_one_counts(
+    tmp_path: Path, background: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model()
+    keeper, events = saver(tmp_path, background=background)
+    keeper.save(model.snapshot(1))
+    keeper.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", _full)
+        keeper.save(model.snapshot(2))
+        keeper.wait()
+    assert keeper.written == 1
+    assert "the disk is full" in keeper.failure
+    assert events[-1][:2] == (2, "save_failed")
+    assert f"the last good one is {tmp_path / '1'}" in events[-1][2]
+    assert [folder.name for folder in tmp_path.iterdir()] == ["1"]
+    keeper.save(model.snapshot(3))
+    keeper.wait()
+    assert (keeper.written, keeper.failure) == (3, "")
+
+
+def _full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_whatever_becomes_of_a_write_all_that_others_send_is_taken(tmp_path: Path) -> None:
+    taken = []
+
+    class Sent:
+        def __init__(self) -> None:
+            self.like = {"a": torch.empty(1, device="meta"), "b": torch.empty(2, device="meta")}
+
+        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in self.like.items():
+                taken.append(name)
+                yield name, torch.zeros(2 if name == "a" else tensor.shape[0])  # the first has a wrong shape
+
+    snapshot = Snapshot(1, Sent(), Sent(), None, {}, {}, {}, {})
+    (tmp_path / "1").write_text("in the way")
+    keeper, _ = saver(tmp_path)
+    keeper.save(snapshot)
+    assert "a file is in the way" in keeper.failure
+    assert taken == ["a", "b", "a", "b"]
+    taken.clear()
+    saver(tmp_path, first=False)[0].save(snapshot)
+    assert taken == ["a", "b", "a", "b"]
+
+
+def test_a_bug_in_the_thread_reaches_the_one_that_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fm9g.checkpoint.saver, "save_checkpoint", lambda *_: 1 / 0)
+    keeper, _ = saver(tmp_path, background=True)
+    keeper.save(Model().snapshot(1))
+    with pytest.raises(ZeroDivisionError):
+        keeper.wait()
+
+
+def test_auto_takes_the_newest_that_is_whole(tmp_path: Path) -> None:
+    assert open_newest(tmp_path) == (None, [])
+    keeper, _ = saver(tmp_path)
+    for step in (1, 2, 10):
+        keeper.save(Model().snapshot(step))
+    file = Checkpoint(tmp_path / "10").weight_file
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    checkpoint, notes = open_newest(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.step == 2
+    assert len(notes) == 1
+    assert "its content has changed" in notes[0]
+    for step in (1, 2):
+        (tmp_path / str(step) / "data_position.json").unlink()
+    with pytest.raises(UserError, match="no checkpoint is whole; --overwrite true starts anew"):
+        open_newest(tmp_path)
