@@ -234,10 +234,11 @@ def _as_user_error(target: Path) -> Iterator[None]:
         raise as_user_error(error, target) from error
     except Exception as error:
         # What torch raises when it closes a file that could not be written hides the error of the system.
-        hidden: BaseException | None = error
-        while hidden := hidden.__context__:
+        hidden = error.__context__
+        while hidden is not None:
             if isinstance(hidden, OSError):
                 raise as_user_error(hidden, target) from error
+            hidden = hidden.__context__
         # torch, safetensors and tokenizers report a full disk each in a class and in words of their own.
         with suppress(OSError):
             full = shutil.disk_usage(_existing(target)).free < _FULL

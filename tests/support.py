@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from fm9g.config.model import ModelConfig
 from fm9g.data.build import build_index
@@ -17,6 +18,7 @@ from fm9g.data.pack import Pack
 from fm9g.data.position import merge_positions
 from fm9g.data.records import to_line
 from fm9g.data.sources import find_sources
+from fm9g.model.transformer import Batch
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = """
@@ -59,6 +61,18 @@ def small_model(**changes: object) -> ModelConfig:
         "init_std": 0.1,
     }
     return ModelConfig(**{**values, **changes})
+
+
+LENGTHS = [50, 7, 1, 30]  # of the documents of a batch
+
+
+def make_batch(lengths: list[int] = LENGTHS, vocab_size: int = 320, seed: int = 0) -> Batch:
+    """Documents of random ids, with a target at every third position."""
+    ids = torch.randint(0, vocab_size, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
+    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    rows = torch.arange(0, len(ids), 3)
+    return Batch(ids, positions, cu_seqlens, lengths, rows, ids.roll(-1)[rows])
 
 
 def index(source: Path, output: Path, language: str, overwrite: bool = False, workers: int = 0, **settings) -> dict:

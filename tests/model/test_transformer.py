@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from support import small_model
+from support import LENGTHS, make_batch, small_model
 
 from fm9g.checkpoint.weights import read_weights, write_weights
 from fm9g.config.model import ROPE_SCALINGS, ModelConfig, load_model_config
@@ -25,7 +25,6 @@ KINDS = {
     "granite-tied": {**SCALED, "tie_word_embeddings": True},
     "granite": {**SCALED, "num_kv_heads": 1, "norm_eps": 1e-6},
 }
-LENGTHS = [50, 7, 1, 30]
 
 
 def make_model(config: ModelConfig) -> FM9G:
@@ -35,14 +34,6 @@ def make_model(config: ModelConfig) -> FM9G:
         if weight.dim() == 1:  # norms and biases that do something
             weight.data += torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1
     return model
-
-
-def make_batch(lengths: list[int] = LENGTHS, vocab_size: int = 320, seed: int = 0) -> Batch:
-    ids = torch.randint(0, vocab_size, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
-    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    rows = torch.arange(0, len(ids), 3)
-    return Batch(ids, positions, cu_seqlens, lengths, rows, ids.roll(-1)[rows])
 
 
 def hf_logits(folder: Path, batch: Batch) -> torch.Tensor:

@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +33,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from support import index, records, small_model, text, write_jsonl
+from support import ROOT, index, records, small_model, text, write_jsonl
 
 from fm9g.checkpoint.folder import MANIFEST, RUN_CONFIG, Checkpoint, steps_in
 from fm9g.config.run import load_run
@@ -51,7 +51,7 @@ _context.set_forkserver_preload(
     ["torch._dynamo", "torch.distributed.tensor.parallel", "engine_runs", "tensorboardX", "jsonschema", "train.faults"]
 )
 PATIENCE = 120.0  # seconds that a life may take
-KINDS = ("full", "denied", "short", "limit", "disk")  # of failing writes
+KINDS = ("full", "denied", "short", "limit", "disk")  # of failing writes: see WriteFault, and _Disk
 WORDS = ("disk is full", "Permission denied", "File too large")  # of errors that the faults make
 _KEPT_LOGS = {f"{METRICS_FILE}.old", f"{EVENTS_FILE}.old"}  # of a run that began anew under its old name
 
@@ -73,13 +73,16 @@ WAYS = tuple(Way(ranks, background) for ranks in (1, 2) for background in (False
 @dataclass
 class Tally:
     """What was met. writing: kills while a checkpoint was half written or half deleted; building: kills before the
-    first step of a life. lost: most steps that had to be done again after a kill. problems: what should not be."""
+    first step of a life. faulty: lives whose writes failed; refused: those of them that ended with an error which says
+    so. lost: most steps that had to be done again after a kill, where writes did not fail. failed: kind -> checkpoints
+    that could not be written; "delete": that could not be deleted. problems: what should not be."""
 
     kills: int = 0
     writing: int = 0
     building: int = 0
     courses: int = 0
     lives: int = 0
+    faulty: int = 0
     refused: int = 0
     lost: int = 0
     failed: Counter[str] = field(default_factory=Counter)
@@ -90,7 +93,7 @@ class Tally:
         return self.lives - self.courses
 
     def add(self, other: Tally) -> None:
-        for name in ("kills", "writing", "building", "courses", "lives", "refused"):
+        for name in ("kills", "writing", "building", "courses", "lives", "faulty", "refused"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.lost = max(self.lost, other.lost)
         self.failed.update(other.failed)
@@ -112,12 +115,7 @@ class Bed:
     def __init__(self, folder: Path, steps: int = 14, save_iters: int = 2) -> None:
         self.folder, self.steps, self.save_iters = folder, steps, save_iters
         self._references: dict[int, Reference] = {}
-        # The server's imports would count as a part of the first life. Killed processes leave semaphores, which Python
-        # clears away at the end, and says so.
-        with mock.patch.dict(os.environ, PYTHONWARNINGS="ignore::UserWarning:multiprocessing.resource_tracker"):
-            warm_up = _context.Process(target=_nothing)
-            warm_up.start()
-        warm_up.join()
+        _start_server()
         source = random.Random(0)
         train_tokenizer((text(source, 30) for _ in range(200)), 320, folder / "tokenizer")
         mixture = []
@@ -204,10 +202,21 @@ class Life:
             process.join()
         if self._hub:
             self._hub.close()
-        return [process.exitcode for process in self._processes]
+        return [process.exitcode or 0 for process in self._processes]
 
     def tail(self) -> str:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-15:]) if self._log.is_file() else ""
+
+
+def _start_server() -> None:
+    """Else its imports would count as a part of the first life. Nothing happens where it runs."""
+    path = os.pathsep.join(filter(None, [str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH")]))
+    # The server imports with its own path. Killed processes leave semaphores, which Python clears away, and says so.
+    ignored = "ignore::UserWarning:multiprocessing.resource_tracker"
+    with mock.patch.dict(os.environ, PYTHONPATH=path, PYTHONWARNINGS=ignored):
+        process = _context.Process(target=_nothing)
+        process.start()
+    process.join()
 
 
 def _nothing() -> None: ...
@@ -256,7 +265,7 @@ def kill_at_random(
         course = Course(bed, way, "kills", seed, tally, source.choice((0, 2)), changes)
         most_here = min(source.randint(1, most), kills - tally.kills)
         while not course.over:
-            life = course.start(before)
+            life = course.start(before, "")
             if most_here:
                 if source.random() < share_writing:
                     course.wait_for_writing(life, source.randint(1, 3))
@@ -264,36 +273,40 @@ def kill_at_random(
                 else:
                     life.sleep(source.uniform(0, bed.reference(way.ranks).seconds))
                 life.kill(source)
-            most_here -= course.end(life, may_fail=False)
+            most_here -= course.end(life)
         course.close()
     return tally
 
 
 def fail_writes_at_random(
-    bed: Bed, way: Way, kind: str, courses: int, seed: int, *, before: Callable[[], object] | None = None
+    bed: Bed, way: Way, lives: int, seed: int, kinds: Sequence[str] = KINDS, most: int = 4
 ) -> Tally:
-    """Courses of which the first lives have writes that fail; some are killed besides. kind: one of KINDS."""
+    """Courses with so many lives whose writes fail, at most `most` in one; some are killed besides.
+
+    kinds: those of KINDS to choose from. A course has one of its own where that is "disk".
+    """
     tally = Tally()
-    while tally.courses < courses and len(tally.problems) < 5:
-        number = tally.courses
-        source = random.Random(f"{seed} {way} {kind} {number}")
-        limit = 2 if kind == "disk" else source.choice((0, 2))  # more would not fit
-        course = Course(bed, way, kind, seed, tally, limit, {})
-        faulty = source.randint(1, 3)  # lives; one more ends the course in peace
-        with _small_disk(course.root.parent, source) if kind == "disk" else contextlib.nullcontext() as disk:
+    while tally.faulty < lives and len(tally.problems) < 5:
+        source = random.Random(f"faults {seed} {way} {tally.courses}")
+        disk_here = source.choice(kinds) == "disk"
+        others = ["disk"] if disk_here else [kind for kind in kinds if kind != "disk"]
+        limit = 2 if disk_here else source.choice((0, 2))  # more would not fit
+        course = Course(bed, way, "faults", seed, tally, limit, {})
+        faulty = min(source.randint(1, most), lives - tally.faulty)  # one more life ends the course in peace
+        with _small_disk(course.root.parent, source) if disk_here else contextlib.nullcontext() as disk:
             while not course.over:
-                chance = source.choice((0.01, 0.03, 0.1))
-                fault = WriteFault(str(course.root), kind, chance, source.random()) if faulty > 0 else None
+                kind = source.choice(others) if faulty > 0 else ""
+                fault = WriteFault(str(course.root), kind, source.choice((0.01, 0.03, 0.1)), source.random())
                 if disk:
-                    disk.turbulent = faulty > 0
+                    disk.turbulent = bool(kind)
                 back = 0  # a life that goes back writes over what is there; without a limit, which keeps the newest
-                if faulty > 0 and not limit and source.random() < 0.3:
+                if kind and not limit and source.random() < 0.3:
                     back = source.choice([0, *steps_in(course.root)])
-                life = course.start(before or (fault.install if fault and kind != "disk" else None), back)
-                if faulty > 0 and not back and source.random() < 0.3:
+                life = course.start(fault.install if kind not in ("", "disk") else None, kind, back)
+                if kind and not back and source.random() < 0.2:
                     life.sleep(source.uniform(0, bed.reference(way.ranks).seconds))
                     life.kill(source)
-                course.end(life, may_fail=faulty > 0)
+                course.end(life)
                 faulty -= 1
             course.close()
     return tally
@@ -306,7 +319,7 @@ class Course:
         self, bed: Bed, way: Way, kind: str, seed: int, tally: Tally, limit: int, changes: dict[str, object]
     ) -> None:
         """limit: checkpoints that are kept, 0 for all. changes: settings."""
-        self._bed, self._way, self._kind, self._seed, self._tally = bed, way, kind, seed, tally
+        self._bed, self._way, self._course, self._tally = bed, way, f"{kind}, seed {seed}", tally
         self._out = bed.folder / f"{kind}-{seed}-{tally.courses}-{way.ranks}-{way.background:d}"
         self._settings = bed.settings(self._out, way, save_total_limit=limit, **changes)
         self.root, self.over = _root(self._out), False
@@ -314,10 +327,11 @@ class Course:
         bed.reference(way.ranks)
         tally.courses += 1
 
-    def start(self, before: Callable[[], object] | None, back: int = 0) -> Life:
-        """back: the step to go on from; 0: the newest checkpoint."""
+    def start(self, before: Callable[[], object] | None, kind: str, back: int = 0) -> Life:
+        """kind: of writes that fail, or empty. back: the step to go on from; 0: the newest checkpoint."""
         self._tally.lives += 1
-        self._began = time.time()
+        self._tally.faulty += bool(kind)
+        self._kind, self._began = kind, time.time()
         settings = {**self._settings, **({"resume_ckpt": str(back)} if back else {})}
         return Life(settings, self._way.ranks, self._out.with_suffix(".log"), before)
 
@@ -332,9 +346,8 @@ class Course:
                 was = now
                 time.sleep(0.0003)
 
-    def end(self, life: Life, may_fail: bool) -> int:
-        """Looks at what a life left; returns whether it was killed. may_fail: writes do, so it may end with an error
-        that says so."""
+    def end(self, life: Life) -> int:
+        """Looks at what a life left; returns whether it was killed."""
         codes = life.wait()
         tally, killed = self._tally, -signal.SIGKILL in codes
         events = [event for event in read_events(self._log(EVENTS_FILE)) if (event["time"] or 0) >= self._began]
@@ -344,7 +357,7 @@ class Course:
             tally.building += not any(event["kind"] in ("start", "resume") for event in events)
         elif not any(codes):
             self.over = True
-        elif may_fail and set(codes) == {2}:
+        elif self._kind and set(codes) == {2}:
             tally.refused += 1
         else:
             self._complain(f"a life ended with {codes}:\n{life.tail()}")
@@ -352,15 +365,15 @@ class Course:
             self.over = self._failures > 2
         for event in events:
             if event["kind"] in ("save_failed", "tidy_failed"):
-                tally.failed[self._kind] += 1
-                if not may_fail or not any(words in event["text"] for words in WORDS):
+                tally.failed[self._kind if event["kind"] == "save_failed" else "delete"] += 1
+                if not self._kind or not any(words in event["text"] for words in WORDS):
                     self._complain(f"an event that nobody caused: {event}")
-        self._look_at_checkpoints(killed, may_fail)
+        self._look_at_checkpoints(killed)
         if not killed and (left := _temporary(self._out)):
             self._complain(f"a life that ended by itself left {left}")
         return killed
 
-    def _look_at_checkpoints(self, killed: bool, may_fail: bool) -> None:
+    def _look_at_checkpoints(self, killed: bool) -> None:
         whole = [0]
         for folder in self.root.iterdir() if self.root.is_dir() else ():
             if folder.name.isdecimal():
@@ -371,11 +384,11 @@ class Course:
         if max(whole) < self._newest:
             self._complain(f"the newest checkpoint was that of step {self._newest}, and is that of {max(whole)}")
         self._newest = max(whole)
-        if killed:
+        if killed and not self._kind:
             lost = max([line["step"] for line in _lines(self._log(METRICS_FILE))] or [0]) - self._newest
             self._tally.lost = max(self._tally.lost, lost)
             # A step is logged before its checkpoint begins; one that is written beside may take until the next.
-            if not may_fail and lost > self._bed.save_iters * (1 + self._way.background):
+            if lost > self._bed.save_iters * (1 + self._way.background):
                 self._complain(f"{lost} steps were lost")
 
     def close(self) -> None:
@@ -385,10 +398,8 @@ class Course:
         if not steps or steps[-1] != bed.steps:
             self._complain(f"ended with the checkpoints {steps}")
         for step in steps:
-            found = _checksums(self.root / str(step))
-            if odd := sorted(
-                name for name in reference.checkpoints[step] if found.get(name) != reference.checkpoints[step][name]
-            ):
+            found, wanted = _checksums(self.root / str(step)), reference.checkpoints[step]
+            if odd := sorted(name for name in wanted if found.get(name) != wanted[name]):
                 self._complain(f"step {step} is not that of the undisturbed run: {', '.join(odd)}")
         if (figures := _figures(self._out)) != reference.figures:
             odd = [line["step"] for line, other in zip(figures, reference.figures) if line != other]
@@ -403,7 +414,7 @@ class Course:
         return self._out / "logs" / "m" / name
 
     def _complain(self, problem: str) -> None:
-        where = f"{self._way}, {self._kind}, seed {self._seed}, course {self._tally.courses}, life {self._tally.lives}"
+        where = f"{self._way}, {self._course}, course {self._tally.courses}, life {self._tally.lives}"
         self._tally.problems.append(f"{where}: {problem}")
 
 
@@ -447,8 +458,8 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 class WriteFault:
     """Lets writes below a folder fail in this process.
 
-    kind: full: no space; denied: no permission; short: a part is written, then there is no space; limit: the kernel cuts
-    writes, and then refuses them, at a file size that comes and goes. chance: of each operation.
+    kind: full: no space; denied: no permission; short: a part is written, then there is no space; limit: the kernel
+    cuts writes, and then refuses them, at a file size that comes and goes. chance: of each operation.
     """
 
     folder: str
@@ -578,5 +589,5 @@ def save_in_place() -> None:
 
 def forget_to_sweep() -> None:
     """Has a run leave what killed ones left."""
-    mock.patch("fm9g.train.run.sweep", lambda folder: None).start()
-    mock.patch("fm9g.files.recover", lambda target: None).start()
+    mock.patch("fm9g.train.run.sweep").start()
+    mock.patch("fm9g.files.recover").start()

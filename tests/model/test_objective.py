@@ -1,0 +1,49 @@
+"""What is trained for beside plain cross entropy, and noise on embeddings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import make_batch, small_model
+
+from fm9g.model.loss import Objective, linear_cross_entropy
+from fm9g.model.transformer import FM9G
+
+
+@pytest.mark.parametrize(
+    "objective", [Objective(0.2), Objective(z_loss=0.05), Objective(0.1, 0.02)], ids=["smoothing", "z-loss", "both"]
+)
+@pytest.mark.parametrize("rows", [1024, 3])
+def test_loss_and_gradients_equal_those_by_hand(
+    objective: Objective, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fm9g.model.loss._ROWS", rows)
+    hidden = torch.randn(10, 8, requires_grad=True)
+    weight = torch.randn(20, 8, requires_grad=True)
+    targets = torch.arange(10) * 2
+    total, plain = linear_cross_entropy(hidden, weight, targets, objective)
+    logits = hidden @ weight.T
+    by_hand = F.cross_entropy(logits, targets, label_smoothing=objective.label_smoothing, reduction="sum")
+    by_hand = by_hand + objective.z_loss * logits.logsumexp(-1).square().sum()
+    torch.testing.assert_close(total, by_hand, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(plain, F.cross_entropy(logits, targets, reduction="none").detach())
+    for ours, theirs in zip(
+        torch.autograd.grad(total, (hidden, weight)), torch.autograd.grad(by_hand, (hidden, weight))
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_noise_is_as_large_as_its_document_says_and_only_in_training() -> None:
+    """NEFTune: uniform in +-alpha / sqrt(length * width)."""
+    model = FM9G(small_model(), noise=3.0)
+    batch = make_batch([50, 2])
+    x = torch.zeros(52, 32)
+    noise = torch.stack([model._noise_for(x, batch) for _ in range(200)])
+    for span, length in ((slice(0, 50), 50), (slice(50, 52), 2)):
+        bound = 3.0 / (length * 32) ** 0.5
+        assert noise[:, span].abs().max() <= bound
+        assert noise[:, span].abs().max() > 0.95 * bound
+        assert noise[:, span].std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert not torch.equal(model.train().hidden_states(batch), model.hidden_states(batch))
+    assert torch.equal(model.eval().hidden_states(batch), model.hidden_states(batch))
