@@ -112,8 +112,7 @@ def arithmetic(config: ModelConfig) -> dict[str, Any]:
     values = {key: value for key, value in config.to_json().items() if key not in _MANNER}
     if not config.scale:
         values |= {"scale_emb": 1.0, "dim_model_base": 0}
-    if config.scale_depth <= 0:
-        values["scale_depth"] = -1.0
+    values["scale_depth"] = config.residual_multiplier * math.sqrt(config.num_layers)  # what does without it, too
     if not config.rope_scaling:
         values |= {"rope_scaling_factor": 1.0, "orig_max_length": 0}
     return values

@@ -8,6 +8,7 @@ for bit, and nothing temporary may be left. A seed decides what is done when, bu
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import errno
 import hashlib
@@ -50,6 +51,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["torch._dynamo", "torch.distributed.tensor.parallel", "engine_runs", "tensorboardX", "jsonschema", "train.faults"]
 )
+ENOUGH = 5  # problems
 PATIENCE = 120.0  # seconds that a life may take
 KINDS = ("full", "denied", "short", "limit", "disk")  # of failing writes: see WriteFault, and _Disk
 WORDS = ("disk is full", "Permission denied", "File too large")  # of errors that the faults make
@@ -144,6 +146,10 @@ class Bed:
         }
         return {key: str(value) for key, value in {**fixed, **changes}.items()}
 
+    def any_time(self, source: random.Random, way: Way) -> float:
+        """Seconds from the start of a life. Most lives go on from a checkpoint, and are shorter than the first."""
+        return source.uniform(0, 0.7 * self.reference(way.ranks).seconds)
+
     def reference(self, ranks: int) -> Reference:
         if ranks not in self._references:
             out = self.folder / f"undisturbed-{ranks}"
@@ -167,7 +173,7 @@ class Life:
         self, settings: dict[str, str], ranks: int, log: Path, before: Callable[[], object] | None = None
     ) -> None:
         """log: gets what the processes print. before: is called in the first of them, before it trains."""
-        self._log = log
+        self._log, self.late = log, False
         self._hub = Hub(0, local=True) if ranks > 1 else None  # what an agent does; it outlives the ranks, as an agent
         port = self._hub.port if self._hub else 0
         self._processes = [
@@ -195,8 +201,9 @@ class Life:
             process.kill()
 
     def wait(self) -> list[int]:
-        """The exit codes, when all have ended. Where they do not, they are killed in the end."""
+        """The exit codes, when all have ended; `late` where they had to be killed for that."""
         self.sleep(PATIENCE)
+        self.late = self.goes_on()
         for process in self._processes:
             process.kill()
             process.join()
@@ -250,16 +257,17 @@ def kill_at_random(
     *,
     most: int = 8,
     share_writing: float = 0.5,
+    enough: int = ENOUGH,
     before: Callable[[], object] | None = None,
     **changes: object,
 ) -> Tally:
     """Courses with `kills` kills in all, at most `most` in one.
 
-    share_writing: of the kills that wait until a checkpoint is being written or deleted. before, changes: a call and
-    settings of the disturbed lives, for tests of this test.
+    share_writing: of the kills that wait until a checkpoint is being written or deleted. enough: problems after which
+    no further course begins. before, changes: a call and settings of the disturbed lives, for tests of this test.
     """
     tally = Tally()
-    while tally.kills < kills and len(tally.problems) < 5:
+    while tally.kills < kills and len(tally.problems) < enough:
         number = tally.courses
         source = random.Random(f"{seed} {way} {number}")
         course = Course(bed, way, "kills", seed, tally, source.choice((0, 2)), changes)
@@ -271,7 +279,7 @@ def kill_at_random(
                     course.wait_for_writing(life, source.randint(1, 3))
                     life.sleep(0.1 * source.random() ** 2)
                 else:
-                    life.sleep(source.uniform(0, bed.reference(way.ranks).seconds))
+                    life.sleep(bed.any_time(source, way))
                 life.kill(source)
             most_here -= course.end(life)
         course.close()
@@ -286,7 +294,7 @@ def fail_writes_at_random(
     kinds: those of KINDS to choose from. A course has one of its own where that is "disk".
     """
     tally = Tally()
-    while tally.faulty < lives and len(tally.problems) < 5:
+    while tally.faulty < lives and len(tally.problems) < ENOUGH:
         source = random.Random(f"faults {seed} {way} {tally.courses}")
         disk_here = source.choice(kinds) == "disk"
         others = ["disk"] if disk_here else [kind for kind in kinds if kind != "disk"]
@@ -296,15 +304,15 @@ def fail_writes_at_random(
         with _small_disk(course.root.parent, source) if disk_here else contextlib.nullcontext() as disk:
             while not course.over:
                 kind = source.choice(others) if faulty > 0 else ""
-                fault = WriteFault(str(course.root), kind, source.choice((0.01, 0.03, 0.1)), source.random())
+                fault = WriteFault(str(course.root), kind, source.choice((0.003, 0.01, 0.05)), source.random())
                 if disk:
                     disk.turbulent = bool(kind)
                 back = 0  # a life that goes back writes over what is there; without a limit, which keeps the newest
                 if kind and not limit and source.random() < 0.3:
                     back = source.choice([0, *steps_in(course.root)])
                 life = course.start(fault.install if kind not in ("", "disk") else None, kind, back)
-                if kind and not back and source.random() < 0.2:
-                    life.sleep(source.uniform(0, bed.reference(way.ranks).seconds))
+                if kind and not back and source.random() < 0.4:
+                    life.sleep(bed.any_time(source, way))
                     life.kill(source)
                 course.end(life)
                 faulty -= 1
@@ -351,6 +359,8 @@ class Course:
         codes = life.wait()
         tally, killed = self._tally, -signal.SIGKILL in codes
         events = [event for event in read_events(self._log(EVENTS_FILE)) if (event["time"] or 0) >= self._began]
+        if life.late:
+            self._complain(f"a life did not end within {PATIENCE:.0f} s:\n{life.tail()}")
         if killed:
             tally.kills += 1
             tally.writing += bool(_temporary(self.root))
@@ -459,7 +469,8 @@ class WriteFault:
     """Lets writes below a folder fail in this process.
 
     kind: full: no space; denied: no permission; short: a part is written, then there is no space; limit: the kernel
-    cuts writes, and then refuses them, at a file size that comes and goes. chance: of each operation.
+    cuts writes, and then refuses them, at a file size that comes and goes. chance: of each operation; ten times that of
+    a rename, of which there is one a checkpoint, when it gets its name, and one when it is deleted.
     """
 
     folder: str
@@ -474,22 +485,23 @@ class WriteFault:
             threading.Thread(target=_move_limit, args=[source], daemon=True).start()
             return
         for name in ("mkdir", "rename", "replace", "fsync", "sendfile"):
-            setattr(os, name, self._failing(getattr(os, name), source))
+            weight = 10 if name == "rename" else 1
+            setattr(os, name, self._failing(getattr(os, name), source, weight))
         io.open = _failing_open(io.open, self, source)
-        __builtins__["open"] = io.open
+        builtins.open = io.open
 
-    def strikes(self, source: random.Random, path: object) -> bool:
+    def strikes(self, source: random.Random, path: object, weight: int = 1) -> bool:
         """path: of the file or folder, or a descriptor of it."""
         name = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else os.fspath(path)  # type: ignore[call-overload]
-        return str(name).startswith(self.folder) and source.random() < self.chance
+        return str(name).startswith(self.folder) and source.random() < self.chance * weight
 
     def error(self, path: object) -> OSError:
         number = errno.EACCES if self.kind == "denied" else errno.ENOSPC
         return OSError(number, os.strerror(number), str(path))
 
-    def _failing(self, action: Callable[..., Any], source: random.Random) -> Callable[..., Any]:
+    def _failing(self, action: Callable[..., Any], source: random.Random, weight: int) -> Callable[..., Any]:
         def act(path: Any, *arguments: Any, **named: Any) -> Any:
-            if self.strikes(source, path):
+            if self.strikes(source, path, weight):
                 raise self.error(path)
             return action(path, *arguments, **named)
 

@@ -14,7 +14,9 @@ from support import records
 
 from fm9g.checkpoint.folder import Checkpoint, open_step, steps_in
 from fm9g.checkpoint.weights import read_weights
+from fm9g.convert.hf import export_folder
 from fm9g.errors import UserError
+from fm9g.report.files import read_events
 from fm9g.train.metrics import read_metrics
 from fm9g.train.run import Result
 
@@ -202,6 +204,55 @@ def test_ctrl_c_saves_between_two_steps(train: Train, tmp_path: Path) -> None:
     thread.join()
     assert 0 < result.step < 100_000
     assert open_step(tmp_path / "out" / "checkpoints" / "m", result.step).step == result.step
+
+
+def test_sigusr1_saves_and_goes_on(train: Train, tmp_path: Path) -> None:
+    root, log = tmp_path / "out" / "checkpoints" / "m", tmp_path / "out" / "logs" / "m" / "metrics.jsonl"
+
+    def ask() -> None:
+        while not (log.is_file() and log.stat().st_size):
+            pass
+        os.kill(os.getpid(), signal.SIGUSR1)
+        while not steps_in(root):  # it is there while the run goes on
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    result = train("out", train_iters=100_000, save_iters=100_000)
+    thread.join()
+    first, last = steps_in(root)
+    assert 0 < first < last == result.step
+    assert result.interrupted
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    kinds = [event["kind"] for event in read_events(log.with_name("events.jsonl"))]
+    assert kinds == ["start", "save", "save", "signal"]
+
+
+def test_auto_starts_anew_goes_on_and_passes_over_what_is_damaged(
+    train: Train, whole: Result, capsys: pytest.CaptureFixture
+) -> None:
+    first = train("parts", resume_ckpt="auto", save_iters=4, stop_iters=8)
+    assert first.checkpoint is not None
+    file = Checkpoint(first.checkpoint).weight_file
+    file.write_bytes(file.read_bytes()[:-10])
+    capsys.readouterr()
+    second = train("parts", resume_ckpt="auto")
+    output = capsys.readouterr().out
+    assert "the checkpoint is damaged" in output
+    assert "resuming from" in output
+    assert f"{first.checkpoint.parent / '4'}" in output
+    assert_same_run(whole, second)
+
+
+def test_a_hugging_face_folder_is_a_start(train: Train, whole: Result, tmp_path: Path) -> None:
+    assert whole.checkpoint is not None
+    export_folder(whole.checkpoint, tmp_path / "hf")
+    start = {"train_iters": 2, "warmup_iters": 0}
+    expected = train("pt", pretrained_model=Checkpoint(whole.checkpoint).weight_file, **start)
+    assert figures(train("hf_run", pretrained_model=tmp_path / "hf", **start)) == figures(expected)
+    with pytest.raises(UserError, match=r"config.json describes another model: base is 10000.0, the run's 20000"):
+        train("other", pretrained_model=tmp_path / "hf", **start | {"model.base": 20000})
 
 
 @pytest.mark.parametrize(

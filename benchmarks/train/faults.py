@@ -1,0 +1,138 @@
+"""The fault test of checkpoints at length: `python benchmarks/train/faults.py --kills 200 --faults 100`.
+
+Prints what tests/train/faults.py met, and writes it to faults.md beside this file. Exit code 1 where anything was not
+as in the undisturbed run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+for folder in (ROOT, ROOT / "tests"):
+    sys.path.insert(0, str(folder))
+
+import torch  # noqa: E402
+from train.faults import KINDS, WAYS, Bed, Tally, Way, can_mount, fail_writes_at_random, kill_at_random  # noqa: E402
+
+REPORT = Path(__file__).with_suffix(".md")
+KILLS: dict[str, Callable[[Tally], int]] = {
+    "killed": lambda tally: tally.kills,
+    "of these while writing": lambda tally: tally.writing,
+    "before the first step": lambda tally: tally.building,
+    "runs": lambda tally: tally.courses,
+    "restarts": lambda tally: tally.restarts,
+    "steps lost at most": lambda tally: tally.lost,
+    "mismatches": lambda tally: len(tally.problems),
+}
+FAULTS: dict[str, Callable[[Tally], int]] = {
+    "lives": lambda tally: tally.faulty,
+    **{kind: partial(lambda kind, tally: tally.failed[kind], kind) for kind in (*KINDS, "delete")},
+    "ended with an error": lambda tally: tally.refused,
+    "also killed": lambda tally: tally.kills,
+    "runs": lambda tally: tally.courses,
+    "restarts": lambda tally: tally.restarts,
+    "mismatches": lambda tally: len(tally.problems),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200, help="SIGKILLs of a run, over all ways to start it")
+    parser.add_argument("--faults", type=int, default=100, help="lives of a run whose writes fail, over all ways")
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    kinds = KINDS if can_mount() else tuple(kind for kind in KINDS if kind != "disk")
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        bed = Bed(Path(folder))
+        killed = _measure(arguments.kills, lambda way, count: kill_at_random(bed, way, count, arguments.seed))
+        failed = _measure(
+            arguments.faults, lambda way, count: fail_writes_at_random(bed, way, count, arguments.seed, kinds)
+        )
+    problems = [problem for tally in (*killed.values(), *failed.values()) for problem in tally.problems]
+    command = f"python benchmarks/train/faults.py --kills {arguments.kills} --faults {arguments.faults}"
+    if arguments.seed != 1:
+        command += f" --seed {arguments.seed}"
+    minutes = (time.monotonic() - began) / 60
+    report = _report(command, bed, killed, failed, minutes, "disk" in kinds)
+    REPORT.write_text(report, encoding="utf-8")
+    print(f"\n{report}", *problems, sep="\n")
+    return bool(problems)
+
+
+def _measure(number: int, measure: Callable[[Way, int], Tally]) -> dict[Way, Tally]:
+    """An equal part of `number` for each way."""
+    found = {}
+    for place, way in enumerate(WAYS):
+        count = number // len(WAYS) + (place < number % len(WAYS))
+        found[way] = measure(way, count)
+        print(f"{way}: {found[way]}", flush=True)
+    return found
+
+
+def _table(columns: dict[str, Callable[[Tally], int]], found: dict[Way, Tally]) -> str:
+    everything = Tally()
+    for tally in found.values():
+        everything.add(tally)
+    rows = [["", *columns], ["---"] * (len(columns) + 1)]
+    rows += [
+        [name, *(str(value(tally)) for value in columns.values())]
+        for name, tally in [*((str(way), tally) for way, tally in found.items()), ("all", everything)]
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _report(
+    command: str, bed: Bed, killed: dict[Way, Tally], failed: dict[Way, Tally], minutes: float, disk: bool
+) -> str:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    machine = f"{os.cpu_count()} cores, which others used too, {memory:.0f} GB of memory, Linux"
+    software = f"Python {platform.python_version()}, torch {torch.__version__.partition('+')[0]}"
+    every = bed.save_iters
+    no_disk = "" if disk else " No small disk could be mounted here, so none was filled."
+    return f"""# Runs that are killed, and whose writes fail
+
+`{command}`: {minutes:.0f} minutes.
+{machine}; {software}.
+
+A run is {bed.steps} steps of a two-layer model with dropout, with a checkpoint every {every} steps, written at once
+or beside the training (`async_save`), in one process or two. It is started again with `resume_ckpt auto` until it ends.
+After each life every checkpoint has to be whole, and the newest no older than before. At the end the weights, the
+optimizer, the data position and the counts of every checkpoint that is kept and the figures of every step have to be,
+bit for bit, those of a run that nobody disturbed, and nothing temporary may be left. What was not so is a mismatch.
+`tests/train/faults.py` is the code; a short version is among the tests.
+
+## SIGKILL at a random instant
+
+{_table(KILLS, killed)}
+
+Half of the kills come at any time of a life, the others up to 0.1 s after something temporary appeared among the
+checkpoints. "While writing" counts those that left something half written or half deleted. Of two ranks, one is killed
+first and the other up to 0.4 s later. A step is lost when it has to be done again; the most that is right is {every}
+where checkpoints are written at once and {2 * every} beside.
+
+## Writes that fail
+
+{_table(FAULTS, failed)}
+
+"Lives" are those with failing writes. What follows are checkpoints that could not be written, by the reason. full: no
+space; denied: no permission; short: half of a write, then no space. Each of these strikes with a probability of 0.003
+to 0.05 whenever something below the run's folder is opened for writing, written, made, replaced or synced, and ten
+times that when a checkpoint gets its name, or loses it to be deleted. limit: the
+kernel cuts a write and refuses the next at a file size that comes and goes (RLIMIT_FSIZE). disk: a file system of 3 MB
+that somebody else fills and frees.{no_disk} delete: an old checkpoint that could not be moved out of the way. A life
+ends with an error when its last checkpoint, or the probe at its start, cannot be written.
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
