@@ -6,7 +6,7 @@ SCALE ?= 1
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-all test-gpu check format bench-data bench-engine bmtrain clean
+.PHONY: quickstart test test-all test-gpu check format bench-data bench-engine bmtrain docs clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/fm9g quickstart $(ARGS)
@@ -31,6 +31,9 @@ check: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/installed  # the pages that are made from the source
+	$(BIN)/python docs/arguments.py
 
 bench-data: $(VENV)/installed  # about ten minutes and 6 GB of disk, on a machine that does nothing else
 	for name in indexing reading encoding; do $(BIN)/python benchmarks/data/$$name.py || exit 1; done

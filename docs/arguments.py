@@ -1,4 +1,4 @@
-"""Writes arguments.md: every training key, from the configuration's own lines. `python docs/arguments.py`, or `make docs`.
+"""Writes arguments.md: every training key, from the configuration itself. `python docs/arguments.py`, or `make docs`.
 
 Where a key acts is found in the source: of each top-level function or class under fm9g/, which attributes it reads of
 what is known there to be a TrainConfig.
@@ -15,15 +15,17 @@ from fm9g.config.train import RETIRED, TrainConfig
 TARGET = Path(__file__).with_name("arguments.md")
 PACKAGE = Path(__file__).resolve().parents[1] / "fm9g"
 HOME = PACKAGE / "config" / "train.py"
-# What holds a TrainConfig: a parameter of that type, what is assigned from `run.train.value`, and that itself.
+# What holds a TrainConfig: a parameter of that type, what `build` makes, `run.train.value`, and what one of these is
+# assigned to.
 _TYPED = re.compile(r"\b(\w+): TrainConfig\b")
-_ASSIGNED = re.compile(r"^ *([\w., ]+?) = (.*\btrain\.value\b.*)$", re.MULTILINE)
-_VALUE = r"\btrain\.value"
+_BUILT = re.compile(r"\b(\w+) = build\(TrainConfig\b")
+_ASSIGNED = re.compile(r"^ *([\w., ]+?) = (.+)$", re.MULTILINE)
+_LISTED = re.compile(r"\bfor key in (?:\(([^)]*)\)|(\w+))")
 _HEAD = """# Training keys
 
-Every key of `train_configs/*.json` and of `fm9g train --KEY VALUE`. `fm9g config keys` prints them, those of models and
-datasets too; `fm9g config show` says which value a run gets and where it is from. [training.md](training.md) says what to do
-with them. This page is made by `make docs`.
+Every key of `train_configs/*.json` and of `fm9g train --KEY VALUE`. `fm9g config keys` prints them, and those of models
+and datasets; `fm9g config show` says which value a run gets, and where from. [training.md](training.md) says what
+to do with them. This page is made by `make docs`.
 
 "Acts in" names the files of `fm9g/` that read the key.
 
@@ -50,7 +52,7 @@ def table() -> str:
             f"`{key}`",
             field.metadata["help"],
             default if field.default != "" else "empty",
-            describe(properties[key]).replace("one of ", ""),
+            describe(properties[key]).removeprefix("one of ") + "; in any case" * field.metadata["any_case"],
             ", ".join(f"`{place}`" for place in places[key]),
         )
         rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n")
@@ -79,26 +81,26 @@ def find_places() -> dict[str, list[str]]:
 def _computed(keys: list[str]) -> dict[str, list[str]]:
     """Attributes of a TrainConfig -> the keys behind them: the keys themselves, and what its properties read."""
     attributes = {key: [key] for key in keys}
-    text = HOME.read_text(encoding="utf-8")
-    for body in re.split(r"^ {4}(?=def )", text[text.index("class TrainConfig") :], flags=re.MULTILINE)[1:]:
-        name = re.match(r"def (\w+)", body)[1]  # type: ignore[index]
+    text = HOME.read_text(encoding="utf-8").partition("class TrainConfig")[2]
+    for name, body in re.findall(r"^    def (\w+)(.*?)(?=^    \S|^\S|\Z)", text, re.MULTILINE | re.DOTALL):
         if not name.startswith("__"):
-            body = re.split(r"^\S", body, flags=re.MULTILINE)[0]
             attributes[name] = [key for key in keys if re.search(rf"\bself\.{key}\b", body)]
     return attributes
 
 
 def _read(part: str, text: str) -> set[str]:
     """The attributes that a function or class reads of a TrainConfig. text: of its file."""
-    holders = set(_TYPED.findall(part))
+    holders = {*_TYPED.findall(part), *(f"{name}.value" for name in _BUILT.findall(part))}
     for targets, values in _ASSIGNED.findall(part):
-        named, given = targets.split(", "), values.split(", ")
-        holders |= {name for name, value in zip(named, given) if value.endswith("train.value")}
-    names = "|".join([_VALUE, *(rf"(?<![\w.]){re.escape(holder)}" for holder in sorted(holders))])
+        # From the end: a call among the values may hold commas of its own.
+        pairs = zip(reversed(targets.split(", ")), reversed(values.split(", ")))
+        holders |= {name for name, value in pairs if value.endswith("train.value") or value in holders}
+    names = "|".join([r"\btrain\.value", *(rf"(?<![\w.]){re.escape(holder)}" for holder in sorted(holders))])
     read = set(re.findall(rf"(?:{names})\.(\w+)", part))
-    for holder, listed in re.findall(rf"getattr\(({names}), key\) for key in (\w+)", part):  # noqa: B007
-        written = re.search(rf"^ *{listed} = (.*?)^(?! *[\"'\]\)])", text, re.MULTILINE | re.DOTALL)
-        read |= set(re.findall(r"\"(\w+)\"", written[1])) if written else set()
+    if re.search(rf"getattr\((?:{names}), key\)", part):  # the keys that a list has
+        for words, name in _LISTED.findall(part):
+            listed = re.search(rf"^{name} = \((.*?)\)", text, re.MULTILINE | re.DOTALL) if name else None
+            read |= set(re.findall(r"\"(\w+)\"", listed[1] if listed else words))
     return read
 
 

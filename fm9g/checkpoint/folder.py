@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,13 +16,20 @@ from typing import Any, Protocol
 import torch
 
 from fm9g.checkpoint.weights import read_weights, write_weights
+from fm9g.config.load import read_json, read_object
 from fm9g.errors import UserError
 from fm9g.files import new_folder
 
 MANIFEST, POSITION, MODEL_CONFIG, TOKENIZER = "manifest.json", "data_position.json", "config.json", "tokenizer"
 RUN_CONFIG = "run_config.json"
-_STEM = "fm9g_live_checkpoint"
-_SUFFIXES = {"weights": ".pt", "optimizer": ".rank-0.opt", "means": ".ema.pt"}
+_SUFFIXES = {"weights": ".pt", "optimizer": ".rank-0.opt", "means": ".ema.pt", "counts": ".log_ckpt"}
+
+Advance = Callable[[int], None]  # told of so many bytes more that are done
+
+
+def file_name(step: int | str, kind: str) -> str:
+    """Of a checkpoint's file. kind: weights, optimizer, means (all three: tensors), or counts."""
+    return f"fm9g_live_checkpoint-{step}{_SUFFIXES[kind]}"
 
 
 class Tensors(Protocol):
@@ -64,9 +71,8 @@ def save_checkpoint(root: Path, snapshot: Snapshot) -> Path:
     target = root / str(step)
     with new_folder(target, overwrite=True) as folder:
         for kind, tensors in snapshot.tensors().items():
-            suffix = _SUFFIXES[kind]
-            write_weights(folder / f"{_STEM}-{step}{suffix}", tensors.like, tensors)
-        documents = {f"{_STEM}-{step}.log_ckpt": snapshot.counts, POSITION: snapshot.position, **snapshot.documents}
+            write_weights(folder / file_name(step, kind), tensors.like, tensors)
+        documents = {file_name(step, "counts"): snapshot.counts, POSITION: snapshot.position, **snapshot.documents}
         for name, content in documents.items():
             (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
         (folder / TOKENIZER).mkdir()
@@ -76,7 +82,7 @@ def save_checkpoint(root: Path, snapshot: Snapshot) -> Path:
             else:
                 (folder / TOKENIZER / name).write_text(content, encoding="utf-8")
         files = sorted(file for file in folder.rglob("*") if file.is_file())
-        sums = {str(file.relative_to(folder)): [file.stat().st_size, _checksum(file)] for file in files}
+        sums = {str(file.relative_to(folder)): [file.stat().st_size, checksum(file)] for file in files}
         manifest = {"step": step, "files": sums}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     return target
@@ -91,28 +97,15 @@ class Checkpoint:
         Raises UserError where the folder is no checkpoint, or a file is missing, cut short or changed.
         """
         self.folder = folder
-        if not (folder / MANIFEST).is_file():
-            raise UserError(f"{folder}: not a checkpoint ({MANIFEST} is missing)")
-        manifest = self._read(MANIFEST)
-        try:
-            self.step = int(manifest["step"])
-            files = {name: (int(size), str(checksum)) for name, (size, checksum) in manifest["files"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise UserError(f"{folder / MANIFEST}: not a manifest; the checkpoint is damaged") from None
+        self.step, files = read_manifest(folder)
         if folder.name != str(self.step):
             raise UserError(f"{folder}: holds step {self.step}; give the folder its name back")
-        for name, (size, checksum) in files.items():
-            file = folder / name
-            found = file.stat().st_size if file.is_file() else None
-            if found != size:
-                state = "is missing" if found is None else f"has {found} of {size} bytes"
-                raise UserError(f"{file}: {state}; the checkpoint is damaged. Take another one")
-            if checksums and _checksum(file) != checksum:
-                raise UserError(f"{file}: its content has changed; the checkpoint is damaged. Take another one")
+        for name, damage in damaged_files(folder, files, checksums):
+            raise UserError(f"{folder / name}: {damage}; the checkpoint is damaged. Take another one")
 
     @property
     def weight_file(self) -> Path:
-        return self.folder / f"{_STEM}-{self.step}.pt"
+        return self.folder / file_name(self.step, "weights")
 
     @property
     def tokenizer(self) -> Path:
@@ -124,7 +117,7 @@ class Checkpoint:
 
     def optimizer(self) -> dict[str, torch.Tensor]:
         """The optimizer's state, as engines take it. Raises UserError where the checkpoint has the model alone."""
-        file = self.folder / f"{_STEM}-{self.step}{_SUFFIXES['optimizer']}"
+        file = self.folder / file_name(self.step, "optimizer")
         if not file.is_file():
             raise UserError(
                 f"{self.folder}: holds no state of the optimizer (it was saved with save_model_only); "
@@ -134,31 +127,57 @@ class Checkpoint:
 
     def mean_weights(self) -> dict[str, torch.Tensor]:
         """The running means of weights; empty where there are none."""
-        file = self.folder / f"{_STEM}-{self.step}{_SUFFIXES['means']}"
+        file = self.folder / file_name(self.step, "means")
         return read_weights(file) if file.is_file() else {}
 
     def run_config(self) -> dict[str, Any]:
         """The configuration it was made with, as RunConfig.to_json gives it; empty where it was not kept."""
-        return self._read(RUN_CONFIG) if (self.folder / RUN_CONFIG).is_file() else {}
+        file = self.folder / RUN_CONFIG
+        return read_object(file) if file.is_file() else {}
 
     def position(self) -> dict[str, Any]:
-        return self._read(POSITION)
+        return read_object(self.folder / POSITION)
 
     def counts(self) -> dict[str, Any]:
-        return self._read(f"{_STEM}-{self.step}.log_ckpt")
-
-    def _read(self, name: str) -> dict[str, Any]:
-        try:
-            return json.loads((self.folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder / name}: cannot be read: {error}") from None
+        return read_object(self.folder / file_name(self.step, "counts"))
 
 
-def _checksum(file: Path) -> str:
+def read_manifest(folder: Path) -> tuple[int, dict[str, tuple[int, str]]]:
+    """Step, and size and checksum of every file. Raises UserError where the manifest is missing or not one."""
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise UserError(f"{folder}: not a checkpoint ({MANIFEST} is missing)")
+    manifest = read_json(file)
+    try:
+        files = {name: (int(size), str(crc)) for name, (size, crc) in manifest["files"].items()}
+        return int(manifest["step"]), files
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{file}: not a manifest; the checkpoint is damaged") from None
+
+
+def damaged_files(
+    folder: Path, files: dict[str, tuple[int, str]], checksums: bool, advance: Advance | None = None
+) -> Iterator[tuple[str, str]]:
+    """Name, and what is wrong, of files that are not as the manifest says. checksums: False compares sizes alone."""
+    for name, (size, crc) in files.items():
+        file = folder / name
+        found = file.stat().st_size if file.is_file() else None
+        if found is None:
+            yield name, "is missing"
+        elif found != size:
+            yield name, f"has {found} of {size} bytes"
+        elif checksums and checksum(file, advance) != crc:
+            yield name, "its content has changed"
+
+
+def checksum(file: Path, advance: Advance | None = None) -> str:
+    """CRC-32 of its content, as manifests hold it."""
     value = 0
     with file.open("rb") as content:
         while block := content.read(1 << 22):
             value = zlib.crc32(block, value)
+            if advance:
+                advance(len(block))
     return f"{value:08x}"
 
 

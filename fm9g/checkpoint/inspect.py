@@ -1,25 +1,37 @@
-"""Looking at checkpoints without changing them: what is there, whether it is whole, what it holds, how two differ.
-
-Tensors are mapped from the disk and looked at one at a time, in pieces, so that memory stays small.
-"""
+"""Looking at checkpoints without changing them: what is there, whether it is whole, what it holds, how two differ."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fm9g.checkpoint.folder import MANIFEST, MODEL_CONFIG, POSITION, Checkpoint
+from fm9g.checkpoint.folder import (
+    MANIFEST,
+    MODEL_CONFIG,
+    POSITION,
+    Advance,
+    Checkpoint,
+    damaged_files,
+    file_name,
+    read_manifest,
+)
+from fm9g.checkpoint.tensors import (
+    Statistics,
+    TensorDifference,
+    compare_tensors,
+    dtype_of,
+    model_of,
+    not_finite,
+    statistics,
+)
 from fm9g.checkpoint.weights import check_weights, read_weights
 from fm9g.config.fields import keys_of, nearest
 from fm9g.config.load import read_object
@@ -30,11 +42,8 @@ from fm9g.errors import UserError
 from fm9g.model.transformer import weight_shapes
 
 BASE = Path("data") / "checkpoints"  # where a run's name is looked for
-RUN_CONFIG = "run_config.json"
-_TENSOR_FILES = {"weights": ".pt", "ema": ".ema.pt", "optimizer": ".rank-0.opt"}
-_PIECE = 1 << 22  # values that are looked at at a time: as doubles, 32 MiB
+_TENSORS = {"weights": "weights", "optimizer": "optimizer", "ema": "means"}  # as shown, and as folder.py calls them
 _LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.(tmp|old)")  # as fm9g.files names them
-Advance = Callable[[int], None]  # told of so many bytes more that are done
 
 
 @dataclass(frozen=True)
@@ -69,56 +78,13 @@ class Run:
 
 @dataclass
 class Verdict:
-    """What reading a whole checkpoint gave. parameters: of its weights. damages: in words, without the folder."""
+    """What reading a whole checkpoint gave. files, size: as its manifest tells. parameters: of its weights.
+    damages: in words, without the folder."""
 
     files: int = 0
     size: int = 0
     parameters: int = 0
     damages: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Of the finite values of a tensor; None where it has none. std: of the population."""
-
-    name: str
-    shape: list[int]
-    dtype: str
-    not_finite: int
-    mean: float | None
-    std: float | None
-    min: float | None
-    max: float | None
-
-
-@dataclass(frozen=True)
-class Distance:
-    """Between two tensors a and b of a shape. largest: of |a - b|. relative: |a - b| / |a| in the L2 norm.
-
-    relative, cosine: nan where a norm is 0. dtypes: of both, where they are not the same.
-    """
-
-    name: str
-    largest: float
-    relative: float
-    cosine: float
-    dtypes: str
-
-
-@dataclass(frozen=True)
-class TensorDifference:
-    """Between two files of tensors. shapes: name, and the shapes of both. distances: largest first."""
-
-    count: int
-    only_a: list[str]
-    only_b: list[str]
-    shapes: list[tuple[str, list[int], list[int]]]
-    distances: list[Distance]
-
-    @property
-    def equal(self) -> bool:
-        """Bit for bit, in names, shapes and types too."""
-        return not (self.only_a or self.only_b or self.shapes or self.distances)
 
 
 @dataclass(frozen=True)
@@ -144,17 +110,13 @@ def find(path: Path) -> Path:
     for missing in (path, BASE / path):
         while not missing.parent.exists():
             missing = missing.parent
-        if steps := _steps(missing.parent):
-            names = [step.name for step in steps]
-            raise UserError(
-                f"{path}: {missing.parent} has no checkpoint {missing.name!r}; its steps: {', '.join(names)}"
-                f"{nearest(missing.name, names)}"
-            )
-        if runs := [run.name for run in _runs(missing.parent)]:
-            raise UserError(
-                f"{path}: there is no run {missing.name!r} in {missing.parent}; its runs: {', '.join(runs)}"
-                f"{nearest(missing.name, runs)}"
-            )
+        name, folder = missing.name, missing.parent
+        if steps := [step.name for step in _steps(folder)]:
+            found = f"{folder} has no checkpoint {name!r}; its steps: {', '.join(steps)}"
+            raise UserError(f"{path}: {found}{nearest(name, steps)}")
+        if runs := [run.name for run in _runs(folder)]:
+            found = f"there is no run {name!r} in {folder}; its runs: {', '.join(runs)}"
+            raise UserError(f"{path}: {found}{nearest(name, runs)}")
     raise UserError(f"{path}: no such file or folder, and no run in {BASE}; give the folder of a run or a checkpoint")
 
 
@@ -165,7 +127,7 @@ def runs_at(path: Path | None) -> list[Path]:
     folder = BASE if path is None else find(path)
     if _is_checkpoint(folder):
         raise UserError(f"{folder}: one checkpoint; give the folder of its run, {folder.parent}")
-    runs = [folder] if _steps(folder) or _leftovers(folder) else _runs(folder)
+    runs = [folder] if _is_run(folder) else _runs(folder)
     if not runs:
         raise UserError(f"{folder}: holds no checkpoints (folders named by their step), nor runs with some")
     return runs
@@ -174,11 +136,9 @@ def runs_at(path: Path | None) -> list[Path]:
 def checkpoints_at(path: Path) -> list[Path]:
     """The checkpoint of that folder, or all of a run. Raises UserError where there is none."""
     folder = find(path)
-    if _is_checkpoint(folder):
-        return [folder]
     if folder.is_file():
         raise UserError(f"{folder}: a file; only checkpoint folders have checksums. See fm9g ckpt show --weights")
-    if steps := _steps(folder):
+    if steps := [folder] if _is_checkpoint(folder) else _steps(folder):
         return steps
     runs = ", ".join(run.name for run in _runs(folder))
     more = f"; it holds the runs {runs}: give one of them" if runs else f": neither {MANIFEST} nor folders with one"
@@ -192,9 +152,9 @@ def list_run(folder: Path) -> Run:
         with suppress(FileNotFoundError):  # a run that goes on may be deleting it
             listed.append(_listed(step))
     whole = [item for item in listed if not item.damage]
-    scored = [item for item in whole if item.val_loss is not None and math.isfinite(item.val_loss)]
-    best = min(scored, key=lambda item: item.val_loss or 0.0, default=None)
-    return Run(folder, listed, whole[-1].folder if whole else None, best.folder if best else None, _leftovers(folder))
+    scored = [(item.val_loss, item.folder) for item in whole if item.val_loss is not None]
+    best = min((row for row in scored if math.isfinite(row[0])), key=lambda row: row[0], default=(None, None))
+    return Run(folder, listed, whole[-1].folder if whole else None, best[1], _leftovers(folder))
 
 
 def work_of(folder: Path) -> int:
@@ -205,10 +165,8 @@ def work_of(folder: Path) -> int:
 def verify(folder: Path, advance: Advance) -> Verdict:
     """Reads all of a checkpoint and finds all that is wrong with it, values that are not finite among it."""
     verdict = Verdict()
-    bad: set[str] = set()
-    for name, damage in _damaged_files(folder, verdict, advance):
-        bad.add(name)
-        verdict.damages.append(f"{name}: {damage}")
+    bad = dict(_damaged_files(folder, verdict, advance))
+    verdict.damages += [f"{name}: {damage}" for name, damage in bad.items()]
     if MANIFEST in bad:  # then nothing is known of the others
         return verdict
     files = _tensor_files(folder)
@@ -221,11 +179,8 @@ def verify(folder: Path, advance: Advance) -> Verdict:
             tensors = read_weights(file)
             if kind == "weights":
                 verdict.parameters = sum(tensor.numel() for tensor in tensors.values())
-            counts = {name: _count_not_finite(file, name, tensor, advance) for name, tensor in tensors.items()}
-            if odd := [name for name, count in counts.items() if count]:
-                more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-                found = f"{sum(counts.values())} values are not finite, in {odd[0]}{more}"
-                verdict.damages.append(f"{file.name}: {found}")
+            if odd := not_finite(file, tensors, advance):
+                verdict.damages.append(f"{file.name}: {odd}")
             if kind != "optimizer":
                 shapes = weight_shapes(load_model_config(folder / MODEL_CONFIG).value)
                 check_weights(tensors, shapes, str(file), strict=kind == "weights")
@@ -240,63 +195,57 @@ def describe(path: Path) -> dict[str, Any]:
     configuration: what is not a default, as run_config.json holds it. data: by task, and what waits.
     """
     checkpoint, file = _one(path)
-    folder, config_file = file.parent, _config_file(file)
-    shown: dict[str, Any] = {"path": str(checkpoint.folder if checkpoint else file), "step": None}
-    shown |= {"counts": {}, "data": None}
-    configuration: dict[str, Any] = {}
-    if checkpoint:
-        shown |= {"step": checkpoint.step, "counts": _object(checkpoint.counts())}
-        if (folder / POSITION).is_file():
-            shown["data"] = _data(checkpoint.position())
-        if (folder / RUN_CONFIG).is_file():
-            configuration = read_object(folder / RUN_CONFIG)
-    tensors = read_weights(file)
+    config_file, tensors = _config_file(file), read_weights(file)
+    configuration = checkpoint.run_config() if checkpoint else {}
     if config_file:
         given = {key: value for key, value in read_object(config_file).items() if key != "architectures"}
-        raw = {key: {"value": value, "from": str(config_file)} for key, value in given.items()}
-        configuration.setdefault("model", raw)
-    written = datetime.fromtimestamp(_written(folder if checkpoint else file)).astimezone()
-    return shown | {
-        "written": written.isoformat(timespec="seconds"),
-        "model": load_model_config(config_file).value.to_json() if config_file else _model_from_shapes(tensors),
+        configuration.setdefault(
+            "model", {key: {"value": value, "from": str(config_file)} for key, value in given.items()}
+        )
+    place = checkpoint.folder if checkpoint else file
+    return {
+        "path": str(place),
+        "step": checkpoint.step if checkpoint else None,
+        "counts": checkpoint.counts() if checkpoint else {},
+        "data": _data(_position(checkpoint)),
+        "written": datetime.fromtimestamp(_written(place)).astimezone().isoformat(timespec="seconds"),
+        "model": load_model_config(config_file).value.to_json() if config_file else model_of(tensors),
         "model_from": str(config_file or "the shapes of the weights"),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "tensors": len(tensors),
-        "dtypes": dict(Counter(_dtype(tensor) for tensor in tensors.values())),
-        "configuration": {
-            section: _not_defaults(section, _object(values)) for section, values in configuration.items()
-        },
-        "files": {str(part.relative_to(folder)): _size(part) for part in (_files(folder) if checkpoint else [file])},
+        "dtypes": dict(Counter(map(dtype_of, tensors.values()))),
+        "configuration": {section: _not_defaults(section, _object(keys)) for section, keys in configuration.items()},
+        "files": {str(part.relative_to(file.parent)): _size(part) for part in _files(place)},
     }
 
 
 def weight_statistics(path: Path, advance: Advance) -> Iterator[Statistics]:
     """Of every weight of a checkpoint or a .pt file, in the order of the file."""
-    file = _one(path)[1]
-    for name, tensor in read_weights(file).items():
-        yield _statistics(file, name, tensor, advance)
+    return statistics(_one(path)[1], advance)
 
 
 def compare(a: Path, b: Path, advance: Advance) -> Difference:
     """What is different in two checkpoint folders or .pt files. advance: told of the bytes of a's tensors."""
     (one, file_a), (other, file_b) = _one(a), _one(b)
-    files_a = _tensor_files(one.folder) if one else {"weights": file_a}
-    files_b = _tensor_files(other.folder) if other else {"weights": file_b}
-    kinds = [kind for kind in files_a if kind in files_b]
-    positions = [_position(checkpoint) for checkpoint in (one, other)]
+    files_a, files_b = _tensors_of(one, file_a), _tensors_of(other, file_b)
+    ours, theirs = _configuration(one, file_a), _configuration(other, file_b)
+    sections = [section for section in ours if section in theirs]  # a .pt file tells of the model alone
+    place_a, place_b = _position(one), _position(other)
     return Difference(
-        configuration=_changes(*_of_both(_configuration(one, file_a), _configuration(other, file_b))),
-        counts=_changes(_counts(one), _counts(other)),
-        position=None if None in positions else positions[0] == positions[1],
-        tensors={kind: _compare_files(files_a[kind], files_b[kind], advance) for kind in kinds},
+        configuration=[change for section in sections for change in _changes(ours[section], theirs[section])]
+        if sections
+        else None,
+        counts=_changes(_counts(one), _counts(other)) if one and other else None,
+        position=None if place_a is None or place_b is None else place_a == place_b,
+        tensors={
+            kind: compare_tensors(file, files_b[kind], advance) for kind, file in files_a.items() if kind in files_b
+        },
     )
 
 
 def tensors_size(path: Path, *kinds: str) -> int:
     """Bytes of the files of tensors of a checkpoint folder, or of a .pt file. kinds: of these alone; none: of all."""
-    checkpoint, file = _one(path)
-    files = _tensor_files(checkpoint.folder) if checkpoint else {"weights": file}
-    return sum(_size(file) for kind, file in files.items() if not kinds or kind in kinds)
+    return sum(_size(file) for kind, file in _tensors_of(*_one(path)).items() if not kinds or kind in kinds)
 
 
 # ---- folders
@@ -307,16 +256,18 @@ def _is_checkpoint(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() or (folder.name.isdecimal() and bool(_tensor_files(folder)))
 
 
+def _is_run(folder: Path) -> bool:
+    return bool(_steps(folder) or _leftovers(folder))
+
+
 def _steps(folder: Path) -> list[Path]:
     """The checkpoints of a run, whole or not, in order."""
-    if not folder.is_dir():
-        return []
-    steps = [step for step in folder.iterdir() if step.name.isdecimal() and _is_checkpoint(step)]
-    return sorted(steps, key=lambda step: int(step.name))
+    found = [step for step in folder.glob("*") if step.name.isdecimal() and _is_checkpoint(step)]
+    return sorted(found, key=lambda step: int(step.name))
 
 
 def _runs(folder: Path) -> list[Path]:
-    return sorted(run for run in folder.iterdir() if _steps(run) or _leftovers(run)) if folder.is_dir() else []
+    return sorted(filter(_is_run, folder.glob("*")))
 
 
 def _leftovers(folder: Path) -> list[tuple[Path, str]]:
@@ -330,10 +281,19 @@ def _leftovers(folder: Path) -> list[tuple[Path, str]]:
     return found
 
 
+def _files(path: Path) -> list[Path]:
+    """All below a folder; or the file itself."""
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+
+
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    """weights, ema and optimizer: those of them that are there."""
-    files = {kind: folder / f"fm9g_live_checkpoint-{folder.name}{suffix}" for kind, suffix in _TENSOR_FILES.items()}
-    return {kind: file for kind, file in files.items() if file.is_file()}
+    """weights, optimizer and ema: those of them that are there."""
+    files = {shown: folder / file_name(folder.name, kind) for shown, kind in _TENSORS.items()}
+    return {shown: file for shown, file in files.items() if file.is_file()}
+
+
+def _tensors_of(checkpoint: Checkpoint | None, file: Path) -> dict[str, Path]:
+    return _tensor_files(checkpoint.folder) if checkpoint else {"weights": file}
 
 
 def _one(path: Path) -> tuple[Checkpoint | None, Path]:
@@ -354,10 +314,6 @@ def _config_file(file: Path) -> Path | None:
     return beside if beside.is_file() else None
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file())
-
-
 def _size(file: Path) -> int:
     return file.stat().st_size
 
@@ -372,7 +328,7 @@ def _listed(folder: Path) -> Listed:
     counts: dict[str, Any] = {}
     if not damage:
         try:
-            counts = _object(Checkpoint(folder, checksums=False).counts())
+            counts = Checkpoint(folder, checksums=False).counts()
         except UserError as error:
             damage = _within(folder, error)
     return Listed(
@@ -382,12 +338,9 @@ def _listed(folder: Path) -> Listed:
         tokens=tokens if isinstance(tokens := counts.get("global_token_pass"), int) else None,
         loss=_number(counts.get("loss")),
         val_loss=_number(counts.get("val_loss")),
-        holds=[kind for kind in ("weights", "optimizer", "ema") if kind in _tensor_files(folder)],
+        holds=list(_tensor_files(folder)),
         damage=damage,
     )
-
-
-# ---- verify
 
 
 def _damaged_files(folder: Path, verdict: Verdict, advance: Advance | None) -> Iterator[tuple[str, str]]:
@@ -396,45 +349,14 @@ def _damaged_files(folder: Path, verdict: Verdict, advance: Advance | None) -> I
         yield MANIFEST, "is missing"
         return
     try:
-        manifest = read_object(folder / MANIFEST)
-        step = int(manifest["step"])
-        files = [(name, int(size), str(checksum)) for name, (size, checksum) in manifest["files"].items()]
+        step, files = read_manifest(folder)
     except UserError as error:
         yield MANIFEST, _within(folder, error).removeprefix(f"{MANIFEST}: ")
         return
-    except (KeyError, TypeError, ValueError, AttributeError):
-        yield MANIFEST, "not a manifest"
-        return
     if folder.name != str(step):
         yield MANIFEST, f"is that of step {step}; give the folder its name back"
-    for name, size, checksum in files:
-        file = folder / name
-        found = _size(file) if file.is_file() else None
-        if found is None:
-            yield name, "is missing"
-        elif found != size:
-            yield name, f"has {found} of {size} bytes"
-        elif advance and _checksum(file, advance) != checksum:
-            yield name, "its content has changed"
-        verdict.files, verdict.size = verdict.files + 1, verdict.size + (found or 0)
-
-
-def _checksum(file: Path, advance: Advance) -> str:
-    value = 0
-    with file.open("rb") as content:
-        while block := content.read(1 << 22):
-            value = zlib.crc32(block, value)
-            advance(len(block))
-    return f"{value:08x}"
-
-
-def _count_not_finite(file: Path, name: str, tensor: torch.Tensor, advance: Advance) -> int:
-    count = 0
-    for piece in _pieces(file, name, tensor):
-        # Types of one byte have no isfinite of their own; float() would make infinities of large doubles.
-        count += piece.numel() - int(torch.isfinite(piece.float() if piece.itemsize == 1 else piece).sum())
-        advance(piece.nbytes)
-    return count
+    verdict.files, verdict.size = len(files), sum(size for size, _ in files.values())
+    yield from damaged_files(folder, files, advance is not None, advance)
 
 
 def _within(folder: Path, error: UserError) -> str:
@@ -442,7 +364,7 @@ def _within(folder: Path, error: UserError) -> str:
     return str(error).replace(f"{folder}/", "").replace("\n", "; ")
 
 
-# ---- show
+# ---- what they hold
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -451,6 +373,10 @@ def _object(value: Any) -> dict[str, Any]:
 
 def _number(value: Any) -> float | None:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _position(checkpoint: Checkpoint | None) -> dict[str, Any] | None:
+    return checkpoint.position() if checkpoint and (checkpoint.folder / POSITION).is_file() else None
 
 
 def _data(position: Any) -> dict[str, Any] | None:
@@ -484,131 +410,22 @@ def _default(option: dataclasses.Field) -> Any:
     return option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
 
 
-def _model_from_shapes(weights: dict[str, torch.Tensor]) -> dict[str, Any] | None:
-    """The keys of a model configuration that shapes tell; None for weights of something else."""
-    embedding = weights.get("input_embedding.weight")
-    gate = weights.get("encoder.layers.0.ffn.ffn.w_in.w_0.weight")
-    if embedding is None or gate is None or embedding.dim() != 2 or gate.dim() != 2:
-        return None
-    layers = {match[1] for name in weights if (match := re.match(r"encoder\.layers\.(\d+)\.", name))}
-    return {
-        "vocab_size": embedding.shape[0],
-        "dim_model": embedding.shape[1],
-        "dim_ff": gate.shape[0],
-        "num_layers": len(layers),
-        "qkv_bias": "encoder.layers.0.self_att.self_attention.project_q.bias" in weights,
-        "tie_lm_head": "lm_head.weight" not in weights,
-    }
-
-
-def _dtype(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _statistics(file: Path, name: str, tensor: torch.Tensor, advance: Advance) -> Statistics:
-    """Mean and squares are merged piece by piece (Chan, Golub, LeVeque 1979), which loses no digits."""
-    count, mean, squares, least, most = 0, 0.0, 0.0, math.inf, -math.inf
-    for piece in _pieces(file, name, tensor):
-        values = piece.double()
-        values = values[values.isfinite()]
-        if new := values.numel():
-            variance, center = (float(value) for value in torch.var_mean(values, correction=0))
-            squares += variance * new + (center - mean) ** 2 * count * new / (count + new)
-            mean += (center - mean) * new / (count + new)
-            least, most = min(least, float(values.min())), max(most, float(values.max()))
-            count += new
-        advance(piece.nbytes)
-    figures = (mean, math.sqrt(squares / count), least, most) if count else (None,) * 4
-    return Statistics(name, list(tensor.shape), _dtype(tensor), tensor.numel() - count, *figures)
-
-
-# ---- diff
-
-
-def _configuration(checkpoint: Checkpoint | None, file: Path) -> dict[str, Any]:
-    """As {section.key: value}."""
+def _configuration(checkpoint: Checkpoint | None, file: Path) -> dict[str, dict[str, Any]]:
+    """The values of model, train and data, as {section.key: value}."""
     config_file = _config_file(file)
     model = load_model_config(config_file).value.to_json() if config_file else {}
-    values = {f"model.{key}": value for key, value in model.items()}
-    if checkpoint and (checkpoint.folder / RUN_CONFIG).is_file():
-        for section, items in read_object(checkpoint.folder / RUN_CONFIG).items():
-            values |= {f"{section}.{key}": _object(item).get("value") for key, item in _object(items).items()}
-    return values
+    sections = {"model": {f"model.{key}": value for key, value in model.items()}} if model else {}
+    for name, items in (checkpoint.run_config() if checkpoint else {}).items():
+        section = sections.setdefault(name.partition(".")[0], {})
+        section.update({f"{name}.{key}": _object(item).get("value") for key, item in _object(items).items()})
+    return sections
 
 
-def _counts(checkpoint: Checkpoint | None) -> dict[str, Any]:
-    counts = dict(_object(checkpoint.counts())) if checkpoint else {}
+def _counts(checkpoint: Checkpoint) -> dict[str, Any]:
+    counts = checkpoint.counts()
     tasks = _object(counts.pop("global_total_task_token", None))
     return counts | {f"global_total_task_token.{task}": count for task, count in tasks.items()}
 
 
-def _position(checkpoint: Checkpoint | None) -> Any:
-    return checkpoint.position() if checkpoint and (checkpoint.folder / POSITION).is_file() else None
-
-
-def _changes(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]] | None:
-    if not a or not b:
-        return None
+def _changes(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     return [(key, a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)]
-
-
-def _of_both(a: dict[str, Any], b: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is in sections that both have: a .pt file tells of the model alone."""
-    sections = {key.partition(".")[0] for key in a} & {key.partition(".")[0] for key in b}
-    some, others = ({key: item for key, item in c.items() if key.partition(".")[0] in sections} for c in (a, b))
-    return some, others
-
-
-def _compare_files(a: Path, b: Path, advance: Advance) -> TensorDifference:
-    some, others = read_weights(a), read_weights(b)
-    shapes, distances = [], []
-    for name in (name for name in some if name in others):  # in the order of the file
-        if some[name].shape != others[name].shape:
-            shapes.append((name, list(some[name].shape), list(others[name].shape)))
-        elif not _same_bits(a, b, name, some[name], others[name]):
-            distances.append(_distance(a, b, name, some[name], others[name]))
-        advance(some[name].nbytes)
-    return TensorDifference(
-        count=len(some.keys() | others.keys()),
-        only_a=sorted(some.keys() - others.keys()),
-        only_b=sorted(others.keys() - some.keys()),
-        shapes=sorted(shapes),
-        # What is not a number at all comes before the largest.
-        distances=sorted(distances, key=lambda d: (-math.inf if math.isnan(d.largest) else -d.largest, d.name)),
-    )
-
-
-def _same_bits(a: Path, b: Path, name: str, one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dtype == other.dtype and all(
-        torch.equal(mine.view(torch.uint8), yours.view(torch.uint8))
-        for mine, yours in zip(_pieces(a, name, one), _pieces(b, name, other))
-    )
-
-
-def _distance(a: Path, b: Path, name: str, one: torch.Tensor, other: torch.Tensor) -> Distance:
-    largest, sums = torch.zeros((), dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
-    for mine, yours in zip(_pieces(a, name, one), _pieces(b, name, other)):
-        x, y = mine.double(), yours.double()
-        gap = x - y
-        largest = torch.maximum(largest, gap.abs().max())  # which keeps a nan
-        sums += torch.stack([gap.dot(gap), x.dot(x), y.dot(y), x.dot(y)])
-    gaps, ours, theirs, product = sums.tolist()
-    both = math.sqrt(ours) * math.sqrt(theirs)
-    return Distance(
-        name,
-        largest=float(largest),
-        relative=math.sqrt(gaps / ours) if ours else math.nan,
-        cosine=product / both if both else math.nan,
-        dtypes="" if one.dtype == other.dtype else f"{_dtype(one)}, {_dtype(other)}",
-    )
-
-
-def _pieces(file: Path, name: str, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A tensor's values in flat, contiguous pieces. Raises UserError for a kind of tensor that has none."""
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
-        raise UserError(f"{file}: {name}: found {tensor.type()}, expected a plain tensor of real numbers")
-    if tensor.nbytes > tensor.untyped_storage().nbytes():  # written out, a few bytes could fill the memory
-        raise UserError(f"{file}: {name}: repeats its values ({list(tensor.shape)} of them); write it out in full")
-    if tensor.numel():
-        for piece in tensor.detach().reshape(-1).split(_PIECE):
-            yield piece.contiguous()

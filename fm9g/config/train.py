@@ -328,6 +328,10 @@ def _pretrain_section(file: Path, content: dict[str, Any]) -> Layer:
 
 def _acting(layer: Layer, notes: list[str]) -> dict[str, Any]:
     """The layer's values, under their keys' own names, without those that change nothing; a note for each of these."""
+    if lora := sorted(key for key in layer.values if key.startswith("lora_")):
+        raise UserError(
+            f"{layer.origin}: {lora[0]}: LoRA is not part of this version; without it, all weights are trained"
+        )
     values = {_SHORT.get(key, key): value for key, value in layer.values.items()}
     if len(values) < len(layer.values):
         raise UserError(f"{layer.origin}: resume and resume_ckpt are both given; they are the same")

@@ -120,7 +120,7 @@ def _torch(model: ModelConfig, setup: Setup) -> _Held:
     total = (n * layers + r) / shards
     return _Held(
         weights=4 * total,
-        optimizer=0 if setup.optimizer_offload else 8 * total,
+        optimizer=0 if setup.optimizer_offload else sizes.state_bytes(model, setup) * total,
         layer_gradient=4 * n / shards,
         root_gradient=4 * r / shards,
         layer=e * n,
@@ -151,7 +151,8 @@ def _bmtrain(model: ModelConfig, setup: Setup) -> _Held:
     masters, several = 4 * (e < 4), setup.grad_accum > 1
     return _Held(
         weights=e * total,
-        optimizer=(0 if setup.optimizer_offload else (8 + masters) * total) + masters * total * several,
+        optimizer=(0 if setup.optimizer_offload else (sizes.state_bytes(model, setup) + masters) * total)
+        + masters * total * several,
         layer_gradient=e * n / setup.data_parallel,
         root_gradient=e * r / setup.data_parallel,
         layer=e * n,

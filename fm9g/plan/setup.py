@@ -25,6 +25,8 @@ RUN_KEYS = (
     "activation_checkpoint",
     "grad_ckpt_num",
     "optimizer_offload",
+    "optimizer",
+    "ema_decay",
     "batch_size",
     "max_length",
     "grad_accum",
@@ -72,6 +74,8 @@ class Setup:
     activation_checkpoint: str = "none"
     grad_ckpt_num: int = 160
     optimizer_offload: bool = False
+    optimizer: str = "adamw"
+    ema_decay: float = 0.0
     half_type: str = "bf16"
     batch_size: int = 1
     max_length: int = 4096

@@ -11,7 +11,7 @@ from fm9g.plan.setup import GIB
 _MEANING = {
     "weights": "this GPU's part",
     "gradients": "this GPU's part",
-    "optimizer": "two moments a weight, and fp32 copies where the engine has them",
+    "optimizer": "moments of weights, and fp32 copies where the engine has them",
     "activations": "kept for the backward pass, and its own values",
     "loss": "a chunk of logits, gradient of the output layer",
     "buffers": "gathered weights, gradients on their way",
@@ -28,7 +28,7 @@ def table(made: Plan, tokens: float) -> str:
         ("free" if made.fits else "missing", f"{abs(made.free) / GIB:.2f} GiB", f"of {made.gpu.memory:g} GiB"),
         ("", "", ""),
         ("parameters", f"{made.weights / 1e9:.3f} B", f"{setup.engine}, {setup.half_type}"),
-        ("checkpoint", f"{made.checkpoint / GIB:.1f} GiB", "on disk: fp32 weights and two moments"),
+        ("checkpoint", f"{made.checkpoint / GIB:.1f} GiB", "on disk, with AdamW: fp32 weights and two moments"),
         ("tokens a step", f"{setup.tokens_a_step:,}", _product(made)),
         ("FLOPs a token", f"{made.flops_a_token:.3g}", f"forward and backward, texts of {setup.max_length} tokens"),
         (

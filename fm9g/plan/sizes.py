@@ -62,8 +62,20 @@ def count_weights(model: ModelConfig) -> int:
 
 
 def checkpoint_bytes(model: ModelConfig) -> int:
-    """Of a checkpoint on disk: fp32 weights and two fp32 moments of each."""
+    """Of a checkpoint on disk with AdamW: fp32 weights and two fp32 moments of each."""
     return 12 * count_weights(model)
+
+
+def state_bytes(model: ModelConfig, setup: Setup) -> float:
+    """What the optimizer keeps for a weight, on average over the model: moments, and the mean of weights."""
+    matrices = model.num_layers * layer_weights(model) / count_weights(model)
+    moments = {
+        "adamw": 8.0,
+        "adamw8bit": 2 * (1 + 4 / 256),  # a byte each, and an fp32 scale for 256
+        "adafactor": 0.0,  # a row and a column of each matrix
+        "muon": 4 * matrices + 8 * (1 - matrices),  # one mean of a matrix in layers
+    }
+    return moments[setup.optimizer] + 4 * bool(setup.ema_decay)
 
 
 def flops_a_token(model: ModelConfig, max_length: int) -> float:

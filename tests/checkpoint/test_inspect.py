@@ -339,7 +339,7 @@ def test_show_tells_of_a_bare_file_what_its_shapes_and_its_neighbour_tell(capsys
 
 
 def test_statistics_are_those_of_numpy_over_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspect, "_PIECE", 7)
+    monkeypatch.setattr("fm9g.checkpoint.tensors._PIECE", 7)
     values = 100 + torch.randn(10, 9, generator=torch.Generator().manual_seed(1))
     values[3, 3], values[4, 4] = math.nan, math.inf
     kinds = {"a": values, "turned": values.T, "half": values.half(), "none": torch.full((3,), math.nan)}
@@ -422,7 +422,7 @@ def test_diff_tells_configuration_counts_position_and_the_largest_differences(ca
 
 
 def test_distances_are_those_of_numpy_over_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspect, "_PIECE", 7)
+    monkeypatch.setattr("fm9g.checkpoint.tensors._PIECE", 7)
     one = torch.randn(10, 9, generator=torch.Generator().manual_seed(1))
     two = one + 0.1 * torch.randn(10, 9, generator=torch.Generator().manual_seed(2))
     torch.save({"w": one}, "a.pt")

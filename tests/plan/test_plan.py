@@ -255,3 +255,17 @@ def test_every_component_is_in_the_table() -> None:
     assert f"{made.memory.total / GIB:.2f} GiB" in text
     assert f"{made.memory.activations / GIB:.2f} GiB" in text
     assert "free" in text
+
+
+def test_what_optimizers_keep(tmp_path: Path) -> None:
+    model = shipped("7b")
+    kept = {
+        (name, ema): peak(model, Setup(optimizer=name, ema_decay=ema)).optimizer / count_weights(model)
+        for name in ("adamw", "adamw8bit", "adafactor", "muon")
+        for ema in (0.0, 0.99)
+    }
+    assert kept["adamw", 0.0] == 8
+    assert kept["adamw8bit", 0.0] == pytest.approx(2.03, abs=0.01)
+    assert kept["adafactor", 0.0] == 0
+    assert 4 < kept["muon", 0.0] < 4.5
+    assert all(kept[name, 0.99] - kept[name, 0.0] == pytest.approx(4) for name, _ in kept)

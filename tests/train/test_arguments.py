@@ -23,8 +23,7 @@ from fm9g.config.fields import keys_of
 from fm9g.config.train import RETIRED, TrainConfig
 from fm9g.data.pool import EncodingPool
 from fm9g.errors import UserError
-from fm9g.report.files import read_events
-from fm9g.train.metrics import read_metrics
+from fm9g.report.files import read_events, read_metrics
 from fm9g.train.run import Result
 
 Train = Callable[..., Result]

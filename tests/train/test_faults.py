@@ -90,13 +90,19 @@ def test_a_resume_that_is_not_exact_is_noticed(bed: Bed) -> None:
 # What the long test found, one by one
 
 
-def test_what_the_system_said_is_not_hidden_by_what_torch_says_of_it(tmp_path: Path) -> None:
-    class Full(io.BytesIO):
+@pytest.mark.parametrize("good", range(3))
+def test_what_the_system_said_is_not_hidden_by_what_torch_says_of_it(tmp_path: Path, good: int) -> None:
+    class Quota(io.BytesIO):
+        writes = 0
+
         def write(self, data: Any) -> int:
-            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+            self.writes += 1
+            if self.writes > good:
+                raise OSError(errno.EDQUOT, "Disk quota exceeded")
+            return super().write(data)
 
     with pytest.raises(UserError, match=r"file: cannot be written: Disk quota exceeded"), new_file(tmp_path / "file"):
-        torch.save({"weight": torch.ones(2)}, Full())
+        torch.save({"weight": torch.ones(2)}, Quota())
     assert not list(tmp_path.iterdir())
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fm9g.train.metrics import read_metrics
+from fm9g.report.files import read_metrics
 from fm9g.train.run import Result
 
 GOLDEN = Path(__file__).with_name("golden.json")

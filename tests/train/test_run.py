@@ -16,8 +16,7 @@ from fm9g.checkpoint.folder import Checkpoint, open_step, steps_in
 from fm9g.checkpoint.weights import read_weights
 from fm9g.convert.hf import export_folder
 from fm9g.errors import UserError
-from fm9g.report.files import read_events
-from fm9g.train.metrics import read_metrics
+from fm9g.report.files import read_events, read_metrics
 from fm9g.train.run import Result
 
 STEPS = 12
