@@ -6,7 +6,7 @@ SCALE ?= 1
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-all test-gpu check format bench-data bench-engine bmtrain docs clean
+.PHONY: quickstart test test-all test-gpu check format bench-data bench-engine bench-train bmtrain docs clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/fm9g quickstart $(ARGS)
@@ -41,6 +41,9 @@ bench-data: $(VENV)/installed  # about ten minutes and 6 GB of disk, on a machin
 bench-engine: $(VENV)/installed  # on the GPU where there is one; GPU=H100 names whose peak the MFU is of
 	for engine in torch bmtrain; do $(BIN)/python benchmarks/engine/construction.py --engine $$engine --scale $(SCALE) || exit 1; done
 	$(BIN)/python benchmarks/engine/throughput.py --gpu $(GPU)
+
+bench-train: $(VENV)/installed  # ten minutes, and as long again for the faults
+	for name in saving figures faults; do $(BIN)/python benchmarks/train/$$name.py || exit 1; done
 
 # The tests on CPUs need the Python code of bmtrain, which has wheels for these Pythons. What it requires stays out:
 # nvidia-nccl-cu11 would overwrite the NCCL of torch.

@@ -42,6 +42,7 @@ setup(
         "opendelta": ["opendelta==0.3.2"],
         "quantization": ["bitsandbytes"],
         "serving": ["vllm"],
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "pre-commit"],
+        "tracking": ["wandb", "swanlab"],
+        "dev": ["bitsandbytes", "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "pre-commit"],
     },
 )

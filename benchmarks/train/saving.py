@@ -11,18 +11,23 @@ from pathlib import Path
 
 from common import median, prepare, run
 
-STEPS, EVERY = 24, 6
+STEPS, EVERY = 32, 6
+CASES: dict[str, dict[str, str]] = {
+    "no checkpoints": {"save": "false"},
+    "at once": {},
+    "beside (async_save)": {"async_save": "true"},
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=1024, help="of a step")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--tokens", type=int, default=512, help="of a step")
     parser.add_argument("--folder", type=Path, default=None, help="on the disk that is to be measured")
     options = parser.parse_args()
     model = {
-        "vocab_size": 32000,
+        "vocab_size": 8000,
         "dim_model": options.width,
         "dim_ff": 3 * options.width,
         "num_layers": options.layers,
@@ -36,11 +41,7 @@ def main() -> None:
         settings |= {"train_iters": str(STEPS), "max_length": str(options.tokens), "save_iters": str(EVERY)}
         rows = []
         # At the end each run waits for what is being written; the steps before are the ones that count.
-        for title, changes in (
-            ("no checkpoints", {"save": "false"}),
-            ("at once", {}),
-            ("beside (async_save)", {"async_save": "true"}),
-        ):
+        for title, changes in CASES.items():
             lines = run(folder, settings | changes)[2:]
             saves = [line for line in lines if line["step"] % EVERY == 0 and line["step"] < STEPS]
             plain = median([line["seconds"] - line["Time/checkpoint"] for line in lines])

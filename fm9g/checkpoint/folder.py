@@ -1,6 +1,7 @@
 """A checkpoint: a folder `<step>` with weights, optimizer state, data position and what describes them.
 
 It is written under a temporary name, with size and CRC-32 of every file in manifest.json, and renamed when whole.
+Checkpoints are opened by their step or found by a path or a run's name.
 """
 
 from __future__ import annotations
@@ -190,11 +191,13 @@ def steps_in(root: Path) -> list[int]:
     )
 
 
-def open_newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and a line for each newer one that is not. Raises UserError where there are
-    checkpoints and none is whole."""
+def open_newest(root: Path, since: float = 0.0) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, and a line for each newer one that is not. since: seconds since the epoch;
+    older ones do not count. Raises UserError where there are checkpoints and none is whole."""
     notes: list[str] = []
     for step in reversed(steps_in(root)):
+        if (root / str(step)).stat().st_mtime < since:
+            continue
         try:
             return Checkpoint(root / str(step)), notes
         except UserError as error:

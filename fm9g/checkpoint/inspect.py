@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,16 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fm9g.checkpoint.folder import (
-    MANIFEST,
-    MODEL_CONFIG,
-    POSITION,
-    Advance,
-    Checkpoint,
-    damaged_files,
-    file_name,
-    read_manifest,
-)
+from fm9g.checkpoint.find import checkpoints_at, checkpoints_in, find, is_checkpoint, leftovers_in, tensor_files
+from fm9g.checkpoint.folder import MANIFEST, MODEL_CONFIG, POSITION, Advance, Checkpoint, damaged_files, read_manifest
 from fm9g.checkpoint.tensors import (
     Statistics,
     TensorDifference,
@@ -33,17 +24,13 @@ from fm9g.checkpoint.tensors import (
     statistics,
 )
 from fm9g.checkpoint.weights import check_weights, read_weights
-from fm9g.config.fields import keys_of, nearest
+from fm9g.config.fields import keys_of
 from fm9g.config.load import read_object
 from fm9g.config.mixture import DatasetConfig
 from fm9g.config.model import ModelConfig, load_model_config
 from fm9g.config.train import TrainConfig
 from fm9g.errors import UserError
 from fm9g.model.transformer import weight_shapes
-
-BASE = Path("data") / "checkpoints"  # where a run's name is looked for
-_TENSORS = {"weights": "weights", "optimizer": "optimizer", "ema": "means"}  # as shown, and as folder.py calls them
-_LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.(tmp|old)")  # as fm9g.files names them
 
 
 @dataclass(frozen=True)
@@ -102,64 +89,21 @@ class Difference:
     tensors: dict[str, TensorDifference]
 
 
-def find(path: Path) -> Path:
-    """What a path, or a path below data/checkpoints, names. Raises UserError that lists what is there instead."""
-    for there in (path, BASE / path):
-        if there.exists():  # a checkpoint is known by the name of its folder: `.` and links say less
-            return there if there.name == there.resolve().name else there.resolve()
-    for missing in (path, BASE / path):
-        while not missing.parent.exists():
-            missing = missing.parent
-        name, folder = missing.name, missing.parent
-        if steps := [step.name for step in _steps(folder)]:
-            found = f"{folder} has no checkpoint {name!r}; its steps: {', '.join(steps)}"
-            raise UserError(f"{path}: {found}{nearest(name, steps)}")
-        if runs := [run.name for run in _runs(folder)]:
-            found = f"there is no run {name!r} in {folder}; its runs: {', '.join(runs)}"
-            raise UserError(f"{path}: {found}{nearest(name, runs)}")
-    raise UserError(f"{path}: no such file or folder, and no run in {BASE}; give the folder of a run or a checkpoint")
-
-
-def runs_at(path: Path | None) -> list[Path]:
-    """The run of that folder or name, or all runs of a folder of runs. None: those of data/checkpoints."""
-    if path is None and not BASE.is_dir():
-        raise UserError(f"{BASE}: no such folder; run this beside data/, or give the folder of a run's checkpoints")
-    folder = BASE if path is None else find(path)
-    if _is_checkpoint(folder):
-        raise UserError(f"{folder}: one checkpoint; give the folder of its run, {folder.parent}")
-    runs = [folder] if _is_run(folder) else _runs(folder)
-    if not runs:
-        raise UserError(f"{folder}: holds no checkpoints (folders named by their step), nor runs with some")
-    return runs
-
-
-def checkpoints_at(path: Path) -> list[Path]:
-    """The checkpoint of that folder, or all of a run. Raises UserError where there is none."""
-    folder = find(path)
-    if folder.is_file():
-        raise UserError(f"{folder}: a file; only checkpoint folders have checksums. See fm9g ckpt show --weights")
-    if steps := [folder] if _is_checkpoint(folder) else _steps(folder):
-        return steps
-    runs = ", ".join(run.name for run in _runs(folder))
-    more = f"; it holds the runs {runs}: give one of them" if runs else f": neither {MANIFEST} nor folders with one"
-    raise UserError(f"{folder}: not a checkpoint{more}")
-
-
 def list_run(folder: Path) -> Run:
     """Every checkpoint of a run, whole or not; none of their tensors is read."""
     listed = []
-    for step in _steps(folder):
+    for step in checkpoints_in(folder):
         with suppress(FileNotFoundError):  # a run that goes on may be deleting it
             listed.append(_listed(step))
     whole = [item for item in listed if not item.damage]
     scored = [(item.val_loss, item.folder) for item in whole if item.val_loss is not None]
     best = min((row for row in scored if math.isfinite(row[0])), key=lambda row: row[0], default=(None, None))
-    return Run(folder, listed, whole[-1].folder if whole else None, best[1], _leftovers(folder))
+    return Run(folder, listed, whole[-1].folder if whole else None, best[1], leftovers_in(folder))
 
 
 def work_of(folder: Path) -> int:
     """About how many bytes `verify` reads: every file, and those of tensors twice."""
-    return sum(map(_size, [*_files(folder), *_tensor_files(folder).values()]))
+    return sum(map(_size, [*_files(folder), *tensor_files(folder).values()]))
 
 
 def verify(folder: Path, advance: Advance) -> Verdict:
@@ -169,7 +113,7 @@ def verify(folder: Path, advance: Advance) -> Verdict:
     verdict.damages += [f"{name}: {damage}" for name, damage in bad.items()]
     if MANIFEST in bad:  # then nothing is known of the others
         return verdict
-    files = _tensor_files(folder)
+    files = tensor_files(folder)
     if "weights" not in files:
         verdict.damages.append("its weight file is missing")
     for kind, file in files.items():
@@ -199,9 +143,8 @@ def describe(path: Path) -> dict[str, Any]:
     configuration = checkpoint.run_config() if checkpoint else {}
     if config_file:
         given = {key: value for key, value in read_object(config_file).items() if key != "architectures"}
-        configuration.setdefault(
-            "model", {key: {"value": value, "from": str(config_file)} for key, value in given.items()}
-        )
+        raw = {key: {"value": value, "from": str(config_file)} for key, value in given.items()}
+        configuration.setdefault("model", raw)
     place = checkpoint.folder if checkpoint else file
     return {
         "path": str(place),
@@ -230,11 +173,10 @@ def compare(a: Path, b: Path, advance: Advance) -> Difference:
     files_a, files_b = _tensors_of(one, file_a), _tensors_of(other, file_b)
     ours, theirs = _configuration(one, file_a), _configuration(other, file_b)
     sections = [section for section in ours if section in theirs]  # a .pt file tells of the model alone
+    changes = [change for section in sections for change in _changes(ours[section], theirs[section])]
     place_a, place_b = _position(one), _position(other)
     return Difference(
-        configuration=[change for section in sections for change in _changes(ours[section], theirs[section])]
-        if sections
-        else None,
+        configuration=changes if sections else None,
         counts=_changes(_counts(one), _counts(other)) if one and other else None,
         position=None if place_a is None or place_b is None else place_a == place_b,
         tensors={
@@ -251,49 +193,13 @@ def tensors_size(path: Path, *kinds: str) -> int:
 # ---- folders
 
 
-def _is_checkpoint(folder: Path) -> bool:
-    """Also a damaged one without its manifest, but not a run that is called by a number."""
-    return (folder / MANIFEST).is_file() or (folder.name.isdecimal() and bool(_tensor_files(folder)))
-
-
-def _is_run(folder: Path) -> bool:
-    return bool(_steps(folder) or _leftovers(folder))
-
-
-def _steps(folder: Path) -> list[Path]:
-    """The checkpoints of a run, whole or not, in order."""
-    found = [step for step in folder.glob("*") if step.name.isdecimal() and _is_checkpoint(step)]
-    return sorted(found, key=lambda step: int(step.name))
-
-
-def _runs(folder: Path) -> list[Path]:
-    return sorted(filter(_is_run, folder.glob("*")))
-
-
-def _leftovers(folder: Path) -> list[tuple[Path, str]]:
-    found = []
-    for leftover in sorted(folder.glob(".*")):
-        match = _LEFTOVER.fullmatch(leftover.name)
-        if match and leftover.is_dir():
-            name, process, kind = match.groups()
-            what = "unfinished" if kind == "tmp" else f"the old {name}, moved aside"
-            found.append((leftover, f"{what}: process {process} is writing {name}, or ended before it had"))
-    return found
-
-
 def _files(path: Path) -> list[Path]:
     """All below a folder; or the file itself."""
     return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """weights, optimizer and ema: those of them that are there."""
-    files = {shown: folder / file_name(folder.name, kind) for shown, kind in _TENSORS.items()}
-    return {shown: file for shown, file in files.items() if file.is_file()}
-
-
 def _tensors_of(checkpoint: Checkpoint | None, file: Path) -> dict[str, Path]:
-    return _tensor_files(checkpoint.folder) if checkpoint else {"weights": file}
+    return tensor_files(checkpoint.folder) if checkpoint else {"weights": file}
 
 
 def _one(path: Path) -> tuple[Checkpoint | None, Path]:
@@ -301,7 +207,7 @@ def _one(path: Path) -> tuple[Checkpoint | None, Path]:
     there = find(path)
     if there.is_file():
         return None, there
-    if not _is_checkpoint(there) and (steps := _steps(there)):
+    if not is_checkpoint(there) and (steps := checkpoints_in(there)):
         names = ", ".join(step.name for step in steps)
         raise UserError(f"{path}: a run with the steps {names}; give one of them: {path / steps[-1].name}")
     checkpoint = Checkpoint(checkpoints_at(there)[0], checksums=False)
@@ -338,7 +244,7 @@ def _listed(folder: Path) -> Listed:
         tokens=tokens if isinstance(tokens := counts.get("global_token_pass"), int) else None,
         loss=_number(counts.get("loss")),
         val_loss=_number(counts.get("val_loss")),
-        holds=list(_tensor_files(folder)),
+        holds=list(tensor_files(folder)),
         damage=damage,
     )
 

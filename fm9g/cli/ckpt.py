@@ -39,7 +39,8 @@ def add_ckpt_verbs(verb: Any, group: Any) -> None:
 
 
 def _ls(options: argparse.Namespace) -> None:
-    from fm9g.checkpoint.inspect import list_run, runs_at
+    from fm9g.checkpoint.find import runs_at
+    from fm9g.checkpoint.inspect import list_run
 
     folders = [run for path in options.runs or [None] for run in runs_at(path)]
     rows: list[Sequence[str]] = [("run", "step", "written", "size", "tokens", "loss", "val_loss", "holds", "state")]
@@ -66,7 +67,8 @@ def _ls(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from fm9g.checkpoint.inspect import checkpoints_at, verify, work_of
+    from fm9g.checkpoint.find import checkpoints_at
+    from fm9g.checkpoint.inspect import verify, work_of
     from fm9g.progress import Progress
 
     damaged = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def _train(options: argparse.Namespace) -> int:
     from fm9g.launch.team import die_with_agent
 
     die_with_agent()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to save
     run = load_run(options.config, _overrides(options))
     config = run.train.value
     if config.only_run_dataloader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import resource
 from pathlib import Path
@@ -146,16 +147,17 @@ class RunDesk:
         state, config = self._state, self._config
         self._monitor.progress(state.step, "evaluating")
         figures = self._evaluation.run()
-        state.val_loss = figures["Loss/val"]
+        loss = figures["Loss/val"]
+        state.val_loss = loss if math.isfinite(loss) else None
         if self._metrics:
             self._metrics.write(state.step, figures)
-        if state.best is None or state.val_loss < state.best:
-            state.best, state.worse = state.val_loss, 0
-            self.event(state.step, "best", f"lowest validation loss so far: {state.val_loss:.4f}")
+        if state.val_loss is not None and (state.best is None or loss < state.best):
+            state.best, state.worse = loss, 0
+            self.event(state.step, "best", f"lowest validation loss so far: {loss:.4f}")
             return False
         state.worse += 1
         if config.early_stop and state.worse >= config.early_stop:
-            text = f"early stop: {state.worse} evaluations in a row were not below {state.best:.4f}"
+            text = f"early stop: {state.worse} evaluations in a row had no lower validation loss than {state.best}"
             self.event(state.step, "early_stop", text)
             return True
         return False

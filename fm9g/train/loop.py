@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -105,7 +106,7 @@ def train(
             figures = _figures(tasks, engine, packs, task_losses)
             figures |= {"Optimizer/lr": lr, "Optimizer/grad_norm": norm.item()}
             figures["Optimizer/scale"] = engine.loss_scale.scale
-            state.loss = figures["Loss/train"]
+            state.loss = figures["Loss/train"] if math.isfinite(figures["Loss/train"]) else None
             desk.log(figures, clock)
         if evaluates:
             with clock.span("evaluation"):

@@ -38,9 +38,9 @@ def find_checkpoint(config: TrainConfig, place: Place, root: Path) -> tuple[Chec
     steps = steps_in(root)
     restarted = place.attempt and place.started  # by our agent, which tells since when the run goes on
     if restarted:  # only what this run saved itself is newer than its start
-        own = [step for step in steps if (root / str(step)).stat().st_mtime >= place.started]
-        if own:
-            return open_step(root, own[-1]), []
+        found, notes = open_newest(root, since=place.started)
+        if found:
+            return found, notes
     if config.resume_ckpt == "auto":
         return open_newest(root)
     if config.resume_ckpt:

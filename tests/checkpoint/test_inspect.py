@@ -12,9 +12,9 @@ import pytest
 import torch
 from support import small_model
 
-from fm9g.checkpoint import inspect
+from fm9g.checkpoint.find import runs_at
 from fm9g.checkpoint.folder import MANIFEST, Snapshot, save_checkpoint
-from fm9g.checkpoint.inspect import compare, describe, list_run, runs_at, verify, weight_statistics
+from fm9g.checkpoint.inspect import compare, describe, list_run, verify, weight_statistics, work_of
 from fm9g.cli import main
 from fm9g.errors import UserError
 from fm9g.model.transformer import weight_shapes
@@ -260,7 +260,7 @@ def test_verify_counts_as_many_bytes_as_it_foretells() -> None:
         done += count
 
     verify(folder, advance)
-    foretold = inspect.work_of(folder)
+    foretold = work_of(folder)
     assert 0.5 * foretold < done <= foretold  # the small model's files are mostly names
 
 

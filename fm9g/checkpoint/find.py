@@ -1,0 +1,94 @@
+"""Checkpoints by what a user types: a path, or a name below data/checkpoints; whole or not."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from fm9g.checkpoint.folder import MANIFEST, file_name
+from fm9g.config.fields import nearest
+from fm9g.errors import UserError
+
+BASE = Path("data") / "checkpoints"  # where a run's name is looked for
+_TENSORS = {"weights": "weights", "optimizer": "optimizer", "ema": "means"}  # as shown, and as Snapshot calls them
+_LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.(tmp|old)")  # as fm9g.files names them
+
+
+def find(path: Path) -> Path:
+    """What a path, or a path below data/checkpoints, names. Raises UserError that lists what is there instead."""
+    for there in (path, BASE / path):
+        if there.exists():  # a checkpoint is known by the name of its folder: `.` and links say less
+            return there if there.name == there.resolve().name else there.resolve()
+    for missing in (path, BASE / path):
+        while not missing.parent.exists():
+            missing = missing.parent
+        name, folder = missing.name, missing.parent
+        if steps := [step.name for step in checkpoints_in(folder)]:
+            found = f"{folder} has no checkpoint {name!r}; its steps: {', '.join(steps)}"
+            raise UserError(f"{path}: {found}{nearest(name, steps)}")
+        if runs := [run.name for run in _runs_in(folder)]:
+            found = f"there is no run {name!r} in {folder}; its runs: {', '.join(runs)}"
+            raise UserError(f"{path}: {found}{nearest(name, runs)}")
+    raise UserError(f"{path}: no such file or folder, and no run in {BASE}; give the folder of a run or a checkpoint")
+
+
+def runs_at(path: Path | None) -> list[Path]:
+    """The run of that folder or name, or all runs of a folder of runs. None: those of data/checkpoints."""
+    if path is None and not BASE.is_dir():
+        raise UserError(f"{BASE}: no such folder; run this beside data/, or give the folder of a run's checkpoints")
+    folder = BASE if path is None else find(path)
+    if is_checkpoint(folder):
+        raise UserError(f"{folder}: one checkpoint; give the folder of its run, {folder.parent}")
+    runs = [folder] if _is_run(folder) else _runs_in(folder)
+    if not runs:
+        raise UserError(f"{folder}: holds no checkpoints (folders named by their step), nor runs with some")
+    return runs
+
+
+def checkpoints_at(path: Path) -> list[Path]:
+    """The checkpoint of that folder, or all of a run. Raises UserError where there is none."""
+    folder = find(path)
+    if folder.is_file():
+        raise UserError(f"{folder}: a file; only checkpoint folders have checksums. See fm9g ckpt show --weights")
+    if steps := [folder] if is_checkpoint(folder) else checkpoints_in(folder):
+        return steps
+    runs = ", ".join(run.name for run in _runs_in(folder))
+    more = f"; it holds the runs {runs}: give one of them" if runs else f": neither {MANIFEST} nor folders with one"
+    raise UserError(f"{folder}: not a checkpoint{more}")
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Also a damaged one without its manifest, but not a run that is called by a number."""
+    return (folder / MANIFEST).is_file() or (folder.name.isdecimal() and bool(tensor_files(folder)))
+
+
+def _is_run(folder: Path) -> bool:
+    return bool(checkpoints_in(folder) or leftovers_in(folder))
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run, whole or not, in order."""
+    found = [step for step in folder.glob("*") if step.name.isdecimal() and is_checkpoint(step)]
+    return sorted(found, key=lambda step: int(step.name))
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    return sorted(filter(_is_run, folder.glob("*")))
+
+
+def leftovers_in(folder: Path) -> list[tuple[Path, str]]:
+    """Folders that a save which has not ended left, and whose they are."""
+    found = []
+    for leftover in sorted(folder.glob(".*")):
+        match = _LEFTOVER.fullmatch(leftover.name)
+        if match and leftover.is_dir():
+            name, process, kind = match.groups()
+            what = "unfinished" if kind == "tmp" else f"the old {name}, moved aside"
+            found.append((leftover, f"{what}: process {process} is writing {name}, or ended before it had"))
+    return found
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """weights, optimizer and ema: those of them that are there."""
+    files = {shown: folder / file_name(folder.name, kind) for shown, kind in _TENSORS.items()}
+    return {shown: file for shown, file in files.items() if file.is_file()}
