@@ -126,9 +126,11 @@ def _print_result(result: Any) -> None:
     rate = result.tokens / max(result.seconds, 1e-9)
     print(f"step {result.step}: {result.tokens} tokens in this session, {result.seconds:.0f} s, {rate:.0f} tokens/s")
     if result.interrupted and result.checkpoint:
-        print(f"stopped before the end; go on with --resume_ckpt {result.step}")
+        print("stopped before the end; the same command with --resume auto goes on")
     print(f"checkpoint: {result.checkpoint or 'none (save is false)'}")
-    print(f"figures: {result.metrics_file}\nTensorBoard: {result.tensorboard}")
+    print(f"figures: {result.metrics_file}")
+    if result.tensorboard.is_dir():
+        print(f"TensorBoard: {result.tensorboard}")
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -124,7 +124,9 @@ def _open_source(source: Path, reference: Path | None) -> tuple[Path, ModelConfi
     if reference is not None:
         config = from_hf_config(read_object(reference / "config.json"), str(reference / "config.json"))
         return file, config, reference
-    beside = source / MODEL_CONFIG if folder else file.with_suffix(".json")
+    if not folder and (file.parent / MANIFEST).is_file():  # another file of a checkpoint, such as its .ema.pt
+        folder = Checkpoint(file.parent)
+    beside = folder.folder / MODEL_CONFIG if folder else file.with_suffix(".json")
     if not beside.is_file():
         raise UserError(f"{file}: its model configuration is not known; give the folder it came from with --reference")
     return file, load_model_config(beside).value, folder.tokenizer if folder else None

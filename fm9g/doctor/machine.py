@@ -14,7 +14,7 @@ from fm9g.config.run import RunConfig
 from fm9g.doctor.report import ERROR, GIB, OK, WARNING, Line
 from fm9g.errors import UserError
 from fm9g.files import probe_writable
-from fm9g.plan.sizes import checkpoint_bytes
+from fm9g.plan.sizes import checkpoint_bytes, count_weights
 
 _UNREACHABLE = "check that node 0 is up, that both are on one network, and that no firewall blocks the port"
 _REFUSALS = {
@@ -85,18 +85,20 @@ def _file_system(folder: Path) -> str:
 def _disk(run: RunConfig) -> Line:
     config = run.train.value
     first = int(config.resume_ckpt) if config.resume_ckpt.isdecimal() else 0
-    free, size = shutil.disk_usage(config.output_dir).free, checkpoint_bytes(run.model.value)
+    free, weights = shutil.disk_usage(config.output_dir).free, count_weights(run.model.value)
+    size = checkpoint_bytes(run.model.value) if not config.save_model_only else 4 * weights
+    size += 4 * weights * bool(config.ema_decay)
     steps = range(first, min(config.stop_iters or config.train_iters, config.train_iters))
     count = -(-len(steps) // config.save_iters) if config.save else 0
+    if config.save_total_limit:  # an old one goes when the new one is whole
+        count = min(count, config.save_total_limit + 1)
     found = (
         f"{free / GIB:.1f} GiB free; {count} checkpoints of {size / GIB:.1f} GiB to come: {count * size / GIB:.1f} GiB"
     )
     if count and free < size:
         return Line(ERROR, "disk", found, "not one fits: free space, or choose another --output_dir")
     if free < count * size:
-        return Line(
-            WARNING, "disk", found, f"the first {free // size} fit: raise save_iters, or delete old ones on the way"
-        )
+        return Line(WARNING, "disk", found, f"the first {free // size} fit: raise save_iters, or set save_total_limit")
     return Line(OK, "disk", found)
 
 

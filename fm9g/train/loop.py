@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Protocol
@@ -69,7 +70,8 @@ def train(
 
     tasks: the names behind the packs' task ids. Raises UserError where too many steps in a row were skipped.
     """
-    saved, evaluated, stop = state.step, state.step, False
+    saved = evaluated = logged = state.step
+    stop = False
     bad = BadSteps(engine, config.max_bad_steps)
     while state.step < config.last_step and not stop:
         with clock.span("data"):
@@ -98,16 +100,11 @@ def train(
         logs = state.step % config.log_iters == 0 or last or stop
         evaluates = bool(config.val_dataset) and (state.step % config.eval_iters == 0 or last)
         saves = state.step % config.save_iters == 0 or save_now
-        for step, kept, why in bad.found(wait=logs or saves):
-            state.skipped += 1
-            desk.skipped(step, kept, why)
-        bad.check()
+        _look(bad, state, desk, wait=logs or saves)
+        log = functools.partial(_log, tasks, engine, state, desk, clock, packs, task_losses, lr, norm)
         if logs:
-            figures = _figures(tasks, engine, packs, task_losses)
-            figures |= {"Optimizer/lr": lr, "Optimizer/grad_norm": norm.item()}
-            figures["Optimizer/scale"] = engine.loss_scale.scale
-            state.loss = figures["Loss/train"] if math.isfinite(figures["Loss/train"]) else None
-            desk.log(figures, clock)
+            log()
+            logged = state.step
         if evaluates:
             with clock.span("evaluation"):
                 stop = desk.evaluate() or stop
@@ -116,10 +113,39 @@ def train(
             with clock.span("checkpoint"):
                 desk.save()
             saved = state.step
+    if logged != state.step:  # the data ended, which is known a step later
+        _look(bad, state, desk, wait=True)
+        log()
     if config.val_dataset and evaluated != state.step and not stop:  # who gives a signal does not want to wait
         desk.evaluate()
     if saved != state.step:
         desk.save()
+
+
+def _look(bad: BadSteps, state: TrainState, desk: Desk, wait: bool) -> None:
+    """Has the desk know of steps that were found to have changed nothing. Raises UserError where they are too many."""
+    for step, packs, why in bad.found(wait):
+        state.skipped += 1
+        desk.skipped(step, packs, why)
+    bad.check()
+
+
+def _log(
+    tasks: list[str],
+    engine: Engine,
+    state: TrainState,
+    desk: Desk,
+    clock: Clock,
+    packs: list[Pack],
+    task_losses: torch.Tensor,
+    lr: float,
+    norm: torch.Tensor,
+) -> None:
+    """Has the desk write the figures of the step just finished. The device is waited for."""
+    figures = _losses(tasks, engine, packs, task_losses)
+    figures |= {"Optimizer/lr": lr, "Optimizer/grad_norm": norm.item(), "Optimizer/scale": engine.loss_scale.scale}
+    state.loss = figures["Loss/train"] if math.isfinite(figures["Loss/train"]) else None
+    desk.log(figures, clock)
 
 
 def _accumulate(
@@ -172,7 +198,7 @@ def _on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _figures(tasks: list[str], engine: Engine, packs: list[Pack], task_losses: torch.Tensor) -> dict[str, float]:
+def _losses(tasks: list[str], engine: Engine, packs: list[Pack], task_losses: torch.Tensor) -> dict[str, float]:
     """The mean loss over all targets of a step, and over those of each task that had one."""
     rows = [pack.task_ids[pack.targets != IGNORED] for pack in packs]
     counts = np.bincount(np.concatenate(rows), minlength=len(tasks))

@@ -54,7 +54,7 @@ _context.set_forkserver_preload(
 ENOUGH = 5  # problems
 PATIENCE = 120.0  # seconds that a life may take
 KINDS = ("full", "denied", "short", "limit", "disk")  # of failing writes: see WriteFault, and _Disk
-WORDS = ("disk is full", "Permission denied", "File too large")  # of errors that the faults make
+WORDS = ("disk is full", "No space left", "Permission denied", "File too large")  # of errors that the faults make
 _KEPT_LOGS = {f"{METRICS_FILE}.old", f"{EVENTS_FILE}.old"}  # of a run that began anew under its old name
 
 

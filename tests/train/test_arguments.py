@@ -236,7 +236,7 @@ def test_resuming_with_another_configuration_says_what_changed(facts: Any) -> No
 
 
 def test_stop_when_end_ends_with_the_data(facts: Any) -> None:
-    ended = facts("ended", stop_when_end=1, train_iters=500, max_samples=20, save_iters=500)
+    ended = facts("ended", stop_when_end=1, train_iters=500, max_samples=20, save_iters=500, log_iters=500)
     assert 20 < ended.steps < 60
     assert ended.lines["Epoch/few"][ended.steps] == ended.lines["Epoch/many"][ended.steps] == 1.0
 

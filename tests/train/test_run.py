@@ -10,6 +10,7 @@ from typing import BinaryIO
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import records
 
 from fm9g.checkpoint.folder import Checkpoint, open_step, steps_in
@@ -242,6 +243,18 @@ def test_auto_starts_anew_goes_on_and_passes_over_what_is_damaged(
     assert "resuming from" in output
     assert f"{first.checkpoint.parent / '4'}" in output
     assert_same_run(whole, second)
+
+
+def test_the_mean_of_the_weights_can_be_exported(train: Train, tmp_path: Path) -> None:
+    result = train("out", ema_decay=0.5, train_iters=3)
+    assert result.checkpoint is not None
+    means = Checkpoint(result.checkpoint).mean_weights()
+    assert means.keys() == weights(result).keys()
+    assert not torch.equal(means["lm_head.weight"], weights(result)["lm_head.weight"])
+    export_folder(result.checkpoint / "fm9g_live_checkpoint-3.ema.pt", tmp_path / "hf")
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    assert torch.equal(exported["lm_head.weight"], means["lm_head.weight"])
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
 
 
 def test_a_hugging_face_folder_is_a_start(train: Train, whole: Result, tmp_path: Path) -> None:
