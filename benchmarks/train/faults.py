@@ -127,10 +127,10 @@ where checkpoints are written at once and {2 * every} beside.
 "Lives" are those with failing writes. What follows are checkpoints that could not be written, by the reason. full: no
 space; denied: no permission; short: half of a write, then no space. Each of these strikes with a probability of 0.003
 to 0.05 whenever something below the run's folder is opened for writing, written, made, replaced or synced, and ten
-times that when a checkpoint gets its name, or loses it to be deleted. limit: the
-kernel cuts a write and refuses the next at a file size that comes and goes (RLIMIT_FSIZE). disk: a file system of 3 MB
-that somebody else fills and frees.{no_disk} delete: an old checkpoint that could not be moved out of the way. A life
-ends with an error when its last checkpoint, or the probe at its start, cannot be written.
+times that when a checkpoint gets its name, or loses it to be deleted. limit: the kernel cuts a write and refuses the
+next at a file size that comes and goes (RLIMIT_FSIZE). disk: a file system of 3 MB that somebody else fills and frees.
+delete: an old checkpoint that could not be moved out of the way, for which `tests/train/test_faults.py` has a test of
+its own. A life ends with an error when its last checkpoint, or the probe at its start, cannot be written.{no_disk}
 """
 
 
