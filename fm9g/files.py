@@ -7,12 +7,14 @@ import fcntl
 import mmap
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fm9g.errors import UserError
 
+_SKEW = 60.0  # seconds that the clock of a file system may be off
 _FULL = 64 * 1024  # bytes free below which a failed write means a full disk
 
 
@@ -160,10 +162,10 @@ def recover(target: Path) -> None:
     What it had moved aside comes back where nothing took its place; what it left half-written is deleted.
     """
     for leftover in target.parent.glob(f".{target.name}.*"):
-        parts = leftover.name.removeprefix(f".{target.name}.").split(".")
-        if len(parts) != 2 or not parts[0].isdecimal() or parts[1] not in ("tmp", "old") or _runs(int(parts[0])):
+        pid, _, kind = leftover.name.removeprefix(f".{target.name}.").partition(".")
+        if not pid.isdecimal() or kind not in ("tmp", "old") or _runs(int(pid), leftover):
             continue
-        if parts[1] == "old" and not target.exists():
+        if kind == "old" and not target.exists():
             leftover.rename(target)
         else:
             shutil.rmtree(leftover, ignore_errors=True)
@@ -173,7 +175,7 @@ def sweep(folder: Path) -> None:
     """Cleans up after killed processes that wrote in a folder: see `recover`, for all that is there."""
     for leftover in folder.glob(".*.*.*"):
         name, pid, kind = leftover.name[1:].rsplit(".", 2)
-        if not pid.isdecimal() or kind not in ("tmp", "old") or _runs(int(pid)):
+        if not pid.isdecimal() or kind not in ("tmp", "old") or _runs(int(pid), leftover):
             continue
         if leftover.is_dir():
             recover(folder / name)
@@ -192,15 +194,20 @@ def _beside(target: Path, kind: str) -> Path:
     return target.parent / f".{target.name}.{os.getpid()}.{kind}"
 
 
-def _runs(pid: int) -> bool:
-    if pid == os.getpid():  # of a process before this one that had the same number
+def _runs(pid: int, leftover: Path) -> bool:
+    """Whether the process that made it still runs, and not another one that has its number now."""
+    if pid == os.getpid():  # what this process writes, it does not sweep
         return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass
+    with suppress(OSError, ValueError, IndexError):  # where there is no /proc, a process of that number is the one
+        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        return time.time() - age < leftover.stat().st_mtime + _SKEW
     return True
 
 

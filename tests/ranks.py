@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import multiprocessing.connection
+import os
 import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
-# One server imports what takes long, and the ranks are its forks.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch._dynamo", "torch.distributed.tensor.parallel", "engine_runs"])
+from support import ROOT
+
+# One server imports what takes long, and the processes of all tests are its forks.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed.tensor.parallel", "engine_runs", "tensorboardX", "jsonschema", "train.faults"]
+)
 SECONDS = 300
+
+
+@functools.cache
+def start_server() -> None:
+    """Has the server run, if it does not yet: it imports with a path of its own, which is that of the start."""
+    path = os.pathsep.join(filter(None, [str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH")]))
+    # Killed processes leave semaphores, which Python clears away, and says so.
+    ignored = "ignore::UserWarning:multiprocessing.resource_tracker"
+    with mock.patch.dict(os.environ, PYTHONPATH=path, PYTHONWARNINGS=ignored):
+        process = context.Process(target=_nothing)
+        process.start()
+    process.join()
+
+
+def _nothing() -> None: ...
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """function(processes, *arguments) in each of so many processes; what they return, in the order of ranks."""
+    start_server()
     content = pickle.dumps(arguments)  # tensors by value, not as shared memory
     with tempfile.TemporaryDirectory() as folder:
-        answers = [_context.Pipe(duplex=False) for _ in range(world_size)]
+        answers = [context.Pipe(duplex=False) for _ in range(world_size)]
         ranks = [
-            _context.Process(
+            context.Process(
                 target=_rank, args=(rank, world_size, f"{folder}/store", answers[rank][1], function, content)
             )
             for rank in range(world_size)

@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from fm9g.errors import UserError
-from fm9g.files import new_file, new_folder, probe_writable, recover
+from fm9g.files import new_file, new_folder, probe_writable, recover, sweep
 
 
 def write(target: Path, text: str, overwrite: bool = False, sources: tuple[Path, ...] = ()) -> None:
@@ -88,3 +89,16 @@ def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
         probe_writable(tmp_path / "file" / "sub")
     probe_writable(tmp_path / "new")
     assert os.listdir(tmp_path / "new") == []
+
+
+def test_a_number_that_another_process_has_now_protects_no_leftover(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        leftover = tmp_path / f".7.{process.pid}.tmp"
+        leftover.mkdir()
+        sweep(tmp_path)
+        assert leftover.exists()  # it may be that process that is writing
+        old = time.time() - 3600
+        os.utime(leftover, (old, old))
+        sweep(tmp_path)
+        assert not leftover.exists()  # it began long after
+        process.kill()

@@ -19,7 +19,7 @@ import torch
 from fm9g.checkpoint.weights import read_weights, write_weights
 from fm9g.config.load import read_json, read_object
 from fm9g.errors import UserError
-from fm9g.files import new_folder
+from fm9g.files import as_user_error, new_folder, remove_folder
 
 MANIFEST, POSITION, MODEL_CONFIG, TOKENIZER = "manifest.json", "data_position.json", "config.json", "tokenizer"
 RUN_CONFIG = "run_config.json"
@@ -189,6 +189,21 @@ def steps_in(root: Path) -> list[int]:
     return sorted(
         int(folder.name) for folder in root.iterdir() if folder.name.isdecimal() and (folder / MANIFEST).is_file()
     )
+
+
+def set_aside(root: Path, steps: list[int]) -> None:
+    """Gives checkpoints a name, STEP.left, under which no run goes on from them; older ones of that name go.
+
+    Raises UserError where that cannot be done.
+    """
+    for step in steps:
+        folder, aside = root / str(step), root / f"{step}.left"
+        try:
+            if aside.exists():
+                remove_folder(aside)
+            folder.rename(aside)
+        except OSError as error:
+            raise as_user_error(error, aside) from error
 
 
 def open_newest(root: Path, since: float = 0.0) -> tuple[Checkpoint | None, list[str]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fm9g.checkpoint.folder import Checkpoint, Snapshot, Tensors, save_checkpoint, steps_in
+from fm9g.checkpoint.folder import Checkpoint, Snapshot, Tensors, save_checkpoint, set_aside, steps_in
 from fm9g.errors import UserError
 from fm9g.files import remove_folder
 
@@ -23,13 +23,23 @@ class Saver:
     written: the step of the last checkpoint that is whole. failure: why the last one is not, or empty.
     """
 
-    def __init__(self, root: Path, first: bool, background: bool, limit: int, replaced: list[int], told: Told) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        first: bool,
+        background: bool,
+        limit: int,
+        replaced: list[int],
+        left: list[int],
+        told: Told,
+    ) -> None:
         """first: this is rank 0. background: write in a thread, from copies. limit: checkpoints to keep, 0 for all.
-        replaced: steps of another run, deleted when this one has a checkpoint. told: (step, kind, text) of an event,
-        called in the thread.
+        replaced: steps of another run, deleted when this one has a checkpoint. left: steps of a course that is left,
+        set aside before this one's first is written. told: (step, kind, text) of an event, called in the thread.
         """
         self._root, self._first, self._background, self._limit = root, first, background, limit
-        self._replaced, self._told = replaced, told
+        self._replaced, self._left, self._told = replaced, left, told
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._buffers: dict[str, dict[str, torch.Tensor]] = {}
@@ -66,6 +76,9 @@ class Saver:
         parts: dict[str, Any] = {kind: _Rest(tensors) for kind, tensors in snapshot.tensors().items()}
         if self._first:
             try:
+                if self._left:
+                    set_aside(self._root, self._left)
+                    self._left = []
                 save_checkpoint(self._root, replace(snapshot, **parts))
                 self.failure, self.written = "", snapshot.step
                 self._told(snapshot.step, "save", f"checkpoint written: {self._root / str(snapshot.step)}")

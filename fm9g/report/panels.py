@@ -20,6 +20,7 @@ KINDS = {
     "oom": ("D", "◆", "out of memory"),
     "signal": ("s", "■", "stopped by a signal"),
     "save_failed": ("X", "✖", "checkpoint not saved"),
+    "tidy_failed": ("X", "✖", "old checkpoint not deleted"),
     "best": ("*", "★", "best validation loss"),
     "early_stop": ("o", "●", "stopped early"),
     "save": ("|", "|", "checkpoint saved"),

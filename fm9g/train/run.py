@@ -127,12 +127,17 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
                 print(f"note: {note}")
             metrics.describe(_description(run, mixture, summary))
             metrics.event(state.step, "resume" if checkpoint else "start", start)
+        later = [step for step in steps_in(root) if step > state.step] if first and config.save else []
+        if checkpoint and later:
+            named = ", ".join(map(str, later))
+            print(f"note: checkpoints of later steps ({named}) become STEP.left when this run saves its first")
         saver = Saver(
             root,
-            first,
-            config.async_save,
-            config.save_total_limit,
+            first=first,
+            background=config.async_save,
+            limit=config.save_total_limit,
             replaced=[] if checkpoint else steps_in(root),
+            left=later if checkpoint else [],
             told=metrics.event if metrics else _tell_nobody,
         )
         desk = RunDesk(

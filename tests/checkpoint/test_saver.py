@@ -33,7 +33,7 @@ class Model:
 
 def saver(root: Path, **changes: Any) -> tuple[Saver, list[tuple[int, str, str]]]:
     events: list[tuple[int, str, str]] = []
-    settings = {"first": True, "background": False, "limit": 0, "replaced": []} | changes
+    settings = {"first": True, "background": False, "limit": 0, "replaced": [], "left": []} | changes
     return Saver(root, told=lambda *event: events.append(event), **settings), events
 
 
@@ -83,6 +83,25 @@ def test_what_another_run_left_goes_when_this_one_has_something(tmp_path: Path) 
     keeper.save(model.snapshot(7))
     assert steps_in(tmp_path) == [7]
     assert value(tmp_path, 7) == 1.0
+
+
+def test_a_course_that_is_left_is_set_aside_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model()
+    for step in (2, 4, 6):
+        saver(tmp_path)[0].save(model.snapshot(step))
+    model.weight.fill_(1.0)
+    keeper, _ = saver(tmp_path, left=[4, 6])
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", _full)
+        keeper.save(model.snapshot(3))
+    assert steps_in(tmp_path) == [2]  # what a restart goes on from
+    keeper.save(model.snapshot(4))
+    assert {folder.name for folder in tmp_path.iterdir()} == {"2", "4", "4.left", "6.left"}
+    saver(tmp_path, left=[4])[0].save(model.snapshot(3))
+    assert {folder.name for folder in tmp_path.iterdir()} == {"2", "3", "4.left", "6.left"}
+    assert torch.load(next((tmp_path / "4.left").glob("*.pt")), weights_only=True)["w"][0, 0] == 1.0
 
 
 @pytest.mark.parametrize("background", [False, True])

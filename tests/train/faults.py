@@ -14,7 +14,6 @@ import errno
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -34,7 +33,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from support import ROOT, index, records, small_model, text, write_jsonl
+from ranks import context, start_server
+from support import index, records, small_model, text, write_jsonl
 
 from fm9g.checkpoint.folder import MANIFEST, RUN_CONFIG, Checkpoint, steps_in
 from fm9g.config.run import load_run
@@ -45,12 +45,6 @@ from fm9g.launch.place import Place
 from fm9g.report.files import EVENTS_FILE, METRICS_FILE, read_events
 from fm9g.train.run import run_training
 
-# One server imports what takes long, and the processes of all lives are its forks. What tests/ranks.py wants is named
-# too, since there is one server for both.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["torch._dynamo", "torch.distributed.tensor.parallel", "engine_runs", "tensorboardX", "jsonschema", "train.faults"]
-)
 ENOUGH = 5  # problems
 PATIENCE = 120.0  # seconds that a life may take
 KINDS = ("full", "denied", "short", "limit", "disk")  # of failing writes: see WriteFault, and _Disk
@@ -117,7 +111,7 @@ class Bed:
     def __init__(self, folder: Path, steps: int = 14, save_iters: int = 2) -> None:
         self.folder, self.steps, self.save_iters = folder, steps, save_iters
         self._references: dict[int, Reference] = {}
-        _start_server()
+        start_server()
         source = random.Random(0)
         train_tokenizer((text(source, 30) for _ in range(200)), 320, folder / "tokenizer")
         mixture = []
@@ -177,7 +171,7 @@ class Life:
         self._hub = Hub(0, local=True) if ranks > 1 else None  # what an agent does; it outlives the ranks, as an agent
         port = self._hub.port if self._hub else 0
         self._processes = [
-            _context.Process(target=_live, args=(settings, rank, ranks, port, str(log), None if rank else before))
+            context.Process(target=_live, args=(settings, rank, ranks, port, str(log), None if rank else before))
             for rank in range(ranks)
         ]
         for process in self._processes:
@@ -213,20 +207,6 @@ class Life:
 
     def tail(self) -> str:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-15:]) if self._log.is_file() else ""
-
-
-def _start_server() -> None:
-    """Else its imports would count as a part of the first life. Nothing happens where it runs."""
-    path = os.pathsep.join(filter(None, [str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH")]))
-    # The server imports with its own path. Killed processes leave semaphores, which Python clears away, and says so.
-    ignored = "ignore::UserWarning:multiprocessing.resource_tracker"
-    with mock.patch.dict(os.environ, PYTHONPATH=path, PYTHONWARNINGS=ignored):
-        process = _context.Process(target=_nothing)
-        process.start()
-    process.join()
-
-
-def _nothing() -> None: ...
 
 
 def _live(

@@ -151,7 +151,8 @@ def test_an_old_checkpoint_that_cannot_be_deleted_ends_nothing(tmp_path: Path, m
     monkeypatch.setattr("fm9g.checkpoint.saver.save_checkpoint", lambda root, snapshot: root)
     monkeypatch.setattr("fm9g.checkpoint.saver.remove_folder", remove_folder)
     told: list[tuple[int, str, str]] = []
-    saver = Saver(tmp_path, True, False, 0, [5], lambda *event: told.append(event))
+    settings: Any = {"first": True, "background": False, "limit": 0, "replaced": [5], "left": []}
+    saver = Saver(tmp_path, told=lambda *event: told.append(event), **settings)
     saver.save(Snapshot(7, Nothing(), None, None, {}, {}, {}, {}))
     assert [kind for _, kind, _ in told] == ["save", "tidy_failed"]
     assert (saver.written, saver.failure) == (7, "")
