@@ -17,7 +17,7 @@ setup(
     data_files=[(f"share/fm9g/{name}", [str(file) for file in Path(name).glob("*.*")]) for name in CONFIG_FOLDERS],
     entry_points={"console_scripts": ["fm9g = fm9g.cli:main"]},
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.9",
         "transformers>=4.51",
         "tokenizers",
         "sentencepiece",

@@ -20,7 +20,8 @@ from fm9g.data.pack import Pack
 from fm9g.data.position import merge_positions
 from fm9g.engine.base import Engine
 from fm9g.engine.statistics import Statistics
-from fm9g.files import as_user_error, new_file
+from fm9g.errors import UserError
+from fm9g.files import new_file
 from fm9g.launch.monitor import Monitor
 from fm9g.plan.sizes import flops_of
 from fm9g.train.clock import SPANS, Clock
@@ -77,8 +78,8 @@ class RunDesk:
         try:
             self._keep(packs, file)
             kept = f"its batch is kept in {file}"
-        except OSError as error:
-            kept = f"its batch could not be kept: {as_user_error(error, file)}"
+        except (OSError, UserError) as error:
+            kept = f"its batch could not be kept: {error}"
         remedy = ""
         if "memory" in why:
             size = len(packs[0].input_ids)

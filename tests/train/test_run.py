@@ -217,6 +217,7 @@ def test_sigusr1_saves_and_goes_on(train: Train, tmp_path: Path) -> None:
             pass
         os.kill(os.getpid(), signal.SIGTERM)
 
+    before = signal.getsignal(signal.SIGUSR1)
     thread = threading.Thread(target=ask)
     thread.start()
     result = train("out", train_iters=100_000, save_iters=100_000)
@@ -224,7 +225,7 @@ def test_sigusr1_saves_and_goes_on(train: Train, tmp_path: Path) -> None:
     first, last = steps_in(root)
     assert 0 < first < last == result.step
     assert result.interrupted
-    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGUSR1) == before
     kinds = [event["kind"] for event in read_events(log.with_name("events.jsonl"))]
     assert kinds == ["start", "save", "save", "signal"]
 
