@@ -24,9 +24,10 @@ class Evaluation:
         """Raises UserError where the data cannot be read."""
         config = run.train.value
         self._engine, self._tasks = engine, [item.value.task_name for item in run.validation]
-        self._most = config.eval_batches // engine.replicas if config.eval_batches else 0
+        replicas = config.replicas(engine.processes.world_size)
+        self._most = config.eval_batches // replicas
         if config.eval_batches and not self._most:
-            raise UserError(f"eval_batches {config.eval_batches} is less than the processes, {engine.replicas}")
+            raise UserError(f"eval_batches {config.eval_batches} is less than the processes, {replicas}")
         self._mixture = Mixture(
             [replace(item.value, allow_repeat=False) for item in run.validation],
             config.tokenizer_path,

@@ -127,19 +127,7 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
                 print(f"note: {note}")
             metrics.describe(_description(run, mixture, summary))
             metrics.event(state.step, "resume" if checkpoint else "start", start)
-        later = [step for step in steps_in(root) if step > state.step] if first and config.save else []
-        if checkpoint and later:
-            named = ", ".join(map(str, later))
-            print(f"note: checkpoints of later steps ({named}) become STEP.left when this run saves its first")
-        saver = Saver(
-            root,
-            first=first,
-            background=config.async_save,
-            limit=config.save_total_limit,
-            replaced=[] if checkpoint else steps_in(root),
-            left=later if checkpoint else [],
-            told=metrics.event if metrics else _tell_nobody,
-        )
+        saver = _make_saver(config, root, state.step, bool(checkpoint), metrics)
         desk = RunDesk(
             run,
             engine,
@@ -165,9 +153,7 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
         monitor.progress(state.step, "ending")
         seconds = time.monotonic() - started
         tokens, stopped = processes.sum([int(state.task_tokens.sum() - tokens_before), interrupt.requested])
-        skipped: Counter[str] = Counter()
-        for counts in processes.gather(loader.skipped()):
-            skipped.update(counts)
+        skipped = sum(map(Counter, processes.gather(loader.skipped())), Counter[str]())
         if metrics:
             for reason, count in skipped.items():
                 print(f"note: {count // config.tp_size} records were not trained on: {reason}")
@@ -186,6 +172,24 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
         tensorboard=tensorboard,
         checkpoint=root / str(state.step) if config.save and state.step else None,
         interrupted=bool(stopped),
+    )
+
+
+def _make_saver(config: TrainConfig, root: Path, step: int, resumed: bool, metrics: Metrics | None) -> Saver:
+    """Writes the run's checkpoints. metrics: on rank 0, which alone knows whether the run was resumed."""
+    there = steps_in(root) if metrics and config.save else []
+    left = [later for later in there if resumed and later > step]
+    if left:
+        named = ", ".join(map(str, left))
+        print(f"note: checkpoints of later steps ({named}) become STEP.left when this run saves its first")
+    return Saver(
+        root,
+        first=metrics is not None,
+        background=config.async_save,
+        limit=config.save_total_limit,
+        replaced=[] if resumed else there,
+        left=left,
+        told=metrics.event if metrics else _tell_nobody,
     )
 
 
