@@ -66,6 +66,8 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
 def new_file(target: Path) -> Iterator[Path]:
     """A temporary path beside `target`; a file written there becomes `target` if the block ends without an error."""
     target = target.resolve()
+    if target.exists() and not target.is_file():  # a device, say, which must not become a file
+        raise UserError(f"{target}: something that is no file is in the way; remove it or choose another name")
     temporary = _beside(target, "tmp")
     try:
         with _as_user_error(target):
@@ -169,6 +171,35 @@ def recover(target: Path) -> None:
             leftover.rename(target)
         else:
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextmanager
+def only_one(folder: Path, patience: float) -> Iterator[None]:
+    """Holds a folder (made where it is not there) for this process, against others that do the same.
+
+    patience: seconds to wait for another, which may be ending. Raises UserError where it does not.
+    """
+    with _as_user_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{folder}: another run of this name is writing there; wait for its end or choose another "
+                        "--model_unique"
+                    ) from None
+                time.sleep(0.2)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sweep(folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fm9g.errors import UserError
-from fm9g.files import new_file, new_folder, probe_writable, recover, sweep
+from fm9g.files import new_file, new_folder, only_one, probe_writable, recover, sweep
 
 
 def write(target: Path, text: str, overwrite: bool = False, sources: tuple[Path, ...] = ()) -> None:
@@ -102,3 +102,20 @@ def test_a_number_that_another_process_has_now_protects_no_leftover(tmp_path: Pa
         sweep(tmp_path)
         assert not leftover.exists()  # it began long after
         process.kill()
+
+
+def test_a_folder_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
+    code = "import sys, pathlib, fm9g.files as f\nwith f.only_one(pathlib.Path(sys.argv[1]), 0): print('held')"
+    with only_one(tmp_path / "run", patience=0):
+        other = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True)
+        assert "another run of this name is writing there" in other.stderr
+    other = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True)
+    assert other.stdout == "held\n"
+
+
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    with pytest.raises(UserError, match="something that is no file is in the way"), new_file(tmp_path / "link"):
+        raise AssertionError("not reached")
+    assert (tmp_path / "pipe").is_fifo()

@@ -187,8 +187,12 @@ def steps_in(root: Path) -> list[int]:
     if not root.is_dir():
         return []
     return sorted(
-        int(folder.name) for folder in root.iterdir() if folder.name.isdecimal() and (folder / MANIFEST).is_file()
+        int(folder.name) for folder in root.iterdir() if _is_step(folder.name) and (folder / MANIFEST).is_file()
     )
+
+
+def _is_step(name: str) -> bool:
+    return name.isascii() and name.isdecimal() and name == str(int(name))
 
 
 def set_aside(root: Path, steps: list[int]) -> None:
@@ -210,6 +214,11 @@ def open_newest(root: Path, since: float = 0.0) -> tuple[Checkpoint | None, list
     """The newest checkpoint that is whole, and a line for each newer one that is not. since: seconds since the epoch;
     older ones do not count. Raises UserError where there are checkpoints and none is whole."""
     notes: list[str] = []
+    if root.is_dir():
+        odd = [folder for folder in sorted(root.iterdir()) if folder.name.isdecimal() and folder.is_dir()]
+        for folder in odd:
+            if not _is_step(folder.name) or not (folder / MANIFEST).is_file():
+                notes.append(f"{folder}: passed over: {MANIFEST} is missing, or its name is not that of a step")
     for step in reversed(steps_in(root)):
         if (root / str(step)).stat().st_mtime < since:
             continue
@@ -217,7 +226,7 @@ def open_newest(root: Path, since: float = 0.0) -> tuple[Checkpoint | None, list
             return Checkpoint(root / str(step)), notes
         except UserError as error:
             notes.append(str(error))
-    if notes:
+    if steps_in(root) and notes and not since:
         raise UserError("\n".join([*notes, f"{root}: no checkpoint is whole; --overwrite true starts anew"]))
     return None, []
 

@@ -60,11 +60,13 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    if not path.stat().st_size:
+        raise UserError(f"{path}: the file is empty; get or write it again")
     try:
         mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and cannot be mapped
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises whatever zipfile, pickle and its own reader raise
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a whole weight file ({reason}); get or write it again") from None
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise UserError(f"{path}: expected one flat dict from weight names to tensors, as 9G .pt files hold")
@@ -78,6 +80,9 @@ def check_weights(
 
     strict: missing and unknown names are errors; else they come back as lines to show. A wrong shape always is one.
     """
+    if not weights.keys() & shapes.keys():
+        known = f"it has {min(weights)}, the model {min(shapes)}" if weights else "it is empty"
+        raise UserError(f"{where}: holds no weight of the model ({known}); of a Hugging Face model, give the folder")
     differences = []
     for problem, names in (
         ("is missing", shapes.keys() - weights.keys()),

@@ -281,6 +281,9 @@ class TrainConfig:
             raise UserError("early_stop needs a val_dataset to evaluate on")
         if self.tp_size > 1 and self.neftune_alpha:
             raise UserError("neftune_alpha does not go with tp_size: its processes would draw different noise")
+        named = [name.strip() for name in self.report_to.lower().split(",")]
+        if "none" in named and self.sinks:
+            raise UserError(f"report_to: found {self.report_to!r}: none goes with nothing else")
         if unknown := sorted(set(self.sinks) - {"tensorboard", "wandb", "swanlab"}):
             raise UserError(f"report_to: found {unknown[0]!r}, expected tensorboard, wandb, swanlab, or none")
         if self.only_run_dataloader and self.resume_ckpt:

@@ -274,7 +274,7 @@ class Engine(ABC):
             if odd := sorted(saved.keys() ^ wanted.keys()):
                 raise UserError(
                     f"the optimizer's state is of another optimizer, or of other weights: {', '.join(odd[:5])}. "
-                    "--resume_no_optimze true goes on without it"
+                    "--resume_no_optimze true goes on without it, or of a pretrained_model --only_load_model true"
                 )
             if odd := [name for name, like in wanted.items() if saved[name].shape != like.shape]:
                 raise UserError(f"the optimizer's state of {odd[0]} has another shape than the model's weight")

@@ -100,7 +100,7 @@ def tasks_of(run: Run) -> list[str]:
     names = [str(item["task"]) for item in run.data if "task" in item]
     keys = dict.fromkeys(key for line in run.metrics for key in line)
     for start in ("Loss/train/", "Loss/val/", "Tokens/", "Epoch/"):
-        names += [key.removeprefix(start) for key in keys if key.startswith(start) and key != "Tokens/total"]
+        names += [key.removeprefix(start) for key in keys if key.startswith(start) and key != "Run/tokens"]
     return list(dict.fromkeys(names))
 
 

@@ -164,7 +164,7 @@ def _steps(run: Run) -> str:
 
 
 def _tokens(run: Run) -> str:
-    total = _last_value(run, "Tokens/total")
+    total = _last_value(run, "Run/tokens")
     if total is None:
         parts = [tokens for task in tasks_of(run) if (tokens := _last_value(run, f"Tokens/{task}")) is not None]
         total = sum(parts) if parts else None

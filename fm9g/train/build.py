@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fm9g.checkpoint.folder import MANIFEST, Checkpoint
+from fm9g.checkpoint.folder import MANIFEST, Checkpoint, steps_in
 from fm9g.checkpoint.weights import check_weights, read_weights
 from fm9g.config.model import ModelConfig, arithmetic, differ
 from fm9g.config.train import TrainConfig
@@ -128,6 +128,10 @@ def _pretrained(path: Path, model_config: ModelConfig) -> tuple[dict[str, torch.
     if (path / MANIFEST).is_file():
         checkpoint = Checkpoint(path)
         return checkpoint.weights(), checkpoint.weight_file
+    if not (path / "config.json").is_file():
+        steps = ", ".join(str(path / str(step)) for step in steps_in(path))
+        hint = f"; it holds the checkpoints {steps}" if steps else ""
+        raise UserError(f"pretrained_model: {path}: neither a checkpoint nor a Hugging Face folder{hint}")
     config, weights = read_folder(path)
     ours, theirs = (arithmetic(c) for c in (model_config, config))
     if odd := [f"{key} is {theirs[key]!r}, the run's {ours[key]!r}" for key in ours if differ(ours[key], theirs[key])]:

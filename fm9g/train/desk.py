@@ -126,7 +126,7 @@ class RunDesk:
         figures |= {f"Time/{name}": value / steps for name, value in spans.items()}
         figures["Memory/peak_gb"] = max(rank[3] for rank in ranks) / 1e9
         figures["Run/skipped"] = state.skipped
-        figures["Tokens/total"] = sum(by_task)
+        figures["Run/tokens"] = sum(by_task)
         for task, count, begun, dataset in zip(
             self._tasks, by_task, totals[2 + len(self._tasks) :], self._mixture.datasets
         ):

@@ -42,7 +42,7 @@ class Evaluation:
 
         All ranks must take part. Raises UserError where the data gives no target.
         """
-        engine, rows = self._engine, self._own_rows()
+        engine, rows = self._engine, self.read()
         losses = torch.zeros(len(self._tasks), device=engine.device)
         targets = torch.zeros(len(self._tasks), device=engine.device)
         numbers = torch.arange(len(self._tasks), device=engine.device)[:, None]
@@ -63,8 +63,11 @@ class Evaluation:
         figures = {f"Loss/val{task}": loss for task, loss in means.items()}
         return figures | {f"Perplexity/val{task}": math.exp(min(loss, 700)) for task, loss in means.items()}
 
-    def _own_rows(self) -> list[Pack]:
-        """This replica's rows, each dataset once; the last may be empty. They are kept: encoding takes its time."""
+    def read(self) -> list[Pack]:
+        """This replica's rows, each dataset once; the last may be empty. They are kept: encoding takes its time.
+
+        Raises UserError that names a bad record.
+        """
         if self._rows is None:
             engine = self._engine
             count_of = engine.replicas

@@ -26,7 +26,6 @@ _SHOWN = {  # on the console: tag -> name and format
     "Memory/peak_gb": ("GB", "{:.2f}"),
 }
 _TASK_FIGURES = ("Tokens/", "Epoch/")  # on TensorBoard and such with tensorboard_all_tasks alone
-_ALWAYS = ("Tokens/total",)
 _SPIKE_WINDOW, _SPIKE_FEWEST = 64, 16  # logged losses that a spike is measured against
 
 
@@ -95,7 +94,7 @@ class Metrics:
         self._progress.say(text)
 
     def _give(self, step: int, figures: dict[str, float]) -> None:
-        tasks = {tag: value for tag, value in figures.items() if tag.startswith(_TASK_FIGURES) and tag not in _ALWAYS}
+        tasks = {tag: value for tag, value in figures.items() if tag.startswith(_TASK_FIGURES)}
         given = {tag: value for tag, value in figures.items() if tag not in tasks}
         if self._all_tasks:
             losses = {tag: value for tag, value in figures.items() if tag.startswith("Loss/train/")}

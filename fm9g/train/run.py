@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ from fm9g.data.position import fingerprint
 from fm9g.engine.base import Engine
 from fm9g.engine.processes import Processes
 from fm9g.errors import UserError
-from fm9g.files import probe_writable, sweep
+from fm9g.files import only_one, probe_writable, sweep
 from fm9g.launch.agree import check_same, code_identity
 from fm9g.launch.monitor import Monitor
 from fm9g.launch.place import Place, host_name
@@ -40,7 +40,7 @@ from fm9g.train.loop import train
 from fm9g.train.metrics import Metrics
 from fm9g.train.peak import peak_flops
 from fm9g.train.resume import changes, find_checkpoint, restore
-from fm9g.train.sinks import open_sinks
+from fm9g.train.sinks import open_sinks, require_sinks
 
 PACKAGES = ("torch", "numpy", "tokenizers")  # that must be the same in all processes
 
@@ -65,7 +65,11 @@ def run_training(run: RunConfig, place: Place | None = None) -> Result:
     """
     place = place or Place(timeout=run.train.value.timeout, step_timeout=run.train.value.step_timeout)
     log = Path(run.train.value.output_dir) / "logs" / f"{run.train.value.exp_group}{run.train.value.model_unique}"
-    with Monitor(place, log) as monitor, _join(run, place, monitor) as processes:
+    with Monitor(place, log) as monitor, _join(run, place, monitor) as processes, contextlib.ExitStack() as held:
+        if place.rank == 0:  # against a second run of this name
+            root = Path(run.train.value.output_dir) / "checkpoints" / run.train.value.model_unique
+            for folder in (root, log) if run.train.value.save else (log,):
+                held.enter_context(only_one(folder, patience=10.0))
         return _train(run, place, monitor, make_engine(run.train.value, processes), log)
 
 
@@ -85,6 +89,7 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
     checkpoint: Checkpoint | None = None
     notes: list[str] = []
     if first:
+        require_sinks(config.sinks)
         for folder in (root, log):
             sweep(folder)
         checkpoint, notes = find_checkpoint(config, place, root)
@@ -102,6 +107,8 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
     notes += about_data + about_epochs + _check_fit(config, run.model.value, mixture)
     monitor.progress(0, "building the model")
     notes += build_model(engine, config, run.model.value, checkpoint)
+    if evaluation:
+        evaluation.read()  # now: a mistake in its data is not to end a run that is under way
     tasks = [item.value.task_name for item in run.mixture]
     state, position = restore(engine, config, checkpoint, tasks)
     summary = _summary(run, engine, mixture, packs)
@@ -119,7 +126,7 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
     peak = config.peak_tflops * 1e12 or peak_flops(engine.device, dtype)
     with (
         open_loader(config, mixture, engine.replica, replicas, position) as loader,
-        _open_metrics(run, tensorboard, log, state.step) if first else nullcontext() as metrics,
+        _open_metrics(run, tensorboard, log, state.step) if first else contextlib.nullcontext() as metrics,
         Interrupt() as interrupt,
     ):
         if metrics:

@@ -119,6 +119,13 @@ def open_sinks(
     return [makers[name]() for name in dict.fromkeys(names)]
 
 
+def require_sinks(names: list[str]) -> None:
+    """Raises UserError where a package is missing, before anything takes time."""
+    for name in names:
+        if name != "tensorboard":
+            _find(name)
+
+
 def _find(package: str) -> Any:
     try:
         return importlib.import_module(package)

@@ -173,6 +173,13 @@ def test_auto_takes_the_newest_that_is_whole(tmp_path: Path) -> None:
     assert checkpoint.step == 2
     assert len(notes) == 1
     assert "its content has changed" in notes[0]
+    (tmp_path / "2").rename(tmp_path / "0002")  # no step is called so
+    (tmp_path / "11").mkdir()
+    checkpoint, notes = open_newest(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.step == 1
+    assert [note.partition(":")[0] for note in notes[:2]] == [str(tmp_path / "0002"), str(tmp_path / "11")]
+    (tmp_path / "0002").rename(tmp_path / "2")
     for step in (1, 2):
         (tmp_path / str(step) / "data_position.json").unlink()
     with pytest.raises(UserError, match="no checkpoint is whole; --overwrite true starts anew"):

@@ -24,7 +24,7 @@ def line(step: int, **more: object) -> dict:
         "Time/compute": 0.8,
         "Time/communication": 0.1,
         "Memory/peak_gb": 10.0 + step,
-        "Tokens/total": 100 * step,
+        "Run/tokens": 100 * step,
         "Tokens/wiki": 75 * step,
         f"Tokens/{TASKS[1]}": 25 * step,
         "Epoch/wiki": step / 4,

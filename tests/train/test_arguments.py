@@ -243,7 +243,7 @@ def test_stop_when_end_ends_with_the_data(facts: Any) -> None:
 
 def test_epochs_are_what_they_say(facts: Any) -> None:
     two = facts("two", epochs=2, max_samples=20, log_iters=100)
-    assert two.lines["Tokens/total"][two.steps] / 2 == pytest.approx(_an_epoch(two), rel=0.08)
+    assert two.lines["Run/tokens"][two.steps] / 2 == pytest.approx(_an_epoch(two), rel=0.08)
 
 
 def _an_epoch(facts: Facts) -> float:
@@ -282,6 +282,17 @@ def test_evaluation_is_token_weighted_and_ends_a_run_that_gets_worse(facts: Any,
     best = min(stopped.lines["Loss/val"], key=stopped.lines["Loss/val"].get)
     assert stopped.checkpoints == sorted({best, stopped.steps})
     assert stopped.counts["evaluations_since_best"] == 2
+
+
+def test_a_mistake_in_the_validation_data_is_told_before_the_first_step(
+    facts: Any, validation: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "indexed" / "v2" / "data.jsonl"
+    lines = data.read_bytes().splitlines(keepends=True)
+    data.write_bytes(b"".join([*lines[:-1], b"x" * (len(lines[-1]) - 1) + b"\n"]))
+    with pytest.raises(UserError, match="line 12"):
+        facts("run", val_dataset=validation, eval_iters=4)
+    assert not (tmp_path / "run" / "logs" / "m" / "metrics.jsonl").exists()
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_kept_and_counted(
@@ -427,6 +438,7 @@ def test_short_names_and_contradictions(train: Train) -> None:
         train("out", resume="auto", resume_ckpt=4)
     for changes, message in (
         ({"early_stop": 2}, "early_stop needs a val_dataset"),
+        ({"report_to": "none,tensorboard"}, "none goes with nothing else"),
         ({"report_to": "wandbee"}, "report_to: found 'wandbee', expected tensorboard, wandb"),
         ({"freeze": "nothing*"}, "freeze: 'nothing\\*' matches no weight"),
         ({"freeze": "*"}, "freeze: nothing is left to train"),

@@ -169,6 +169,13 @@ def test_pretrained_weights_are_the_start(
     torch.save(part, tmp_path / "part.pt")
     with pytest.raises(UserError, match=r"lm_head.weight is missing"):
         train("strict", pretrained_model=tmp_path / "part.pt")
+    torch.save({"model.norm.weight": torch.ones(3)}, tmp_path / "hf.pt")
+    (tmp_path / "empty.pt").touch()
+    for name, message in (("hf.pt", "holds no weight of the model"), ("empty.pt", "the file is empty")):
+        with pytest.raises(UserError, match=message):
+            train("none", pretrained_model=tmp_path / name, strict_state_dict=0)
+    with pytest.raises(UserError, match=r"neither a checkpoint nor a Hugging Face folder; .*/m/12"):
+        train("none", pretrained_model=whole.checkpoint.parent)
     train("lenient", pretrained_model=tmp_path / "part.pt", strict_state_dict=0, train_iters=1)
     assert "odd is not part of the model" in capsys.readouterr().out
 
