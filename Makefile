@@ -14,7 +14,7 @@ quickstart: $(VENV)/installed
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup  # a process a core
 
-test-all: check  # also every placement of every engine over 50 steps: half an hour on two cores
+test-all: check  # also every placement of every engine over 50 steps, the guide's chapter, more faults: long
 	OMP_NUM_THREADS=1 FM9G_ENGINE_STEPS=50 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "slow or not slow"
 
 test-gpu: $(VENV)/installed  # both engines on the NVIDIA GPUs of this machine; without one it says so

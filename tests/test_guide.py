@@ -89,6 +89,7 @@ def bash(folder: Path) -> Run:
     return run
 
 
+@pytest.mark.slow  # five commands, two of which start two processes each
 def test_full_finetuning_and_its_resume(folder: Path, bash: Run, shared: Path) -> None:
     guide = next((shared / "spec").glob("002*")).read_text(encoding="utf-8")
     tools = ROOT / "tools"
