@@ -99,22 +99,21 @@ class TorchEngine(Engine):
         return values
 
 
-class _TimedAllGather(DefaultAllGather):
+class _Timed:
+    """Put before one of FSDP2's messages, it has a stopwatch run meanwhile."""
+
     def __init__(self, stopwatch: Stopwatch) -> None:
         self._stopwatch = stopwatch
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         with self._stopwatch:
-            return super().__call__(*arguments, **keywords)
+            return super().__call__(*arguments, **keywords)  # type: ignore[misc]
 
 
-class _TimedReduceScatter(DefaultReduceScatter):
-    def __init__(self, stopwatch: Stopwatch) -> None:
-        self._stopwatch = stopwatch
+class _TimedAllGather(_Timed, DefaultAllGather): ...
 
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        with self._stopwatch:
-            return super().__call__(*arguments, **keywords)
+
+class _TimedReduceScatter(_Timed, DefaultReduceScatter): ...
 
 
 def _local(weight: torch.nn.Parameter) -> torch.Tensor:

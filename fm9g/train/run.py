@@ -86,15 +86,7 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
     first = processes.rank == 0
     base, name = Path(config.output_dir), config.model_unique
     root, tensorboard = base / "checkpoints" / name, base / "tensorboard" / f"{config.exp_group}{name}"
-    checkpoint: Checkpoint | None = None
-    notes: list[str] = []
-    if first:
-        require_sinks(config.sinks)
-        for folder in (root, log):
-            sweep(folder)
-        checkpoint, notes = find_checkpoint(config, place, root)
-        if checkpoint:
-            notes += changes(run, checkpoint)
+    checkpoint, notes = _look_around(run, place, root, log) if first else (None, [])
     replicas = config.replicas(processes.world_size)
     packs = config.packs_a_step(replicas)
 
@@ -113,15 +105,12 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
     state, position = restore(engine, config, checkpoint, tasks)
     summary = _summary(run, engine, mixture, packs)
     start = f"resuming from {checkpoint.folder}" if checkpoint else f"starting at step {state.step}"
+    if state.step >= config.last_step:
+        notes.append(f"nothing is left to do: step {state.step}, train_iters {config.train_iters}")
     if first:
-        for note in notes:
-            print(f"note: {note}")
-        print(summary)
-        print(start)
+        print("\n".join([*(f"note: {note}" for note in notes), summary, start]))
         if config.save:
             probe_writable(root)
-        if state.step >= config.last_step:
-            print(f"note: nothing is left to do: step {state.step}, train_iters {config.train_iters}")
     dtype, _ = compute_dtype(run.model.value, engine.device)
     peak = config.peak_tflops * 1e12 or peak_flops(engine.device, dtype)
     with (
@@ -180,6 +169,15 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
         checkpoint=root / str(state.step) if config.save and state.step else None,
         interrupted=bool(stopped),
     )
+
+
+def _look_around(run: RunConfig, place: Place, root: Path, log: Path) -> tuple[Checkpoint | None, list[str]]:
+    """On rank 0, what the run goes on from, and what there is to know, a line each. Leftovers of killed runs go."""
+    require_sinks(run.train.value.sinks)
+    for folder in (root, log):
+        sweep(folder)
+    checkpoint, notes = find_checkpoint(run.train.value, place, root)
+    return checkpoint, notes + (changes(run, checkpoint) if checkpoint else [])
 
 
 def _make_saver(config: TrainConfig, root: Path, step: int, resumed: bool, metrics: Metrics | None) -> Saver:
