@@ -198,10 +198,12 @@ def _is_step(name: str) -> bool:
 def set_aside(root: Path, steps: list[int]) -> None:
     """Gives checkpoints a name, STEP.left, under which no run goes on from them; older ones of that name go.
 
-    Raises UserError where that cannot be done.
+    Raises UserError where that cannot be done; when it is tried again, those that have the name keep it.
     """
     for step in steps:
         folder, aside = root / str(step), root / f"{step}.left"
+        if not folder.exists():
+            continue
         try:
             if aside.exists():
                 remove_folder(aside)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fm9g.checkpoint.saver
-from fm9g.checkpoint.folder import Checkpoint, Snapshot, open_newest, steps_in
+from fm9g.checkpoint.folder import Checkpoint, Snapshot, open_newest, set_aside, steps_in
 from fm9g.checkpoint.saver import Saver, best_step
 from fm9g.engine.collect import Collected, Held
 from fm9g.errors import UserError
@@ -97,6 +97,7 @@ def test_a_course_that_is_left_is_set_aside_before_anything_is_written(
         patch.setattr(torch, "save", _full)
         keeper.save(model.snapshot(3))
     assert steps_in(tmp_path) == [2]  # what a restart goes on from
+    set_aside(tmp_path, [4, 6])  # again, after an attempt that came half-way
     keeper.save(model.snapshot(4))
     assert {folder.name for folder in tmp_path.iterdir()} == {"2", "4", "4.left", "6.left"}
     saver(tmp_path, left=[4])[0].save(model.snapshot(3))
