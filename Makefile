@@ -46,12 +46,12 @@ bench-train: $(VENV)/installed  # ten minutes, and as long again for the faults
 	for name in saving figures faults; do $(BIN)/python benchmarks/train/$$name.py || exit 1; done
 
 # The tests on CPUs need the Python code of bmtrain, which has wheels for these Pythons. What it requires stays out:
-# nvidia-nccl-cu11 would overwrite the NCCL of torch.
+# nvidia-nccl-cu11 would overwrite the NCCL of torch. OpenDelta's requirements are those of years ago, and not needed.
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[dev]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps -c constraints.txt \
-		"bmtrain; python_version < '3.12' and sys_platform == 'linux' and platform_machine == 'x86_64'"
+		"bmtrain; python_version < '3.12' and sys_platform == 'linux' and platform_machine == 'x86_64'" opendelta
 	touch $@
 
 clean:

@@ -7,6 +7,7 @@ what is known there to be a TrainConfig.
 from __future__ import annotations
 
 import re
+from dataclasses import MISSING
 from pathlib import Path
 
 from fm9g.config.fields import describe, keys_of, schema_of
@@ -47,11 +48,12 @@ def table() -> str:
     properties, places = schema_of(TrainConfig)["properties"], find_places()
     rows = []
     for key, field in keys_of(TrainConfig).items():
-        default = f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
+        plain = field.default_factory() if field.default is MISSING else field.default
+        default = f"`{str(plain).lower() if isinstance(plain, bool) else plain}`"
         cells = (
             f"`{key}`",
             field.metadata["help"],
-            default if field.default != "" else "empty",
+            default if plain not in ("", []) else "empty",
             describe(properties[key]).removeprefix("one of ") + "; in any case" * field.metadata["any_case"],
             ", ".join(f"`{place}`" for place in places[key]),
         )

@@ -16,11 +16,14 @@ from support import small_model
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
+from fm9g.config.adapter import AdapterConfig
 from fm9g.config.train import TrainConfig
 from fm9g.data.pack import Pack, Sample, collate
 from fm9g.engine.base import Engine, LossScale, Placement
 from fm9g.engine.processes import Processes
 from fm9g.engine.rules import OptimizerSettings
+from fm9g.lora.inject import inject, known_as
+from fm9g.lora.quantize import quantize_layers
 from fm9g.model.transformer import FM9G, is_width_scaled
 from fm9g.train.clock import Clock
 from fm9g.train.loop import TrainState, train
@@ -36,6 +39,7 @@ needs_bmtrain = pytest.mark.skipif(
 @dataclass(frozen=True)
 class Setup:
     """engine: torch or bmtrain. stop: earlier than steps. frozen: what of the model is not trained: "", lower or most.
+    adapters: peft, opendelta, dora or nf4: they alone are trained; "": there are none.
     broken: every process keeps its own gradients instead of adding them up. optimizer: with a mean of weights, where it
     is another one than adamw.
     """
@@ -45,6 +49,7 @@ class Setup:
     steps: int = 50
     stop: int = 0
     frozen: str = ""
+    adapters: str = ""
     model: tuple[tuple[str, Any], ...] = ()
     broken: bool = False
     optimizer: str = "adamw"
@@ -130,11 +135,17 @@ def prepared(setup: Setup, processes: Processes, weights: dict[str, torch.Tensor
     config = small_model(**dict(setup.model))
     with torch.device("meta"):
         model = FM9G(config)
-    for name, weight in model.named_parameters():
+    if setup.adapters:
+        if setup.adapters == "nf4":
+            quantize_layers(model.encoder.layers, "nf4", double=True)
+        about = AdapterConfig(r=3, alpha=6.0, layers=["project_q", "w_1", "w_out"], dora=setup.adapters == "dora")
+        inject(model, model.encoder.layers, about, "opendelta" if setup.adapters == "opendelta" else "peft")
+    for name, weight in model.named_parameters() if not setup.adapters else ():
         lower = name.startswith(("input_embedding", "encoder.layers.0."))
         kept = {"": True, "lower": not lower, "most": "project_q" in name}[setup.frozen]
         weight.requires_grad_(kept)
-    scales = {name: 0.5 if is_width_scaled(name) else 1.0 for name, _ in model.named_parameters()}
+    names = [known_as(name) for name, _ in model.named_parameters()]
+    scales = {name: 0.5 if is_width_scaled(name) else 1.0 for name in names}
     engine = make_engine(setup, processes)
     engine.prepare(
         model,
@@ -149,8 +160,9 @@ def prepared(setup: Setup, processes: Processes, weights: dict[str, torch.Tensor
             matrices=frozenset(name for name in scales if is_width_scaled(name)),
             ema_decay=0.0 if setup.optimizer == "adamw" else 0.5,
         ),
-        replace(setup.placement, checkpointed_layers=1),
+        replace(setup.placement, checkpointed_layers=1, narrow_frozen=bool(setup.adapters)),
         LossScale(),
+        known_as,
     )
     return engine
 

@@ -6,6 +6,7 @@ import mmap
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,39 +15,60 @@ from fm9g.errors import UserError
 from fm9g.files import new_file
 
 
+class Described(Protocol):
+    """What is known of a tensor without its values: of one in memory, on the meta device, or on the disk."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
 def write_weights(path: Path, like: Mapping[str, torch.Tensor], values: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Writes a .pt file from tensors that come one at a time; it appears under its name only when whole.
 
     like: a tensor of the shape and type of each, on the meta device for one. values: every one of them, on the host.
     """
     with new_file(path) as temporary:
-        with (
-            temporary.open("wb") as file,
-            torch.serialization.skip_data(),
-        ):  # given a path, torch writes its name inside
-            torch.save(_hollow(like), file)
-        with FakeTensorMode():
-            places = torch.load(temporary, weights_only=True)
+        offsets = write_hollow(temporary, like)
         missing = set(like)
         with temporary.open("r+b") as file:
             for name, tensor in values:
                 missing.remove(name)
                 assert (tensor.shape, tensor.dtype) == (like[name].shape, like[name].dtype), name
                 if tensor.numel():
-                    file.seek(places[name].untyped_storage()._checkpoint_offset)
-                    file.write(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+                    file.seek(offsets[name])
+                    file.write(bytes_of(tensor))
         assert not missing, missing
 
 
-def _hollow(like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def write_hollow(path: Path, like: Mapping[str, Described]) -> dict[str, int]:
+    """Writes a .pt file of full length without the values of its tensors.
+
+    Returns where those of each belong, in the order of the file; tensors without elements have no place.
+    """
+    with path.open("wb") as file, torch.serialization.skip_data():  # given a path, torch writes its name inside
+        torch.save(_hollow(like), file)
+    with FakeTensorMode():
+        places = torch.load(path, weights_only=True)
+    return {name: tensor.untyped_storage()._checkpoint_offset for name, tensor in places.items() if tensor.numel()}
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor on the host, without a copy where it is contiguous."""
+    return memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _hollow(like: Mapping[str, Described]) -> dict[str, torch.Tensor]:
     """Tensors that torch.save takes for distinct ones, on memory that is never touched."""
     largest: dict[torch.dtype, int] = {}
     for tensor in like.values():
-        largest[tensor.dtype] = max(largest.get(tensor.dtype, 1), tensor.numel() * tensor.element_size())
+        largest[tensor.dtype] = max(largest.get(tensor.dtype, 1), tensor.shape.numel() * tensor.dtype.itemsize)
     memory = {dtype: mmap.mmap(-1, size) for dtype, size in largest.items()}
     return {
-        name: torch.frombuffer(memory[tensor.dtype], dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape)
-        if tensor.numel()
+        name: torch.frombuffer(memory[tensor.dtype], dtype=tensor.dtype, count=tensor.shape.numel()).view(tensor.shape)
+        if tensor.shape.numel()
         else torch.empty(tensor.shape, dtype=tensor.dtype)
         for name, tensor in like.items()
     }
@@ -58,12 +80,17 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     Raises UserError for a missing file, one that is cut short, and one that holds anything but tensors: nothing in
     it is ever executed.
     """
+    return load_flat(path, mmap=True)
+
+
+def load_flat(path: Path, mmap: bool = False) -> dict[str, torch.Tensor]:
+    """As read_weights. mmap: map the file where it allows that."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if not path.stat().st_size:
         raise UserError(f"{path}: the file is empty; get or write it again")
     try:
-        mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and cannot be mapped
+        mapped = mmap and zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and cannot be mapped
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises whatever zipfile, pickle and its own reader raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -74,7 +101,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def check_weights(
-    weights: dict[str, torch.Tensor], shapes: dict[str, torch.Size], where: str, strict: bool
+    weights: Mapping[str, Described], shapes: Mapping[str, torch.Size], where: str, strict: bool
 ) -> list[str]:
     """Compares the weights of a file with those of a model.
 
@@ -91,7 +118,7 @@ def check_weights(
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             differences.append(f"{where}: {min(names)}{more} {problem}")
-    if integers := sorted(name for name in shapes.keys() & weights.keys() if not weights[name].is_floating_point()):
+    if integers := sorted(name for name in shapes.keys() & weights.keys() if not weights[name].dtype.is_floating_point):
         raise UserError(f"{where}: {integers[0]}: found {weights[integers[0]].dtype}, expected floating-point weights")
     wrong = [name for name in shapes.keys() & weights.keys() if weights[name].shape != shapes[name]]
     if wrong:

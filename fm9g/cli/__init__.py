@@ -14,6 +14,7 @@ from typing import Any
 
 from fm9g import __version__
 from fm9g.cli.ckpt import add_ckpt_verbs
+from fm9g.cli.convert import add_convert_verb
 from fm9g.cli.data import add_data_verbs
 from fm9g.cli.report import add_report_verbs
 from fm9g.cli.run import add_run_verbs
@@ -72,14 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add_ckpt_verbs(verb, group)
     add_data_verbs(verb, group)
 
-    convert = verb("convert", _convert, "a Hugging Face folder to a 9G .pt file, or a 9G checkpoint to such a folder")
-    convert.add_argument("source", type=Path, help="a Hugging Face folder, a checkpoint folder, or a .pt file")
-    convert.add_argument("target", type=Path, help="FILE.pt for a 9G file, else a new Hugging Face folder")
-    convert.add_argument("--reference", type=Path, help="Hugging Face folder to take configuration and tokenizer from")
-    convert.add_argument(
-        "--dtype", default="", choices=["bf16", "fp16", "fp32"], help="of the exported weights; default: unchanged"
-    )
-    convert.add_argument("--overwrite", action="store_true", help="replace a folder or files that are there")
+    add_convert_verb(verb)
 
     generate = verb("generate", _generate, "continue a prompt with the model of a Hugging Face folder")
     generate.add_argument("folder", type=Path, help="a Hugging Face folder")
@@ -101,19 +95,6 @@ def _quickstart(options: argparse.Namespace) -> None:
     from fm9g.quickstart import quickstart
 
     quickstart(options.out, options.steps, options.overwrite)
-
-
-def _convert(options: argparse.Namespace) -> None:
-    from fm9g.convert.hf import export_folder, import_folder
-
-    if options.target.suffix == ".pt":
-        if options.reference or options.dtype:
-            raise UserError("convert: --reference and --dtype are for the way to a Hugging Face folder")
-        config = import_folder(options.source, options.target, options.overwrite)
-        print(f"{options.target}: written; its model configuration is {config}")
-    else:
-        name = export_folder(options.source, options.target, options.reference, options.dtype, options.overwrite)
-        print(f"{options.target}: {name}, loads with transformers")
 
 
 def _generate(options: argparse.Namespace) -> None:

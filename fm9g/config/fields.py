@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 from typing import Any
 
@@ -18,6 +19,7 @@ _JSON_TYPES: dict[str, Any] = {
     "float | None": {"type": ["number", "null"]},
     "int | None": {"type": ["integer", "null"]},
     "list[float]": {"type": "array", "items": {"type": "number", "minimum": 0}},
+    "list[str]": {"type": "array", "items": {"type": "string", "minLength": 1}},
 }
 
 
@@ -86,9 +88,11 @@ def from_text(text: str, field: dataclasses.Field) -> Any:
         return int(number) if number.is_integer() and "integer" in kinds else number
     if "array" in kinds:
         try:
-            return [float(part) for part in text.strip("[]").split(",")]
+            found = json.loads(text if text.lstrip().startswith("[") else f"[{text}]")
         except ValueError:
-            return text
+            words = [word.strip() for word in text.split(",")]
+            return [word for word in words if word] if str(field.type) == "list[str]" and "[" not in text else text
+        return [float(item) if isinstance(item, int) else item for item in found]
     return text
 
 

@@ -11,7 +11,7 @@ from fm9g.config.fields import key_of, option
 from fm9g.config.load import Layer, Loaded, build, read_object
 from fm9g.errors import UserError
 
-ROPE_SCALINGS = ("", "linear", "ntk-aware", "dynamic ntk", "ntk-by-parts", "yarn")
+ROPE_SCALINGS = ("", "linear", "ntk-aware", "dynamic ntk", "ntk-by-parts", "yarn", "llama3")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class ModelConfig:
         0, help="hidden states are divided by dim_model/this before the output", key="dim_model_base", minimum=0
     )
     qkv_bias: bool = option(False, help="biases on the query, key and value projections")
-    qk_norm: bool = option(False, help="not part of any published 9G model", const=False)
+    qk_norm: bool = option(False, help="an RMSNorm on each query and key head, before the rotation (Qwen3)")
+    attention_scale: float = option(0.0, help="queries times keys times this; 0: 1/sqrt(dim_head)", minimum=0)
     tie_word_embeddings: bool = option(False, help="output weights are the embedding's", key="tie_lm_head")
     ffn_gated: bool = option(True, help="all 9G models have gated feed-forward layers", const=True)
     rope_theta: float = option(10000.0, help="base of the rotary embedding", key="base", exclusiveMinimum=1)
@@ -50,6 +51,12 @@ class ModelConfig:
         enum=list(ROPE_SCALINGS),
     )
     rope_factor: float = option(1.0, help="by how much positions stretch", key="rope_scaling_factor", minimum=1)
+    rope_low_freq_factor: float = option(
+        1.0, help="llama3: what turns less often within the original length is divided whole", exclusiveMinimum=0
+    )
+    rope_high_freq_factor: float = option(
+        4.0, help="llama3: what turns more often within the original length stays", exclusiveMinimum=0
+    )
     max_length: int = option(8192, help="longest text in tokens that the model is made for", minimum=1)
     orig_max_length: int = option(
         0, help="longest text before the stretch; 0: max_length / rope_scaling_factor", minimum=0
@@ -76,6 +83,11 @@ class ModelConfig:
             raise UserError(f"dim_head {self.head_dim}: rotary pairs need an even one, at least 4")
         if self.scale and not self.base_hidden_size:
             raise UserError("scale is true and dim_model_base is missing")
+        if self.rope_high_freq_factor <= self.rope_low_freq_factor:
+            raise UserError(
+                f"rope_high_freq_factor {self.rope_high_freq_factor} is not above rope_low_freq_factor "
+                f"{self.rope_low_freq_factor}"
+            )
         if not self.orig_max_length:
             object.__setattr__(self, "orig_max_length", max(1, int(self.max_length / self.rope_factor)))
 
@@ -91,6 +103,10 @@ class ModelConfig:
     @property
     def residual_multiplier(self) -> float:
         return self.scale_depth / math.sqrt(self.num_layers) if self.scale_depth > 0 else 1.0
+
+    @property
+    def attention_multiplier(self) -> float:
+        return self.attention_scale or self.head_dim**-0.5
 
     @property
     def dtype_name(self) -> str:
@@ -113,8 +129,11 @@ def arithmetic(config: ModelConfig) -> dict[str, Any]:
     if not config.scale:
         values |= {"scale_emb": 1.0, "dim_model_base": 0}
     values["scale_depth"] = config.residual_multiplier * math.sqrt(config.num_layers)  # what does without it, too
+    values["attention_scale"] = config.attention_multiplier
     if not config.rope_scaling:
         values |= {"rope_scaling_factor": 1.0, "orig_max_length": 0}
+    if config.rope_scaling != "llama3":
+        values |= {"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0}
     return values
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fm9g.config.fields import option
+from fm9g.config.fields import keys_of, option
 from fm9g.config.load import COMMAND_LINE, Layer, Loaded, build, find_config, read_object, require_config
 from fm9g.config.mixture import LOSSES
 from fm9g.errors import UserError
@@ -20,6 +20,19 @@ RETIRED = {
     "local": "paths are used as they are given",
     "parallel_load_datastate": "the data position is a few kilobytes, read at once",
 }
+# What adapters are like, where there are any.
+ADAPTER_KEYS = (
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_backend",
+    "use_rslora",
+    "use_dora",
+    "init_lora_weights",
+    "loraplus_lr_ratio",
+    "quantization",
+    "double_quant",
+)
 _SHORT = {"resume": "resume_ckpt"}  # other names of keys
 
 
@@ -176,6 +189,34 @@ class TrainConfig:
     freeze: str = option(
         "", help="weights that are not trained: patterns of their names with commas, such as encoder.layers.[0-9].*"
     )
+    lora_layer: list[str] = option(
+        [], help="linear layers that get LoRA adapters, which alone are trained: a JSON list of names; empty: no LoRA"
+    )
+    lora_r: int = option(8, help="rank of the adapters", minimum=1)
+    lora_alpha: float = option(16.0, help="what adapters add counts alpha / r times", exclusiveMinimum=0)
+    lora_dropout: float = option(0.0, help="of the adapters' inputs, in training", minimum=0, exclusiveMaximum=1)
+    lora_backend: str = option(
+        "peft", any_case=True, help="the package that puts adapters into the model", enum=["peft", "opendelta"]
+    )
+    use_rslora: bool = option(False, help="rank-stabilized LoRA: alpha / sqrt(r) in place of alpha / r")
+    use_dora: bool = option(False, help="DoRA: adapters turn weights, and their lengths are trained apart")
+    init_lora_weights: str = option(
+        "default",
+        any_case=True,
+        help="default: B is zero; pissa: A and B are the base's largest singular vectors, which the base loses; "
+        "pissa_niter_16: as good as that, and in seconds",
+        enum=["default", "pissa", "pissa_niter_16"],
+    )
+    loraplus_lr_ratio: float = option(
+        1.0, help="LoRA+: the learning rate of B over that of A; 16 is usual", exclusiveMinimum=0
+    )
+    quantization: str = option(
+        "none",
+        any_case=True,
+        help="QLoRA: the frozen layers' weights in 4 or 8 bits, whole on every process",
+        enum=["none", "nf4", "fp4", "int8"],
+    )
+    double_quant: bool = option(True, help="of nf4 and fp4: their scales are quantized, too")
     label_smoothing: float = option(
         0.0, help="share of each target that is spread over all token ids", minimum=0, exclusiveMaximum=1
     )
@@ -275,8 +316,9 @@ class TrainConfig:
             raise UserError(f"tp_size {self.tp_size} does not divide batch_size * max_length, {row}")
         if self.resume_ckpt and self.overwrite:
             raise UserError("resume_ckpt and overwrite are both given; a run goes on or starts anew")
-        if self.resume_ckpt not in ("", "auto") and self.pretrained_model:
+        if self.resume_ckpt not in ("", "auto") and self.pretrained_model and not self.lora_layer:
             raise UserError("resume_ckpt and pretrained_model are both given; a run starts from one of them")
+        self._check_adapters()
         if self.early_stop and not self.val_dataset:
             raise UserError("early_stop needs a val_dataset to evaluate on")
         if self.tp_size > 1 and self.neftune_alpha:
@@ -295,9 +337,28 @@ class TrainConfig:
         ):
             raise UserError(f"drop_iters {self.drop_iters} of train_iters {self.train_iters} is less than one step")
 
+    def _check_adapters(self) -> None:
+        if not self.lora_layer:
+            defaults = keys_of(TrainConfig)
+            if given := [key for key in ADAPTER_KEYS if getattr(self, key) != defaults[key].default]:
+                raise UserError(f"{given[0]} is given and lora_layer is not: there are no adapters for it to act on")
+            return
+        if not self.pretrained_model and not self.resume_ckpt:
+            raise UserError("lora_layer needs a pretrained_model: adapters are trained on the weights of a model")
+        if self.freeze:
+            raise UserError("freeze and lora_layer are both given; with adapters nothing else is trained anyway")
+        if self.tp_size > 1:
+            raise UserError(f"tp_size {self.tp_size} does not go with lora_layer; ZeRO shards adapters and model alike")
+        if not self.only_load_model or self.load_dataloader_ckpt:
+            raise UserError("only_load_model false and load_dataloader_ckpt do not go with lora_layer: use resume_ckpt")
+        if self.use_dora and self.init_lora_weights != "default":
+            raise UserError("use_dora and init_lora_weights pissa are both given; keep one of them")
+        if self.lora_backend == "opendelta" and (self.use_dora or self.quantization != "none"):
+            raise UserError("lora_backend opendelta has neither use_dora nor quantization; use peft")
+
 
 def load_train_config(name: str, overrides: dict[str, Any]) -> tuple[Loaded[TrainConfig], Path, list[str]]:
-    """The configuration of a run: defaults < train_configs/NAME.json ("pretrain") < command line.
+    """The configuration of a run: defaults < train_configs/NAME.json ("pretrain" or "finetune") < command line.
 
     name: of a file in train_configs/ or, where there is none, of a model in model_configs/.
     overrides: `--key value` from the command line, as strings.
@@ -309,7 +370,7 @@ def load_train_config(name: str, overrides: dict[str, Any]) -> tuple[Loaded[Trai
     if file is not None and "vocab_size" not in (content := read_object(file)):
         # A training file that names no model means the one that is called as it is itself.
         layers = [Layer(COMMAND_LINE, {"config": Path(name).stem, "model_unique": Path(name).stem})]
-        layers.append(_pretrain_section(file, content))
+        layers.append(_section(file, content))
     layers.append(Layer(COMMAND_LINE, overrides, text=True))
     notes: list[str] = []
     layers = [Layer(layer.origin, _acting(layer, notes), layer.text) for layer in layers]
@@ -317,24 +378,23 @@ def load_train_config(name: str, overrides: dict[str, Any]) -> tuple[Loaded[Trai
     return loaded, require_config("model_configs", loaded.value.config), notes
 
 
-def _pretrain_section(file: Path, content: dict[str, Any]) -> Layer:
-    unknown = sorted(set(content) - {"pretrain"})
-    if "finetune" in unknown:
-        raise UserError(
-            f"{file}: finetune: LoRA is not part of this version; --config {file.stem.removesuffix('_lora')} trains "
-            "all weights"
-        )
-    if unknown or not isinstance(content.get("pretrain"), dict):
-        raise UserError(f'{file}: expected one object {{"pretrain": {{...}}}}, found the keys {", ".join(content)}')
-    return Layer(str(file), content["pretrain"], text=True)
+def load_train_file(file: Path) -> TrainConfig:
+    """What a file of train_configs/ alone says. Raises UserError."""
+    layer = _section(file, read_object(file))
+    return build(TrainConfig, [Layer(layer.origin, _acting(layer, []), layer.text)]).value
+
+
+def _section(file: Path, content: dict[str, Any]) -> Layer:
+    """The one section of a training file: "pretrain", or for LoRA "finetune"."""
+    sections = [values for name, values in content.items() if name in ("pretrain", "finetune")]
+    if len(content) != 1 or not sections or not isinstance(sections[0], dict):
+        found = ", ".join(content)
+        raise UserError(f'{file}: expected one object {{"pretrain": {{...}}}} or {{"finetune": ...}}, found: {found}')
+    return Layer(str(file), sections[0], text=True)
 
 
 def _acting(layer: Layer, notes: list[str]) -> dict[str, Any]:
     """The layer's values, under their keys' own names, without those that change nothing; a note for each of these."""
-    if lora := sorted(key for key in layer.values if key.startswith("lora_")):
-        raise UserError(
-            f"{layer.origin}: {lora[0]}: LoRA is not part of this version; without it, all weights are trained"
-        )
     values = {_SHORT.get(key, key): value for key, value in layer.values.items()}
     if len(values) < len(layer.values):
         raise UserError(f"{layer.origin}: resume and resume_ckpt are both given; they are the same")

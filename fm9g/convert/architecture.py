@@ -1,8 +1,8 @@
 """Which transformers class has a 9G model's arithmetic, and the two configurations in terms of each other.
 
-Without scaling it is Qwen2's (biases on q, k, v) or Llama's (none). The scaled models are Granite's:
-embedding_multiplier = scale_emb, residual_multiplier = scale_depth / sqrt(num_layers),
-logits_scaling = dim_model / dim_model_base, attention_multiplier = 1 / sqrt(dim_head).
+Without scaling it is Qwen2's (biases on q, k, v), Qwen3's (norms of q and k) or Llama's (neither). The scaled models
+are Granite's: embedding_multiplier = scale_emb, residual_multiplier = scale_depth / sqrt(num_layers),
+logits_scaling = dim_model / dim_model_base, attention_multiplier = attention_scale.
 """
 
 from __future__ import annotations
@@ -11,26 +11,42 @@ import math
 from typing import Any
 
 from fm9g.config.load import Layer, build
-from fm9g.config.model import ModelConfig
+from fm9g.config.model import ModelConfig, differ
+from fm9g.convert.families import UnfitError, family_of
 from fm9g.errors import UserError
 
-CLASSES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "granite": "GraniteForCausalLM"}
-READABLE = (*CLASSES, "minicpm", "fm9g")
-_ROPE_OUT = {"linear": "linear", "dynamic ntk": "dynamic", "yarn": "yarn", "ntk-by-parts": "yarn"}
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+}
+_ROPE_OUT = {"linear": "linear", "dynamic ntk": "dynamic", "yarn": "yarn", "ntk-by-parts": "yarn", "llama3": "llama3"}
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "expert_num")
 
 
 def native_type(config: ModelConfig) -> str:
     """The model_type of the transformers class with this arithmetic. Raises UserError where there is none."""
-    if config.scale or config.scale_depth > 0:
-        if config.qkv_bias:
-            raise UserError("qkv_bias with scaled arithmetic: no transformers class has both, so it cannot be exported")
-        return "granite"
-    return "qwen2" if config.qkv_bias else "llama"
+    scaled = config.scale or config.scale_depth > 0 or differ(config.attention_multiplier, config.head_dim**-0.5)
+    present = [word for word, there in (("qkv_bias", config.qkv_bias), ("qk_norm", config.qk_norm)) if there]
+    if scaled:
+        present.append("scaled arithmetic")
+    if len(present) > 1:
+        raise UserError(f"{' with '.join(present)}: no transformers class has both, so it cannot be exported")
+    return {"qkv_bias": "qwen2", "qk_norm": "qwen3", "scaled arithmetic": "granite"}[present[0]] if present else "llama"
 
 
-def to_hf_config(config: ModelConfig, dtype: str, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
-    """The config.json of the native transformers class. dtype: of the weights, as torch names it ("bfloat16")."""
+def to_hf_config(
+    config: ModelConfig, dtype: str, bos_id: int | None, eos_id: int | None, like: str = ""
+) -> dict[str, Any]:
+    """The config.json of the native transformers class. dtype: of the weights, as torch names it ("bfloat16").
+
+    like: the model_type of the folder that the model came from; what has the arithmetic of Llama may stay Mistral's.
+    """
     kind = native_type(config)
+    if kind == "llama" and like == "mistral":
+        kind = like
     theta = config.rope_theta
     if config.rope_scaling == "ntk-aware":  # nothing but another base
         theta *= config.rope_factor ** (config.head_dim / (config.head_dim - 2))
@@ -57,19 +73,26 @@ def to_hf_config(config: ModelConfig, dtype: str, bos_id: int | None, eos_id: in
         "eos_token_id": eos_id,
         "pad_token_id": None,
     }
-    if kind != "qwen2":
+    if kind in ("llama", "granite"):
         hf |= {"attention_bias": False, "mlp_bias": False}
+    elif kind == "qwen3":
+        hf["attention_bias"] = False
+    elif kind == "mistral":
+        hf["sliding_window"] = None
     if kind == "granite":
         hf |= {
             "embedding_multiplier": config.embedding_multiplier,
             "residual_multiplier": config.residual_multiplier,
             "logits_scaling": config.scale_width,
-            "attention_multiplier": config.head_dim**-0.5,
+            "attention_multiplier": config.attention_multiplier,
         }
     if config.rope_scaling in _ROPE_OUT:
         scaling: dict[str, Any] = {"rope_type": _ROPE_OUT[config.rope_scaling], "factor": config.rope_factor}
-        if scaling["rope_type"] == "yarn":
+        if scaling["rope_type"] in ("yarn", "llama3"):
             scaling["original_max_position_embeddings"] = config.orig_max_length
+        if scaling["rope_type"] == "llama3":
+            scaling["low_freq_factor"] = config.rope_low_freq_factor
+            scaling["high_freq_factor"] = config.rope_high_freq_factor
         if config.rope_scaling == "ntk-by-parts":
             scaling["attention_factor"] = 1.0  # YaRN without its sharper attention
         hf["rope_scaling"] = scaling
@@ -81,23 +104,26 @@ def to_hf_config(config: ModelConfig, dtype: str, bos_id: int | None, eos_id: in
 
 def from_hf_config(hf: dict[str, Any], where: str) -> ModelConfig:
     """The 9G configuration of a Hugging Face one. Raises UserError for arithmetic that 9G has not."""
+    family = family_of(hf, where)
     try:
-        return _from_hf_config(hf, where)
+        terms = {"tie_word_embeddings": family.tied} | family.terms(hf)
+        return build(ModelConfig, [Layer(where, _values(terms))]).value
     except UserError:
         raise
+    except UnfitError as error:
+        raise UserError(f"{where}: {error.args[0]} {error.args[1]}; the model cannot be read") from None
     except KeyError as error:
         raise UserError(f"{where}: {error.args[0]}: missing") from None
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{where}: a value is not of the kind that belongs there: {error}") from None
 
 
-def _from_hf_config(hf: dict[str, Any], where: str) -> ModelConfig:
-    kind = hf.get("model_type", "")
-    if kind not in READABLE:
-        raise UserError(f"{where}: model_type {kind!r} is not one that can be read: {', '.join(READABLE)}")
+def _values(hf: dict[str, Any]) -> dict[str, Any]:
+    """The 9G keys of a configuration in Llama's terms. Raises UnfitError."""
     heads, layers, hidden = hf["num_attention_heads"], hf["num_hidden_layers"], hf["hidden_size"]
     head_dim = hf.get("head_dim") or hidden // heads
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    _check(hf, rope)
     values: dict[str, Any] = {
         "vocab_size": hf["vocab_size"],
         "dim_model": hidden,
@@ -106,64 +132,85 @@ def _from_hf_config(hf: dict[str, Any], where: str) -> ModelConfig:
         "num_heads": heads,
         "num_kv_heads": hf.get("num_key_value_heads") or heads,
         "dim_head": head_dim,
-        "activate_fn": hf.get("hidden_act", "silu"),
+        "activate_fn": {"swish": "silu"}.get(act := hf.get("hidden_act", "silu"), act),
         "eps": hf.get("rms_norm_eps", 1e-6),
         "init_std": hf.get("initializer_range", 0.02),
-        "qkv_bias": kind == "qwen2" or bool(hf.get("qkv_bias")),
-        "tie_lm_head": bool(hf.get("tie_word_embeddings")),
+        "qkv_bias": bool(hf.get("qkv_bias")),
+        "qk_norm": bool(hf.get("qk_norm")),
+        "tie_lm_head": bool(hf["tie_word_embeddings"]),
         "base": float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
         "max_length": hf.get("max_position_embeddings", 8192),
         "half_type": {"bfloat16": "bf16", "float16": "fp16"}.get(str(hf.get("dtype") or hf.get("torch_dtype")), "fp32"),
     }
-    values |= _scaling_from_hf(hf, head_dim, layers, hidden, where) | _rope_from_hf(hf, rope, where)
-    refused = {
-        "attention_bias": bool(hf.get("attention_bias")),
-        "mlp_bias": bool(hf.get("mlp_bias")),
-        "use_sliding_window": bool(hf.get("use_sliding_window")),
-        "partial_rotary_factor": float(rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))) != 1.0,
-    }
-    for key, present in refused.items():
-        if present:
-            raise UserError(f"{where}: {key}: the 9G arithmetic has no such thing; the model cannot be read")
-    return build(ModelConfig, [Layer(where, values)]).value
+    return values | _scaling(hf, head_dim, layers, hidden) | _rope(hf, rope)
 
 
-def _scaling_from_hf(hf: dict[str, Any], head_dim: int, layers: int, hidden: int, where: str) -> dict[str, Any]:
+def _check(hf: dict[str, Any], rope: dict[str, Any]) -> None:
+    """Raises UnfitError for what 9G has not, whichever family says so."""
+    for key in (key for key in _EXPERTS if (hf.get(key) or 0) > 1):
+        raise UnfitError(key, "is above 1: 9G models have no mixture of experts")
+    for key in ("attention_bias", "mlp_bias"):
+        if hf.get(key):
+            raise UnfitError(key, "is true: 9G has biases on queries, keys and values alone")
+    for key in ("partial_rotary_factor", "rotary_pct"):
+        if float(rope.get(key, hf.get(key, 1.0))) != 1.0:
+            raise UnfitError(key, "is not 1: 9G turns whole heads by their positions")
+    for key in ("alibi", "position_embedding"):
+        if hf.get(key) is True or str(hf.get(key)).lower() == "alibi":
+            raise UnfitError(key, "asks for ALiBi: 9G has rotary positions")
+    if hf.get("quantization_config"):
+        raise UnfitError("quantization_config", "is there: take the folder that was quantized")
+    if hf.get("sparse_config"):
+        raise UnfitError("sparse_config", "is there: 9G has no sparse attention")
+    kind, longest = hf["model_type"], hf.get("max_position_embeddings", 8192)
+    window = hf.get("sliding_window", 4096)  # the default of all classes that have one
+    if window is None or window >= longest:
+        return
+    if kind == "mistral":
+        raise UnfitError("sliding_window", f"is {window}, of {longest} positions: 9G attends to all")
+    if kind in ("qwen2", "qwen3") and hf.get("use_sliding_window"):
+        kinds = hf.get("layer_types")
+        if "sliding_attention" in kinds if kinds else hf.get("max_window_layers", 28) < hf["num_hidden_layers"]:
+            raise UnfitError("use_sliding_window", f"is true, with {window} of {longest} positions: 9G attends to all")
+
+
+def _scaling(hf: dict[str, Any], head_dim: int, layers: int, hidden: int) -> dict[str, Any]:
     if hf["model_type"] == "granite":
-        if not math.isclose(hf.get("attention_multiplier", 1.0), head_dim**-0.5, rel_tol=1e-6):
-            raise UserError(f"{where}: attention_multiplier is not 1/sqrt(head_dim); the model cannot be read")
+        base = hidden / hf.get("logits_scaling", 1.0)
+        if differ(base, float(round(base))) or round(base) < 1:
+            raise UnfitError("logits_scaling", f"does not divide hidden_size {hidden}")
+        multiplier = float(hf.get("attention_multiplier", 1.0))
         return {
             "scale": True,
             "scale_emb": float(hf.get("embedding_multiplier", 1.0)),
             "scale_depth": round(hf.get("residual_multiplier", 1.0) * math.sqrt(layers), 10),
-            "dim_model_base": round(hidden / hf.get("logits_scaling", 1.0)),
+            "dim_model_base": round(base),
+            "attention_scale": multiplier if differ(multiplier, head_dim**-0.5) else 0.0,
         }
-    if hf.get("dim_model_base") and hf["model_type"] != "qwen2" and "scale_depth" in hf:
+    if hf["model_type"] in ("minicpm", "fm9g") and hf.get("dim_model_base") and "scale_depth" in hf:
         scaled = hf["scale_depth"] > 0
         emb = {"scale_emb": float(hf.get("scale_emb", 1.0)), "dim_model_base": hf["dim_model_base"]} if scaled else {}
         return {"scale": scaled, "scale_depth": float(hf["scale_depth"]), **emb}
     return {}
 
 
-def _rope_from_hf(hf: dict[str, Any], rope: dict[str, Any], where: str) -> dict[str, Any]:
+def _rope(hf: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return {}
-    original = rope.get("original_max_position_embeddings") or hf.get("max_position_embeddings", 8192)
+    longest = hf.get("max_position_embeddings", 8192)
+    original = rope.get("original_max_position_embeddings") or longest
     factor = float(rope.get("factor", 1.0))
+    values: dict[str, Any] = {"rope_scaling_factor": factor, "orig_max_length": original}
     plain_yarn = not any(rope.get(key) for key in ("mscale", "mscale_all_dim"))
     plain_yarn &= (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1) == (32, 1) and rope.get("truncate", True)
     if kind == "yarn" and plain_yarn and rope.get("attention_factor") in (None, 1.0):
-        name = "yarn" if rope.get("attention_factor") is None else "ntk-by-parts"
-        return {"rope_scaling_type": name, "rope_scaling_factor": factor, "orig_max_length": original}
+        return {"rope_scaling_type": "yarn" if rope.get("attention_factor") is None else "ntk-by-parts", **values}
     if kind == "dynamic":
-        longest = max(original, int(original * factor))
-        return {
-            "rope_scaling_type": "dynamic ntk",
-            "rope_scaling_factor": factor,
-            "orig_max_length": original,
-            "max_length": longest,
-        }
+        return {"rope_scaling_type": "dynamic ntk", **values, "max_length": max(original, int(original * factor))}
     if kind == "linear":
         return {"rope_scaling_type": "linear", "rope_scaling_factor": factor}
-    raise UserError(f"{where}: rope_type {kind!r} with {rope}: the 9G arithmetic has no such positions")
+    if kind == "llama3":
+        low, high = float(rope.get("low_freq_factor", 1.0)), float(rope.get("high_freq_factor", 4.0))
+        return {"rope_scaling_type": kind, **values, "rope_low_freq_factor": low, "rope_high_freq_factor": high}
+    raise UnfitError("rope_scaling", f"is {rope}: the 9G arithmetic has no such positions")

@@ -1,49 +1,52 @@
-"""Hugging Face folders in and out, one tensor at a time."""
+"""Hugging Face folders in and out, a few megabytes at a time, whatever the size of the model."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-
-from fm9g.checkpoint.folder import MANIFEST, MODEL_CONFIG, TOKENIZER, Checkpoint
-from fm9g.checkpoint.weights import check_weights, read_weights, write_weights
+from fm9g.checkpoint.folder import MANIFEST, MODEL_CONFIG, Checkpoint
+from fm9g.checkpoint.stored import Gathered, open_pt
+from fm9g.checkpoint.weights import check_weights
 from fm9g.config.load import read_object
-from fm9g.config.model import ModelConfig, load_model_config
+from fm9g.config.model import ModelConfig, arithmetic, differ, load_model_config
 from fm9g.convert.architecture import from_hf_config, to_hf_config
-from fm9g.convert.names import to_9g, to_hf
-from fm9g.data.tokenizer import CHAT_TEMPLATE, SentencePieceTokenizer, load_tokenizer
+from fm9g.convert.card import model_card
+from fm9g.convert.companions import copy_companions, write_tokenizer
+from fm9g.convert.families import FAMILIES, Family, family_of, pack
+from fm9g.convert.folder import DTYPES, main_dtype, open_folder, read_folder
+from fm9g.convert.stream import Output, partial_folder, pt_output, safetensors_output, write_outputs
 from fm9g.errors import UserError
 from fm9g.files import new_file, new_folder
 from fm9g.model.transformer import weight_shapes
-from fm9g.progress import Progress
+
+__all__ = ["Source", "export_folder", "import_folder", "open_source", "read_folder"]
 
 SHARD_BYTES = 5 * 1000**3
-# What travels from a reference folder beside config.json, which is written anew.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    CHAT_TEMPLATE,
-)
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FORMATS = ("safetensors", "bin")
 
 
-def import_folder(source: Path, target: Path, overwrite: bool = False) -> Path:
-    """Writes the weights of a Hugging Face folder as a 9G .pt file, unchanged, and its model configuration beside it.
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A 9G model to be exported. folder: the checkpoint it is from, None for a bare .pt file. tokenizer: the folder
+    of its files, None where it is not known."""
 
-    Returns the path of the configuration, <target>.json. Raises UserError where a weight has no 9G name or is missing.
+    file: Path
+    config: ModelConfig
+    folder: Path | None
+    tokenizer: Path | None
+
+
+def import_folder(source: Path, target: Path, overwrite: bool = False, dtype: str = "") -> Path:
+    """Writes the weights of a Hugging Face folder as a 9G .pt file, and its model configuration beside it.
+
+    dtype: bf16, fp16 or fp32; empty: the weights stay as they are.
+    Returns the path of the configuration, <target>.json. Raises UserError where a weight has no 9G name or is missing;
+    what was cut off, the same call goes on with.
     """
     if (source / MANIFEST).is_file():
         raise UserError(f"{source}: a 9G checkpoint; its .pt file is {Checkpoint(source).weight_file}")
@@ -53,148 +56,173 @@ def import_folder(source: Path, target: Path, overwrite: bool = False) -> Path:
     for file in (target, config_file):
         if file.is_dir() or (file.exists() and not overwrite):
             raise UserError(f"{file}: is there already; choose another name or allow it to be replaced (--overwrite)")
-    config, weights = read_folder(source)
-    check_weights(weights, weight_shapes(config), str(source), strict=True)
-    write_weights(target, weights, weights.items())
-    with new_file(config_file) as temporary:
-        temporary.write_text(json.dumps(config.to_json(), indent=4), encoding="utf-8")
+    target = target.resolve()
+    with new_file(target) as temporary, partial_folder(target) as folder:
+        config, weights = open_folder(source)
+        if any(part.file.resolve() == target for weight in weights.values() for part in weight.parts):
+            raise UserError(f"{target}: is read; choose another name")
+        weights = _in_type(weights, dtype)
+        if dtype:
+            config = dataclasses.replace(config, half_type=dtype)
+        output = pt_output(target.name, weights, folder)
+        write_outputs(folder, [output], "writing weights")
+        with new_file(config_file) as new:
+            new.write_text(json.dumps(config.to_json(), indent=4), encoding="utf-8")
+        (folder / output.name).rename(temporary)
+        shutil.rmtree(folder)
     return config_file
 
 
-def read_folder(source: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    """The 9G configuration and weights of a Hugging Face folder. Raises UserError where a weight has no 9G name."""
-    config = from_hf_config(read_object(source / "config.json"), str(source / "config.json"))
-    weights: dict[str, torch.Tensor] = {}
-    unknown = []
-    head = None
-    for name, tensor in _read_folder(source):
-        ours = to_9g(name)
-        if ours == "lm_head.weight" and config.tie_word_embeddings:
-            head = tensor
-        elif ours is not None:
-            weights[ours] = tensor
-        elif not name.endswith("rotary_emb.inv_freq"):  # a constant that old folders hold
-            unknown.append(name)
-    if unknown:
-        raise UserError(f"{source}: {unknown[0]} and {len(unknown) - 1} more have no place in a 9G model")
-    if head is not None and not torch.equal(head, weights.get("input_embedding.weight", head)):
-        raise UserError(f"{source}: tie_word_embeddings is true, but lm_head.weight differs from the embedding")
-    return config, weights
-
-
 def export_folder(
-    source: Path, target: Path, reference: Path | None = None, dtype: str = "", overwrite: bool = False
+    source: Path,
+    target: Path,
+    reference: Path | None = None,
+    dtype: str = "",
+    overwrite: bool = False,
+    keep_reference: bool = False,
+    format: str = "safetensors",
 ) -> str:
-    """Writes a 9G checkpoint folder or .pt file as a folder that transformers loads without remote code.
+    """Writes a 9G checkpoint folder or .pt file as a folder that transformers loads.
 
     reference: a Hugging Face folder whose configuration, tokenizer and generation settings travel along; without one
     they come from the checkpoint, or the configuration from <source>.json.
     dtype: bf16, fp16 or fp32; empty: the weights stay as they are.
-    Returns the name of the transformers class. Raises UserError.
+    keep_reference: the folder gets the reference's own configuration, code, names and packing of weights, instead of
+    those of the transformers class that needs no code. format: of the weights, one of FORMATS.
+    Returns the class of transformers that loads it, or the model_type of the reference whose code does. Raises
+    UserError; what was cut off, the same call goes on with.
     """
-    file, config, tokenizer = _open_source(source, reference)
-    weights = read_weights(file)
-    check_weights(weights, weight_shapes(config), str(file), strict=True)
-    wanted = _DTYPES.get(dtype) or next(iter(weights.values())).dtype
-    sources = (source, reference) if reference else (source,)
-    with new_folder(target, overwrite, sources) as folder:
-        _write_shards(weights, folder, wanted)
-        ids = _write_tokenizer(tokenizer, folder)
-        trained_with = (source if source.is_dir() else source.parent) / TOKENIZER / CHAT_TEMPLATE
-        if trained_with.is_file():  # whatever the reference says
-            shutil.copyfile(trained_with, folder / CHAT_TEMPLATE)
-        hf = to_hf_config(config, str(wanted).removeprefix("torch."), **ids)
-        generation: dict[str, Any] = {"bos_token_id": ids["bos_id"], "eos_token_id": ids["eos_id"]}
-        if reference is not None:
-            for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-                hf[key] = read_object(reference / "config.json").get(key, hf[key])
-            if (reference / "generation_config.json").is_file():
-                generation = read_object(reference / "generation_config.json")
-        for name, content in (("config.json", hf), ("generation_config.json", generation)):
-            (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
-    return hf["architectures"][0]
+    if keep_reference and reference is None:
+        raise UserError("--keep-reference-config: goes with --reference, the folder whose configuration is kept")
+    model = open_source(source, reference)
+    target = target.resolve()
+    with (
+        new_folder(target, overwrite, (source, reference) if reference else (source,)) as temporary,
+        partial_folder(target) as folder,
+    ):
+        stored = open_pt(model.file)
+        check_weights(stored, weight_shapes(model.config), str(model.file), strict=True)
+        weights = _in_type(pack(_layout(reference, keep_reference), model.config, stored), dtype)
+        torch_dtype = str(main_dtype(weights)).removeprefix("torch.")
+        if reference and keep_reference:
+            loads_as = _write_reference(reference, temporary, torch_dtype)
+        else:
+            loads_as = _write_native(model, reference, temporary, torch_dtype)
+        card = model_card(model, target.name, loads_as, needs_code=keep_reference)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        _write_index(weights, format, temporary)
+        outputs = _outputs(weights, format, folder)
+        write_outputs(folder, outputs, "writing weights")
+        for output in outputs:
+            (folder / output.name).rename(temporary / output.name)
+        shutil.rmtree(folder)
+    return loads_as
 
 
-def _open_source(source: Path, reference: Path | None) -> tuple[Path, ModelConfig, Path | None]:
-    """The .pt file, the model configuration and the tokenizer's folder of what is to be exported."""
+def open_source(source: Path, reference: Path | None) -> Source:
+    """What is known of a checkpoint folder or .pt file. Raises UserError where that is not enough."""
     folder = Checkpoint(source) if source.is_dir() else None
     file = folder.weight_file if folder else source
     if not file.is_file():
         raise UserError(f"{file}: no such file")
-    if reference is not None:
-        config = from_hf_config(read_object(reference / "config.json"), str(reference / "config.json"))
-        return file, config, reference
     if not folder and (file.parent / MANIFEST).is_file():  # another file of a checkpoint, such as its .ema.pt
         folder = Checkpoint(file.parent)
     beside = folder.folder / MODEL_CONFIG if folder else file.with_suffix(".json")
-    if not beside.is_file():
-        raise UserError(f"{file}: its model configuration is not known; give the folder it came from with --reference")
-    return file, load_model_config(beside).value, folder.tokenizer if folder else None
+    if reference is None:
+        if not beside.is_file():
+            raise UserError(
+                f"{file}: its model configuration is not known; give the folder it came from with --reference"
+            )
+        config = load_model_config(beside).value
+    else:
+        config = from_hf_config(read_object(reference / "config.json"), str(reference / "config.json"))
+        if folder:  # a .pt file may have any .json beside it
+            _check_same(load_model_config(beside).value, config, beside, reference)
+    tokenizer = reference or (folder.tokenizer if folder else None)
+    return Source(file, config, folder.folder if folder else None, tokenizer)
 
 
-def _read_folder(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight of a folder of safetensors or, where there are none, of .bin files."""
-    shards = sorted(folder.glob("model*.safetensors"))
-    bins = [] if shards else sorted(folder.glob("pytorch_model*.bin"))
-    if not shards and not bins:
-        raise UserError(f"{folder}: neither model*.safetensors nor pytorch_model*.bin is there")
-    for shard in shards:
-        try:
-            with safe_open(shard, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    yield name, file.get_tensor(name)
-        except Exception as error:  # safetensors raises its own error class
-            raise UserError(f"{shard}: not a whole safetensors file: {error}") from None
-    for file in bins:
-        yield from read_weights(file).items()
+def _check_same(own: ModelConfig, config: ModelConfig, beside: Path, reference: Path) -> None:
+    ours, theirs = arithmetic(own), arithmetic(config)
+    if odd := [f"{key} is {ours[key]!r} there, {theirs[key]!r} here" for key in ours if differ(ours[key], theirs[key])]:
+        raise UserError(
+            f"{reference / 'config.json'}: describes another model than {beside}: {'; '.join(odd)}; "
+            "leave --reference away, or give the folder that the model came from"
+        )
 
 
-def _write_shards(weights: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype) -> None:
-    shards: list[list[str]] = [[]]
+def _layout(reference: Path | None, keep_reference: bool) -> Family:
+    if reference is None or not keep_reference:
+        return FAMILIES["llama"]
+    return family_of(read_object(reference / "config.json"), str(reference / "config.json"))
+
+
+def _in_type(weights: Mapping[str, Gathered], dtype: str) -> dict[str, Gathered]:
+    wanted = DTYPES.get(dtype)
+    return {name: dataclasses.replace(weight, dtype=wanted or weight.dtype) for name, weight in weights.items()}
+
+
+def _shards(weights: Mapping[str, Gathered], format: str) -> dict[str, dict[str, Gathered]]:
+    """File name -> the weights in it."""
+    shards: list[dict[str, Gathered]] = [{}]
     size = 0
-    for name, tensor in weights.items():
-        nbytes = tensor.numel() * dtype.itemsize
-        if shards[-1] and size + nbytes > SHARD_BYTES:
-            shards.append([])
+    for name, weight in weights.items():
+        if shards[-1] and size + weight.nbytes > SHARD_BYTES:
+            shards.append({})
             size = 0
-        shards[-1].append(name)
-        size += nbytes
-    mode = folder.stat().st_mode & 0o666  # a folder's mode follows the umask
-    total = 0
-    where: dict[str, str] = {}
-    with Progress("writing weights", total=len(weights), unit="tensors") as progress:
-        for number, names in enumerate(shards, 1):
-            single = len(shards) == 1
-            file = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            tensors = {str(to_hf(name)): weights[name].to(dtype).contiguous() for name in names}
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(mode)  # safetensors lets nobody else read its files
-            where |= dict.fromkeys(tensors, file)
-            total += sum(tensor.numel() * dtype.itemsize for tensor in tensors.values())
-            progress.advance(len(names))
+        shards[-1][name] = weight
+        size += weight.nbytes
+    stem = _stem(format)
+    if len(shards) == 1:
+        return {f"{stem}.{format}": shards[0]}
+    return {f"{stem}-{number:05d}-of-{len(shards):05d}.{format}": shard for number, shard in enumerate(shards, 1)}
+
+
+def _stem(format: str) -> str:
+    return "model" if format == "safetensors" else "pytorch_model"
+
+
+def _outputs(weights: Mapping[str, Gathered], format: str, folder: Path) -> list[Output]:
+    shards = _shards(weights, format)
+    if format == "safetensors":
+        return [safetensors_output(file, shard) for file, shard in shards.items()]
+    return [pt_output(file, shard, folder) for file, shard in shards.items()]
+
+
+def _write_index(weights: Mapping[str, Gathered], format: str, folder: Path) -> None:
+    shards = _shards(weights, format)
     if len(shards) > 1:
+        total = sum(weight.nbytes for weight in weights.values())
+        where = {name: file for file, shard in shards.items() for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+        _write_json(folder / f"{_stem(format)}.{format}.index.json", index)
 
 
-def _write_tokenizer(source: Path | None, folder: Path) -> dict[str, int | None]:
-    """Copies a tokenizer's files; a bare SentencePiece model gets the configuration transformers needs."""
-    for name in _TOKENIZER_FILES:
-        if source is not None and (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    if source is None or not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return {"bos_id": None, "eos_id": None}
-    tokenizer = load_tokenizer(folder)
-    if isinstance(tokenizer, SentencePieceTokenizer) and not (folder / "tokenizer_config.json").is_file():
-        settings = {
-            "tokenizer_class": "LlamaTokenizer",
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "unk_token": "<unk>",
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "add_prefix_space": tokenizer.adds_prefix_space,
-            "legacy": False,
-        }
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    return {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+def _write_native(model: Source, reference: Path | None, folder: Path, dtype: str) -> str:
+    """config.json of the native class, generation settings and tokenizer."""
+    ids = write_tokenizer(model.tokenizer, model.folder, folder)
+    like = read_object(reference / "config.json") if reference else {}
+    hf = to_hf_config(model.config, dtype, ids["bos_token_id"], ids["eos_token_id"], like.get("model_type", ""))
+    generation: dict[str, Any] = dict(ids)
+    if reference is not None:
+        hf |= {key: like.get(key, hf[key]) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        if (reference / "generation_config.json").is_file():
+            generation = read_object(reference / "generation_config.json")
+    _write_json(folder / "config.json", hf)
+    _write_json(folder / "generation_config.json", generation)
+    return str(hf["architectures"][0])
+
+
+def _write_reference(reference: Path, folder: Path, dtype: str) -> str:
+    """What the reference holds beside its weights."""
+    copy_companions(reference, folder)
+    hf = read_object(reference / "config.json")
+    key = "dtype" if "dtype" in hf else "torch_dtype"
+    if key in hf and hf[key] != dtype:
+        hf[key] = dtype
+        _write_json(folder / "config.json", hf)
+    return str(hf["model_type"])
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")

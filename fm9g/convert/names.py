@@ -1,49 +1,59 @@
-"""The names of weights in 9G files and in Hugging Face folders: one table for both directions."""
+"""The names of weights in 9G files and in the folders of a family: one table for both directions."""
 
 from __future__ import annotations
 
 import re
 
-# {n} is the number of a layer, {p} ends in weight or bias. The Hugging Face side is that of Llama, Qwen2 and Granite.
-TABLE = [
-    ("input_embedding.weight", "model.embed_tokens.weight"),
-    ("encoder.output_layernorm.weight", "model.norm.weight"),
-    ("lm_head.weight", "lm_head.weight"),
-    ("encoder.layers.{n}.self_att.layernorm_before_attention.weight", "model.layers.{n}.input_layernorm.weight"),
-    ("encoder.layers.{n}.self_att.self_attention.project_q.{p}", "model.layers.{n}.self_attn.q_proj.{p}"),
-    ("encoder.layers.{n}.self_att.self_attention.project_k.{p}", "model.layers.{n}.self_attn.k_proj.{p}"),
-    ("encoder.layers.{n}.self_att.self_attention.project_v.{p}", "model.layers.{n}.self_attn.v_proj.{p}"),
-    ("encoder.layers.{n}.self_att.self_attention.attention_out.weight", "model.layers.{n}.self_attn.o_proj.weight"),
-    ("encoder.layers.{n}.ffn.layernorm_before_ffn.weight", "model.layers.{n}.post_attention_layernorm.weight"),
-    ("encoder.layers.{n}.ffn.ffn.w_in.w_0.weight", "model.layers.{n}.mlp.gate_proj.weight"),
-    ("encoder.layers.{n}.ffn.ffn.w_in.w_1.weight", "model.layers.{n}.mlp.up_proj.weight"),
-    ("encoder.layers.{n}.ffn.ffn.w_out.weight", "model.layers.{n}.mlp.down_proj.weight"),
-]
+Table = dict[str, str]
+
+_ATTENTION = "encoder.layers.{n}.self_att.self_attention."
+# {n} is the number of a layer, {p} ends in weight or bias. The right side is that of Llama and of most others.
+LLAMA: Table = {
+    "input_embedding.weight": "model.embed_tokens.weight",
+    "encoder.output_layernorm.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+    "encoder.layers.{n}.self_att.layernorm_before_attention.weight": "model.layers.{n}.input_layernorm.weight",
+    _ATTENTION + "project_q.{p}": "model.layers.{n}.self_attn.q_proj.{p}",
+    _ATTENTION + "project_k.{p}": "model.layers.{n}.self_attn.k_proj.{p}",
+    _ATTENTION + "project_v.{p}": "model.layers.{n}.self_attn.v_proj.{p}",
+    _ATTENTION + "q_norm.weight": "model.layers.{n}.self_attn.q_norm.weight",
+    _ATTENTION + "k_norm.weight": "model.layers.{n}.self_attn.k_norm.weight",
+    _ATTENTION + "attention_out.weight": "model.layers.{n}.self_attn.o_proj.weight",
+    "encoder.layers.{n}.ffn.layernorm_before_ffn.weight": "model.layers.{n}.post_attention_layernorm.weight",
+    "encoder.layers.{n}.ffn.ffn.w_in.w_0.weight": "model.layers.{n}.mlp.gate_proj.weight",
+    "encoder.layers.{n}.ffn.ffn.w_in.w_1.weight": "model.layers.{n}.mlp.up_proj.weight",
+    "encoder.layers.{n}.ffn.ffn.w_out.weight": "model.layers.{n}.mlp.down_proj.weight",
+}
 
 
-def _compile(side: int) -> list[tuple[re.Pattern[str], str]]:
-    rules = []
-    for row in TABLE:
-        pattern = re.escape(row[side]).replace(r"\{n\}", r"(?P<n>\d+)").replace(r"\{p\}", r"(?P<p>weight|bias)")
-        rules.append((re.compile(pattern), row[1 - side]))
-    return rules
+def renamed(*changes: tuple[str, str]) -> Table:
+    """The table of Llama with parts of its right side replaced, one change after the other."""
+    table = dict(LLAMA)
+    for old, new in changes:
+        assert any(old in theirs for theirs in table.values()), old
+        table = {ours: theirs.replace(old, new) for ours, theirs in table.items()}
+    return table
 
 
-_TO_HF, _TO_9G = _compile(0), _compile(1)
+class Names:
+    """A table, compiled. Several 9G names with one name on the other side are packed into one weight there."""
+
+    def __init__(self, table: Table) -> None:
+        self._theirs = [(_pattern(ours), theirs) for ours, theirs in table.items()]
+        self._ours = [(_pattern(theirs), ours) for ours, theirs in table.items()]
+
+    def theirs(self, name: str) -> str | None:
+        """The family's name of a 9G weight, or None where the table has none."""
+        return next(_translations(name, self._theirs), None)
+
+    def ours(self, name: str) -> list[str]:
+        """The 9G names of what a weight of the family holds; none where the table has none."""
+        return list(_translations(name, self._ours))
 
 
-def to_hf(name: str) -> str | None:
-    """The Hugging Face name of a 9G weight, or None where the table has none."""
-    return _translate(name, _TO_HF)
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile(re.escape(template).replace(r"\{n\}", r"(?P<n>\d+)").replace(r"\{p\}", r"(?P<p>weight|bias)"))
 
 
-def to_9g(name: str) -> str | None:
-    """The 9G name of a Hugging Face weight, or None where the table has none."""
-    return _translate(name, _TO_9G)
-
-
-def _translate(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str | None:
-    for pattern, template in rules:
-        if match := pattern.fullmatch(name):
-            return template.format(**match.groupdict())
-    return None
+def _translations(name: str, rules: list[tuple[re.Pattern[str], str]]):
+    return (template.format(**match.groupdict()) for pattern, template in rules if (match := pattern.fullmatch(name)))

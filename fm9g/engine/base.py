@@ -10,7 +10,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -26,11 +26,21 @@ from fm9g.errors import UserError
 Fill = Callable[[str, torch.Tensor], None]
 
 
+@runtime_checkable
+class Keeps(Protocol):
+    """A module whose weight is no parameter: every process hands it the whole values, fp32, once."""
+
+    wanted_shape: torch.Size
+
+    def keep(self, weight: torch.Tensor, dtype: torch.dtype) -> None: ...
+
+
 @dataclass(frozen=True)
 class Placement:
     """How an engine places a model.
 
-    dtype: of the computation; every weight has an fp32 copy. zero_level: 3, weights are gathered layer by layer, again
+    dtype: of the computation; every weight has an fp32 copy. narrow_frozen: weights that are not trained have none.
+    zero_level: 3, weights are gathered layer by layer, again
     in the backward pass; 2, they stay gathered in between; 0, every process holds all. checkpointing: none, selective
     or full, for as many of the first layers. tp_size: processes that share the work of each layer; sequence_parallel:
     and that of the norms. offload: the optimizer works in the host's memory.
@@ -43,6 +53,7 @@ class Placement:
     tp_size: int = 1
     sequence_parallel: bool = True
     offload: bool = False
+    narrow_frozen: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,17 +117,23 @@ class Engine(ABC):
         optimizer: OptimizerSettings,
         placement: Placement,
         loss_scale: LossScale,
+        names: Callable[[str], str] = str,
     ) -> None:
         """Places a model that was built on the meta device and makes its optimizer.
 
         layers: the modules that are gathered and checkpointed one at a time. fill: writes the values of the weight of
         that name into a tensor; it is asked on rank 0 alone, for one weight at a time. Weights that require no
-        gradient stay as they are. Raises UserError where the model does not fit in memory or cannot be placed so.
+        gradient stay as they are. names: makes the name by which a weight is known outside of that in the model.
+        Raises UserError where the model does not fit in memory or cannot be placed so.
         """
-        self.loss_scale, self._placement = loss_scale, placement
+        self.loss_scale, self._placement, self._names = loss_scale, placement, names
         for layer in list(layers)[: placement.checkpointed_layers]:
             recompute(layer, placement.checkpointing)
         try:
+            for path, module in model.named_modules():
+                if isinstance(module, Keeps):
+                    whole = self._spread(module.wanted_shape, functools.partial(fill, names(f"{path}.weight")))
+                    module.keep(whole, placement.dtype)
             self._model = self._place(model.train(), layers, fill, placement)
             self._parts = self._find_parts()
             trained = {name: part.tensor() for name, part in self._parts.items() if part.trainable}
@@ -132,6 +149,10 @@ class Engine(ABC):
             if "out of memory" not in str(error) and "not enough memory" not in str(error):
                 raise
             raise UserError(f"the model does not fit in the memory of {self.device}: {error}") from None
+
+    def _named(self, model: torch.nn.Module) -> list[tuple[str, Any]]:
+        """The parameters of a model with the names by which they are known outside."""
+        return [(self._names(name), weight) for name, weight in model.named_parameters()]
 
     @abstractmethod
     def _place(
@@ -239,15 +260,16 @@ class Engine(ABC):
     def _add_up(self, values: torch.Tensor) -> torch.Tensor:
         """The tensor, which becomes the elementwise sum over all processes."""
 
-    def weights(self) -> Collected:
-        """Every weight by its full name, fp32, whole on rank 0's host."""
+    def weights(self, trained: bool = False) -> Collected:
+        """Every weight by its full name, fp32, whole on rank 0's host. trained: those that are trained alone."""
         masters = self._optimizer.masters
-        return self._collected({name: part.held(masters.get(name)) for name, part in self._parts.items()})
+        parts = {name: part for name, part in self._parts.items() if part.trainable or not trained}
+        return self._collected({name: part.held(masters.get(name)) for name, part in parts.items()})
 
-    def mean_weights(self) -> Collected:
+    def mean_weights(self, trained: bool = False) -> Collected:
         """As `weights`, the running means in place of weights that are trained; nothing where none are kept."""
         means, masters = self._optimizer.means, self._optimizer.masters
-        parts = self._parts if means else {}
+        parts = {name: part for name, part in self._parts.items() if means and (part.trainable or not trained)}
         held = {name: part.held(means.get(name, masters.get(name))) for name, part in parts.items()}
         return self._collected(held)
 

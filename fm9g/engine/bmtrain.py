@@ -43,7 +43,8 @@ class BMTrainEngine(Engine):
         bmt = self._bmt
         owners = dict(model.named_modules())
         for name, weight in list(model.named_parameters()):
-            whole = self._spread(weight.shape, functools.partial(fill, name)).to(placement.dtype)
+            content = functools.partial(fill, self._names(name))
+            whole = self._spread(weight.shape, content).to(placement.dtype)
             owner, _, key = name.rpartition(".")
             owners[owner]._parameters[key] = bmt.DistributedParameter(whole, requires_grad=weight.requires_grad)
         for module in owners.values():
@@ -60,8 +61,7 @@ class BMTrainEngine(Engine):
 
     def _find_parts(self) -> dict[str, Part]:
         parts = {}
-        weight: Any
-        for name, weight in self._model.named_parameters():
+        for name, weight in self._named(self._model):
             start = weight._start_partition
             begin, end = (0, 0) if start is None else (start, max(start, weight._end_partition))
             parts[name] = Part(
@@ -91,7 +91,7 @@ class BMTrainEngine(Engine):
 
     def _add_up_gradients(self) -> None:
         """Moves gradients into fp32 sums: those of many micro-batches would drown in 8 bits."""
-        for name, weight in self._model.named_parameters():
+        for name, weight in self._named(self._model):
             if weight.grad is not None:
                 if name in self._sums:
                     self._sums[name] += weight.grad

@@ -51,6 +51,9 @@ class TorchEngine(Engine):
             mesh=mesh["copies", "shards"] if copies > 1 else mesh["shards"],
             mp_policy=policy,
         )
+        for weight in model.parameters():
+            if placement.narrow_frozen and not weight.requires_grad:
+                weight.data = weight.data.to(placement.dtype)
         for layer in layers:
             shard(layer, reshard_after_forward=placement.zero_level == 3)
         shard(model, reshard_after_forward=False)  # what is outside the layers is needed again at once
@@ -62,17 +65,16 @@ class TorchEngine(Engine):
                 unit.set_gradient_divide_factor(1.0)
                 unit.set_force_sum_reduction_for_comms(True)
         model.to_empty(device=self.device)
-        for name, weight in model.named_parameters():
+        for name, weight in self._named(model):
             whole = self._spread(weight.shape, functools.partial(fill, name))
             local = _local(weight)
-            local.copy_(_region(whole, weight, mesh))  # type: ignore[arg-type]
+            local.copy_(_region(whole, weight, mesh))
         return model
 
     def _find_parts(self) -> dict[str, Part]:
         copies, tp = self._mesh["copies"], self._mesh["tp"]
         parts = {}
-        for name, weight in self._model.named_parameters():
-            assert isinstance(weight, DTensor)
+        for name, weight in self._named(self._model):
             split = _tp_split(weight) is not None
             parts[name] = Part(
                 shape=weight.shape,

@@ -29,16 +29,29 @@ def attend(
     cu_seqlens: torch.Tensor,
     lengths: list[int],
     flash: bool,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """Attention of query (T, H, D) over key and value (T, K, D); returns (T, H, D).
 
     cu_seqlens: (documents + 1,) int32 borders on the tensors' device; lengths: the same documents' lengths on the host.
     flash: use flash-attn where the tensors are half precision on a GPU and the package is there.
+    scale: of the products of queries and keys; None: 1 / sqrt(D).
     """
     if flash and query.is_cuda and query.dtype != torch.float32 and (kernel := flash_attn_kernel()):
         longest = max(lengths)
         # Deterministic: else its backward pass adds in an order that differs from run to run.
-        return kernel(query, key, value, cu_seqlens, cu_seqlens, longest, longest, causal=True, deterministic=True)
+        return kernel(
+            query,
+            key,
+            value,
+            cu_seqlens,
+            cu_seqlens,
+            longest,
+            longest,
+            softmax_scale=scale,
+            causal=True,
+            deterministic=True,
+        )
     # One call a document costs the sum of the squared lengths; one call with a mask, the square of the sum.
     grouped = query.shape[1] != key.shape[1]
     documents = zip(query.split(lengths), key.split(lengths), value.split(lengths))
@@ -48,6 +61,7 @@ def attend(
             k.transpose(0, 1)[None],
             v.transpose(0, 1)[None],
             is_causal=True,
+            scale=scale,
             enable_gqa=grouped,
         )[0].transpose(0, 1)
         for q, k, v in documents

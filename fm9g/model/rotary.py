@@ -35,6 +35,14 @@ def _by_parts(config: ModelConfig, inv_freq: torch.Tensor) -> torch.Tensor:
     return inv_freq / config.rope_factor * slow + inv_freq * (1 - slow)
 
 
+def _llama3(config: ModelConfig, inv_freq: torch.Tensor) -> torch.Tensor:
+    """Keeps fast frequencies, divides slow ones by the factor, blends those between: the manner of Llama 3.1."""
+    turns = inv_freq * config.orig_max_length / (2 * math.pi)  # within the original length
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    fast = ((turns - low) / (high - low)).clamp(0, 1)
+    return inv_freq / config.rope_factor * (1 - fast) + inv_freq * fast
+
+
 def cos_sin(
     config: ModelConfig, positions: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,6 +62,8 @@ def cos_sin(
         inv_freq = inv_freq / factor
     elif kind in ("ntk-by-parts", "yarn"):
         inv_freq = _by_parts(config, inv_freq)
+    elif kind == "llama3":
+        inv_freq = _llama3(config, inv_freq)
     angles = positions[:, None].to(torch.float32) * inv_freq
     angles = torch.cat((angles, angles), dim=-1)  # (T, D)
     # YaRN also sharpens attention: queries and keys each grow by this factor (section 3.4).

@@ -50,24 +50,31 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary positions, and norms of queries and keys where the model has them."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head_dim, self.flash = config.head_dim, config.use_flash_attn
+        self.head_dim, self.flash, self.scale = config.head_dim, config.use_flash_attn, config.attention_scale or None
         query, shared = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.project_q = nn.Linear(config.hidden_size, query, bias=config.qkv_bias)
         self.project_k = nn.Linear(config.hidden_size, shared, bias=config.qkv_bias)
         self.project_v = nn.Linear(config.hidden_size, shared, bias=config.qkv_bias)
         self.attention_out = nn.Linear(query, config.hidden_size, bias=False)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor, lengths: list[int]
     ) -> torch.Tensor:
-        query = rotate(self.project_q(x).unflatten(-1, (-1, self.head_dim)), cos, sin)  # (T, H, D)
-        key = rotate(self.project_k(x).unflatten(-1, (-1, self.head_dim)), cos, sin)  # (T, K, D)
+        query = self.project_q(x).unflatten(-1, (-1, self.head_dim))  # (T, H, D)
+        key = self.project_k(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
+        if self.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         value = self.project_v(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
-        mixed = attend(query, key, value, cu_seqlens, lengths, self.flash)
+        mixed = attend(query, key, value, cu_seqlens, lengths, self.flash, self.scale)
         return self.attention_out(mixed.flatten(-2))  # (T, C)
 
 
@@ -198,7 +205,7 @@ class FM9G(nn.Module):
 
 def is_width_scaled(name: str) -> bool:
     """Whether a weight is that of a linear layer, whose learning rate is divided by scale_width."""
-    return name.startswith("encoder.layers.") and name.endswith(".weight") and "layernorm" not in name
+    return name.startswith("encoder.layers.") and name.endswith(".weight") and "norm" not in name
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:

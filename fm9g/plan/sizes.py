@@ -43,7 +43,8 @@ def layer_weights(model: ModelConfig, ways: int = 1) -> int:
     """Weights of a layer on one of `ways` ranks of tensor parallelism: matrices and biases dealt out, norms whole."""
     w = Widths.of(model, ways)
     biases = (w.q + 2 * w.k) * model.qkv_bias
-    return 2 * w.c * (w.q + w.k) + 3 * w.c * w.f + biases + 2 * w.c
+    norms = 2 * w.c + 2 * model.head_dim * model.qk_norm
+    return 2 * w.c * (w.q + w.k) + 3 * w.c * w.f + biases + norms
 
 
 def head_weights(model: ModelConfig, ways: int = 1) -> int:
@@ -110,6 +111,8 @@ def layer_bytes(model: ModelConfig, setup: Setup) -> float:
     if setup.split_tokens > 1:
         norm, out = norm / setup.split_tokens, out + out / setup.split_tokens  # its share, and whole for the matrices
     attention = e * (2 * w.q + 2 * w.k) + e * w.q * (not setup.flash) + 4 * w.heads
+    if model.qk_norm:  # inputs in fp32, and the normed values
+        attention += (4 + e) * (w.q + w.k)
     dropout = 2 * w.c * (model.dropout > 0)
     return setup.row * (2 * (norm + out) + attention + 4 * e * w.f + dropout)
 

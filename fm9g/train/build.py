@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,17 +11,22 @@ from pathlib import Path
 import torch
 
 from fm9g.checkpoint.folder import MANIFEST, Checkpoint, steps_in
-from fm9g.checkpoint.weights import check_weights, read_weights
+from fm9g.checkpoint.stored import Stored, open_pt
+from fm9g.checkpoint.weights import check_weights
 from fm9g.config.model import ModelConfig, arithmetic, differ
 from fm9g.config.train import TrainConfig
-from fm9g.convert.hf import read_folder
+from fm9g.convert.folder import open_folder
 from fm9g.engine.base import Engine, LossScale, Placement
 from fm9g.engine.processes import Processes
 from fm9g.engine.rules import OptimizerSettings
 from fm9g.engine.torch import TorchEngine, has_fast_bf16
 from fm9g.errors import UserError
+from fm9g.lora.inject import A, B, known_as
 from fm9g.model.loss import Objective
 from fm9g.model.transformer import FM9G, is_width_scaled, weight_shapes
+from fm9g.train.adapters import Adapters
+
+Weights = Mapping[str, Stored]
 
 
 def engine_name(config: TrainConfig) -> str:
@@ -42,41 +48,53 @@ def make_engine(config: TrainConfig, processes: Processes) -> Engine:
 
 def build_model(
     engine: Engine, config: TrainConfig, model_config: ModelConfig, checkpoint: Checkpoint | None
-) -> list[str]:
+) -> tuple[list[str], Adapters | None]:
     """Gives the engine a model with the weights of the checkpoint, of pretrained_model, or new ones.
 
-    checkpoint: on rank 0, which alone reads weights. Returns what differs between the weights and the model, a line
-    each, where strict_state_dict lets it pass.
+    checkpoint: on rank 0, which alone reads weights. Returns what there is to know of the weights, a line each, and the
+    adapters that are trained in place of the model.
     """
     flash = model_config.use_flash_attn and config.flash != "none"
     objective = Objective(config.label_smoothing, config.z_loss)
     with torch.device("meta"):
         model = FM9G(replace(model_config, use_flash_attn=flash), objective, config.neftune_alpha)
-    notes = _freeze(model, config.freeze)
-    given: dict[str, torch.Tensor] = {}
-    if engine.processes.rank == 0 and (checkpoint is not None or config.pretrained_model):
-        given, where = (
-            (checkpoint.weights(), checkpoint.weight_file)
-            if checkpoint
-            else _pretrained(Path(config.pretrained_model), model_config)
-        )
-        strict = config.strict_state_dict or checkpoint is not None
-        notes += check_weights(given, weight_shapes(model_config), str(where), strict)
+    first, adapters = engine.processes.rank == 0, None
+    given: Weights = {}
+    notes: list[str] = []
+    if config.lora_layer:
+        adapters = Adapters(config, model, model.encoder.layers)
+        if first:
+            base = adapters.find_base(checkpoint)
+            given, notes = _weights(base, model_config, strict=True)
+            notes += adapters.start(base, given, checkpoint)
+    else:
+        _freeze(model, config.freeze)
+        if first and (checkpoint is not None or config.pretrained_model):
+            source = checkpoint.weight_file if checkpoint else Path(config.pretrained_model)
+            strict = config.strict_state_dict or checkpoint is not None
+            given, odd = _weights(source, model_config, strict)
+            notes += odd
 
     def fill(name: str, weight: torch.Tensor) -> None:
-        if name in given:
-            weight.copy_(given[name])
+        if adapters:
+            adapters.fill(name, weight)
+        elif name in given:
+            weight.copy_(given[name].read())
         else:
             model.init_weight(name, weight, config.seed)
 
     width = model_config.scale_width
+    weights = {known_as(name): weight for name, weight in model.named_parameters()}
+    ratio = config.loraplus_lr_ratio
     optimizer = OptimizerSettings(
-        lr_scales={name: 1 / width if is_width_scaled(name) else 1.0 for name, _ in model.named_parameters()},
+        lr_scales={
+            name: ratio if name.endswith(B) else 1 / width if is_width_scaled(name) else 1.0 for name in weights
+        },
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         weight_decay=config.weight_decay,
         name=config.optimizer,
-        matrices=frozenset(name for name in weight_shapes(model_config) if is_width_scaled(name)),
+        matrices=frozenset(name for name in weights if is_width_scaled(name) or name.endswith((A, B))),
         momentum=config.muon_momentum,
         ema_decay=config.ema_decay,
     )
@@ -96,14 +114,16 @@ def build_model(
         tp_size=config.tp_size,
         sequence_parallel=config.sequence_parallel,
         offload=config.optimizer_offload,
+        narrow_frozen=adapters is not None,
     )
     scale = LossScale(config.loss_scale, config.loss_scale_steps) if dtype == torch.float16 else LossScale()
-    engine.prepare(model, model.encoder.layers, fill, optimizer, placement, scale)
-    return notes + dtype_notes
+    engine.prepare(model, model.encoder.layers, fill, optimizer, placement, scale, known_as)
+    share = _trained_share(weights, weight_shapes(model_config))
+    return notes + share + dtype_notes, adapters
 
 
-def _freeze(model: FM9G, patterns: str) -> list[str]:
-    """Has weights whose name matches a pattern stay as they are; a line that counts them. Raises UserError."""
+def _freeze(model: FM9G, patterns: str) -> None:
+    """Has weights whose name matches a pattern stay as they are. Raises UserError."""
     weights = dict(model.named_parameters())
     for pattern in filter(None, map(str.strip, patterns.split(","))):
         found = fnmatch.filter(weights, pattern)
@@ -114,29 +134,39 @@ def _freeze(model: FM9G, patterns: str) -> list[str]:
             )
         for name in found:
             weights[name].requires_grad_(False)
-    trained = sum(weight.numel() for weight in weights.values() if weight.requires_grad)
-    if not trained:
+    if not any(weight.requires_grad for weight in weights.values()):
         raise UserError("freeze: nothing is left to train")
-    total = sum(weight.numel() for weight in weights.values())
-    return [f"trained: {trained:,} of {total:,} parameters ({trained / total:.2%})"] if trained < total else []
 
 
-def _pretrained(path: Path, model_config: ModelConfig) -> tuple[dict[str, torch.Tensor], Path]:
-    """The weights of a .pt file, a checkpoint or a Hugging Face folder, and where they are from."""
+def _trained_share(weights: dict[str, torch.nn.Parameter], model: dict[str, torch.Size]) -> list[str]:
+    """A line on how much is trained, where that is not all. model: the shapes of the model without adapters."""
+    trained = {name: weight.numel() for name, weight in weights.items() if weight.requires_grad}
+    added = sum(count for name, count in trained.items() if name not in model)
+    count, total = sum(trained.values()), sum(shape.numel() for shape in model.values()) + added
+    return [f"trained: {count:,} of {total:,} parameters ({count / total:.2%})"] if count < total else []
+
+
+def _weights(path: Path, model_config: ModelConfig, strict: bool) -> tuple[Weights, list[str]]:
+    """The weights of a .pt file, a checkpoint or a Hugging Face folder, and how they differ from the model's, a line
+    each, where `strict` lets it pass."""
+    weights = _pretrained(path, model_config)
+    return weights, check_weights(weights, weight_shapes(model_config), str(path), strict)
+
+
+def _pretrained(path: Path, model_config: ModelConfig) -> Weights:
     if not path.is_dir():
-        return read_weights(path), path
+        return open_pt(path)
     if (path / MANIFEST).is_file():
-        checkpoint = Checkpoint(path)
-        return checkpoint.weights(), checkpoint.weight_file
+        return open_pt(Checkpoint(path).weight_file)
     if not (path / "config.json").is_file():
         steps = ", ".join(str(path / str(step)) for step in steps_in(path))
         hint = f"; it holds the checkpoints {steps}" if steps else ""
         raise UserError(f"pretrained_model: {path}: neither a checkpoint nor a Hugging Face folder{hint}")
-    config, weights = read_folder(path)
+    config, weights = open_folder(path)
     ours, theirs = (arithmetic(c) for c in (model_config, config))
     if odd := [f"{key} is {theirs[key]!r}, the run's {ours[key]!r}" for key in ours if differ(ours[key], theirs[key])]:
         raise UserError(f"pretrained_model: {path / 'config.json'} describes another model: {'; '.join(odd)}")
-    return weights, path
+    return weights
 
 
 def compute_dtype(model_config: ModelConfig, device: torch.device) -> tuple[torch.dtype, list[str]]:

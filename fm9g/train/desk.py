@@ -13,6 +13,7 @@ import torch
 
 from fm9g.checkpoint.folder import MODEL_CONFIG, RUN_CONFIG, Snapshot
 from fm9g.checkpoint.saver import Saver
+from fm9g.config.adapter import ADAPTER_CONFIG
 from fm9g.config.run import RunConfig
 from fm9g.data.loader import Loader
 from fm9g.data.mixture import Mixture
@@ -24,6 +25,7 @@ from fm9g.errors import UserError
 from fm9g.files import new_file
 from fm9g.launch.monitor import Monitor
 from fm9g.plan.sizes import flops_of
+from fm9g.train.adapters import Adapters
 from fm9g.train.clock import SPANS, Clock
 from fm9g.train.evaluate import Evaluation
 from fm9g.train.interrupt import Interrupt
@@ -49,16 +51,18 @@ class RunDesk:
         metrics: Metrics | None,
         saver: Saver,
         evaluation: Evaluation | None,
+        adapters: Adapters | None,
         monitor: Monitor,
         interrupt: Interrupt,
         peak: float,
         log: Path,
     ) -> None:
-        """peak: floating-point operations a second of one device. log: the folder of the figures."""
+        """adapters: what is trained and saved in place of the model. peak: floating-point operations a second of one
+        device. log: the folder of the figures."""
         self._run, self._config, self._engine, self._mixture = run, run.train.value, engine, mixture
         self._loader, self._state, self._metrics, self._saver = loader, state, metrics, saver
         self._evaluation, self._monitor, self._interrupt = evaluation, monitor, interrupt
-        self._peak, self._log = peak, log
+        self._peak, self._log, self._adapters = peak, log, adapters
         self._tasks = [item.value.task_name for item in run.mixture]
 
     def wishes(self) -> tuple[bool, bool]:
@@ -172,14 +176,21 @@ class RunDesk:
 
     def _snapshot(self) -> Snapshot:
         """What a checkpoint of this moment holds. All ranks must take part."""
-        engine, state, config = self._engine, self._state, self._config
+        engine, state, config, adapters = self._engine, self._state, self._config, self._adapters
         processes = engine.processes
+        documents = {MODEL_CONFIG: self._run.model.value.to_json(), RUN_CONFIG: self._run.to_json()}
+        if adapters:
+            documents[ADAPTER_CONFIG] = adapters.document()
+        weights = adapters.weights(engine) if adapters else engine.weights()
+        means = None
+        if config.ema_decay:
+            means = adapters.weights(engine, means=True) if adapters else engine.mean_weights()
         tokens = np.array(processes.sum(state.task_tokens.tolist())) // (processes.world_size // engine.replicas)
         return Snapshot(
             step=state.step,
-            weights=engine.weights(),
+            weights=weights,
             optimizer=None if config.save_model_only else engine.optimizer_state(),
-            means=engine.mean_weights() if config.ema_decay else None,
+            means=means,
             position=merge_positions(processes.gather(self._loader.position())),
             counts={
                 "iteration": state.step,
@@ -191,7 +202,7 @@ class RunDesk:
                 "best_val_loss": state.best,
                 "evaluations_since_best": state.worse,
             },
-            documents={MODEL_CONFIG: self._run.model.value.to_json(), RUN_CONFIG: self._run.to_json()},
+            documents=documents,
             tokenizer_files=self._mixture.files_to_keep(),
         )
 

@@ -70,6 +70,15 @@ def changes(run: RunConfig, checkpoint: Checkpoint) -> list[str]:
             f"optimizer: was {rules[0]}, is {rules[1]}, which cannot go on with its state; --resume_no_optimze true "
             "starts with a new one"
         )
+    fixed = ("lora_layer", "lora_r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights")
+    if odd := [
+        f"{key}: was {saved[key]['value']!r}, is {getattr(run.train.value, key)!r}"
+        for key in fixed
+        if key in saved and saved[key]["value"] != getattr(run.train.value, key)
+    ]:
+        raise UserError(
+            f"{checkpoint.folder}: its adapters are others, which a run cannot change on its way:\n" + "\n".join(odd)
+        )
     return [
         f"{key}: was {saved[key]['value']!r}, is {value!r}"
         for key, value, _ in run.train.rows()

@@ -98,7 +98,8 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
     evaluation = Evaluation(run, engine) if run.validation else None
     notes += about_data + about_epochs + _check_fit(config, run.model.value, mixture)
     monitor.progress(0, "building the model")
-    notes += build_model(engine, config, run.model.value, checkpoint)
+    about_weights, adapters = build_model(engine, config, run.model.value, checkpoint)
+    notes += about_weights
     if evaluation:
         evaluation.read()  # now: a mistake in its data is not to end a run that is under way
     tasks = [item.value.task_name for item in run.mixture]
@@ -133,6 +134,7 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
             metrics=metrics,
             saver=saver,
             evaluation=evaluation,
+            adapters=adapters,
             monitor=monitor,
             interrupt=interrupt,
             peak=peak,

@@ -66,7 +66,6 @@ def test_a_misspelt_key_is_named_with_file_and_nearest_key(tmp_path: Path, model
         ("num_layers", "four", "found 'four', allowed: integer >= 1"),
         ("dim_model", 0, "found 0, allowed: integer >= 1"),
         ("activate_fn", "sillu", "did you mean 'silu'?"),
-        ("qk_norm", True, "found True, allowed: only False"),
         ("ffn_gated", False, "found False, allowed: only True"),
         ("flash_attn_mask_shape", "2d", "only '1d'"),
         ("rope_scaling_type", "yarm", "did you mean 'yarn'?"),

@@ -17,7 +17,7 @@ from fm9g.config.model import ModelConfig
 from fm9g.convert import hf
 from fm9g.convert.architecture import from_hf_config, native_type, to_hf_config
 from fm9g.convert.hf import export_folder, import_folder
-from fm9g.convert.names import TABLE, to_9g, to_hf
+from fm9g.convert.names import LLAMA, Names
 from fm9g.errors import UserError
 from fm9g.model.transformer import weight_shapes
 
@@ -54,12 +54,13 @@ def run_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., o
 
 
 def test_the_table_has_both_directions() -> None:
-    for ours, theirs in TABLE:
+    names = Names(LLAMA)
+    for ours, theirs in LLAMA.items():
         for part in ("weight", "bias"):
             one, other = ours.format(n=12, p=part), theirs.format(n=12, p=part)
-            assert (to_hf(one), to_9g(other)) == (other, one)
-    assert to_9g("model.layers.1.mlp.experts.0.weight") is None
-    assert to_hf("encoder.layers.x.ffn.ffn.w_out.weight") is None
+            assert (names.theirs(one), names.ours(other)) == (other, [one])
+    assert names.ours("model.layers.1.mlp.experts.0.weight") == []
+    assert names.theirs("encoder.layers.x.ffn.ffn.w_out.weight") is None
 
 
 def test_the_guides_tools_go_there_and_back(
@@ -128,12 +129,13 @@ def test_generation_settings_travel_along(folder: Path, tmp_path: Path) -> None:
 def test_a_sentencepiece_model_is_exported_with_equal_ids(shared: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
+    from fm9g.convert.companions import write_tokenizer
     from fm9g.data.tokenizer import load_tokenizer
 
     source = shared / "tokenizers" / "9g-2b"
-    ids = hf._write_tokenizer(source, tmp_path)
+    ids = write_tokenizer(source, None, tmp_path)
     text = "九格大模型 is  a model.\n 你好\t🚀 x=1"
-    assert ids == {"bos_id": 1, "eos_id": 2}
+    assert ids == {"bos_token_id": 1, "eos_token_id": 2}
     assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == [1, *load_tokenizer(source).encode(text)]
 
 
@@ -141,9 +143,9 @@ def test_a_sentencepiece_model_is_exported_with_equal_ids(shared: Path, tmp_path
     ("changes", "expected"),
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not one that can be read"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "use_sliding_window"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type 'llama3'"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "rope_scaling is .*'longrope'"),
         ({"model_type": "llama", "attention_bias": True}, "attention_bias"),
         ({"num_hidden_layers": 3}, "is missing"),
         ({"num_hidden_layers": 1}, "is not part of the model"),

@@ -7,6 +7,7 @@ processes one each. Everything is fp32; what differs is the order in which sums 
 import functools
 import os
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ LOSS, NORM, WEIGHT = 2e-5, 2e-5, 5e-4  # absolute; losses are about 6, norms abo
 
 
 @functools.cache
-def alone(frozen: str) -> Run:
-    return run_ranks(1, run_all, [Setup(frozen=frozen, steps=STEPS)])[0][0]
+def alone(frozen: str, adapters: str = "") -> Run:
+    return run_ranks(1, run_all, [Setup(frozen=frozen, adapters=adapters, steps=STEPS)])[0][0]
 
 
 def distance(one: Run, other: Run) -> tuple[float, float, float]:
@@ -40,7 +41,7 @@ def distance(one: Run, other: Run) -> tuple[float, float, float]:
 
 
 def assert_same(setup: Setup, run: Run) -> None:
-    loss, norm, weight = distance(alone(setup.frozen), run)
+    loss, norm, weight = distance(alone(setup.frozen, setup.adapters), run)
     assert loss < LOSS, (setup, loss)
     assert norm < NORM, (setup, norm)
     assert weight < WEIGHT, (setup, weight)
@@ -52,6 +53,7 @@ def assert_all_same(processes: int, setups: list[Setup]) -> None:
         assert_same(setup, run)
 
 
+ADAPTERS = ["peft", *(["opendelta"] if find_spec("opendelta") else []), "dora", "nf4"]
 pytestmark = pytest.mark.xdist_group("engines")  # they share runs, and the server that processes are forked from
 slow = pytest.mark.slow
 
@@ -59,6 +61,27 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize("frozen", ["", *(pytest.param(frozen, marks=slow) for frozen in ("lower", "most"))])
 def test_fsdp2_on_two_processes(frozen: str) -> None:
     assert_all_same(2, [Setup(frozen=frozen, placement=Placement(zero_level=level)) for level in (3, 2, 0)])
+
+
+@pytest.mark.parametrize("adapters", ADAPTERS)
+def test_adapters_by_fsdp2_on_two_processes(adapters: str) -> None:
+    assert_all_same(2, [Setup(adapters=adapters, placement=Placement(zero_level=level)) for level in (3, 0)])
+
+
+@needs_bmtrain
+@pytest.mark.parametrize("adapters", ADAPTERS)
+def test_adapters_by_bmtrain_on_two_processes(adapters: str) -> None:
+    placements = [Placement(zero_level=3), Placement(zero_level=2, checkpointing="full")]
+    assert_all_same(2, [Setup(engine="bmtrain", adapters=adapters, placement=placement) for placement in placements])
+
+
+def test_opendelta_is_peft_bit_for_bit() -> None:
+    if "opendelta" not in ADAPTERS:
+        pytest.skip("opendelta is installed with --no-deps where it is wanted")
+    one, other = alone("", "peft"), alone("", "opendelta")
+    assert (one.losses, one.norms) == (other.losses, other.norms)
+    assert one.weights.keys() == other.weights.keys()
+    assert all(torch.equal(weight, other.weights[name]) for name, weight in one.weights.items())
 
 
 @slow
@@ -127,10 +150,14 @@ def test_without_the_reduction_of_gradients_they_differ(setup: Setup) -> None:
 
 
 @needs_bmtrain
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_the_same_bit_for_bit_on_one_process_of_either_engine(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "adapters"), [(torch.bfloat16, ""), (torch.float16, ""), (torch.bfloat16, "peft"), (torch.bfloat16, "nf4")]
+)
+def test_half_precision_is_the_same_bit_for_bit_on_one_process_of_either_engine(
+    dtype: torch.dtype, adapters: str
+) -> None:
     """Weights are rounded, gradients of micro-batches added, and the optimizer's copies kept in the same places."""
-    setup = Setup(steps=4, placement=Placement(dtype=dtype))
+    setup = Setup(steps=4, adapters=adapters, placement=Placement(dtype=dtype))
     offloaded = replace(setup, engine="bmtrain", placement=Placement(dtype=dtype, zero_level=2, offload=True))
     runs = run_ranks(1, run_all, [setup, replace(setup, engine="bmtrain"), offloaded])[0]
     for other in runs[1:]:

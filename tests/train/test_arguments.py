@@ -20,7 +20,7 @@ import fm9g.engine.base
 from fm9g.checkpoint.folder import Checkpoint, steps_in
 from fm9g.cli import main
 from fm9g.config.fields import keys_of
-from fm9g.config.train import RETIRED, TrainConfig
+from fm9g.config.train import ADAPTER_KEYS, RETIRED, TrainConfig
 from fm9g.data.pool import EncodingPool
 from fm9g.errors import UserError
 from fm9g.report.files import read_events, read_metrics
@@ -403,6 +403,7 @@ ELSEWHERE = {
     "loss_scale": "tests/engine/test_torch_engine.py",
     "loss_scale_steps": "tests/engine/test_torch_engine.py",
     "n_gpus": "tests/test_apps.py",
+    **dict.fromkeys(["lora_layer", *ADAPTER_KEYS], "tests/train/test_adapters.py"),
     "timeout": "tests/launch/test_agent.py",
     "step_timeout": "tests/launch/test_agent.py",
 }
@@ -419,7 +420,7 @@ def test_no_key_is_left_out() -> None:
 
 
 def test_every_name_of_the_guide_is_known(shared: Path, capsys: pytest.CaptureFixture) -> None:
-    """What the guide's table holds, as typed there. LoRA's names are refused by a message of their own."""
+    """What the guide's tables hold, as typed there."""
     guide = next((shared / "spec").glob("002*")).read_text(encoding="utf-8")
     table = guide[guide.index("## 参数详细介绍") : guide.index("## 查看训练情况")]
     given = dict(re.findall(r'args\["(\w+)"\]=\s*"?([^"\n#]*)"?', table))

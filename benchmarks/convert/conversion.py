@@ -1,0 +1,167 @@
+"""How fast conversions are, against copying the same bytes, and how much memory they take.
+
+python benchmarks/convert/conversion.py [--gigabytes N] [--rounds N] [--warm] [--folder DIR]
+
+Each conversion is a process of its own, between two copies by shutil.copyfile and fsync. What is read is put out of
+the system's cache before, unless --warm. Needs five times the gigabytes of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+SHARD = 1_500_000_000
+CASES = {
+    "import": "HF -> 9G",
+    "import fp16": "HF -> 9G, bf16 to fp16",
+    "export": "9G -> HF",
+    "export bin": "9G -> HF, .bin",
+    "export fp16": "9G -> HF, bf16 to fp16",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gigabytes", type=float, default=5.0, help="of the model in bf16")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warm", action="store_true", help="leave what is read in the system's cache")
+    parser.add_argument("--folder", type=Path, default=None, help="on the disk that is to be measured")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(child(options.child[0], Path(options.child[1]), options.gigabytes)))
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        call("make", folder, options)
+        rows: dict[str, list[tuple[float, float]]] = {case: [] for case in CASES}
+        memory = dict.fromkeys(CASES, 0)
+        for _ in range(options.rounds):
+            for case, row in rows.items():
+                sources = [folder / "m.pt"] if "export" in case else sorted((folder / "hf").glob("*.safetensors"))
+                size = sum(file.stat().st_size for file in sources)
+                before = measured(lambda files=sources: copy(files, folder / "copy"), sources, options.warm, folder)
+                forget(sources, options.warm)
+                found = call(case, folder, options)
+                after = measured(lambda files=sources: copy(files, folder / "copy"), sources, options.warm, folder)
+                row.append((size / found["seconds"], size / ((before + after) / 2)))
+                memory[case] = max(memory[case], found["memory"])
+        largest = call("largest", folder, options)["bytes"]
+    print(f"\na model of {size / 1e9:.2f} GB, its largest tensor {largest / 1e6:.0f} MB; {options.rounds} rounds")
+    print(f"{'':<26}{'MB/s, median':>14}{'copy, MB/s':>14}{'ratios':>24}{'median':>9}{'memory, MB':>12}")
+    for case, title in CASES.items():
+        ratios = [speed / copied for speed, copied in rows[case]]
+        speeds, copies = (statistics.median(pair[i] for pair in rows[case]) / 1e6 for i in (0, 1))
+        every = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        median = f"{statistics.median(ratios):.2f}"
+        print(f"{title:<26}{speeds:>14.0f}{copies:>14.0f}{every:>24}{median:>9}{memory[case] / 1e6:>12.0f}")
+
+
+def call(case: str, folder: Path, options: argparse.Namespace) -> dict:
+    command = [sys.executable, __file__, "--gigabytes", str(options.gigabytes), "--child", case, str(folder)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    os.sync()
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def copy(files: list[Path], target: Path) -> None:
+    target.mkdir()
+    for file in files:
+        shutil.copyfile(file, target / file.name)
+        with (target / file.name).open("rb") as written:
+            os.fsync(written.fileno())
+
+
+def measured(work: Callable[[], None], sources: list[Path], warm: bool, folder: Path) -> float:
+    forget(sources, warm)
+    start = time.monotonic()
+    work()
+    seconds = time.monotonic() - start
+    shutil.rmtree(folder / "copy")
+    os.sync()
+    return seconds
+
+
+def forget(files: list[Path], warm: bool) -> None:
+    """Puts files out of the system's cache, or into it."""
+    for path in files:
+        with path.open("rb") as file:
+            if warm:
+                while file.read(1 << 24):
+                    pass
+            else:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+# ---- in a process of its own
+
+
+def child(case: str, folder: Path, gigabytes: float) -> dict:
+    from fm9g.convert.hf import export_folder, import_folder
+
+    if case == "make":
+        return make(folder, gigabytes)
+    if case == "largest":
+        from fm9g.checkpoint.stored import open_pt
+
+        return {"bytes": max(tensor.nbytes for tensor in open_pt(folder / "m.pt").values())}
+    # The first allocations of torch and of its pickles are not those of a conversion.
+    base = peak()
+    out, dtype = folder / "out", "fp16" if "fp16" in case else ""
+    out.mkdir()
+    start = time.monotonic()
+    if case.startswith("import"):
+        import_folder(folder / "hf", out / "m.pt", dtype=dtype)
+    else:
+        export_folder(folder / "m.pt", out / "hf", dtype=dtype, format="bin" if "bin" in case else "safetensors")
+    return {"seconds": time.monotonic() - start, "memory": peak() - base}
+
+
+def peak() -> int:
+    """The most memory that this process had, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def make(folder: Path, gigabytes: float) -> dict:
+    """A .pt file of random bf16 weights, and the folder of it, in shards."""
+    import torch
+
+    from fm9g.checkpoint.weights import write_weights
+    from fm9g.config.model import ModelConfig
+    from fm9g.convert import hf
+    from fm9g.model.transformer import weight_shapes
+
+    layers = max(1, round((gigabytes * 1e9 / 2 - 2 * 32000 * 3072) / 100.7e6))
+    config = ModelConfig(
+        vocab_size=32000,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_layers=layers,
+        num_heads=24,
+        num_kv_heads=8,
+    )
+    shapes = weight_shapes(config)
+    longest = max(shape.numel() for shape in shapes.values())
+    values = torch.randn(longest, generator=torch.Generator().manual_seed(0)).bfloat16()
+    like = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
+    write_weights(folder / "m.pt", like, ((name, values[: s.numel()].view(s)) for name, s in shapes.items()))
+    (folder / "m.json").write_text(json.dumps(config.to_json()))
+    hf.SHARD_BYTES = SHARD
+    hf.export_folder(folder / "m.pt", folder / "hf")
+    return {}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""Tensors on disk, read one at a time: files are never mapped, whose pages would count as this process's memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fm9g.checkpoint.weights import bytes_of, load_flat
+from fm9g.errors import UserError
+
+# The types that safetensors files name, and torch has.
+SAFETENSORS_TYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_LONGEST_HEADER = 100_000_000  # bytes; also the limit of the safetensors library
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file, or rows of one.
+
+    offset: of its first element in the file, in bytes. stride: in elements; None: contiguous, so that its nbytes from
+    offset on are all of it, as they are in memory. memory: the tensor, of a file that can only be read as a whole.
+    """
+
+    file: Path
+    shape: torch.Size
+    dtype: torch.dtype
+    offset: int
+    stride: tuple[int, ...] | None = None
+    memory: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def is_range(self) -> bool:
+        """Whether a copy of the file's bytes is a copy of the tensor."""
+        return self.stride is None and self.memory is None
+
+    def rows(self, start: int, end: int) -> Stored:
+        """Those of its first dimension, as a tensor of their own."""
+        assert 0 <= start <= end <= self.shape[0], (self, start, end)
+        stride = self.stride[0] if self.stride else math.prod(self.shape[1:])
+        return replace(
+            self,
+            shape=torch.Size([end - start, *self.shape[1:]]),
+            offset=self.offset + start * stride * self.dtype.itemsize,
+            memory=None if self.memory is None else self.memory[start:end],
+        )
+
+    def read(self) -> torch.Tensor:
+        """Its values, contiguous, in memory of their own. Raises UserError where the file has become shorter."""
+        if self.memory is not None:
+            return self.memory.clone(memory_format=torch.contiguous_format)
+        if self.stride is None:
+            values = torch.empty(self.shape, dtype=self.dtype)
+            self._read_into(values)
+            return values
+        span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride)) if self.nbytes else 0
+        storage = torch.empty(span, dtype=self.dtype)
+        self._read_into(storage)
+        return storage.as_strided(self.shape, self.stride).clone(memory_format=torch.contiguous_format)
+
+    def _read_into(self, values: torch.Tensor) -> None:
+        if not values.numel():
+            return
+        buffer = bytes_of(values)
+        with self.file.open("rb", buffering=0) as file:
+            done = 0
+            while done < len(buffer):
+                count = os.preadv(file.fileno(), [buffer[done : done + (1 << 30)]], self.offset + done)
+                if not count:
+                    raise UserError(f"{self.file}: became shorter while it was read; let it be written to its end")
+                done += count
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Rows of stored tensors, one below the other, as the tensor that is to be made of them.
+
+    dtype: of the values that come out. change: what is done to rows of them, whichever it gets, in the type they have
+    on the disk; None: nothing.
+    """
+
+    parts: tuple[Stored, ...]
+    dtype: torch.dtype
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        first = self.parts[0].shape
+        return torch.Size([sum(part.shape[0] for part in self.parts), *first[1:]]) if len(self.parts) > 1 else first
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def pieces(self, nbytes: int) -> Iterator[Stored | Gathered]:
+        """What it consists of, in order: ranges of files to copy as they are, and groups of rows to be read."""
+        for part in self.parts:
+            if self.change is None and part.dtype == self.dtype and part.is_range:
+                yield part
+            else:
+                yield from Gathered((part,), self.dtype, self.change).groups(nbytes)
+
+    def groups(self, nbytes: int) -> Iterator[Gathered]:
+        """Its rows, some at a time.
+
+        nbytes: the most that a group has on the disk; a single row may have more, and what is strided comes whole.
+        """
+        for part in self.parts:
+            if not part.shape or part.stride is not None:
+                yield Gathered((part,), self.dtype, self.change)
+                continue
+            width = max(1, part.nbytes // max(1, part.shape[0]))
+            for start in range(0, part.shape[0], step := max(1, nbytes // width)):
+                rows = part.rows(start, min(start + step, part.shape[0]))
+                yield Gathered((rows,), self.dtype, self.change)
+
+    def read(self) -> torch.Tensor:
+        """Its values, contiguous, in memory of their own."""
+        parts = [self._made(part) for part in self.parts]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _made(self, part: Stored) -> torch.Tensor:
+        values = part.read()
+        values = self.change(values) if self.change else values
+        made = values.to(self.dtype)
+        # The one type whose largest number others pass.
+        if self.dtype == torch.float16 != part.dtype and not made.isfinite().all() and values.isfinite().all():
+            raise UserError(f"{part.file}: holds values beyond {torch.finfo(self.dtype).max:g}, the largest of fp16")
+        return made
+
+
+def open_safetensors(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file, in the order of their bytes. Raises UserError where it is not a whole one."""
+    try:
+        return _safetensors(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{path}: not a whole safetensors file: {reason}; get or write it again") from None
+
+
+def _safetensors(path: Path) -> dict[str, Stored]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+            raise ValueError(f"its {size} bytes cannot hold the header it announces")
+        header = json.loads(file.read(length))
+    start, found = 8 + length, {}
+    header.pop("__metadata__", None)
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        first, end = entry["data_offsets"]
+        if entry["dtype"] not in SAFETENSORS_TYPES:
+            raise ValueError(f"{name}: type {entry['dtype']} is not one that can be read")
+        numbers = (*entry["shape"], first, end)
+        if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
+            raise ValueError(f"{name}: a size or an offset is not a number >= 0")
+        tensor = Stored(path, torch.Size(entry["shape"]), SAFETENSORS_TYPES[entry["dtype"]], start + first)
+        if end - first != tensor.nbytes:
+            raise ValueError(f"{name}: {end - first} bytes for {list(tensor.shape)} of {entry['dtype']}")
+        if start + end > size:
+            raise ValueError(f"{name}: ends at byte {start + end} of {size}")
+        found[name] = tensor
+    return found
+
+
+def open_pt(path: Path) -> dict[str, Stored]:
+    """The tensors of a .pt or .bin file, in its order.
+
+    Raises UserError for a missing file, one that is cut short, and one that holds anything but tensors: nothing in
+    it is ever executed. Files from before torch 1.6, and those of machines with the other byte order, are read whole.
+    """
+    sizes = _records(path)
+    if sizes is None:
+        return {
+            name: Stored(path, tensor.shape, tensor.dtype, 0, memory=tensor.detach())
+            for name, tensor in load_flat(path).items()
+        }
+    with FakeTensorMode():
+        tensors = load_flat(path)
+    return {name: _placed(path, name, tensor, sizes) for name, tensor in tensors.items()}
+
+
+def _placed(path: Path, name: str, tensor: torch.Tensor, sizes: dict[int, int]) -> Stored:
+    """The place of a fake tensor that torch.load gave. sizes: of the file's records, by their offset."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+        raise UserError(f"{path}: {name}: found {tensor.layout} {tensor.dtype}, expected a plain tensor of numbers")
+    if not tensor.numel():
+        return Stored(path, tensor.shape, tensor.dtype, 0)
+    storage = tensor.untyped_storage()
+    begin: Any = getattr(storage, "_checkpoint_offset", None)
+    if begin is None or sizes.get(begin, -1) < storage.nbytes():
+        raise UserError(f"{path}: not a whole weight file (the bytes of {name} are missing); get or write it again")
+    offset = begin + tensor.storage_offset() * tensor.element_size()
+    return Stored(path, tensor.shape, tensor.dtype, offset, None if tensor.is_contiguous() else tuple(tensor.stride()))
+
+
+def _records(path: Path) -> dict[int, int] | None:
+    """Offset of the data -> size, of the uncompressed records of a zip file; None where torch has to read it whole."""
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            sizes = {}
+            for entry in archive.infolist():
+                if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
+                    return None
+                file.seek(entry.header_offset + 26)  # the lengths of name and extra field, which end the local header
+                begin = entry.header_offset + 30 + sum(int.from_bytes(file.read(2), "little") for _ in range(2))
+                if entry.compress_type == zipfile.ZIP_STORED and begin + entry.file_size <= path.stat().st_size:
+                    sizes[begin] = entry.file_size
+            return sizes
+    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError):
+        return None  # load_flat says what it is

@@ -1,0 +1,158 @@
+"""Adapters in PEFT's layout: a folder of adapter_config.json and adapter_model.safetensors, for the exported base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from fm9g.checkpoint.stored import open_pt, open_safetensors
+from fm9g.config.adapter import ADAPTER_CONFIG, AdapterConfig
+from fm9g.config.load import read_object
+from fm9g.convert.names import LLAMA, Names
+from fm9g.errors import UserError
+from fm9g.files import new_folder
+from fm9g.lora.files import Adapter, check_adapter
+from fm9g.lora.inject import MAGNITUDE, A, B
+
+_PREFIX = "base_model.model."
+_PARTS = {A: ".lora_A.weight", B: ".lora_B.weight", MAGNITUDE: ".lora_magnitude_vector"}
+_NAMES = Names(LLAMA)
+# Values of PEFT's keys that mean what we do; other keys say how PEFT works, or how training began.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "lora_bias": (False,),
+    "modules_to_save": (None, []),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "trainable_token_indices": (None, []),
+    "target_parameters": (None, []),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
+}
+_VARIANTS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "corda_config",
+    "eva_config",
+    "kasa_config",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_config",
+    "mica",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+
+
+def is_peft(folder: Path) -> bool:
+    """Whether a folder holds an adapter of PEFT's, not one of ours."""
+    return (folder / ADAPTER_CONFIG).is_file() and "peft_type" in read_object(folder / ADAPTER_CONFIG)
+
+
+def write_peft(adapter: Adapter, target: Path, base: str = "", overwrite: bool = False) -> None:
+    """Writes an adapter as a folder that PEFT loads on the exported base.
+
+    base: what its configuration names as the base. Raises UserError.
+    """
+    config, tensors = adapter.config, {}
+    modules = {layer: _theirs(layer, adapter.where) for layer in adapter.layers}
+    for name, weight in adapter.weights.items():
+        layer, _, _ = name.rpartition(".lora.")
+        part = name.removeprefix(layer)
+        tensors[f"{_PREFIX}{modules[layer]}{_PARTS[part]}"] = weight.float().contiguous()
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base or config.base,
+        "r": config.r,
+        "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
+        "lora_dropout": config.dropout,
+        # Full names: a layer that has no adapter gets none, whatever it is called.
+        "target_modules": sorted(modules.values()),
+        "use_rslora": config.rslora,
+        "use_dora": config.dora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    with new_folder(target, overwrite, (adapter.where,)) as folder:
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        (folder / "adapter_model.safetensors").chmod(folder.stat().st_mode & 0o666)
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(described, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _theirs(layer: str, where: Path) -> str:
+    name = _NAMES.theirs(f"{layer}.weight")
+    if name is None:
+        raise UserError(f"{where}: {layer}: is no layer of a 9G model")
+    return name.removesuffix(".weight")
+
+
+def read_peft(folder: Path) -> Adapter:
+    """The adapter of a PEFT folder, trained on a model with Llama's names of weights.
+
+    Raises UserError for what our adapters cannot say: anything but LoRA, rsLoRA and DoRA, other ranks for some layers,
+    biases, whole modules saved beside it, and ways to start that take something out of the base.
+    """
+    file = folder / ADAPTER_CONFIG
+    content = read_object(file)
+    for key, meant in _PLAIN.items():
+        if key in content and content[key] not in meant:
+            raise UserError(f"{file}: {key}: found {content[key]!r}, which cannot be read: {_why(key)}")
+    if odd := [key for key in _VARIANTS if content.get(key)]:
+        raise UserError(f"{file}: {odd[0]}: a variant of LoRA that cannot be read")
+    weights = {}
+    for name, tensor in _tensors(folder).items():
+        ours = _ours(name)
+        if ours is None:
+            raise UserError(f"{folder}: {name}: has no place in an adapter of a 9G model")
+        weights[ours] = tensor
+    try:
+        config = AdapterConfig(
+            r=int(content["r"]),
+            alpha=float(content["lora_alpha"]),
+            layers=sorted({name.rpartition(".lora.")[0].rpartition(".")[2] for name in weights}),
+            dropout=float(content.get("lora_dropout") or 0.0),
+            rslora=bool(content.get("use_rslora")),
+            dora=bool(content.get("use_dora")),
+            base=str(content.get("base_model_name_or_path") or ""),
+        )
+    except KeyError as error:
+        raise UserError(f"{file}: {error.args[0]}: missing") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: r, lora_alpha or lora_dropout is not a number: {error}") from None
+    check_adapter(weights, config, folder)
+    return Adapter(config, weights, folder)
+
+
+def _why(key: str) -> str:
+    if key == "init_lora_weights":
+        return (
+            "the base lost what the adapter began with; save it with PEFT's path_initial_model_for_weight_conversion, "
+            "which makes a plain adapter of it"
+        )
+    return "adapters here are of A and B of one rank for all layers, and nothing else"
+
+
+def _ours(name: str) -> str | None:
+    for part, theirs in _PARTS.items():
+        layer = name.removeprefix(_PREFIX).removesuffix(theirs)
+        if name.startswith(_PREFIX) and name.endswith(theirs) and (found := _NAMES.ours(f"{layer}.weight")):
+            return found[0].removesuffix(".weight") + part
+    return None
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    for name, reader in (("adapter_model.safetensors", open_safetensors), ("adapter_model.bin", open_pt)):
+        if (folder / name).is_file():
+            return {key: stored.read() for key, stored in reader(folder / name).items()}
+    raise UserError(f"{folder}: neither adapter_model.safetensors nor adapter_model.bin is there")

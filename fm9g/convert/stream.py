@@ -1,0 +1,287 @@
+"""Files written from tensors on disk, a few megabytes at a time, so that what was cut off can be gone on with.
+
+The files grow in a folder of their own, with a journal that says how much of each is on the disk. A call for the same
+files goes on from there; what a call for others left is deleted.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fm9g.checkpoint.stored import SAFETENSORS_TYPES, Gathered, Stored
+from fm9g.checkpoint.weights import bytes_of, write_hollow
+from fm9g.errors import UserError
+from fm9g.files import sync
+from fm9g.progress import Progress
+
+JOURNAL = "journal.json"
+_PIECE = 1 << 25  # bytes of a tensor in memory at a time
+_COPY = 1 << 26  # bytes that are copied from file to file at a time
+_MARK = 1 << 29  # bytes after which what is written is brought to the disk, and noted
+_TAIL = 1 << 16  # bytes before a mark whose checksum tells whether they are what was written
+# What a system says that cannot copy between two files by itself.
+_NO_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file to write: its bytes, literal ones and those of tensors, in order."""
+
+    name: str
+    content: Sequence[bytes | Gathered]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(len(part) if isinstance(part, bytes) else part.nbytes for part in self.content)
+
+
+def safetensors_output(name: str, tensors: Mapping[str, Gathered]) -> Output:
+    """A safetensors file as transformers writes it."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[key] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return Output(name, [len(text).to_bytes(8, "little") + text, *tensors.values()])
+
+
+def pt_output(name: str, tensors: Mapping[str, Gathered], folder: Path) -> Output:
+    """A .pt file as torch.save writes it. folder: where it may be laid out, without its values."""
+    hollow = folder / f"{name}.hollow"
+    content: list[bytes | Gathered] = []
+    try:
+        offsets = write_hollow(hollow, tensors)
+        with hollow.open("rb") as file:
+            end = 0
+            for key, offset in sorted(offsets.items(), key=lambda item: item[1]):
+                content += [_between(file.fileno(), end, offset), tensors[key]]
+                end = offset + tensors[key].nbytes
+            content.append(_between(file.fileno(), end, hollow.stat().st_size))
+    finally:
+        hollow.unlink(missing_ok=True)
+    return Output(name, content)
+
+
+def _between(file: int, start: int, end: int) -> bytes:
+    return os.pread(file, end - start, start)
+
+
+@contextmanager
+def partial_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` where it may grow, kept when the block ends by what is not a mistake of the user.
+
+    Raises UserError where another process is in such a block for the same target, and, with the folder kept, for an
+    error of the system.
+    """
+    folder = target.parent / f".{target.name}.partial"
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            _lock(descriptor, target)
+        yield folder
+    except _KeptError:
+        raise
+    except UserError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full" if full else f"cannot be written: {error.strerror or error}"
+        raise _KeptError(
+            f"{target}: {reason}. What is done is kept in {folder}: "
+            f"{'free some space and ' if full else ''}give the same command again, and it goes on from there"
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+class _KeptError(UserError):
+    """Ends a conversion that the same command goes on with."""
+
+
+def _lock(descriptor: int, target: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _KeptError(f"{target}: another process is writing it; wait for its end or choose another name") from None
+
+
+def write_outputs(folder: Path, outputs: Sequence[Output], title: str) -> None:
+    """Writes files in `folder`, or what an earlier call for the same ones left to do. They are on the disk then."""
+    journal = _Journal(folder, _identity(outputs))
+    done = journal.usable([output.name for output in outputs])
+    total, begun = sum(output.nbytes for output in outputs), sum(done)
+    with Progress(title, total, "B", begun) as progress, ThreadPoolExecutor(1) as disk:
+        if begun:
+            progress.say(f"{title}: goes on after {begun:,} of {total:,} bytes, which an earlier call wrote")
+        for number, output in enumerate(outputs):
+            start = done[number] if number < len(done) else 0
+            if number < len(done) and start == output.nbytes:
+                continue
+            writer = _Writer(folder / output.name, start, disk, journal, progress)
+            try:
+                _write(output, writer)
+                writer.finish()
+            finally:
+                writer.close()
+    sync(folder)
+
+
+def _write(output: Output, writer: _Writer) -> None:
+    """Gives a writer all that it does not have yet."""
+    end = 0
+    for part in output.content:
+        pieces = [part] if isinstance(part, bytes) else part.pieces(_PIECE)
+        for piece in pieces:
+            start, end = end, end + (len(piece) if isinstance(piece, bytes) else piece.nbytes)
+            skipped = max(0, writer.position - start)
+            if start + skipped >= end:
+                continue
+            if isinstance(piece, Stored):
+                writer.copy(piece.file, piece.offset + skipped, end - start - skipped)
+            elif isinstance(piece, bytes):
+                writer.write(memoryview(piece)[skipped:])
+            else:
+                writer.write(bytes_of(piece.read())[skipped:])
+
+
+class _Writer:
+    """A file that grows at its end, and is brought to the disk now and then, while it goes on growing."""
+
+    def __init__(self, path: Path, start: int, disk: ThreadPoolExecutor, journal: _Journal, progress: Progress) -> None:
+        """start: bytes that are there. disk: a thread that waits for the disk."""
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        os.ftruncate(self._file, start)
+        os.lseek(self._file, start, os.SEEK_SET)
+        self._name, self._disk, self._journal, self._progress = path.name, disk, journal, progress
+        self.position = self._marked = start
+        self._mark: Future[None] | None = None
+
+    def write(self, data: memoryview) -> None:
+        while data:
+            count = os.write(self._file, data[:_COPY])
+            data = data[count:]
+            self._advance(count)
+
+    def copy(self, source: Path, offset: int, nbytes: int) -> None:
+        """Appends bytes of another file, by the system alone where it can."""
+        file = os.open(source, os.O_RDONLY)
+        try:
+            while nbytes:
+                count = _copy(file, self._file, offset, min(nbytes, _COPY))
+                if not count:
+                    raise UserError(f"{source}: became shorter while it was read; let it be written to its end first")
+                offset, nbytes = offset + count, nbytes - count
+                self._advance(count)
+        finally:
+            os.close(file)
+
+    def _advance(self, count: int) -> None:
+        self.position += count
+        self._progress.advance(count)
+        if self.position - self._marked >= _MARK and (self._mark is None or self._mark.done()):
+            self._begin_mark()
+
+    def _begin_mark(self) -> None:
+        if self._mark is not None:
+            self._mark.result()  # raises what the disk said
+        self._marked = self.position
+        self._mark = self._disk.submit(self._to_disk, self.position)
+
+    def _to_disk(self, position: int) -> None:
+        os.fdatasync(self._file)
+        self._journal.note(self._name, position, _tail(self._file, position))
+
+    def finish(self) -> None:
+        """Returns when all is on the disk."""
+        self._begin_mark()
+        assert self._mark is not None
+        self._mark.result()
+
+    def close(self) -> None:
+        if self._mark is not None:
+            self._mark.exception()  # nothing may use the file any more
+        os.close(self._file)
+
+
+def _copy(source: int, target: int, offset: int, count: int) -> int:
+    try:
+        return os.copy_file_range(source, target, count, offset)
+    except OSError as error:
+        if error.errno not in _NO_COPY:
+            raise
+    return os.sendfile(target, source, offset, count)
+
+
+class _Journal:
+    """How many bytes of each file are on the disk, and the checksum of the last of them."""
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        self._file, self._identity = folder / JOURNAL, identity
+        self._files: dict[str, list[int]] = {}
+
+    def usable(self, names: list[str]) -> list[int]:
+        """How many bytes are there of the first files; all that is of something else, or was changed, is deleted."""
+        with suppress(OSError, ValueError, LookupError, AttributeError, TypeError):
+            journal = json.loads(self._file.read_text(encoding="utf-8"))
+            if journal["identity"] == self._identity and self._are_there(journal["files"]):
+                self._files = {name: journal["files"][name] for name in names[: len(journal["files"])]}
+        for leftover in self._file.parent.iterdir():
+            if leftover.name not in (self._file.name, *self._files):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        return [position for position, _ in self._files.values()]
+
+    def _are_there(self, files: dict[str, list[int]]) -> bool:
+        for name, (position, checksum) in files.items():
+            with (self._file.parent / name).open("rb") as file:
+                if os.fstat(file.fileno()).st_size < position or _tail(file.fileno(), position) != checksum:
+                    return False
+        return True
+
+    def note(self, name: str, position: int, checksum: int) -> None:
+        self._files[name] = [position, checksum]
+        new = self._file.with_suffix(".new")
+        new.write_text(json.dumps({"identity": self._identity, "files": self._files}), encoding="utf-8")
+        new.replace(self._file)
+
+
+def _tail(file: int, position: int) -> int:
+    length = min(position, _TAIL)
+    return zlib.crc32(os.pread(file, length, position - length))
+
+
+def _identity(outputs: Sequence[Output]) -> str:
+    """A checksum of what the files are made of: the bytes, places and changes, and the age of what is read."""
+    digest = hashlib.sha256()
+    sources: dict[Path, str] = {}
+    for output in outputs:
+        digest.update(repr((output.name, output.nbytes)).encode())
+        for part in output.content:
+            if isinstance(part, bytes):
+                digest.update(part)
+                continue
+            change = part.change.__name__ if part.change else ""
+            digest.update(repr((part.dtype, change)).encode())
+            for stored in part.parts:
+                if stored.file not in sources:
+                    facts = stored.file.stat()
+                    sources[stored.file] = f"{stored.file.resolve()} {facts.st_size} {facts.st_mtime_ns}"
+                place = (sources[stored.file], stored.shape, stored.dtype, stored.offset, stored.stride)
+                digest.update(repr(place).encode())
+    return digest.hexdigest()

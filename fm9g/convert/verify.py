@@ -1,0 +1,115 @@
+"""Whether a conversion changed what the model says: logits of both sides, in fp32, on fixed prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fm9g.checkpoint.stored import Gathered, Stored, open_pt
+from fm9g.checkpoint.weights import check_weights
+from fm9g.config.load import read_object
+from fm9g.config.model import ModelConfig
+from fm9g.convert.architecture import CLASSES
+from fm9g.convert.folder import DTYPES, open_folder
+from fm9g.convert.logits import Read, streamed_logits
+from fm9g.data.tokenizer import load_tokenizer
+from fm9g.errors import UserError
+from fm9g.model.transformer import weight_shapes
+
+TEXTS = (
+    "The capital of France is Paris, and the capital of Italy is",
+    "九格大模型是一个用于文本生成的语言模型",
+    "def add(a: int, b: int) -> int:\n    return a +",
+)
+_IDS, _LENGTH = 3, 32  # prompts and their tokens, where no tokenizer is there
+TOLERANCE = 1e-4  # of the largest logit: both sides add in another order
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """difference: the largest of two logits. largest: logit. reader: of the folder. given: the prompts, in words."""
+
+    difference: float
+    largest: float
+    reader: str
+    given: str
+
+    @property
+    def holds(self) -> bool:
+        return self.difference <= TOLERANCE * self.largest  # false for what is not a number, too
+
+    def __str__(self) -> str:
+        found = f"logits differ by {self.difference:.2e} at most, of up to {self.largest:.2f}"
+        limit = f"{'within' if self.holds else 'NOT within'} the tolerated {TOLERANCE:g} of these"
+        return f"{found}, {limit}; {self.given}, in fp32; the folder read by {self.reader}"
+
+
+def verify(folder: Path, file: Path, config: ModelConfig, dtype: str = "") -> Verdict:
+    """Compares a Hugging Face folder with a 9G .pt file of the configuration.
+
+    dtype: that the conversion rounded to; then the weights of both sides are rounded to it. Raises UserError.
+    """
+    weights = open_pt(file)
+    check_weights(weights, weight_shapes(config), str(file), strict=True)
+    prompts, given = _prompts(folder, config.vocab_size)
+    theirs, reader = _folder_logits(folder, prompts, DTYPES.get(dtype))
+    ours = streamed_logits(config, _reading(weights, DTYPES.get(dtype)), prompts)
+    gaps = [(one - other).abs().max() for one, other in zip(ours, theirs)]
+    return Verdict(
+        difference=float(torch.stack(gaps).max()),
+        largest=float(torch.stack([logits.abs().max() for logits in theirs]).max()),
+        reader=reader,
+        given=given,
+    )
+
+
+def _prompts(folder: Path, vocab_size: int) -> tuple[list[list[int]], str]:
+    """Token ids, and what they are, in words."""
+    try:
+        tokenizer = load_tokenizer(folder)
+        prompts = [list(map(int, ids)) for ids in tokenizer.encode_batch(list(TEXTS))]
+        if all(ids and max(ids) < vocab_size for ids in prompts):
+            return prompts, f"{len(prompts)} texts of {sum(map(len, prompts))} tokens"
+    except UserError:
+        pass  # none, or one that only its own code reads
+    ids = torch.randint(0, vocab_size, (_IDS, _LENGTH), generator=torch.Generator().manual_seed(0))
+    return ids.tolist(), f"{_IDS} rows of {_LENGTH} random tokens"
+
+
+def _reading(weights: Mapping[str, Stored | Gathered], dtype: torch.dtype | None) -> Read:
+    return lambda name: weights[name].read().to(dtype or weights[name].dtype)
+
+
+def _folder_logits(folder: Path, prompts: list[list[int]], dtype: torch.dtype | None) -> tuple[list[torch.Tensor], str]:
+    """Logits, and who read the folder."""
+    config, weights = open_folder(folder)
+    kind = read_object(folder / "config.json")["model_type"]
+    needed = 4 * sum(weight.shape.numel() for weight in weights.values())
+    own = f"fm9g itself ({kind} needs its own code)" if kind not in CLASSES else ""
+    if not own and needed > 0.8 * _free_memory():
+        own = f"fm9g itself ({CLASSES[kind]} in fp32 is larger than the memory)"
+    if own:
+        return streamed_logits(config, _reading(weights, dtype), prompts), own
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype or torch.float32).float()
+    with torch.no_grad():
+        logits = [model(torch.tensor([ids]), use_cache=False).logits[0] for ids in prompts]
+    return logits, type(model).__name__
+
+
+def _free_memory() -> float:
+    """Bytes that the system has for new processes; infinity where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return math.inf

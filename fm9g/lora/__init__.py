@@ -1,0 +1,1 @@
+"""LoRA adapters in a plain model, and their files."""

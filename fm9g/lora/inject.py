@@ -1,0 +1,148 @@
+"""Puts LoRA adapters (Hu et al. 2021) into a model, by PEFT's modules or by OpenDelta's.
+
+Outside of the model, names are those of 9G files whoever made the modules: a linear layer X keeps X.weight and X.bias,
+and has X.lora.lora_A (r, in), X.lora.lora_B (out, r), and for DoRA (Liu et al. 2024) X.lora.magnitude (out,).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fm9g.config.adapter import AdapterConfig
+from fm9g.errors import UserError
+
+A, B, MAGNITUDE = ".lora.lora_A", ".lora.lora_B", ".lora.magnitude"
+_NAMES = (  # of PEFT's modules
+    (re.compile(r"\.base_layer\.(weight|bias)$"), r".\1"),
+    (re.compile(r"\.lora_([AB])\.default\.weight$"), r".lora.lora_\1"),
+    (re.compile(r"\.lora_magnitude_vector\.default\.weight$"), MAGNITUDE),
+)
+
+
+def known_as(name: str) -> str:
+    """The name of a parameter in files, from that in a model with adapters."""
+    for pattern, template in _NAMES:
+        name = pattern.sub(template, name)
+    return name
+
+
+def linear_layers(layers: nn.ModuleList, prefix: str = "encoder.layers") -> dict[str, nn.Linear]:
+    """The linear layers inside a model's layers, by their names in the model."""
+    found = ((name, module) for name, module in layers.named_modules(prefix=prefix))
+    return {name: module for name, module in found if isinstance(module, nn.Linear)}
+
+
+def inject(model: nn.Module, layers: nn.ModuleList, config: AdapterConfig, backend: str = "peft") -> list[str]:
+    """Gives linear layers of a model on the meta device adapters, and has nothing else trained.
+
+    layers: the model's, where alone linear layers are called as modules. backend: peft or opendelta.
+    Returns the names of the linear layers. Raises UserError for a name of config.layers that no linear layer has, and
+    where the backend is not installed.
+    """
+    linear = linear_layers(layers)
+    for wanted in config.layers:
+        if not any(_ends_in(name, wanted) for name in linear):
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+            raise UserError(f"lora_layer: {wanted!r} is not the name of a linear layer; these are: {known}")
+    chosen = [name for name in linear if any(_ends_in(name, wanted) for wanted in config.layers)]
+    model.requires_grad_(False)
+    with torch.device("meta"):
+        _by_opendelta(model, chosen, config) if backend == "opendelta" else _by_peft(model, chosen, config)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(".lora." in known_as(name))
+    return chosen
+
+
+def put_in(module: nn.Module, prefix: str, config: AdapterConfig, weights: Mapping[str, torch.Tensor]) -> None:
+    """Gives linear layers of a module with real weights the adapters that a file has for them, by PEFT.
+
+    prefix: of the module's names in the model, with its dot. weights: as in the file.
+    """
+    linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    if names := [name for name in linear if prefix + name + A in weights]:
+        _by_peft(module, names, config)
+        known = {name: prefix + known_as(name) for name, _ in module.named_parameters()}
+        values = {name: weights[file].float() for name, file in known.items() if file in weights}
+        module.load_state_dict(values, strict=False, assign=True)
+
+
+def _ends_in(name: str, wanted: str) -> bool:
+    return name == wanted or name.endswith(f".{wanted}")
+
+
+def _by_peft(model: nn.Module, names: list[str], config: AdapterConfig) -> None:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UserError(f"lora_backend peft: the package cannot be used here ({error}); install peft") from None
+    settings = LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # any number will do
+        lora_dropout=config.dropout,
+        target_modules=names,
+        use_rslora=config.rslora,
+        use_dora=config.dora,
+        init_lora_weights=False,  # an engine fills them, as all weights
+    )
+    inject_adapter_in_model(settings, model, low_cpu_mem_usage=True)
+
+
+def _by_opendelta(model: nn.Module, names: list[str], config: AdapterConfig) -> None:
+    kind = _import_opendelta().LoraModel
+    # Its freeze_module is not used: that would have the model's state_dict() leave out what is frozen.
+    kind(
+        model,
+        lora_r=config.r,
+        lora_alpha=config.scaling * config.r,
+        lora_dropout=config.dropout,
+        modified_modules=names,
+    )
+
+
+def _import_opendelta() -> Any:
+    """OpenDelta 0.3.2, which imports modules that are gone or never needed here; those are stand-ins meanwhile."""
+    if "opendelta" in sys.modules:
+        return sys.modules["opendelta"]
+    try:
+        with _stand_ins():
+            import opendelta
+    except ImportError as error:
+        raise UserError(
+            f"lora_backend opendelta: the package cannot be used here ({error}); `pip install --no-deps "
+            "opendelta==0.3.2` installs it, --lora_backend peft does the same without"
+        ) from None
+    return opendelta
+
+
+@contextlib.contextmanager
+def _stand_ins() -> Iterator[None]:
+    """Modules in place of those that OpenDelta imports and that LoRA has no use for."""
+    absent: dict[str, tuple[str, ...]] = {
+        "turtle": ("back",),
+        "DeltaCenter": ("OssClient",),
+        "opendelta.utils.interactive.web": ("interactive",),
+        "transformers.deepspeed": ("deepspeed_config", "is_deepspeed_zero3_enabled"),
+        "opendelta.delta_models.prefix": ("PrefixModel", "PrefixConfig"),
+    }
+    import transformers  # noqa: F401 (it looks for some of these itself, and is to find what there is)
+
+    before = {name: sys.modules.get(name) for name in absent}
+    for name, contents in absent.items():
+        sys.modules[name] = types.ModuleType(name)
+        for content in contents:
+            setattr(sys.modules[name], content, type(content, (), {}))
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module

@@ -1,0 +1,112 @@
+"""The values that weights have when training with adapters begins, and what of them the adapter's file must hold."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from fm9g.checkpoint.folder import Tensors
+from fm9g.config.adapter import AdapterConfig
+from fm9g.lora.inject import MAGNITUDE, A, B
+
+
+class Start:
+    """Fills the weights of a model with adapters, in the names of 9G files, on the process that has them.
+
+    A begins uniform, as kaiming_uniform with a = sqrt(5) has it, and B as zero; with DoRA the magnitude is the length
+    of each row of the base. With PiSSA (Meng et al. 2024) s B A is made of the base's largest singular vectors, and
+    the base is filled with what is left: in files, A and B also hold their first values, with a minus, so that they are
+    what is added to the base as it was.
+    """
+
+    def __init__(
+        self,
+        config: AdapterConfig,
+        layers: Collection[str],
+        base: Callable[[str], torch.Tensor],
+        init: str,
+        seed: int,
+        saved: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """layers: those with adapters. base: reads a weight of the base. init: pissa, or what PEFT calls a quicker
+        way to it. saved: the content of an adapter's file to go on from."""
+        self._config, self._layers, self._base, self._init = config, layers, base, init
+        self._seed, self._saved = seed, saved
+        self.first: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # of PiSSA: layer -> A, B at the start
+
+    def fill(self, name: str, weight: torch.Tensor) -> None:
+        """Writes the values of the weight of that name into a tensor."""
+        layer, dot, _ = name.rpartition(".lora.")
+        if not dot:
+            values = self._base(name)
+            if self._config.pissa and name.removesuffix(".weight") in self._layers:
+                first_a, first_b = self._first(name.removesuffix(".weight"))
+                values = values.float() - self._config.scaling * (first_b @ first_a)
+            weight.copy_(values)
+        elif self._saved is not None:
+            kept = self._saved[name]
+            if self._config.pissa:
+                kept = kept.chunk(2, dim=0 if name.endswith(A) else 1)[0]
+            weight.copy_(kept)
+        elif name.endswith(MAGNITUDE):
+            weight.copy_(self._base(f"{layer}.weight").float().norm(dim=1))
+        elif self._config.pissa:
+            weight.copy_(self._first(layer)[0 if name.endswith(A) else 1])
+        elif name.endswith(A):
+            bound = 1 / math.sqrt(weight.shape[1])
+            generator = torch.Generator(weight.device).manual_seed((self._seed << 32) + zlib.crc32(name.encode()))
+            weight.uniform_(-bound, bound, generator=generator)
+        else:
+            weight.zero_()
+
+    def _first(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of a PiSSA layer at the start of its training."""
+        if layer not in self.first:
+            if self._saved is not None:
+                a, b = self._saved[layer + A].chunk(2)[1], -self._saved[layer + B].chunk(2, dim=1)[1]
+                self.first[layer] = a.clone(), b
+            else:
+                self.first[layer] = self._singular(self._base(f"{layer}.weight"))
+        return self.first[layer]
+
+    def _singular(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of PEFT's PiSSA for a weight of the base."""
+        from peft import LoraConfig
+        from peft.tuners.lora import Linear
+
+        rank, alpha, init = self._config.r, self._config.alpha, self._init
+        plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        plain.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+        settings: Any = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=self._config.rslora, init_lora_weights=init)  # type: ignore[arg-type]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            layer = Linear(plain, "default", settings, r=rank, lora_alpha=alpha)  # type: ignore[arg-type]
+        return layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+
+    def in_file(self, tensors: Tensors) -> Tensors:
+        """The adapter's weights as its file holds them, from those that are trained."""
+        return _Stacked(tensors, self.first) if self._config.pissa else tensors
+
+
+class _Stacked:
+    """A of a layer above its first value, B beside its first value with a minus."""
+
+    def __init__(self, tensors: Tensors, first: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self._tensors, self._first = tensors, first
+        self.like = {
+            name: torch.cat([like, like], dim=0 if name.endswith(A) else 1) for name, like in tensors.like.items()
+        }
+
+    def keep(self, buffers: dict[str, torch.Tensor]) -> None:
+        self._tensors.keep(buffers)  # type: ignore[attr-defined]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, now in self._tensors:
+            first = self._first.get(name.rpartition(".lora.")[0])  # where the file is written
+            if first is not None:
+                now = torch.cat([now, first[0]]) if name.endswith(A) else torch.cat([now, -first[1]], dim=1)
+            yield name, now

@@ -1,0 +1,367 @@
+"""Every family of models: logits against transformers, packed layouts in and out, and what is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import make_batch, small_model
+
+from fm9g.checkpoint.weights import read_weights, write_weights
+from fm9g.config.load import Layer, build
+from fm9g.config.model import ModelConfig, load_model_config
+from fm9g.convert.architecture import from_hf_config
+from fm9g.convert.folder import read_folder
+from fm9g.convert.hf import export_folder, import_folder
+from fm9g.errors import UserError
+from fm9g.model.transformer import FM9G, weight_shapes
+
+BASE = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16}
+GRANITE = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0}
+NATIVE: dict[str, dict] = {
+    "llama": {},
+    "llama-llama3": {"rope_scaling": {**LLAMA3, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+    "llama-llama3-odd": {"rope_scaling": {**LLAMA3, "low_freq_factor": 2.0, "high_freq_factor": 3.0}},
+    "llama-tied": {"tie_word_embeddings": True},
+    "llama-wide-heads": {"head_dim": 16},
+    "mistral": {"sliding_window": None, "head_dim": 8},
+    "mistral-window": {"sliding_window": 128, "head_dim": 8},
+    "qwen2": {},
+    "qwen2-tied": {"tie_word_embeddings": True},
+    "qwen2-window": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
+    "qwen3": {"head_dim": 16},
+    "qwen3-tied": {"head_dim": 8, "tie_word_embeddings": True},
+    "granite": {**GRANITE, "attention_multiplier": 8**-0.5},
+    "granite-real": {**GRANITE, "attention_multiplier": 1 / 8, "tie_word_embeddings": True},
+}
+
+
+def native_folder(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """A small model of transformers' class, whose norms and biases do something, and its folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(kind.split("-")[0], **{**BASE, **NATIVE[kind]})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for weight in model.parameters():
+        if weight.dim() == 1:
+            weight.data += torch.randn_like(weight) * 0.1
+    model.to(dtype).save_pretrained(folder)
+    return model
+
+
+def our_logits(config: ModelConfig, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    model = FM9G(config)
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        return model.logits(make_batch())
+
+
+def their_logits(model: torch.nn.Module) -> torch.Tensor:
+    batch = make_batch()
+    with torch.no_grad():
+        return torch.cat([model(ids[None]).logits[0] for ids in batch.input_ids.split(batch.lengths)])
+
+
+def assert_equal_files(one: Path, other: Path) -> None:
+    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("kind", NATIVE)
+def test_imported_models_have_the_logits_of_transformers(kind: str, tmp_path: Path) -> None:
+    model = native_folder(kind, tmp_path / "hf")
+    import_folder(tmp_path / "hf", tmp_path / "m.pt")
+    config = load_model_config(tmp_path / "m.json").value
+    ours = our_logits(config, read_weights(tmp_path / "m.pt"))
+    torch.testing.assert_close(ours, their_logits(model), rtol=0, atol=1e-5)
+
+    export_folder(tmp_path / "m.pt", tmp_path / "out", tmp_path / "hf")
+    assert_equal_files(tmp_path / "hf", tmp_path / "out")
+    out = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert out["model_type"] == kind.split("-")[0]
+    assert from_hf_config(out, "out") == config
+    from transformers import AutoModelForCausalLM
+
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(their_logits(again), their_logits(model), rtol=0, atol=1e-5)
+
+
+# ---- families whose folders bring their own code: laid out here from a model of transformers with the same arithmetic
+
+
+def qkv(source: dict[str, torch.Tensor], n: int, part: str) -> list[torch.Tensor]:
+    return [source[f"model.layers.{n}.self_attn.{each}_proj.{part}"] for each in "qkv"]
+
+
+def qwen(source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    made = {
+        "transformer.wte.weight": source["model.embed_tokens.weight"],
+        "transformer.ln_f.weight": source["model.norm.weight"],
+        "lm_head.weight": source["lm_head.weight"],
+    }
+    for n in range(2):
+        theirs, ours = f"model.layers.{n}.", f"transformer.h.{n}."
+        made[ours + "ln_1.weight"] = source[theirs + "input_layernorm.weight"]
+        made[ours + "ln_2.weight"] = source[theirs + "post_attention_layernorm.weight"]
+        for part in ("weight", "bias"):
+            made[f"{ours}attn.c_attn.{part}"] = torch.cat(qkv(source, n, part))
+        made[ours + "attn.c_proj.weight"] = source[theirs + "self_attn.o_proj.weight"]
+        made[ours + "mlp.w2.weight"] = source[theirs + "mlp.gate_proj.weight"]
+        made[ours + "mlp.w1.weight"] = source[theirs + "mlp.up_proj.weight"]
+        made[ours + "mlp.c_proj.weight"] = source[theirs + "mlp.down_proj.weight"]
+    return made
+
+
+def baichuan(source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    made = {name: tensor for name, tensor in source.items() if "_proj" not in name or "mlp" in name or "o_proj" in name}
+    return made | {f"model.layers.{n}.self_attn.W_pack.weight": torch.cat(qkv(source, n, "weight")) for n in range(2)}
+
+
+def internlm2(source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    made = {
+        "model.tok_embeddings.weight": source["model.embed_tokens.weight"],
+        "model.norm.weight": source["model.norm.weight"],
+        "output.weight": source["lm_head.weight"],
+    }
+    for n in range(2):
+        theirs = f"model.layers.{n}."
+        q, k, v = qkv(source, n, "weight")
+        # 4 query heads and 2 key heads of width 8: a key head's two query heads, itself, its values.
+        made[theirs + "attention.wqkv.weight"] = torch.cat([q[:16], k[:8], v[:8], q[16:], k[8:], v[8:]])
+        made[theirs + "attention.wo.weight"] = source[theirs + "self_attn.o_proj.weight"]
+        made[theirs + "attention_norm.weight"] = source[theirs + "input_layernorm.weight"]
+        made[theirs + "ffn_norm.weight"] = source[theirs + "post_attention_layernorm.weight"]
+        for ours, name in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
+            made[f"{theirs}feed_forward.{ours}.weight"] = source[f"{theirs}mlp.{name}_proj.weight"]
+    return made
+
+
+def yi(source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        name.replace("input_layernorm", "ln1").replace("post_attention_layernorm", "ln2"): tensor
+        for name, tensor in source.items()
+    }
+
+
+QWEN_CONFIG = {
+    "model_type": "qwen",
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "kv_channels": 8,
+    "layer_norm_epsilon": 1e-5,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "seq_length": 64,
+    "max_position_embeddings": 128,
+    "no_bias": True,
+    "use_dynamic_ntk": True,
+    "use_logn_attn": True,
+    "tie_word_embeddings": False,
+}
+HEADS = {"num_key_value_heads": 4}  # as many as query heads
+Make = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+REMOTE: dict[str, tuple[str, dict, dict, Make]] = {  # the class, its configuration, the folder's, the layout
+    "qwen": ("qwen2", HEADS, QWEN_CONFIG, qwen),
+    "baichuan": ("llama", HEADS, {**BASE, **HEADS, "model_type": "baichuan"}, baichuan),
+    "internlm2": ("llama", {}, {**BASE, "model_type": "internlm2", "bias": False}, internlm2),
+    "Yi": ("llama", {}, {**BASE, "model_type": "Yi"}, yi),
+    "xverse": ("llama", HEADS, {**BASE, **HEADS, "model_type": "xverse"}, dict),
+    "minicpm": (
+        "granite",
+        {
+            **GRANITE,
+            "logits_scaling": 2.0,
+            "attention_multiplier": 8**-0.5,
+            "residual_multiplier": 1.4 / 2**0.5,
+            "tie_word_embeddings": True,
+        },
+        {
+            **{key: value for key, value in BASE.items() if key != "tie_word_embeddings"},
+            "model_type": "minicpm",
+            "scale_emb": 12,
+            "scale_depth": 1.4,
+            "dim_model_base": 16,
+        },
+        dict,
+    ),
+}
+
+
+def remote_folder(kind: str, folder: Path, **changes: object) -> torch.nn.Module:
+    """A folder in the layout of a family, with code beside it; and a model of transformers with its arithmetic."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    cls, own, config, make = REMOTE[kind]
+    torch.manual_seed(2)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(cls, **{**BASE, **own})).eval()
+    for weight in model.parameters():
+        if weight.dim() == 1:
+            weight.data += torch.randn_like(weight) * 0.1
+    tensors = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    folder.mkdir()
+    save_file(make(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    config = {**config, **changes, "torch_dtype": "float32", "auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_x.py").write_text("raise SystemExit('this code is never run')")
+    return model
+
+
+@pytest.mark.parametrize("kind", REMOTE)
+def test_families_with_their_own_code_go_in_and_out_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    source = tmp_path / "hf"
+    model = remote_folder(kind, source)
+    import_folder(source, tmp_path / "m.pt")
+    config = load_model_config(tmp_path / "m.json").value
+    weights = read_weights(tmp_path / "m.pt")
+    torch.testing.assert_close(our_logits(config, weights), their_logits(model), rtol=0, atol=1e-5)
+
+    loads_as = export_folder(tmp_path / "m.pt", tmp_path / "same", source, keep_reference=True)
+    assert loads_as == kind
+    assert_equal_files(source, tmp_path / "same")
+    for name in ("config.json", "modeling_x.py"):
+        assert (tmp_path / "same" / name).read_bytes() == (source / name).read_bytes()
+    assert "trust_remote_code=True" in (tmp_path / "same" / "README.md").read_text()
+
+    export_folder(tmp_path / "m.pt", tmp_path / "native", source)
+    assert not (tmp_path / "native" / "modeling_x.py").exists()
+    from transformers import AutoModelForCausalLM
+
+    native = AutoModelForCausalLM.from_pretrained(tmp_path / "native").eval()
+    torch.testing.assert_close(their_logits(native), their_logits(model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"z_loss_weight": 0}, {"vocab_size": 125696}])
+def test_the_output_weights_of_baichuan2_are_normalized_as_its_code_does(changes: dict, tmp_path: Path) -> None:
+    if "vocab_size" in changes:
+        config = {**BASE, "model_type": "baichuan", **changes}
+        tensors = {"lm_head.weight": torch.randn(125696, 32), "model.embed_tokens.weight": torch.zeros(125696, 32)}
+        remote_folder("baichuan", tmp_path / "hf")
+        tensors = load_file(tmp_path / "hf" / "model.safetensors") | tensors
+        save_file(tensors, tmp_path / "hf" / "model.safetensors")
+        (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, **HEADS}))
+    else:
+        remote_folder("baichuan", tmp_path / "hf", **changes)
+    before = load_file(tmp_path / "hf" / "model.safetensors")["lm_head.weight"]
+    _, weights = read_folder(tmp_path / "hf")
+    expected = torch.nn.functional.normalize(before)
+    assert not torch.allclose(before, expected)
+    torch.testing.assert_close(weights["lm_head.weight"], expected)
+
+
+@pytest.mark.parametrize("size", ["2b", "4b", "7b", "8b", "70b"])
+def test_every_size_goes_there_and_back_bit_for_bit(size: str, tmp_path: Path) -> None:
+    """The shipped configuration with its ratios of heads, at a fraction of the width."""
+    from fm9g.config.load import require_config
+
+    shipped = load_model_config(require_config("model_configs", size)).value
+    group = shipped.num_heads // shipped.num_kv_heads
+    small = {"vocab_size": 500, "num_layers": 3, "dim_head": 8, "num_heads": 2 * group, "num_kv_heads": 2}
+    small |= {"dim_model": 64, "dim_ff": 96, "dim_model_base": 16}
+    values = {key: value for key, value in shipped.to_json().items() if key != "architectures"}
+    config = build(ModelConfig, [Layer(size, {**values, **small})]).value
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.randn(shape, generator=generator).bfloat16() for name, shape in weight_shapes(config).items()
+    }
+    write_weights(tmp_path / "m.pt", weights, weights.items())
+    (tmp_path / "m.json").write_text(json.dumps(config.to_json()))
+    export_folder(tmp_path / "m.pt", tmp_path / "hf")
+    import_folder(tmp_path / "hf", tmp_path / "back.pt")
+    again = read_weights(tmp_path / "back.pt")
+    assert list(again) == list(weights)
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+    back = load_model_config(tmp_path / "back.json").value
+    assert (back.scale_width, back.embedding_multiplier) == (config.scale_width, config.embedding_multiplier)
+
+
+REFUSED = {
+    "experts": ("llama", {"num_experts": 8}, "num_experts is above 1"),
+    "local experts": ("minicpm", {"num_local_experts": 8}, "num_local_experts is above 1"),
+    "routed experts": ("xverse", {"n_routed_experts": 64}, "n_routed_experts is above 1"),
+    "window": ("mistral", {"sliding_window": 64}, "sliding_window is 64, of 128"),
+    "no window given": ("mistral", {"max_position_embeddings": 32768}, "sliding_window is 4096, of 32768"),
+    "window of some layers": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["full_attention", "sliding_attention"]},
+        "use_sliding_window is true",
+    ),
+    "part of a head": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is not 1"),
+    "part of a head of qwen": ("qwen", {**QWEN_CONFIG, "rotary_pct": 0.25}, "rotary_pct is not 1"),
+    "biases of qwen": ("qwen", {**QWEN_CONFIG, "no_bias": False}, "no_bias is false"),
+    "biases": ("llama", {"attention_bias": True}, "attention_bias is true"),
+    "biases of qwen3": ("qwen3", {"attention_bias": True}, "attention_bias is true"),
+    "biases in the feed-forward layers": ("llama", {"mlp_bias": True}, "mlp_bias is true"),
+    "biases of internlm2": ("internlm2", {}, "bias is not false"),
+    "alibi": ("llama", {"alibi": True}, "ALiBi"),
+    "quantized": ("qwen2", {"quantization_config": {"quant_method": "gptq"}}, "take the folder that was quantized"),
+    "logits": ("granite", {**GRANITE, "logits_scaling": 5.0}, "logits_scaling does not divide"),
+    "rope": ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling is"),
+    "unknown": ("gpt2", {}, "model_type 'gpt2' is not one that can be read: llama, mistral"),
+    "none": (None, {}, "model_type None is not one"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_9g_has_not_is_refused_with_its_key(case: str) -> None:
+    kind, changes, expected = REFUSED[case]
+    with pytest.raises(UserError, match=expected):
+        from_hf_config({**BASE, "model_type": kind, **changes}, "config.json")
+
+
+def test_a_13b_of_baichuan_is_refused() -> None:
+    config = {key: value for key, value in BASE.items() if key != "max_position_embeddings"}
+    with pytest.raises(UserError, match="ALiBi"):
+        from_hf_config({**config, "model_type": "baichuan", "model_max_length": 4096}, "config.json")
+
+
+def test_a_packed_weight_of_another_height_is_refused(tmp_path: Path) -> None:
+    remote_folder("internlm2", tmp_path / "hf", num_key_value_heads=4)
+    with pytest.raises(UserError, match=r"wqkv.weight: shape \[64, 32\], expected 96 rows"):
+        import_folder(tmp_path / "hf", tmp_path / "no.pt")
+
+
+def test_only_the_first_model_of_qwen_is_as_long_as_seq_length() -> None:
+    assert from_hf_config(QWEN_CONFIG, "config.json").max_length == 64
+
+
+def test_the_reference_must_describe_the_checkpoint(tmp_path: Path) -> None:
+    native_folder("llama", tmp_path / "hf")
+    import_folder(tmp_path / "hf", tmp_path / "m.pt")
+    with pytest.raises(UserError, match="goes with --reference"):
+        export_folder(tmp_path / "m.pt", tmp_path / "out", keep_reference=True)
+    remote_folder("qwen", tmp_path / "other")
+    with pytest.raises(UserError, match="made with another model configuration"):
+        export_folder(tmp_path / "m.pt", tmp_path / "out", tmp_path / "other", keep_reference=True)
+
+
+def test_norms_of_queries_are_only_in_layouts_that_have_them(tmp_path: Path) -> None:
+    config = small_model(qk_norm=True)
+    assert "encoder.layers.1.self_att.self_attention.q_norm.weight" in weight_shapes(config)
+    with pytest.raises(UserError, match="qkv_bias with qk_norm: no transformers class has both"):
+        from fm9g.convert.architecture import native_type
+
+        native_type(small_model(qk_norm=True, qkv_bias=True))

@@ -1,0 +1,176 @@
+"""Runs that train adapters: what their checkpoints hold, that they go on exactly, and that the base stays as it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from support import small_model
+
+from fm9g.checkpoint.weights import read_weights, write_weights
+from fm9g.config.adapter import ADAPTER_CONFIG
+from fm9g.errors import UserError
+from fm9g.lora.files import open_adapter
+from fm9g.model.transformer import FM9G
+from fm9g.report.files import read_metrics
+from fm9g.train.run import Result
+
+LAYERS = ["project_q", "project_v", "w_0", "w_out"]
+KINDS = {
+    "plain": {},
+    "dropout": {"lora_dropout": 0.2},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "loraplus": {"loraplus_lr_ratio": 16},
+    "nf4": {"quantization": "nf4"},
+    "nf4-single": {"quantization": "nf4", "double_quant": False},
+    "ema": {"ema_decay": 0.9},
+    "pissa-nf4": {"init_lora_weights": "pissa_niter_16", "quantization": "nf4"},
+}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    model = FM9G(small_model(dropout=0.1, scale=True, base_hidden_size=16))
+    for name, weight in model.named_parameters():
+        model.init_weight(name, weight.data, seed=5)
+    write_weights(tmp_path / "base.pt", weights := dict(model.named_parameters()), weights.items())
+    return tmp_path / "base.pt"
+
+
+@pytest.fixture
+def tune(train: Callable[..., Result], base: Path) -> Callable[..., Result]:
+    """tune(out, key=value, ...): a run of adapters on `base`."""
+
+    def run(out: str, **changes: object) -> Result:
+        settings = {
+            "pretrained_model": base,
+            "lora_layer": json.dumps(LAYERS),
+            "lora_r": 4,
+            "lora_alpha": 8,
+            "lr": 0.02,
+        }
+        return train(out, **{**settings, **changes})
+
+    return run
+
+
+def losses(result: Result) -> list[float]:
+    return [line["Loss/train"] for line in read_metrics(result.metrics_file) if "Loss/train" in line]
+
+
+def weight_file(result: Result) -> Path:
+    assert result.checkpoint is not None
+    return next(result.checkpoint.glob("*.pt"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_resume_exactly(tune: Callable[..., Result], tmp_path: Path, kind: str) -> None:
+    whole = tune("whole", **KINDS[kind])
+    assert losses(whole)[-1] < losses(whole)[0]
+    tune("parts", **KINDS[kind], stop_iters=5)
+    # The base is found where it was: the guide's resume block empties pretrained_model.
+    parts = tune("parts", **KINDS[kind], resume_ckpt="auto", pretrained_model="")
+    assert losses(parts) == losses(whole)
+    assert weight_file(parts).read_bytes() == weight_file(whole).read_bytes()
+    for suffix in (".rank-0.opt", ".ema.pt"):
+        files = [next(r.checkpoint.glob(f"*{suffix}"), None) for r in (whole, parts)]  # type: ignore[union-attr]
+        assert (files[0] is None) == (suffix == ".ema.pt" and kind != "ema")
+        if files[0] and files[1]:
+            one, other = read_weights(files[0]), read_weights(files[1])
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_every_kind_is_a_training_of_its_own(tune: Callable[..., Result]) -> None:
+    found = {kind: losses(tune(kind, train_iters=4, **changes)) for kind, changes in KINDS.items() if kind != "ema"}
+    assert len({tuple(values) for values in found.values()}) == len(found)
+
+
+def test_a_checkpoint_is_the_adapter_and_says_what_it_is(tune: Callable[..., Result], base: Path) -> None:
+    before = base.read_bytes()
+    result = tune("out")
+    weights = read_weights(weight_file(result))
+    assert len(weights) == 2 * 2 * len(LAYERS)
+    layer = "encoder.layers.1.ffn.ffn.w_out.lora"
+    assert weights[f"{layer}.lora_A"].shape == (4, 48)
+    assert weights[f"{layer}.lora_B"].shape == (32, 4)
+    described = json.loads((result.checkpoint / ADAPTER_CONFIG).read_text())  # type: ignore[operator]
+    assert described["r"] == 4
+    assert described["lora_alpha"] == 8
+    assert described["target_modules"] == LAYERS
+    assert len(described["base_sha256"]) == 64
+    assert base.read_bytes() == before
+
+
+@pytest.mark.skipif(find_spec("opendelta") is None, reason="opendelta is installed with --no-deps where it is wanted")
+def test_both_backends_give_the_same_adapter(tune: Callable[..., Result]) -> None:
+    one = tune("one", lora_dropout=0.1)
+    other = tune("other", lora_dropout=0.1, lora_backend="opendelta")
+    assert losses(one) == losses(other)
+    assert weight_file(one).read_bytes() == weight_file(other).read_bytes()
+    # Either goes on from the other.
+    tune("mixed", lora_dropout=0.1, stop_iters=5)
+    mixed = tune("mixed", lora_dropout=0.1, resume_ckpt="auto", lora_backend="opendelta")
+    assert weight_file(mixed).read_bytes() == weight_file(one).read_bytes()
+
+
+def test_another_base_or_another_adapter_is_refused_on_resume(
+    tune: Callable[..., Result], base: Path, tmp_path: Path
+) -> None:
+    tune("out", stop_iters=3)
+    weights = {name: tensor.clone() for name, tensor in read_weights(base).items()}
+    weights["encoder.layers.1.ffn.ffn.w_out.weight"][3, 3] += 1e-3
+    write_weights(tmp_path / "other.pt", weights, weights.items())
+    with pytest.raises(UserError, match="is not the base that the adapters of"):
+        tune("out", resume_ckpt="auto", pretrained_model=tmp_path / "other.pt")
+    with pytest.raises(UserError, match="lora_r: was 4, is 8"):
+        tune("out", resume_ckpt="auto", lora_r=8)
+    base.unlink()
+    with pytest.raises(UserError, match="is not there any more; give --pretrained_model"):
+        tune("out", resume_ckpt="auto", pretrained_model="")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"lora_layer": '["lm_head"]'}, "'lm_head' is not the name of a linear layer; these are: project_q"),
+        ({"lora_layer": "[]"}, "lora_r is given and lora_layer is not"),
+        ({"lora_layer": "__import__('os')"}, "not the name of a linear layer"),
+        ({"pretrained_model": ""}, "needs a pretrained_model"),
+        ({"freeze": "*.bias"}, "freeze and lora_layer are both given"),
+        ({"use_dora": True, "init_lora_weights": "pissa"}, "keep one of them"),
+        ({"lora_backend": "opendelta", "quantization": "nf4"}, "use peft"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(tune: Callable[..., Result], changes: dict, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        tune("no", **changes)
+
+
+def test_quantized_bases_train_to_the_loss_of_whole_ones(tune: Callable[..., Result]) -> None:
+    """Within 5 % of what LoRA takes off the loss for 4 bits, and 1 % for 8."""
+    plain = losses(tune("plain", train_iters=30))
+    gain = plain[0] - plain[-1]
+    assert gain > 0.3
+    for kind, margin in (("nf4", 0.05), ("fp4", 0.05), ("int8", 0.01)):
+        found = losses(tune(kind, train_iters=30, quantization=kind))
+        assert found[0] != plain[0]
+        assert abs(found[-1] - plain[-1]) < margin * gain, kind
+
+
+def test_pissa_starts_as_the_base_and_its_file_is_a_plain_adapter(tune: Callable[..., Result], base: Path) -> None:
+    plain, pissa = tune("plain", train_iters=2), tune("pissa", train_iters=2, lr=1e-3, init_lora_weights="pissa")
+    assert losses(plain)[0] == pytest.approx(losses(pissa)[0], abs=1e-5)
+    adapter = open_adapter(pissa.checkpoint)  # type: ignore[arg-type]
+    assert (adapter.config.r, adapter.config.scaling) == (8, 2.0)
+    with torch.no_grad():
+        layer = "encoder.layers.0.ffn.ffn.w_in.w_0"
+        weight = read_weights(base)[f"{layer}.weight"]
+        change = (adapter.apply(layer, weight) - weight).norm() / weight.norm()
+    assert 0 < change < 0.05  # one step's, not the singular vectors'
