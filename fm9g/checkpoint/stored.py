@@ -104,18 +104,19 @@ class Stored:
 class Gathered:
     """Rows of stored tensors, one below the other, as the tensor that is to be made of them.
 
-    dtype: of the values that come out. change: what is done to rows of them, whichever it gets, in the type they have
-    on the disk; None: nothing.
+    dtype: of the values that come out. change: what is done to rows of them, in the type they have on the disk, and the
+    number of the first of these rows; None: nothing. first: row of this tensor's own first one.
     """
 
     parts: tuple[Stored, ...]
     dtype: torch.dtype
-    change: Callable[[torch.Tensor], torch.Tensor] | None = None
+    change: Callable[[torch.Tensor, int], torch.Tensor] | None = None
+    first: int = 0
 
     @property
     def shape(self) -> torch.Size:
-        first = self.parts[0].shape
-        return torch.Size([sum(part.shape[0] for part in self.parts), *first[1:]]) if len(self.parts) > 1 else first
+        one = self.parts[0].shape
+        return torch.Size([sum(part.shape[0] for part in self.parts), *one[1:]]) if len(self.parts) > 1 else one
 
     @property
     def nbytes(self) -> int:
@@ -123,34 +124,41 @@ class Gathered:
 
     def pieces(self, nbytes: int) -> Iterator[Stored | Gathered]:
         """What it consists of, in order: ranges of files to copy as they are, and groups of rows to be read."""
-        for part in self.parts:
+        for row, part in self._begun():
             if self.change is None and part.dtype == self.dtype and part.is_range:
                 yield part
             else:
-                yield from Gathered((part,), self.dtype, self.change).groups(nbytes)
+                yield from Gathered((part,), self.dtype, self.change, row).groups(nbytes)
 
     def groups(self, nbytes: int) -> Iterator[Gathered]:
         """Its rows, some at a time.
 
         nbytes: the most that a group has on the disk; a single row may have more, and what is strided comes whole.
         """
-        for part in self.parts:
+        for row, part in self._begun():
             if not part.shape or part.stride is not None:
-                yield Gathered((part,), self.dtype, self.change)
+                yield Gathered((part,), self.dtype, self.change, row)
                 continue
             width = max(1, part.nbytes // max(1, part.shape[0]))
             for start in range(0, part.shape[0], step := max(1, nbytes // width)):
                 rows = part.rows(start, min(start + step, part.shape[0]))
-                yield Gathered((rows,), self.dtype, self.change)
+                yield Gathered((rows,), self.dtype, self.change, row + start)
 
     def read(self) -> torch.Tensor:
         """Its values, contiguous, in memory of their own."""
-        parts = [self._made(part) for part in self.parts]
+        parts = [self._made(row, part) for row, part in self._begun()]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _made(self, part: Stored) -> torch.Tensor:
+    def _begun(self) -> Iterator[tuple[int, Stored]]:
+        """Its parts, each with the number of its first row."""
+        row = self.first
+        for part in self.parts:
+            yield row, part
+            row += part.shape[0] if part.shape else 0
+
+    def _made(self, row: int, part: Stored) -> torch.Tensor:
         values = part.read()
-        values = self.change(values) if self.change else values
+        values = self.change(values, row) if self.change else values
         made = values.to(self.dtype)
         # The one type whose largest number others pass.
         if self.dtype == torch.float16 != part.dtype and not made.isfinite().all() and values.isfinite().all():

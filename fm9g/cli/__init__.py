@@ -16,6 +16,7 @@ from fm9g import __version__
 from fm9g.cli.ckpt import add_ckpt_verbs
 from fm9g.cli.convert import add_convert_verb
 from fm9g.cli.data import add_data_verbs
+from fm9g.cli.lora import add_lora_verbs
 from fm9g.cli.report import add_report_verbs
 from fm9g.cli.run import add_run_verbs
 from fm9g.errors import UserError
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add_data_verbs(verb, group)
 
     add_convert_verb(verb)
+    add_lora_verbs(verb, group)
 
     generate = verb("generate", _generate, "continue a prompt with the model of a Hugging Face folder")
     generate.add_argument("folder", type=Path, help="a Hugging Face folder")

@@ -19,7 +19,9 @@ def add_lora_verbs(verb: Any, group: Any) -> None:
     _add_train_config(show)
 
     merge = verb("merge", _merge, "the base with an adapter in its weights, as a model of its own", under=lora)
-    merge.add_argument("base", type=Path, help="what it was trained on: a .pt file, a checkpoint, a Hugging Face folder")
+    merge.add_argument(
+        "base", type=Path, help="what it was trained on: a .pt file, a checkpoint, a Hugging Face folder"
+    )
     merge.add_argument("adapter", type=Path, help=what)
     merge.add_argument("target", type=Path, help="FILE.pt for a 9G file, else a new Hugging Face folder")
     merge.add_argument("--reference", type=Path, help="Hugging Face folder to take configuration and tokenizer from")
@@ -71,11 +73,11 @@ def _show(options: argparse.Namespace) -> None:
         print(f"  {key:<24} {value!r}")
 
 
-def _merge(options: argparse.Namespace) -> int:
+def _merge(options: argparse.Namespace) -> None:
     from fm9g.convert.adapters import merge, read_adapter
 
     adapter = read_adapter(options.adapter, options.train_config)
-    return merge(
+    found = merge(
         options.base,
         adapter,
         options.target,
@@ -84,6 +86,15 @@ def _merge(options: argparse.Namespace) -> int:
         overwrite=options.overwrite,
         verify=not options.no_verify,
     )
+    print(f"{options.target}: {found.written}, with {len(adapter.layers)} layers of {adapter.where} in it")
+    if not options.no_verify:
+        print(f"logits of up to {found.logits:.2f}, which the adapter changes by up to {found.change:.2e}")
+        print(
+            f"merged, they differ from those of base and adapter apart by {found.exact:.2e} in fp32, and by "
+            f"{found.rounding:.2e} more as written"
+        )
+    if found.rounding > 0.5 * found.change:
+        print("note: rounding changes as much as the adapter does; --dtype fp32 keeps it")
 
 
 def _combine(options: argparse.Namespace) -> None:

@@ -161,26 +161,29 @@ def unpack(family: Family, config: ModelConfig, tensors: Mapping[str, Stored], w
     return weights
 
 
-def pack(family: Family, config: ModelConfig, weights: Mapping[str, Stored]) -> dict[str, Gathered]:
-    """The weights of a 9G file under the family's names, in the order of the file."""
+def pack(family: Family, config: ModelConfig, weights: Mapping[str, Gathered]) -> dict[str, Gathered]:
+    """A 9G model's weights under the family's names, in their order. Those that are packed must be as in a file."""
     names = family.names
-    groups: dict[str, dict[str, Stored]] = {}
+    groups: dict[str, dict[str, Gathered]] = {}
     for name, tensor in weights.items():
         theirs = names.theirs(name)
         if theirs is None:
-            raise UserError(f"{tensor.file}: {name}: the layout has no such weight; leave --keep-reference-config away")
+            raise UserError(
+                f"{tensor.parts[0].file}: {name}: the layout has no such weight; leave --keep-reference-config away"
+            )
         groups.setdefault(theirs, {})[name] = tensor
     packed = {}
     for theirs, group in groups.items():
-        parts: list[Stored] = list(group.values())
-        if len(parts) > 1:
-            assert family.blocks, theirs
-            rows = dict.fromkeys("qkv", 0)
-            kinds = {_kind(name): tensor for name, tensor in group.items()}
-            parts = []
-            for kind, count in family.blocks(config):
-                parts.append(kinds[kind].rows(rows[kind], rows[kind] + count))
-                rows[kind] += count
+        if len(group) == 1:
+            packed[theirs] = next(iter(group.values()))
+            continue
+        assert family.blocks, theirs
+        assert all(tensor.change is None and len(tensor.parts) == 1 for tensor in group.values()), theirs
+        rows, parts = dict.fromkeys("qkv", 0), []
+        kinds = {_kind(name): tensor.parts[0] for name, tensor in group.items()}
+        for kind, count in family.blocks(config):
+            parts.append(kinds[kind].rows(rows[kind], rows[kind] + count))
+            rows[kind] += count
         packed[theirs] = Gathered(tuple(parts), parts[0].dtype)
     return packed
 
@@ -203,6 +206,6 @@ def _kind(name: str) -> str:
     return name.rsplit(".", 2)[1].removeprefix("project_")
 
 
-def normalized(rows: torch.Tensor) -> torch.Tensor:
+def normalized(rows: torch.Tensor, first: int) -> torch.Tensor:
     """Each row divided by its length, in fp32; same type out."""
     return torch.nn.functional.normalize(rows.float()).to(rows.dtype)

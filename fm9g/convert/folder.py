@@ -49,12 +49,6 @@ def open_folder(source: Path) -> tuple[ModelConfig, dict[str, Gathered]]:
     return config, weights
 
 
-def read_folder(source: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    """As open_folder, with the weights in memory."""
-    config, weights = open_folder(source)
-    return config, {name: weight.read() for name, weight in weights.items()}
-
-
 def main_dtype(weights: Mapping[str, Described]) -> torch.dtype:
     """That of most of the weights' bytes."""
     sizes: dict[torch.dtype, int] = {}

@@ -18,13 +18,11 @@ from fm9g.convert.architecture import from_hf_config, to_hf_config
 from fm9g.convert.card import model_card
 from fm9g.convert.companions import copy_companions, write_tokenizer
 from fm9g.convert.families import FAMILIES, Family, family_of, pack
-from fm9g.convert.folder import DTYPES, main_dtype, open_folder, read_folder
+from fm9g.convert.folder import DTYPES, main_dtype, open_folder
 from fm9g.convert.stream import Output, partial_folder, pt_output, safetensors_output, write_outputs
 from fm9g.errors import UserError
 from fm9g.files import new_file, new_folder
 from fm9g.model.transformer import weight_shapes
-
-__all__ = ["Source", "export_folder", "import_folder", "open_source", "read_folder"]
 
 SHARD_BYTES = 5 * 1000**3
 FORMATS = ("safetensors", "bin")
@@ -32,8 +30,8 @@ FORMATS = ("safetensors", "bin")
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A 9G model to be exported. folder: the checkpoint it is from, None for a bare .pt file. tokenizer: the folder
-    of its files, None where it is not known."""
+    """A 9G model to be exported. file: of its weights. folder: the checkpoint it is from, None for a bare .pt file.
+    tokenizer: the folder of its files, None where it is not known."""
 
     file: Path
     config: ModelConfig
@@ -50,17 +48,23 @@ def import_folder(source: Path, target: Path, overwrite: bool = False, dtype: st
     """
     if (source / MANIFEST).is_file():
         raise UserError(f"{source}: a 9G checkpoint; its .pt file is {Checkpoint(source).weight_file}")
+    return write_file(*open_folder(source), target, overwrite, dtype)
+
+
+def write_file(
+    config: ModelConfig, weights: Mapping[str, Gathered], target: Path, overwrite: bool = False, dtype: str = ""
+) -> Path:
+    """Writes weights as a 9G .pt file, as import_folder does; returns the path of the configuration beside it."""
     config_file = target.with_suffix(".json")
-    if config_file.resolve() == (source / "config.json").resolve():
+    if config_file.exists() and config_file.name == "config.json":
         raise UserError(f"{target}: its configuration would replace {config_file}, which is read; choose another name")
     for file in (target, config_file):
         if file.is_dir() or (file.exists() and not overwrite):
             raise UserError(f"{file}: is there already; choose another name or allow it to be replaced (--overwrite)")
     target = target.resolve()
+    if any(part.file.resolve() == target for weight in weights.values() for part in weight.parts):
+        raise UserError(f"{target}: is read; choose another name")
     with new_file(target) as temporary, partial_folder(target) as folder:
-        config, weights = open_folder(source)
-        if any(part.file.resolve() == target for weight in weights.values() for part in weight.parts):
-            raise UserError(f"{target}: is read; choose another name")
         weights = _in_type(weights, dtype)
         if dtype:
             config = dataclasses.replace(config, half_type=dtype)
@@ -95,14 +99,31 @@ def export_folder(
     if keep_reference and reference is None:
         raise UserError("--keep-reference-config: goes with --reference, the folder whose configuration is kept")
     model = open_source(source, reference)
+    return write_folder(model, open_file(model), target, reference, dtype, overwrite, keep_reference, format)
+
+
+def open_file(model: Source) -> dict[str, Gathered]:
+    """The weights of a 9G .pt file, to be read one at a time. Raises UserError where they are not the model's."""
+    stored = open_pt(model.file)
+    check_weights(stored, weight_shapes(model.config), str(model.file), strict=True)
+    return {name: Gathered((tensor,), tensor.dtype) for name, tensor in stored.items()}
+
+
+def write_folder(
+    model: Source,
+    weights: Mapping[str, Gathered],
+    target: Path,
+    reference: Path | None,
+    dtype: str = "",
+    overwrite: bool = False,
+    keep_reference: bool = False,
+    format: str = "safetensors",
+) -> str:
+    """Writes weights as export_folder does those of a file. model: what else is known of them."""
     target = target.resolve()
-    with (
-        new_folder(target, overwrite, (source, reference) if reference else (source,)) as temporary,
-        partial_folder(target) as folder,
-    ):
-        stored = open_pt(model.file)
-        check_weights(stored, weight_shapes(model.config), str(model.file), strict=True)
-        weights = _in_type(pack(_layout(reference, keep_reference), model.config, stored), dtype)
+    sources = [model.file, *(folder for folder in (model.folder, reference) if folder)]
+    with new_folder(target, overwrite, tuple(sources)) as temporary, partial_folder(target) as folder:
+        weights = _in_type(pack(_layout(reference, keep_reference), model.config, weights), dtype)
         torch_dtype = str(main_dtype(weights)).removeprefix("torch.")
         if reference and keep_reference:
             loads_as = _write_reference(reference, temporary, torch_dtype)

@@ -277,7 +277,7 @@ def _identity(outputs: Sequence[Output]) -> str:
                 digest.update(part)
                 continue
             change = part.change.__name__ if part.change else ""
-            digest.update(repr((part.dtype, change)).encode())
+            digest.update(repr((part.dtype, change, part.first)).encode())
             for stored in part.parts:
                 if stored.file not in sources:
                     facts = stored.file.stat()

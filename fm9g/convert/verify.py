@@ -55,7 +55,7 @@ def verify(folder: Path, file: Path, config: ModelConfig, dtype: str = "") -> Ve
     """
     weights = open_pt(file)
     check_weights(weights, weight_shapes(config), str(file), strict=True)
-    prompts, given = _prompts(folder, config.vocab_size)
+    prompts, given = make_prompts(folder, config.vocab_size)
     theirs, reader = _folder_logits(folder, prompts, DTYPES.get(dtype))
     ours = streamed_logits(config, _reading(weights, DTYPES.get(dtype)), prompts)
     gaps = [(one - other).abs().max() for one, other in zip(ours, theirs)]
@@ -67,9 +67,11 @@ def verify(folder: Path, file: Path, config: ModelConfig, dtype: str = "") -> Ve
     )
 
 
-def _prompts(folder: Path, vocab_size: int) -> tuple[list[list[int]], str]:
-    """Token ids, and what they are, in words."""
+def make_prompts(folder: Path | None, vocab_size: int) -> tuple[list[list[int]], str]:
+    """Token ids, and what they are, in words. folder: of a tokenizer, where one is known."""
     try:
+        if folder is None:
+            raise UserError("no tokenizer")
         tokenizer = load_tokenizer(folder)
         prompts = [list(map(int, ids)) for ids in tokenizer.encode_batch(list(TEXTS))]
         if all(ids and max(ids) < vocab_size for ids in prompts):

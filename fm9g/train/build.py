@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from fm9g.checkpoint.folder import MANIFEST, Checkpoint, steps_in
-from fm9g.checkpoint.stored import Stored, open_pt
+from fm9g.checkpoint.stored import Gathered, Stored, open_pt
 from fm9g.checkpoint.weights import check_weights
 from fm9g.config.model import ModelConfig, arithmetic, differ
 from fm9g.config.train import TrainConfig
@@ -26,7 +26,7 @@ from fm9g.model.loss import Objective
 from fm9g.model.transformer import FM9G, is_width_scaled, weight_shapes
 from fm9g.train.adapters import Adapters
 
-Weights = Mapping[str, Stored]
+Weights = Mapping[str, Stored | Gathered]
 
 
 def engine_name(config: TrainConfig) -> str:

@@ -151,7 +151,8 @@ def test_without_the_reduction_of_gradients_they_differ(setup: Setup) -> None:
 
 @needs_bmtrain
 @pytest.mark.parametrize(
-    ("dtype", "adapters"), [(torch.bfloat16, ""), (torch.float16, ""), (torch.bfloat16, "peft"), (torch.bfloat16, "nf4")]
+    ("dtype", "adapters"),
+    [(torch.bfloat16, ""), (torch.float16, ""), (torch.bfloat16, "peft"), (torch.bfloat16, "nf4")],
 )
 def test_half_precision_is_the_same_bit_for_bit_on_one_process_of_either_engine(
     dtype: torch.dtype, adapters: str

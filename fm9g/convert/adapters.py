@@ -1,0 +1,173 @@
+"""Adapters from wherever they are, and the base with one in its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fm9g.checkpoint.folder import MANIFEST
+from fm9g.checkpoint.stored import Gathered
+from fm9g.config.adapter import AdapterConfig
+from fm9g.convert.folder import open_folder
+from fm9g.convert.hf import Source, open_file, open_source, write_file, write_folder
+from fm9g.convert.logits import Change, streamed_logits
+from fm9g.convert.peft import is_peft, read_peft
+from fm9g.convert.verify import TOLERANCE, make_prompts
+from fm9g.errors import UserError
+from fm9g.lora.base import base_hash
+from fm9g.lora.files import Adapter, open_adapter, save_adapter
+from fm9g.lora.inject import put_in
+
+_ROUNDING = 0.05  # of the largest logit: what weights in 16 bits may change
+
+
+def read_adapter(path: Path, train_config: Path | None = None) -> Adapter:
+    """As fm9g.lora.files.open_adapter, and PEFT's folders, too."""
+    if not path.is_dir() or not is_peft(path):
+        return open_adapter(path, train_config)
+    if train_config is not None:
+        raise UserError(f"{path}: a folder of PEFT, which says its r and alpha itself; leave --train-config away")
+    return read_peft(path)
+
+
+def import_peft(source: Path, target: Path, base: Path | None, overwrite: bool) -> AdapterConfig:
+    """Writes a PEFT folder as an adapter of ours. base: what it was trained on, whose hash is kept."""
+    if not is_peft(source):
+        raise UserError(f"{source}: not a folder of PEFT (its adapter_config.json has no peft_type)")
+    adapter = read_peft(source)
+    if base is not None:
+        _, weights = open_base(base, None)
+        _check_layers(adapter, weights, base)
+        found = base_hash(weights, lambda name: weights[name].read())
+        config = dataclasses.replace(adapter.config, base=str(base), base_sha256=found)
+        adapter = dataclasses.replace(adapter, config=config)
+    save_adapter(adapter, target, overwrite)
+    return adapter.config
+
+
+def open_base(base: Path, reference: Path | None) -> tuple[Source, dict[str, Gathered]]:
+    """What is known of a base, a .pt file, a checkpoint or a Hugging Face folder, and its weights."""
+    if base.is_dir() and not (base / MANIFEST).is_file():
+        config, weights = open_folder(base)
+        return Source(base / "config.json", config, None, base), weights
+    source = open_source(base, reference)
+    return source, open_file(source)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge came to.
+
+    written: the transformers class of the folder, or the configuration beside the .pt file. logits: the largest.
+    change: the largest of any logit by the adapter. exact: the largest difference between base and adapter apart and
+    both merged in fp32. rounding: between these and what was written. All are 0 where nothing was compared.
+    """
+
+    written: str
+    logits: float = 0.0
+    change: float = 0.0
+    exact: float = 0.0
+    rounding: float = 0.0
+
+
+def merge(
+    base: Path,
+    adapter: Adapter,
+    target: Path,
+    *,
+    reference: Path | None = None,
+    dtype: str = "",
+    overwrite: bool = False,
+    verify: bool = True,
+) -> Merged:
+    """Writes a base with an adapter in its weights, summed in fp32, as a .pt file or a Hugging Face folder.
+
+    base: what the adapter was trained on. reference: a Hugging Face folder whose configuration and tokenizer travel
+    along; default: the base, where it is one. dtype: bf16, fp16 or fp32; empty: the base's. verify: compare logits.
+    Raises UserError for another base, for an adapter that does not fit it, and for logits that differ.
+    """
+    source, weights = open_base(base, reference)
+    _check_layers(adapter, weights, base)
+    _check_base(adapter, weights, base)
+    merged = {name: _with_adapter(name, weight, adapter) for name, weight in weights.items()}
+    # As the base, but with the facts and the tokenizer of the adapter's own checkpoint.
+    trained = adapter.where.parent if (adapter.where.parent / MANIFEST).is_file() else source.folder
+    whole = dataclasses.replace(source, folder=trained)
+    if source.folder is None and base.is_dir():
+        reference = reference or base
+    prompts, _ = make_prompts(source.tokenizer, source.config.vocab_size)
+
+    def logits(weights: Mapping[str, Gathered], change: Change | None = None) -> torch.Tensor:
+        return torch.cat(streamed_logits(source.config, lambda name: weights[name].read(), prompts, change))
+
+    def put_beside(layer: torch.nn.Module, number: int) -> None:
+        put_in(layer, f"encoder.layers.{number}.", adapter.config, adapter.weights)
+
+    def check(what: str, found: float, tolerated: float) -> None:
+        if not found <= tolerated * largest:  # true for what is not a number, too
+            raise UserError(
+                f"{base}: with {adapter.where} in its weights{what}, logits differ by {found:.2e} from those of both "
+                f"apart, of up to {largest:.2f}: {tolerated:g} of these is tolerated"
+            )
+
+    if verify:
+        apart = logits(weights, put_beside)
+        together = logits({name: dataclasses.replace(weight, dtype=torch.float32) for name, weight in merged.items()})
+        largest, exact = float(apart.abs().max()), float((apart - together).abs().max())
+        check("", exact, TOLERANCE)
+        change = float((apart - logits(weights)).abs().max())
+    if target.suffix == ".pt":
+        written = str(write_file(source.config, merged, target, overwrite, dtype))
+    else:
+        written = write_folder(whole, merged, target, reference, dtype, overwrite)
+    if not verify:
+        return Merged(written)
+    rounding = float((together - logits(open_base(target, None)[1])).abs().max())
+    check(f" as they are in {target}, which is no good", rounding, _ROUNDING)
+    return Merged(written, largest, change, exact, rounding)
+
+
+def _check_layers(adapter: Adapter, weights: Mapping[str, Gathered], base: Path) -> None:
+    for layer in adapter.layers:
+        shape = weights[f"{layer}.weight"].shape if f"{layer}.weight" in weights else None
+        if shape != adapter.shape(layer):
+            has = "has no such layer" if shape is None else f"has {list(shape)} there"
+            raise UserError(
+                f"{adapter.where}: {layer}: is for {list(adapter.shape(layer))}, {base} {has}: it is of another model"
+            )
+
+
+def _check_base(adapter: Adapter, weights: Mapping[str, Gathered], base: Path) -> None:
+    wanted = adapter.config.base_sha256
+    if not wanted:
+        print(f"note: {adapter.where}: does not say which base it is for; {base} is taken for it")
+    elif base_hash(weights, lambda name: weights[name].read()) != wanted:
+        raise UserError(
+            f"{base}: is not the base that {adapter.where} was trained on ({adapter.config.base}, SHA-256 "
+            f"{wanted[:16]}); with another one it means nothing"
+        )
+
+
+class _Rows:
+    """Puts the adapter of a layer into rows of its weight."""
+
+    def __init__(self, adapter: Adapter, layer: str) -> None:
+        self._adapter, self._layer = adapter, layer
+        # What was begun with another adapter is not gone on with.
+        self.__name__ = f"{layer} {adapter.identity}"
+
+    def __call__(self, rows: torch.Tensor, first: int) -> torch.Tensor:
+        return self._adapter.apply(self._layer, rows, first)
+
+
+def _with_adapter(name: str, weight: Gathered, adapter: Adapter) -> Gathered:
+    layer = name.removesuffix(".weight")
+    if layer == name or layer not in adapter.layers:
+        return weight
+    own, rows = weight.change, _Rows(adapter, layer)
+    assert own is None, name  # no family changes the weight of a layer that adapters have
+    return dataclasses.replace(weight, change=rows)

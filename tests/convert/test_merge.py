@@ -1,0 +1,210 @@
+"""Bases with adapters in their weights: by the command and the guide's tool, and what must not be merged."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from adapters import LAYERS, logits, make_adapter, make_model
+from safetensors.torch import load_file
+from support import ROOT, small_model
+
+from fm9g.checkpoint.weights import read_weights, write_weights
+from fm9g.cli import main
+from fm9g.config.adapter import ADAPTER_CONFIG
+from fm9g.convert import adapters
+from fm9g.convert.adapters import merge
+from fm9g.convert.hf import export_folder
+from fm9g.convert.peft import write_peft
+from fm9g.errors import UserError
+from fm9g.lora.base import base_hash
+from fm9g.lora.files import Adapter, open_adapter, save_adapter
+from fm9g.lora.inject import B, put_in
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A .pt file with its configuration, and the folder `ckpt` that it may have been made from."""
+    weights = dict(make_model(qkv_bias=True).named_parameters())
+    write_weights(tmp_path / "7b.pt", weights, weights.items())
+    (tmp_path / "7b.json").write_text(json.dumps(small_model(qkv_bias=True).to_json()))
+    export_folder(tmp_path / "7b.pt", tmp_path / "ckpt")
+    return tmp_path / "7b.pt"
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Adapter:
+    weights = read_weights(base)
+    found = base_hash(weights, weights.__getitem__)
+    made = make_adapter(make_model(qkv_bias=True), base=str(base), base_sha256=found)
+    save_adapter(made, tmp_path / "adapter")
+    return open_adapter(tmp_path / "adapter")
+
+
+def expected(adapter: Adapter) -> torch.Tensor:
+    model = make_model(qkv_bias=True)
+    put_in(model, "", adapter.config, adapter.weights)
+    return logits(model)
+
+
+def loaded(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    model = make_model(qkv_bias=True)
+    model.load_state_dict({name: weight.float() for name, weight in weights.items()})
+    return logits(model)
+
+
+def test_a_merged_file_says_what_base_and_adapter_say(base: Path, adapter: Adapter, tmp_path: Path) -> None:
+    found = merge(base, adapter, tmp_path / "merged.pt")
+    assert found.change > 0.05
+    assert found.exact < 1e-5
+    torch.testing.assert_close(loaded(read_weights(tmp_path / "merged.pt")), expected(adapter), atol=2e-5, rtol=1e-5)
+    assert json.loads((tmp_path / "merged.json").read_text())["dim_model"] == 32
+
+
+@pytest.mark.parametrize("of", ["7b.pt", "ckpt"])
+@pytest.mark.parametrize("kind", ["ours", "peft"])
+def test_the_command_takes_what_there_is(
+    base: Path, adapter: Adapter, tmp_path: Path, of: str, kind: str, capsys: pytest.CaptureFixture
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    write_peft(adapter, tmp_path / "peft")
+    source = tmp_path / "adapter" if kind == "ours" else tmp_path / "peft"
+    assert main(["lora", "merge", str(tmp_path / of), str(source), str(tmp_path / "out")]) == 0
+    output = capsys.readouterr().out
+    assert "logits of up to" in output
+    assert ("does not say which base it is for" in output) == (kind == "peft")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = torch.arange(40)
+    with torch.no_grad():
+        theirs = model(ids[None]).logits[0]
+    ours = make_model(qkv_bias=True)
+    put_in(ours, "", adapter.config, adapter.weights)
+    torch.testing.assert_close(logits(ours, ids), theirs, atol=2e-5, rtol=1e-5)
+
+
+def test_sums_are_made_in_fp32_whatever_is_stored(base: Path, adapter: Adapter, tmp_path: Path) -> None:
+    narrow = {name: weight.bfloat16() for name, weight in read_weights(base).items()}
+    write_weights(base, narrow, narrow.items())
+    other = dataclasses.replace(adapter.config, base_sha256=base_hash(narrow, narrow.__getitem__))
+    adapter = dataclasses.replace(adapter, config=other)
+    merge(base, adapter, tmp_path / "same.pt")
+    merge(base, adapter, tmp_path / "wide.pt", dtype="fp32")
+    same, wide = read_weights(tmp_path / "same.pt"), read_weights(tmp_path / "wide.pt")
+    layer = adapter.layers[0]
+    a, b = adapter.weights[f"{layer}.lora.lora_A"], adapter.weights[f"{layer}.lora.lora_B"]
+    exact = narrow[f"{layer}.weight"].double() + 2.0 * b.double() @ a.double()
+    torch.testing.assert_close(wide[f"{layer}.weight"].double(), exact, atol=1e-6, rtol=1e-6)
+    assert torch.equal(same[f"{layer}.weight"], wide[f"{layer}.weight"].bfloat16())
+    assert same["input_embedding.weight"].dtype == torch.bfloat16
+
+
+def test_another_base_is_refused(base: Path, adapter: Adapter, tmp_path: Path) -> None:
+    weights = {name: weight.clone() for name, weight in read_weights(base).items()}
+    weights["lm_head.weight"][0, 0] += 1e-4
+    write_weights(base, weights, weights.items())
+    with pytest.raises(UserError, match=r"7b.pt: is not the base that .* was trained on"):
+        merge(base, adapter, tmp_path / "no.pt")
+    wrong = make_adapter(make_model(qkv_bias=True, hidden_size=64))
+    with pytest.raises(UserError, match="it is of another model"):
+        merge(base, wrong, tmp_path / "no.pt")
+    deeper = make_adapter(make_model(num_layers=3))
+    with pytest.raises(UserError, match="has no such layer"):
+        merge(base, deeper, tmp_path / "no.pt")
+    assert not (tmp_path / "no.pt").exists()
+
+
+def test_a_merge_that_changes_what_the_model_says_is_an_error(
+    base: Path, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(self: Adapter, layer: str, rows: torch.Tensor, first: int = 0) -> torch.Tensor:
+        part = slice(first, first + len(rows))
+        return rows + self.weights[layer + B][part] @ self.weights[layer + ".lora.lora_A"]  # without the scaling
+
+    monkeypatch.setattr(Adapter, "apply", wrong)
+    with pytest.raises(UserError, match=r"in its weights, logits differ by"):
+        merge(base, adapter, tmp_path / "no.pt")
+    assert not (tmp_path / "no.pt").exists()
+
+
+def test_rows_that_are_written_apart_are_those_that_were_compared(
+    base: Path, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fm9g.convert import stream
+
+    merge(base, adapter, tmp_path / "one.pt")
+    monkeypatch.setattr(stream, "_PIECE", 300)  # a few rows at a time
+    merge(base, adapter, tmp_path / "other.pt")
+    one, other = read_weights(tmp_path / "one.pt"), read_weights(tmp_path / "other.pt")
+    assert all(torch.allclose(weight, other[name], atol=1e-6) for name, weight in one.items())
+
+
+def test_what_was_begun_with_another_adapter_is_not_gone_on_with(base: Path, adapter: Adapter) -> None:
+    _, weights = adapters.open_base(base, None)
+    other = dataclasses.replace(adapter, weights={name: weight * 2 for name, weight in adapter.weights.items()})
+    name = f"{adapter.layers[0]}.weight"
+    one, two = (adapters._with_adapter(name, weights[name], each).change for each in (adapter, other))
+    assert one is not None
+    assert two is not None
+    assert one.__name__ != two.__name__
+
+
+def test_the_guides_tool_merges(
+    base: Path, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As its chapter on LoRA types it, with an adapter of the published toolkit: a bare .pt file."""
+    file = tmp_path / "fm9g_live_checkpoint-10.pt"
+    write_weights(file, adapter.weights, adapter.weights.items())
+    train_config = tmp_path / "7b_lora.json"
+    settings = {"lora_layer": LAYERS, "lora_r": 3, "lora_alpha": 6, "pretrained_model": str(base)}
+    train_config.write_text(json.dumps({"finetune": settings}))
+
+    def tool(*more: str) -> object:
+        words = (
+            f"--huggingface-ref-dir {tmp_path}/ckpt --bmtrain-ckpt-path {base} --huggingface-save-dir {tmp_path}/out"
+        )
+        words += f" --huggingface-save-dir {tmp_path}/out --lora-ckpt-path {file}"
+        monkeypatch.setattr(sys, "argv", ["bmtrain_2_hgface.py", *words.split(), *more])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "tools" / "bmtrain_2_hgface.py"), run_name="__main__")
+        return end.value.code
+
+    assert tool() == 2
+    assert "r and alpha are not known" in capsys.readouterr().err
+    assert tool("--lora-config-path", str(train_config)) == 0
+    theirs = load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    layer = "encoder.layers.1.ffn.ffn.w_out"
+    assert torch.allclose(theirs, adapter.apply(layer, read_weights(base)[f"{layer}.weight"]))
+    # An editable file is not what decides: an adapter that says what it is must agree with it.
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(adapter.config.to_json()))
+    train_config.write_text(json.dumps({"finetune": {**settings, "lora_alpha": 32}}))
+    assert tool("--lora-config-path", str(train_config), "--overwrite") == 2
+    assert "is not what the adapter was trained with" in capsys.readouterr().err
+
+
+def test_several_adapters_are_combined_and_merged(base: Path, adapter: Adapter, tmp_path: Path) -> None:
+    folder, out = str(tmp_path / "adapter"), str(tmp_path / "sum")
+    assert main(["lora", "combine", folder, folder, "--weights", "0.75", "-0.5", "--out", out]) == 0
+    assert main(["lora", "merge", str(base), out, str(tmp_path / "m.pt")]) == 0
+    layer = adapter.layers[0]
+    weight = read_weights(base)[f"{layer}.weight"]
+    change = read_weights(tmp_path / "m.pt")[f"{layer}.weight"] - weight
+    torch.testing.assert_close(change, 0.25 * (adapter.apply(layer, weight) - weight), atol=1e-6, rtol=1e-4)
+    assert main(["lora", "combine", folder, folder, "--weights", "1", "--out", out]) == 2
+
+
+def test_the_verbs_there_and_back(base: Path, adapter: Adapter, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["lora", "export", str(tmp_path / "adapter"), str(tmp_path / "p"), "--peft"]) == 0
+    assert main(["lora", "import", str(tmp_path / "p"), str(tmp_path / "back"), "--base", str(base)]) == 0
+    again = open_adapter(tmp_path / "back")
+    assert again.config.base_sha256 == adapter.config.base_sha256
+    assert all(torch.equal(weight, again.weights[name]) for name, weight in adapter.weights.items())
+    assert main(["lora", "show", str(tmp_path / "back")]) == 0
+    assert "6 layers" in capsys.readouterr().out
+    assert main(["lora", "import", str(tmp_path / "adapter"), str(tmp_path / "x")]) == 2
+    assert "not a folder of PEFT" in capsys.readouterr().err

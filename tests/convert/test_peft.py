@@ -1,0 +1,115 @@
+"""Adapters in PEFT's layout, there and back, on the exported base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import logits, make_adapter, make_model
+from safetensors.torch import load_file, save_file
+from support import small_model
+
+from fm9g.checkpoint.weights import write_weights
+from fm9g.convert.adapters import import_peft, read_adapter
+from fm9g.convert.hf import export_folder
+from fm9g.convert.peft import read_peft, write_peft
+from fm9g.errors import UserError
+from fm9g.lora.files import open_adapter
+from fm9g.lora.inject import put_in
+
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"qkv_bias": True},
+    "granite": {"scale": True, "scale_emb": 12.0, "scale_depth": 1.4, "base_hidden_size": 16},
+}
+
+
+def export(folder: Path, **changes: Any) -> Path:
+    model = make_model(**changes)
+    write_weights(folder / "m.pt", weights := dict(model.named_parameters()), weights.items())
+    (folder / "m.json").write_text(json.dumps(small_model(**changes).to_json()))
+    export_folder(folder / "m.pt", folder / "hf")
+    return folder / "hf"
+
+
+@pytest.mark.parametrize("how", [{}, {"rslora": True}, {"dora": True}], ids=["lora", "rslora", "dora"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_exported_adapter_gives_equal_logits_on_the_exported_base(tmp_path: Path, kind: str, how: dict) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base, changes = export(tmp_path, **KINDS[kind]), KINDS[kind]
+    adapter = make_adapter(make_model(**changes), **how)
+    write_peft(adapter, tmp_path / "peft", base=str(base))
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "peft"
+    )
+    ours = make_model(**changes)
+    put_in(ours, "", adapter.config, adapter.weights)
+    ids = torch.randint(0, 320, (1, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs = loaded.eval()(ids).logits[0]
+        plain = loaded.get_base_model()
+        with loaded.disable_adapter():
+            unchanged = plain(ids).logits[0]
+    torch.testing.assert_close(logits(ours, ids[0]), theirs, atol=1e-5, rtol=1e-5)
+    assert (theirs - unchanged).abs().max() > 0.01
+
+    again = read_peft(tmp_path / "peft")
+    assert all(torch.equal(weight, again.weights[name]) for name, weight in adapter.weights.items())
+    assert again.weights.keys() == adapter.weights.keys()
+    assert (again.config.scaling, again.config.dora) == (adapter.config.scaling, adapter.config.dora)
+
+
+def test_an_adapter_that_peft_trained_is_read(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = export(tmp_path)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    )
+    model.save_pretrained(tmp_path / "peft")
+    config = import_peft(tmp_path / "peft", tmp_path / "ours", base, overwrite=False)
+    assert (config.r, config.scaling, len(config.base_sha256)) == (4, 2.0, 64)
+    adapter = open_adapter(tmp_path / "ours")
+    ours = make_model()
+    put_in(ours, "", adapter.config, adapter.weights)
+    ids = torch.arange(5, 45)
+    with torch.no_grad():
+        theirs = model.eval()(ids[None]).logits[0]
+    torch.testing.assert_close(logits(ours, ids), theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_what_our_adapters_cannot_say_is_refused(tmp_path: Path) -> None:
+    adapter = make_adapter(make_model())
+    write_peft(adapter, tmp_path / "p")
+    file = tmp_path / "p" / "adapter_config.json"
+    plain = json.loads(file.read_text())
+    for changes, message in (
+        ({"peft_type": "IA3"}, "peft_type: found 'IA3'"),
+        ({"bias": "all"}, "bias: found 'all'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+        ({"init_lora_weights": "pissa"}, "the base lost what the adapter began with"),
+        ({"use_bdlora": True}, "use_bdlora: a variant of LoRA"),
+        ({"r": 5}, "expected rank 5"),
+        ({"r": "x"}, "is not a number"),
+        ({"use_dora": True}, "magnitude is missing"),
+    ):
+        file.write_text(json.dumps({**plain, **changes}))
+        with pytest.raises(UserError, match=message):
+            read_adapter(tmp_path / "p")
+    file.write_text(json.dumps(plain))
+    tensors = load_file(tmp_path / "p" / "adapter_model.safetensors")
+    save_file({**tensors, "base_model.model.lm_head.lora_A.weight": torch.ones(3, 32)}, tmp_path / "p" / "x")
+    (tmp_path / "p" / "x").rename(tmp_path / "p" / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"lm_head.lora.lora_A has no place in an adapter"):
+        read_adapter(tmp_path / "p")
+    (tmp_path / "p" / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"neither adapter_model.safetensors"):
+        read_adapter(tmp_path / "p")
