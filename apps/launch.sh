@@ -35,9 +35,19 @@ for word in "$@"; do
 done
 set -- "${others[@]}"
 
+# The guide has a blank after one "=" (args["lora_layer"]= "..."), where for bash the assignment ends: it is made here.
+blank_after_equals() {
+    [[ $BASH_COMMAND =~ ^args\[\"?([A-Za-z_]+)\"?\]=\ +[\"\'](.*)[\"\']$ ]] || return 0
+    args[${BASH_REMATCH[1]}]=${BASH_REMATCH[2]//\\\"/\"}
+    return 1 # the command as bash reads it is left out
+}
+shopt -s extdebug
+trap blank_after_equals DEBUG
+
 # train CONFIG [--key value ...]: does not return.
 train() {
     local config=$1 key name
+    trap - DEBUG
     shift
     [[ ${args[config]:-$size} == "$size" ]] || fail "args[config]: the size is the folder's; copy the folder, or use --config"
     unset "args[config]"

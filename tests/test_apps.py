@@ -168,3 +168,22 @@ def test_the_settings_of_a_size_are_of_its_model(size: str) -> None:
     lora = read_object(ROOT / "train_configs" / f"{size}_lora.json")["finetune"]
     assert (lora["config"], lora["model_unique"]) == (size, f"{size}_lora")
     assert {"lora_layer", "lora_r", "lora_alpha", "lora_dropout"} <= lora.keys()
+
+
+def test_the_guides_lora_block_works_as_typed(bash: Callable[..., dict], copy: Path, shared: Path) -> None:
+    """With the blank that it has after one "=", where an assignment of bash ends."""
+    guide = next((shared / "spec").glob("002*")).read_text(encoding="utf-8")
+    chapter = guide[guide.index("### lora 新增参数详细介绍") :]
+    typed = chapter[chapter.index("``` python\n") + 11 : chapter.index("\n```\n")]
+    assert 'args["lora_layer"]= "[' in typed
+    script = copy / "fm9g_7b" / "run_bmtrain_lora.sh"
+    text = script.read_text()
+    script.unlink()  # a link to what all sizes share
+    script.write_text(text.replace("# Keys of the run may", f"{typed}\n# Keys of the run may"))
+    made = bash(copy / "fm9g_7b", "run_bmtrain_lora.sh")
+    words = made["argv"][3:]
+    given = dict(zip(words[::2], words[1::2]))
+    layers = json.loads(given["--lora_layer"])
+    assert layers == ["project_q", "project_k", "project_v", "w_0", "w_1", "w_out"]
+    expected = {"--lora_r": "16", "--lora_alpha": "32", "--lora_dropout": "0.0", "--resume_ckpt": ""}
+    assert {key: value for key, value in given.items() if key != "--lora_layer"} == expected

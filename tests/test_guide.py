@@ -1,4 +1,4 @@
-"""The guide's chapter on full finetuning, word for word, with a tiny model on real records."""
+"""The guide's chapters on converting, full finetuning and LoRA, word for word, with a tiny model on real records."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
+from engine_runs import needs_bmtrain
+from safetensors.torch import load_file
 from support import ROOT, small_model
 
 from fm9g.checkpoint.folder import Checkpoint, steps_in
 from fm9g.checkpoint.weights import read_weights, write_weights
 from fm9g.convert.hf import export_folder
+from fm9g.lora.files import open_adapter
 from fm9g.model.transformer import FM9G
 from fm9g.report.files import read_metrics
 
@@ -79,9 +82,14 @@ def folder(tmp_path: Path, shared: Path) -> Path:
 def bash(folder: Path) -> Run:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
-    def run(command: str) -> subprocess.CompletedProcess:
+    def run(command: str, **variables: str) -> subprocess.CompletedProcess:
         done = subprocess.run(
-            command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=400
+            ["bash", "-c", command],
+            cwd=folder,
+            env={**environment, **variables},
+            capture_output=True,
+            text=True,
+            timeout=400,
         )
         assert done.returncode == 0, done.stderr
         return done
@@ -89,9 +97,8 @@ def bash(folder: Path) -> Run:
     return run
 
 
-@pytest.mark.slow  # five commands, two of which start two processes each
-def test_full_finetuning_and_its_resume(folder: Path, bash: Run, shared: Path) -> None:
-    guide = next((shared / "spec").glob("002*")).read_text(encoding="utf-8")
+def prepare(folder: Path, bash: Run) -> None:
+    """The chapters on data and on converting the model, which come first."""
     tools = ROOT / "tools"
     bash(
         f"python {tools}/convert_json2index.py --path ../../data_test/converted_data/alpaca/alpaca_zh.jsonl"
@@ -101,6 +108,11 @@ def test_full_finetuning_and_its_resume(folder: Path, bash: Run, shared: Path) -
     (folder / "model_configs").mkdir()
     shutil.copy(folder / "9g_models" / "7b.json", folder / "model_configs" / "7b.json")
 
+
+@pytest.mark.slow  # five commands, two of which start two processes each
+def test_full_finetuning_and_its_resume(folder: Path, bash: Run, shared: Path) -> None:
+    guide = next((shared / "spec").glob("002*")).read_text(encoding="utf-8")
+    prepare(folder, bash)
     # The table of parameters as the guide types it, but for the sizes of this test: shorter rows, fewer steps.
     table = guide[guide.index("## 参数详细介绍") :]
     typed = table[table.index("``` python\n") + 11 : table.index("\n```\n")]
@@ -145,7 +157,108 @@ def test_full_finetuning_and_its_resume(folder: Path, bash: Run, shared: Path) -
 
     # The chapter after it: to a Hugging Face folder.
     bash(
-        f"python {tools}/bmtrain_2_hgface.py --huggingface-ref-dir ./ckpt --bmtrain-ckpt-path"
+        f"python {ROOT}/tools/bmtrain_2_hgface.py --huggingface-ref-dir ./ckpt --bmtrain-ckpt-path"
         " data/checkpoints/7b/8/fm9g_live_checkpoint-8.pt --huggingface-save-dir 9g_models/hf-8"
     )
     assert json.loads((folder / "9g_models" / "hf-8" / "config.json").read_text())["model_type"] == "qwen2"
+
+
+# What `import sitecustomize` does in each process of a run by bmtrain: there is no GPU here.
+STAND_IN = """import sys
+if "train" in sys.argv or any("fm9g" in word for word in sys.orig_argv):
+    import bmtrain_stand_in
+    bmtrain_stand_in.install()
+    import fm9g.train.run
+    from fm9g.engine.processes import Processes
+    def join(run, place, monitor):
+        store = monitor.store() if place.world_size > 1 else None
+        return Processes("cpu", place.rank, place.world_size, place.local_rank, place.local_world_size, store, False)
+    fm9g.train.run._join = join
+"""
+
+
+def test_the_guides_own_script_and_ours_convert_to_the_same_file(folder: Path, bash: Run, shared: Path) -> None:
+    """Its script is the block of its chapter, as it stands there."""
+    guide = next((shared / "spec").glob("002*")).read_text(encoding="utf-8")
+    chapter = guide[guide.index("## 模型转换") :]
+    (folder / "guides.py").write_text(chapter[chapter.index("``` python\n") + 11 : chapter.index("\n```\n")])
+    bash(f"python {ROOT}/tools/hgface_2_bmtrain.py")
+    (folder / "9g_models" / "7b.pt").rename(folder / "ours.pt")
+    bash("python guides.py")
+    ours, theirs = read_weights(folder / "ours.pt"), read_weights(folder / "9g_models" / "7b.pt")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(weight.bfloat16(), theirs[name]) for name, weight in ours.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("engine", ["torch", pytest.param("bmtrain", marks=needs_bmtrain)])
+def test_lora_finetuning_its_resume_and_its_merge(
+    folder: Path, bash: Run, shared: Path, tmp_path: Path, engine: str, processes: int
+) -> None:
+    guide = next((shared / "spec").glob("002*")).read_text(encoding="utf-8")
+    prepare(folder, bash)
+    shutil.copy(folder / "tokenizer" / "tokenizer.model", folder / "ckpt")
+    # 1. its file of train_configs/, in which a user changes the sizes to those of this test
+    (folder / "train_configs").mkdir()
+    settings = json.loads((ROOT / "train_configs" / "7b_lora.json").read_text())
+    settings["finetune"] |= {
+        "n_gpus": processes,
+        "engine": engine,
+        "global_batch": 2,
+        "max_length": 256,
+        "train_iters": 10,
+        "save_iters": 5,
+        "warmup_iters": 2,
+        "lr": 0.005,
+    }
+    (folder / "train_configs" / "7b_lora.json").write_text(json.dumps(settings))
+    # 2. its script, with the chapter's block of parameters as typed
+    chapter = guide[guide.index("### lora 新增参数详细介绍") :]
+    typed = chapter[chapter.index("``` python\n") + 11 : chapter.index("\n```\n")]
+    script = folder / "run_bmtrain_lora.sh"
+    text = script.read_text()
+    script.unlink()  # a link to what all sizes share
+
+    def write(block: str) -> None:
+        script.write_text(text.replace("# Keys of the run may", f"{block}\n# Keys of the run may"))
+
+    variables = {}
+    if engine == "bmtrain":
+        (tmp_path / "site").mkdir()
+        (tmp_path / "site" / "sitecustomize.py").write_text(STAND_IN)
+        variables["PYTHONPATH"] = f"{tmp_path / 'site'}:{ROOT / 'tests'}"
+    write(typed)
+    done = bash("bash run_bmtrain_lora.sh", **variables)
+    assert "trained: 12,800 of 188,448" in done.stdout
+    assert ("2 processes" in done.stdout) == (processes == 2)
+    checkpoints = folder / "data" / "checkpoints" / "7b_lora"
+    assert steps_in(checkpoints) == [5, 10]
+    expected = (checkpoints / "10" / "fm9g_live_checkpoint-10.pt").read_bytes()
+    lines = read_metrics(folder / "data" / "logs" / "7b_lora" / "metrics.jsonl")
+    assert lines[-1]["Loss/train"] < lines[0]["Loss/train"]
+
+    # What the guide cannot: its resumption is that of full finetuning.
+    shutil.rmtree(checkpoints / "10")
+    write(typed.replace('args["resume_ckpt"]=""', 'args["resume_ckpt"]="5"'))
+    assert "resuming from data/checkpoints/7b_lora/5" in bash("bash run_bmtrain_lora.sh", **variables).stdout
+    assert (checkpoints / "10" / "fm9g_live_checkpoint-10.pt").read_bytes() == expected
+
+    # 3. the chapter after it, whose block is a script of bash
+    chapter = guide[guide.index("### lora模型格式转换") :]
+    block = chapter[chapter.index("```shell\n") + 9 : chapter.rindex("```")]
+    for old, new in (
+        ("/FM9G4770B/apps/fm9g_7b/data/checkpoints/7b_lora/5/", "/FM9G4770B/apps/fm9g_7b/data/checkpoints/7b_lora/10/"),
+        ("/FM9G4770B", str(tmp_path / "FM9G4770B")),
+        ("python bmtrain_2_hgface.py", f"python {ROOT}/tools/bmtrain_2_hgface.py"),
+    ):
+        assert old in block
+        block = block.replace(old, new)
+    said = bash(block.lstrip()).stdout
+    assert "Qwen2ForCausalLM, with 12 layers of" in said
+    merged = load_file(folder / "9g_models" / "hf-lora-10" / "model.safetensors")
+    layer = "encoder.layers.1.ffn.ffn.w_out"
+    adapter = open_adapter(checkpoints / "10")
+    weight = read_weights(folder / "9g_models" / "7b.pt")[f"{layer}.weight"]
+    assert torch.equal(merged["model.layers.1.mlp.down_proj.weight"], adapter.apply(layer, weight))
+    assert not torch.equal(merged["model.layers.1.mlp.down_proj.weight"], weight)

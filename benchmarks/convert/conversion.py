@@ -108,7 +108,9 @@ def forget(files: list[Path], warm: bool) -> None:
 
 
 def child(case: str, folder: Path, gigabytes: float) -> dict:
+    from fm9g.config.model import ModelConfig
     from fm9g.convert.hf import export_folder, import_folder
+    from fm9g.model.transformer import weight_shapes
 
     if case == "make":
         return make(folder, gigabytes)
@@ -116,7 +118,7 @@ def child(case: str, folder: Path, gigabytes: float) -> dict:
         from fm9g.checkpoint.stored import open_pt
 
         return {"bytes": max(tensor.nbytes for tensor in open_pt(folder / "m.pt").values())}
-    # The first allocations of torch and of its pickles are not those of a conversion.
+    weight_shapes(ModelConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1))  # its imports
     base = peak()
     out, dtype = folder / "out", "fp16" if "fp16" in case else ""
     out.mkdir()

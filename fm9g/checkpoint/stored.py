@@ -9,12 +9,10 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fm9g.checkpoint.weights import bytes_of, load_flat
+from fm9g.checkpoint.weights import bytes_of, load_flat, offset_of
 from fm9g.errors import UserError
 
 # The types that safetensors files name, and torch has.
@@ -35,6 +33,7 @@ SAFETENSORS_TYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+_AHEAD = 1 << 24  # bytes that the system is told to fetch beyond those that are read
 _LONGEST_HEADER = 100_000_000  # bytes; also the limit of the safetensors library
 
 
@@ -92,6 +91,8 @@ class Stored:
             return
         buffer = bytes_of(values)
         with self.file.open("rb", buffering=0) as file:
+            # Whoever reads rows will read the next ones; without this the disk waits between the two.
+            os.posix_fadvise(file.fileno(), self.offset + len(buffer), _AHEAD, os.POSIX_FADV_WILLNEED)
             done = 0
             while done < len(buffer):
                 count = os.preadv(file.fileno(), [buffer[done : done + (1 << 30)]], self.offset + done)
@@ -159,11 +160,11 @@ class Gathered:
     def _made(self, row: int, part: Stored) -> torch.Tensor:
         values = part.read()
         values = self.change(values, row) if self.change else values
-        made = values.to(self.dtype)
-        # The one type whose largest number others pass.
-        if self.dtype == torch.float16 != part.dtype and not made.isfinite().all() and values.isfinite().all():
-            raise UserError(f"{part.file}: holds values beyond {torch.finfo(self.dtype).max:g}, the largest of fp16")
-        return made
+        if self.dtype == torch.float16 != part.dtype and values.numel():  # the one type whose largest others pass
+            limit = torch.finfo(self.dtype).max
+            if any(float(end.abs()) > limit for end in values.aminmax()):
+                raise UserError(f"{part.file}: holds values beyond {limit:g}, the largest of fp16; choose bf16 or fp32")
+        return values.to(self.dtype)
 
 
 def open_safetensors(path: Path) -> dict[str, Stored]:
@@ -214,22 +215,19 @@ def open_pt(path: Path) -> dict[str, Stored]:
             name: Stored(path, tensor.shape, tensor.dtype, 0, memory=tensor.detach())
             for name, tensor in load_flat(path).items()
         }
-    with FakeTensorMode():
-        tensors = load_flat(path)
-    return {name: _placed(path, name, tensor, sizes) for name, tensor in tensors.items()}
+    return {name: _placed(path, name, tensor, sizes) for name, tensor in load_flat(path, "meta").items()}
 
 
 def _placed(path: Path, name: str, tensor: torch.Tensor, sizes: dict[int, int]) -> Stored:
-    """The place of a fake tensor that torch.load gave. sizes: of the file's records, by their offset."""
+    """The place of a tensor on the meta device. sizes: of the file's records, by their offset."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
         raise UserError(f"{path}: {name}: found {tensor.layout} {tensor.dtype}, expected a plain tensor of numbers")
     if not tensor.numel():
         return Stored(path, tensor.shape, tensor.dtype, 0)
-    storage = tensor.untyped_storage()
-    begin: Any = getattr(storage, "_checkpoint_offset", None)
-    if begin is None or sizes.get(begin, -1) < storage.nbytes():
+    begin = offset_of(tensor)
+    if begin is None or sizes.get(begin, -1) < tensor.untyped_storage().nbytes():
         raise UserError(f"{path}: not a whole weight file (the bytes of {name} are missing); get or write it again")
-    offset = begin + tensor.storage_offset() * tensor.element_size()
+    offset = begin + int(tensor.storage_offset()) * tensor.element_size()
     return Stored(path, tensor.shape, tensor.dtype, offset, None if tensor.is_contiguous() else tuple(tensor.stride()))
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fm9g.errors import UserError
 from fm9g.files import new_file
@@ -50,9 +49,15 @@ def write_hollow(path: Path, like: Mapping[str, Described]) -> dict[str, int]:
     """
     with path.open("wb") as file, torch.serialization.skip_data():  # given a path, torch writes its name inside
         torch.save(_hollow(like), file)
-    with FakeTensorMode():
-        places = torch.load(path, weights_only=True)
-    return {name: tensor.untyped_storage()._checkpoint_offset for name, tensor in places.items() if tensor.numel()}
+    return {
+        name: offset for name, tensor in load_flat(path, "meta").items() if (offset := offset_of(tensor)) is not None
+    }
+
+
+def offset_of(tensor: torch.Tensor) -> int | None:
+    """Where a file that load_flat read on the meta device has the storage of a tensor; None where it has none."""
+    offset: int | None = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    return offset if tensor.numel() else None
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -80,18 +85,18 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     Raises UserError for a missing file, one that is cut short, and one that holds anything but tensors: nothing in
     it is ever executed.
     """
-    return load_flat(path, mmap=True)
+    return load_flat(path, mapped=True)
 
 
-def load_flat(path: Path, mmap: bool = False) -> dict[str, torch.Tensor]:
-    """As read_weights. mmap: map the file where it allows that."""
+def load_flat(path: Path, device: str = "cpu", mapped: bool = False) -> dict[str, torch.Tensor]:
+    """As read_weights. device: meta: without values. mapped: map the file where it allows that."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if not path.stat().st_size:
         raise UserError(f"{path}: the file is empty; get or write it again")
     try:
-        mapped = mmap and zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and cannot be mapped
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        mapped = mapped and zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and cannot be mapped
+        weights = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises whatever zipfile, pickle and its own reader raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a whole weight file ({reason}); get or write it again") from None

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import zlib
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -27,7 +28,8 @@ from fm9g.files import sync
 from fm9g.progress import Progress
 
 JOURNAL = "journal.json"
-_PIECE = 1 << 25  # bytes of a tensor in memory at a time
+_PIECE = 1 << 22  # bytes of a tensor in memory at a time: few enough that the allocator keeps them
+_AHEAD = 4  # pieces that are made before they are written
 _COPY = 1 << 26  # bytes that are copied from file to file at a time
 _MARK = 1 << 29  # bytes after which what is written is brought to the disk, and noted
 _TAIL = 1 << 16  # bytes before a mark whose checksum tells whether they are what was written
@@ -127,7 +129,11 @@ def write_outputs(folder: Path, outputs: Sequence[Output], title: str) -> None:
     journal = _Journal(folder, _identity(outputs))
     done = journal.usable([output.name for output in outputs])
     total, begun = sum(output.nbytes for output in outputs), sum(done)
-    with Progress(title, total, "B", begun) as progress, ThreadPoolExecutor(1) as disk:
+    with (
+        Progress(title, total, "B", begun) as progress,
+        ThreadPoolExecutor(1) as disk,
+        ThreadPoolExecutor(1) as reader,
+    ):
         if begun:
             progress.say(f"{title}: goes on after {begun:,} of {total:,} bytes, which an earlier call wrote")
         for number, output in enumerate(outputs):
@@ -136,29 +142,52 @@ def write_outputs(folder: Path, outputs: Sequence[Output], title: str) -> None:
                 continue
             writer = _Writer(folder / output.name, start, disk, journal, progress)
             try:
-                _write(output, writer)
+                _write(output, writer, reader)
                 writer.finish()
             finally:
                 writer.close()
     sync(folder)
 
 
-def _write(output: Output, writer: _Writer) -> None:
-    """Gives a writer all that it does not have yet."""
+def _write(output: Output, writer: _Writer, reader: ThreadPoolExecutor) -> None:
+    """Gives a writer all that it does not have yet. reader: a thread that makes the next values meanwhile."""
+    for piece, skipped in _ahead(_missing(output, writer.position), reader):
+        if isinstance(piece, Stored):
+            writer.copy(piece.file, piece.offset + skipped, piece.nbytes - skipped)
+        else:
+            writer.write(memoryview(piece)[skipped:])
+
+
+def _missing(output: Output, position: int) -> Iterator[tuple[bytes | Stored | Gathered, int]]:
+    """The pieces of a file that are not all before a position, and how many bytes of each are."""
     end = 0
     for part in output.content:
-        pieces = [part] if isinstance(part, bytes) else part.pieces(_PIECE)
-        for piece in pieces:
+        for piece in [part] if isinstance(part, bytes) else part.pieces(_PIECE):
             start, end = end, end + (len(piece) if isinstance(piece, bytes) else piece.nbytes)
-            skipped = max(0, writer.position - start)
-            if start + skipped >= end:
-                continue
-            if isinstance(piece, Stored):
-                writer.copy(piece.file, piece.offset + skipped, end - start - skipped)
-            elif isinstance(piece, bytes):
-                writer.write(memoryview(piece)[skipped:])
-            else:
-                writer.write(bytes_of(piece.read())[skipped:])
+            if position < end:
+                yield piece, max(0, position - start)
+
+
+def _ahead(
+    pieces: Iterator[tuple[bytes | Stored | Gathered, int]], reader: ThreadPoolExecutor
+) -> Iterator[tuple[bytes | Stored | memoryview, int]]:
+    """Pieces with the values of those that are to be made, which is done while the ones before are in use."""
+    waiting: deque[tuple[bytes | Stored | Future[memoryview], int]] = deque()
+    for piece, skipped in pieces:
+        made = reader.submit(_made, piece) if isinstance(piece, Gathered) else piece
+        waiting.append((made, skipped))
+        if len(waiting) > _AHEAD:
+            yield _result(*waiting.popleft())
+    while waiting:
+        yield _result(*waiting.popleft())
+
+
+def _made(piece: Gathered) -> memoryview:
+    return bytes_of(piece.read())
+
+
+def _result(piece: bytes | Stored | Future[memoryview], skipped: int) -> tuple[bytes | Stored | memoryview, int]:
+    return (piece.result() if isinstance(piece, Future) else piece), skipped
 
 
 class _Writer:
