@@ -29,6 +29,7 @@ setup(
         "pyarrow",
         "jinja2>=3.1.6",
         "h5py",
+        "peft",
         "jsonschema",
         "tensorboardX",
         "tensorboard",

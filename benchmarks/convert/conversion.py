@@ -118,7 +118,9 @@ def child(case: str, folder: Path, gigabytes: float) -> dict:
         from fm9g.checkpoint.stored import open_pt
 
         return {"bytes": max(tensor.nbytes for tensor in open_pt(folder / "m.pt").values())}
-    weight_shapes(ModelConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1))  # its imports
+    weight_shapes(
+        ModelConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1)
+    )  # its imports
     base = peak()
     out, dtype = folder / "out", "fp16" if "fp16" in case else ""
     out.mkdir()

@@ -8,18 +8,21 @@ import json
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 
+from fm9g.checkpoint.weights import write_weights
 from fm9g.config.fields import keys_of
 from fm9g.config.model import ModelConfig
 from fm9g.config.train import TrainConfig
 from fm9g.engine.processes import Processes
-from fm9g.model.transformer import Batch
+from fm9g.model.transformer import Batch, weight_shapes
 from fm9g.plan.setup import RUN_KEYS, Setup
 from fm9g.train.build import build_model, make_engine
 
@@ -51,10 +54,21 @@ def measure(
 
 def _train(model: ModelConfig, setup: Setup, processes: Processes, steps: int, mark: Callable[[], object]) -> None:
     """As fm9g.train.loop does, on random tokens; `mark` is called once the model is there."""
-    config = TrainConfig(**{name: getattr(setup, name) for name in RUN_KEYS}, flash="cuda" if setup.flash else "none")
-    engine = make_engine(config, processes)
-    with mock.patch("fm9g.train.build.has_fast_bf16", return_value=True):  # memory is the same where it is slow
+    values = {name: getattr(setup, name) for name in RUN_KEYS} | {"flash": "cuda" if setup.flash else "none"}
+    with (
+        mock.patch("fm9g.train.build.has_fast_bf16", return_value=True),  # memory is the same where it is slow
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        if setup.lora_layer:
+            base = Path(folder) / "base.pt"
+            weights = {name: torch.empty(shape).normal_(0, 0.02) for name, shape in weight_shapes(model).items()}
+            write_weights(base, weights, weights.items())
+            values |= {"lora_layer": list(setup.lora_layer), "pretrained_model": str(base)}
+            del weights
+        config = TrainConfig(**values)
+        engine = make_engine(config, processes)
         build_model(engine, config, replace(model, half_type=setup.half_type), None)
+    gc.collect()
     mark()
     for step in range(steps):
         for number in range(setup.grad_accum):

@@ -14,7 +14,7 @@ from fm9g.config.run import RunConfig
 from fm9g.doctor.report import ERROR, GIB, OK, WARNING, Line
 from fm9g.errors import UserError
 from fm9g.files import probe_writable
-from fm9g.plan.sizes import checkpoint_bytes, count_weights
+from fm9g.plan.sizes import adapter_weights, count_weights
 
 _UNREACHABLE = "check that node 0 is up, that both are on one network, and that no firewall blocks the port"
 _REFUSALS = {
@@ -85,8 +85,10 @@ def _file_system(folder: Path) -> str:
 def _disk(run: RunConfig) -> Line:
     config = run.train.value
     first = int(config.resume_ckpt) if config.resume_ckpt.isdecimal() else 0
-    free, weights = shutil.disk_usage(config.output_dir).free, count_weights(run.model.value)
-    size = checkpoint_bytes(run.model.value) if not config.save_model_only else 4 * weights
+    free, model = shutil.disk_usage(config.output_dir).free, run.model.value
+    adapters = adapter_weights(model, config.lora_layer, config.lora_r) * model.num_layers
+    weights = adapters or count_weights(model)
+    size = (4 if config.save_model_only else 12) * weights
     size += 4 * weights * bool(config.ema_decay)
     steps = range(first, min(config.stop_iters or config.train_iters, config.train_iters))
     count = -(-len(steps) // config.save_iters) if config.save else 0

@@ -92,8 +92,8 @@ def plan(model: ModelConfig, setup: Setup, gpu: Gpu = GPUS["A100"], mfu: float =
         gpu=gpu,
         weights=sizes.count_weights(model),
         memory=peak(model, setup),
-        checkpoint=sizes.checkpoint_bytes(model),
-        flops_a_token=sizes.flops_a_token(model, setup.max_length),
+        checkpoint=sizes.checkpoint_bytes(model, setup),
+        flops_a_token=sizes.flops_a_token(model, setup.max_length, setup.adapters(model)),
         mfu=mfu,
         step_seconds=_step_seconds(model, setup, gpu, mfu),
     )
@@ -105,7 +105,7 @@ def _step_seconds(model: ModelConfig, setup: Setup, gpu: Gpu, mfu: float) -> flo
     Without recomputation a GPU is taken to reach `mfu`. Messages of ZeRO (Rajbhandari et al. 2020, section 7).
     """
     again = {"none": 0.0, "selective": _SELECTIVE, "full": 1 / 3}[setup.activation_checkpoint]
-    flops = setup.row * sizes.flops_a_token(model, setup.max_length) / setup.tp_size
+    flops = setup.row * sizes.flops_a_token(model, setup.max_length, setup.adapters(model)) / setup.tp_size
     computing = flops / gpu.flops / mfu * (1 + again * min(1, setup.grad_ckpt_num / model.num_layers))
     held, e = sizes.count_weights(model) / setup.tp_size, setup.width
     speed = _NODE if setup.nodes == 1 else _NETWORK
@@ -148,6 +148,8 @@ def _neighbours(model: ModelConfig, setup: Setup) -> Iterator[Setup]:
     engines = ("bmtrain", "torch") if setup.engine == "bmtrain" else ("torch",)
     choices = (engines, CHOICES["zero_level"], CHOICES["activation_checkpoint"], ways, (False, True), batches)
     for engine, level, kind, tp, offload, batch in itertools.product(*choices):
+        if tp > 1 and setup.lora_layer:
+            continue
         ranks = setup.nodes * setup.gpus // tp
         if packs % (batch * ranks) or (setup.optimizer_offload and not offload):
             continue

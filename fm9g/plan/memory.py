@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from fm9g.config.model import ModelConfig
 from fm9g.plan import sizes
-from fm9g.plan.setup import Setup
+from fm9g.plan.setup import QUANTIZED, Setup
 
 COMPONENTS = ("weights", "gradients", "optimizer", "activations", "loss", "buffers")
 
@@ -47,7 +47,10 @@ def peak(model: ModelConfig, setup: Setup) -> Moment:
 
 def moments(model: ModelConfig, setup: Setup) -> Iterator[Moment]:
     """All moments of a step that may be the fullest, first to last."""
-    held = _bmtrain(model, setup) if setup.engine == "bmtrain" else _torch(model, setup)
+    if setup.lora_layer:
+        held = _Held.of_adapters(model, setup)
+    else:
+        held = _bmtrain(model, setup) if setup.engine == "bmtrain" else _torch(model, setup)
     e, layers = setup.width, model.num_layers
     kept, shared, grad = _kept(model, setup), sizes.shared_bytes(model, setup), setup.row * e * model.hidden_size
     whole = sizes.layer_bytes(model, setup)
@@ -106,6 +109,40 @@ class _Held:
     stepping: float
     stays: bool
     lasting: bool
+
+    @classmethod
+    def of_adapters(cls, model: ModelConfig, setup: Setup) -> _Held:
+        """With LoRA: frozen weights in the computation's precision alone; gradients and optimizer of adapters alone.
+
+        Quantized matrices are whole on every process, and one at a time is made anew from its bits.
+        """
+        e, adapters, layers = setup.width, setup.adapters(model), model.num_layers
+        matrices, largest = sizes.matrix_weights(model)
+        few = setup.quantization != "none"
+        n, r = sizes.layer_weights(model) - matrices * few, sizes.root_weights(model)
+        bits = QUANTIZED.get(setup.quantization, 0.0) * matrices * layers
+        bmtrain = setup.engine == "bmtrain"
+        shards = setup.data_parallel if setup.zero_level else 1
+        masters = 4 if not bmtrain or e == 4 else 4 + e
+        held = adapters * layers / shards
+        return cls(
+            weights=e * (n * layers + r) / shards + masters * held + bits,
+            optimizer=0 if setup.optimizer_offload else sizes.state_bytes(model, setup) * held,
+            layer_gradient=4 * adapters / shards,
+            root_gradient=0,
+            layer=e * (n + adapters),
+            root=e * r * (not bmtrain) + e * largest * few,
+            output=e * (sizes.head_weights(model) if bmtrain else r) + e * largest * few,
+            ahead=e * (n + adapters) * (shards > 1 and setup.zero_level == 3 and not bmtrain),
+            head_gradient=0,
+            whole_gradient=e * adapters,
+            root_whole=0,
+            message=4 * adapters,
+            root_message=0,
+            stepping=0,
+            stays=setup.zero_level != 3 or (bmtrain and setup.activation_checkpoint == "none"),
+            lasting=bmtrain,
+        )
 
     def gathered(self, layers: int) -> float:
         """While so many layers wait for their backward pass."""

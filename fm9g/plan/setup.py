@@ -30,7 +30,11 @@ RUN_KEYS = (
     "batch_size",
     "max_length",
     "grad_accum",
+    "lora_r",
+    "quantization",
 )
+# Bytes that bitsandbytes keeps for a weight: the bits, and their scales (Dettmers et al. 2023, section 3).
+QUANTIZED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "fp4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,9 @@ class Setup:
     batch_size: int = 1
     max_length: int = 4096
     grad_accum: int = 1
+    lora_layer: tuple[str, ...] = ()
+    lora_r: int = 8
+    quantization: str = "none"
     flash: bool = True
 
     def __post_init__(self) -> None:
@@ -123,6 +130,12 @@ class Setup:
             if getattr(model, key) % self.tp_size:
                 raise UserError(f"tp_size {self.tp_size} does not divide {key} {getattr(model, key)}")
 
+    def adapters(self, model: ModelConfig) -> int:
+        """Weights of a layer's adapters; 0: there are none, and all weights are trained."""
+        from fm9g.plan.sizes import adapter_weights
+
+        return adapter_weights(model, self.lora_layer, self.lora_r)
+
     @property
     def split_tokens(self) -> int:
         """Ranks that share the tokens of norms and residual stream."""
@@ -133,6 +146,7 @@ class Setup:
         """Of a run's configuration on `nodes` machines with `gpus` GPUs each."""
         train, model = run.train.value, run.model.value
         values = {key: getattr(train, key) for key in RUN_KEYS}
+        values["lora_layer"] = tuple(train.lora_layer)
         full = model.use_checkpoint and not train.activation_checkpoint
         values["activation_checkpoint"] = "full" if full else train.checkpointing
         if train.engine == "auto":  # as on a machine with GPUs

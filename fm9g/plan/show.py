@@ -28,6 +28,7 @@ def table(made: Plan, tokens: float) -> str:
         ("free" if made.fits else "missing", f"{abs(made.free) / GIB:.2f} GiB", f"of {made.gpu.memory:g} GiB"),
         ("", "", ""),
         ("parameters", f"{made.weights / 1e9:.3f} B", f"{setup.engine}, {setup.half_type}"),
+        *_adapters(made),
         ("checkpoint", f"{made.checkpoint / GIB:.1f} GiB", "on disk, with AdamW: fp32 weights and two moments"),
         ("tokens a step", f"{setup.tokens_a_step:,}", _product(made)),
         ("FLOPs a token", f"{made.flops_a_token:.3g}", f"forward and backward, texts of {setup.max_length} tokens"),
@@ -40,6 +41,16 @@ def table(made: Plan, tokens: float) -> str:
     ]
     first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
     return "\n".join(f"{name:<{first}}  {value:>{second}}  {text}".rstrip() for name, value, text in rows)
+
+
+def _adapters(made: Plan) -> list[tuple[str, str, str]]:
+    setup, trained = made.setup, made.setup.adapters(made.model) * made.model.num_layers
+    if not trained:
+        return []
+    bits = "" if setup.quantization == "none" else f", the base in {setup.quantization}, whole on every GPU"
+    return [
+        ("trained", f"{trained / 1e6:.3f} M", f"adapters of rank {setup.lora_r}, {trained / made.weights:.2%}{bits}")
+    ]
 
 
 def _product(made: Plan) -> str:

@@ -6,6 +6,7 @@ ids, L layers.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from fm9g.config.model import ModelConfig
@@ -47,6 +48,27 @@ def layer_weights(model: ModelConfig, ways: int = 1) -> int:
     return 2 * w.c * (w.q + w.k) + 3 * w.c * w.f + biases + norms
 
 
+def adapter_weights(model: ModelConfig, names: Collection[str], r: int) -> int:
+    """Weights of a layer's LoRA adapters of rank r. names: of linear layers, dotted or not."""
+    w = Widths.of(model)
+    sizes = {
+        "project_q": w.c + w.q,
+        "project_k": w.c + w.k,
+        "project_v": w.c + w.k,
+        "attention_out": w.q + w.c,
+        "w_0": w.c + w.f,
+        "w_1": w.c + w.f,
+        "w_out": w.f + w.c,
+    }
+    return r * sum(sizes.get(name, 0) for name in {name.rpartition(".")[2] for name in names})
+
+
+def matrix_weights(model: ModelConfig) -> tuple[int, int]:
+    """Weights of a layer's matrices, and of the largest of them."""
+    w = Widths.of(model)
+    return 2 * w.c * (w.q + w.k) + 3 * w.c * w.f, w.c * max(w.q, w.f)
+
+
 def head_weights(model: ModelConfig, ways: int = 1) -> int:
     """Weights of the output layer, and of the embedding, on one of `ways` ranks that share the vocabulary."""
     return -(-model.vocab_size // ways) * model.hidden_size
@@ -62,14 +84,16 @@ def count_weights(model: ModelConfig) -> int:
     return model.num_layers * layer_weights(model) + root_weights(model)
 
 
-def checkpoint_bytes(model: ModelConfig) -> int:
-    """Of a checkpoint on disk with AdamW: fp32 weights and two fp32 moments of each."""
-    return 12 * count_weights(model)
+def checkpoint_bytes(model: ModelConfig, setup: Setup) -> int:
+    """Of a checkpoint on disk with AdamW: fp32 weights, where there are adapters theirs, and two moments of each."""
+    return 12 * (adapter_weights(model, setup.lora_layer, setup.lora_r) * model.num_layers or count_weights(model))
 
 
 def state_bytes(model: ModelConfig, setup: Setup) -> float:
     """What the optimizer keeps for a weight, on average over the model: moments, and the mean of weights."""
     matrices = model.num_layers * layer_weights(model) / count_weights(model)
+    if setup.lora_layer:
+        matrices = 1.0  # adapters are
     moments = {
         "adamw": 8.0,
         "adamw8bit": 2 * (1 + 4 / 256),  # a byte each, and an fp32 scale for 256
@@ -79,24 +103,27 @@ def state_bytes(model: ModelConfig, setup: Setup) -> float:
     return moments[setup.optimizer] + 4 * bool(setup.ema_decay)
 
 
-def flops_a_token(model: ModelConfig, max_length: int) -> float:
+def flops_a_token(model: ModelConfig, max_length: int, adapters: int = 0) -> float:
     """Of forward and backward, for documents of max_length tokens; what is recomputed is not counted.
 
     6 for each weight that multiplies, and for causal attention half of 12 L Q max_length (Kaplan et al. 2020, section
     2.1; Chowdhery et al. 2022, appendix B, who do not halve it). An input embedding is looked up and not multiplied.
+    adapters: weights of a layer's; then no gradients of other weights are computed, which are a third.
     """
-    return flops_of(model, 1, max_length)
+    return flops_of(model, 1, max_length, adapters)
 
 
-def flops_of(model: ModelConfig, tokens: float, squares: float) -> float:
+def flops_of(model: ModelConfig, tokens: float, squares: float, adapters: int = 0) -> float:
     """As flops_a_token, of documents with so many tokens in all, whose squared lengths add up to `squares`."""
     multiplied = model.num_layers * layer_weights(model) + head_weights(model)
-    return 6 * multiplied * tokens + 6 * model.num_layers * Widths.of(model).q * squares
+    each = (4 if adapters else 6) * multiplied + 6 * model.num_layers * adapters
+    return each * tokens + 6 * model.num_layers * Widths.of(model).q * squares
 
 
-def norm_bytes(w: Widths, width: int) -> float:
-    """Kept by an RMSNorm for a token: its input in fp32, the normed value, and the statistic; not its output."""
-    return 4 * w.c + width * w.c + 4
+def norm_bytes(w: Widths, setup: Setup) -> float:
+    """Kept by an RMSNorm for a token: its input in fp32, where its weight is trained the normed value, and the
+    statistic; not its output."""
+    return 4 * w.c + setup.width * w.c * (not setup.lora_layer) + 4
 
 
 def layer_bytes(model: ModelConfig, setup: Setup) -> float:
@@ -107,7 +134,7 @@ def layer_bytes(model: ModelConfig, setup: Setup) -> float:
     activation, the other factor, and the product. Rotation keeps its shared angles alone, residual additions nothing.
     """
     w, e = Widths.of(model, setup.tp_size), setup.width
-    norm, out = norm_bytes(w, e), float(e * w.c)
+    norm, out = norm_bytes(w, setup), float(e * w.c)
     if setup.split_tokens > 1:
         norm, out = norm / setup.split_tokens, out + out / setup.split_tokens  # its share, and whole for the matrices
     attention = e * (2 * w.q + 2 * w.k) + e * w.q * (not setup.flash) + 4 * w.heads
@@ -141,7 +168,7 @@ def feed_forward_bytes(model: ModelConfig, setup: Setup) -> float:
 def norm_backward_bytes(model: ModelConfig, setup: Setup) -> float:
     """At the end of a layer's backward pass: what its first norm kept, and four gradients in fp32."""
     w, e = Widths.of(model, setup.tp_size), setup.width
-    return setup.row * (norm_bytes(w, e) + 16 * w.c + 2 * e * w.c) / setup.split_tokens
+    return setup.row * (norm_bytes(w, setup) + 16 * w.c + 2 * e * w.c) / setup.split_tokens
 
 
 def shared_bytes(model: ModelConfig, setup: Setup) -> float:
@@ -152,18 +179,21 @@ def shared_bytes(model: ModelConfig, setup: Setup) -> float:
 def end_bytes(model: ModelConfig, setup: Setup) -> float:
     """Between the last layer and the loss: what the last norm keeps, its output, and the gradient of that."""
     w, e = Widths.of(model), setup.width
-    return setup.row * (norm_bytes(w, e) / setup.split_tokens + 2 * e * w.c)
+    return setup.row * (norm_bytes(w, setup) / setup.split_tokens + 2 * e * w.c)
 
 
 def loss_bytes(model: ModelConfig, setup: Setup) -> tuple[float, float]:
     """In fm9g/model/loss.py: at its fullest chunk, and in the backward pass, when the weights' gradient is scaled.
 
     A chunk: logits in fp32, those of the chunk before with their copy in the computation's precision, and either the
-    logits as the matrix gives them or the differences that logsumexp takes; or its part of the weights' gradient.
+    logits as the matrix gives them or the differences that logsumexp takes; or its part of the weights' gradient. With
+    adapters the weights have none.
     """
     ids, e, weight = -(-model.vocab_size // setup.tp_size), setup.width, head_weights(model, setup.tp_size)
     first, second = min(LOSS_ROWS, setup.row), min(LOSS_ROWS, max(0, setup.row - LOSS_ROWS))
     copy = e * (e < 4)
     logits = ids * max(8 * first, (4 + copy) * first + (6 if copy else 8) * second)
+    if setup.lora_layer:
+        return logits, 0.0
     product = ids * (4 + copy) * first + e * weight
     return 4 * weight + max(logits, product), (8 + copy) * weight

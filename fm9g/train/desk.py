@@ -24,7 +24,7 @@ from fm9g.engine.statistics import Statistics
 from fm9g.errors import UserError
 from fm9g.files import new_file
 from fm9g.launch.monitor import Monitor
-from fm9g.plan.sizes import flops_of
+from fm9g.plan.sizes import adapter_weights, flops_of
 from fm9g.train.adapters import Adapters
 from fm9g.train.clock import SPANS, Clock
 from fm9g.train.evaluate import Evaluation
@@ -124,7 +124,8 @@ class RunDesk:
         tokens, squares, by_task = totals[0], totals[1], totals[2 : 2 + len(self._tasks)]
         model = self._run.model.value
         figures["Throughput/tokens_per_second"] = tokens / seconds
-        figures["Throughput/mfu"] = flops_of(model, tokens, squares) / seconds / (self._peak * len(ranks))
+        adapters = adapter_weights(model, self._config.lora_layer, self._config.lora_r)
+        figures["Throughput/mfu"] = flops_of(model, tokens, squares, adapters) / seconds / (self._peak * len(ranks))
         spans = {name: sum(rank[2][name] for rank in ranks) / len(ranks) for name in SPANS}
         figures["Time/compute"] = max(0.0, seconds - sum(spans.values())) / steps
         figures |= {f"Time/{name}": value / steps for name, value in spans.items()}

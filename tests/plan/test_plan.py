@@ -64,6 +64,9 @@ def benchmark() -> ModuleType:
         ),
         ({"vocab_size": 6000}, {"half_type": "fp32", "activation_checkpoint": "full", "grad_ckpt_num": 2}),
         ({"vocab_size": 6000, "tie_word_embeddings": True}, {"half_type": "bf16", "max_length": 64, "zero_level": 0}),
+        ({}, {"half_type": "bf16", "lora_layer": ("project_q", "w_0", "w_1", "w_out"), "lora_r": 8}),
+        ({}, {"half_type": "fp32", "lora_layer": ("project_q", "w_0", "w_1", "w_out"), "quantization": "nf4"}),
+        ({"vocab_size": 6000}, {"half_type": "bf16", "lora_layer": ("w_out",), "activation_checkpoint": "full"}),
     ],
 )
 def test_memory_is_what_is_measured_within_15_percent(benchmark: ModuleType, model: dict, setup: dict) -> None:
@@ -89,7 +92,7 @@ def test_parameters_are_those_of_the_model(name: str, count: int) -> None:
     assert (
         count_weights(shipped(name)) == count == sum(shape.numel() for shape in weight_shapes(shipped(name)).values())
     )
-    assert checkpoint_bytes(shipped(name)) == 12 * count
+    assert checkpoint_bytes(shipped(name), Setup()) == 12 * count
 
 
 def test_planning_needs_no_torch() -> None:
