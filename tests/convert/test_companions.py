@@ -1,0 +1,192 @@
+"""What lies beside the weights of an exported folder, and who can use it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import small_model
+
+from fm9g.checkpoint.folder import Snapshot, save_checkpoint
+from fm9g.checkpoint.weights import write_weights
+from fm9g.cli import main
+from fm9g.config.model import ModelConfig
+from fm9g.convert.hf import export_folder, import_folder
+from fm9g.data.tokenizer import CHAT_TEMPLATE
+from fm9g.errors import UserError
+from fm9g.model.transformer import weight_shapes
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}</s>{% endfor %}"
+CONFIG = small_model(tie_word_embeddings=True)
+
+
+class Weights:
+    """Those of a small model, as a checkpoint is given them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        torch.manual_seed(0)
+        self.like = {name: torch.randn(shape) * 0.1 for name, shape in weight_shapes(config).items()}
+
+    def __iter__(self):
+        return iter(self.like.items())
+
+
+def item(value: object) -> dict[str, Any]:
+    return {"value": value, "from": "command line"}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, tokenizer_path: Path) -> Path:
+    files: dict[str, Path | str] = {file.name: file for file in tokenizer_path.iterdir()}
+    run = {
+        "train": {"lr": item(0.01), "optimizer": item("muon"), "template": item("chatml")},
+        "data.poems": {"template": item("chatml")},
+    }
+    counts = {
+        "iteration": 7,
+        "global_token_pass": 1000,
+        "global_total_task_token": {"poems": 750, "a|b": 250},
+        "loss": 2.5,
+    }
+    snapshot = Snapshot(
+        step=7,
+        weights=Weights(CONFIG),
+        optimizer=None,
+        means=None,
+        position={},
+        counts=counts,
+        documents={"config.json": CONFIG.to_json(), "run_config.json": run},
+        tokenizer_files={**files, CHAT_TEMPLATE: TEMPLATE},
+    )
+    return save_checkpoint(tmp_path / "run", snapshot)
+
+
+def test_the_chat_template_is_where_old_and_new_programs_look(checkpoint: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    export_folder(checkpoint, tmp_path / "hf")
+    settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert settings["chat_template"] == (tmp_path / "hf" / CHAT_TEMPLATE).read_text() == TEMPLATE
+    (tmp_path / "hf" / CHAT_TEMPLATE).unlink()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "the"}], tokenize=False) == "the</s>"
+
+
+def test_a_template_that_is_only_in_the_configuration_gets_its_file(tmp_path: Path, tokenizer_path: Path) -> None:
+    shutil.copytree(tokenizer_path, tmp_path / "t")
+    settings = json.loads((tmp_path / "t" / "tokenizer_config.json").read_text())
+    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": TEMPLATE}))
+    from fm9g.convert.companions import write_tokenizer
+
+    (tmp_path / "out").mkdir()
+    write_tokenizer(tmp_path / "t", None, tmp_path / "out")
+    assert (tmp_path / "out" / CHAT_TEMPLATE).read_text() == TEMPLATE
+
+
+def test_the_card_tells_what_the_checkpoint_knows(checkpoint: Path, tmp_path: Path) -> None:
+    export_folder(checkpoint, tmp_path / "my model")
+    card = (tmp_path / "my model" / "README.md").read_text()
+    head, _, body = card.removeprefix("---\n").partition("---\n")
+    assert head == ("library_name: transformers\npipeline_tag: text-generation\ntags:\n- fm9g\n- causal-lm\n")
+    assert "# my model\n" in body
+    total = sum(shape.numel() for shape in weight_shapes(CONFIG).values())
+    for row in (
+        f"| parameters | {total:,} |",
+        "| step | 7 |",
+        "| tokens | 1,000 |",
+        "| loss | 2.5000 |",
+        "| lr | 0.01 |",
+        "| optimizer | muon |",
+        "| poems | 750 | 75.00% | chatml |",
+        "| a\\|b | 250 | 25.00% |  |",
+    ):
+        assert row in body
+    assert "trust_remote_code" not in body
+
+
+def test_a_bare_file_has_a_card_of_what_is_known(tmp_path: Path) -> None:
+    weights = Weights(CONFIG)
+    write_weights(tmp_path / "m.pt", weights.like, weights)
+    (tmp_path / "m.json").write_text(json.dumps(CONFIG.to_json()))
+    export_folder(tmp_path / "m.pt", tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "## Configuration" in card
+    assert "## Training" not in card
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"qkv_bias": True}, {"qk_norm": True}, {"scale": True, "base_hidden_size": 16}, {"attention_scale": 0.1}],
+)
+def test_peft_and_generation_work_on_what_is_exported(changes: dict, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = small_model(**changes)
+    weights = Weights(config)
+    write_weights(tmp_path / "m.pt", weights.like, weights)
+    (tmp_path / "m.json").write_text(json.dumps(config.to_json()))
+    name = export_folder(tmp_path / "m.pt", tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert type(model).__name__ == name
+    ids = torch.tensor([[5, 6, 7]])
+    alone = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert alone.shape == (1, 7)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    loss = adapted(input_ids=ids, labels=ids).loss
+    loss.backward()
+    assert all(weight.grad is not None for name, weight in adapted.named_parameters() if "lora_B" in name)
+
+
+def test_a_reference_may_be_another_one_only_where_it_is_the_same_model(checkpoint: Path, tmp_path: Path) -> None:
+    export_folder(checkpoint, tmp_path / "hf")
+    file = tmp_path / "hf" / "config.json"
+    export_folder(checkpoint, tmp_path / "again", tmp_path / "hf")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rope_theta": 5e5}))
+    with pytest.raises(UserError, match=r"describes another model than .*base is 10000.0 there, 500000.0 here"):
+        export_folder(checkpoint, tmp_path / "no", tmp_path / "hf")
+
+
+def test_all_but_weights_travels_with_a_kept_configuration(checkpoint: Path, tmp_path: Path) -> None:
+    export_folder(checkpoint, tmp_path / "hf")
+    for name, text in {
+        "qwen.tiktoken": "x",
+        "tokenization_qwen.py": "y",
+        "LICENSE": "z",
+        "pytorch_model.bin.index.json": "{}",
+        ".hidden": "h",
+    }.items():
+        (tmp_path / "hf" / name).write_text(text)
+    export_folder(checkpoint, tmp_path / "kept", tmp_path / "hf", dtype="bf16", keep_reference=True)
+    names = {file.name for file in (tmp_path / "kept").iterdir()}
+    assert {"qwen.tiktoken", "tokenization_qwen.py", "LICENSE", "tokenizer.json", "model.safetensors"} <= names
+    assert not {"pytorch_model.bin.index.json", ".hidden"} & names
+    config = json.loads((tmp_path / "kept" / "config.json").read_text())
+    assert config == {**json.loads((tmp_path / "hf" / "config.json").read_text()), "torch_dtype": "bfloat16"}
+
+
+def test_a_tokenizer_that_only_its_own_code_reads_is_told_of(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export_folder(checkpoint, tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").rename(tmp_path / "hf" / "qwen.tiktoken")
+    export_folder(checkpoint, tmp_path / "out", tmp_path / "hf")
+    assert "--keep-reference-config takes both" in capsys.readouterr().err
+
+
+def test_verification_uses_texts_where_a_tokenizer_is_there(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(checkpoint), str(tmp_path / "hf"), "--verify"]) == 0
+    assert "3 texts of" in capsys.readouterr().out
+    shutil.copyfile(tmp_path / "hf" / "config.json", tmp_path / "hf" / "config.json.old")
+    import_folder(tmp_path / "hf", tmp_path / "m.pt")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-2}))
+    from fm9g.config.model import load_model_config
+    from fm9g.convert.verify import verify
+
+    verdict = verify(tmp_path / "hf", tmp_path / "m.pt", load_model_config(tmp_path / "m.json").value)
+    assert not verdict.holds

@@ -1,0 +1,448 @@
+"""Conversions that are cut off and gone on with, and files that are not what they seem."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import small_model
+from torch import nn
+
+from fm9g.checkpoint.stored import Gathered, Stored, open_pt, open_safetensors
+from fm9g.checkpoint.weights import read_weights, write_weights
+from fm9g.cli import main
+from fm9g.convert import hf, stream
+from fm9g.convert.hf import export_folder, import_folder
+from fm9g.errors import UserError
+from fm9g.model.transformer import weight_shapes
+
+CONFIG = small_model(qkv_bias=True)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Hugging Face folder of several shards; beside it m.pt, which it was made from."""
+    torch.manual_seed(0)
+    weights = {name: torch.randn(shape).bfloat16() for name, shape in weight_shapes(CONFIG).items()}
+    write_weights(tmp_path / "m.pt", weights, weights.items())
+    (tmp_path / "m.json").write_text(json.dumps(CONFIG.to_json()))
+    monkeypatch.setattr(hf, "SHARD_BYTES", 20_000)
+    export_folder(tmp_path / "m.pt", tmp_path / "hf")
+    monkeypatch.setattr(stream, "_MARK", 4096)  # what is written is noted after so many bytes
+    monkeypatch.setattr(stream, "_PIECE", 512)
+    monkeypatch.setattr(stream, "_COPY", 1024)
+    return tmp_path / "hf"
+
+
+class Counter:
+    """Counts the bytes that are written, and raises after some of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.bytes, self.limit = 0, float("inf")
+        self.error: BaseException = KeyboardInterrupt()
+        advance = stream._Writer._advance
+
+        def counted(writer: stream._Writer, count: int) -> None:
+            self.bytes += count
+            advance(writer, count)
+            if writer._mark is not None:
+                writer._mark.result()  # so that what is noted does not depend on the disk
+            if self.bytes > self.limit:
+                raise self.error
+
+        monkeypatch.setattr(stream._Writer, "_advance", counted)
+
+    def stop_after(self, limit: float, error: BaseException | None = None) -> None:
+        self.bytes, self.limit, self.error = 0, limit, error or KeyboardInterrupt()
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    return Counter(monkeypatch)
+
+
+def to_pt(folder: Path, target: Path) -> None:
+    import_folder(folder, target.with_suffix(".pt"))
+
+
+def to_pt_fp32(folder: Path, target: Path) -> None:
+    import_folder(folder, target.with_suffix(".pt"), dtype="fp32")
+
+
+def to_folder(folder: Path, target: Path) -> None:
+    export_folder(folder.parent / "m.pt", target)
+
+
+def to_folder_fp16(folder: Path, target: Path) -> None:
+    export_folder(folder.parent / "m.pt", target, dtype="fp16")
+
+
+def to_bin(folder: Path, target: Path) -> None:
+    export_folder(folder.parent / "m.pt", target, format="bin")
+
+
+Way = Callable[[Path, Path], None]
+WAYS = [to_pt, to_pt_fp32, to_folder, to_folder_fp16, to_bin]
+
+
+def content(target: Path) -> dict[str, bytes]:
+    """The files of a result, by name, but for the card, which names the folder."""
+    if not target.is_dir():
+        target = target.with_suffix(".pt")
+        return {"file": target.read_bytes(), "config": target.with_suffix(".json").read_bytes()}
+    return {file.name: file.read_bytes() for file in target.iterdir() if file.name != "README.md"}
+
+
+def partial(way: Way, target: Path) -> Path:
+    name = f"{target.name}.pt" if way in (to_pt, to_pt_fp32) else target.name
+    return target.parent / f".{name}.partial"
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir() if file.name.startswith("."))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
+def test_the_same_call_goes_on_where_it_was_cut_off(
+    way: Way, share: float, folder: Path, tmp_path: Path, counter: Counter
+) -> None:
+    counter.stop_after(float("inf"))
+    way(folder, tmp_path / "a" / "whole")
+    total, whole = counter.bytes, content(tmp_path / "a" / "whole")
+
+    target = tmp_path / "b" / "whole"
+    counter.stop_after(total * share)
+    with pytest.raises(KeyboardInterrupt):
+        way(folder, target)
+    written = counter.bytes
+    assert leftovers(tmp_path / "b") == [partial(way, target).name]
+    assert not target.exists()
+    assert not target.with_suffix(".pt").exists()
+    counter.stop_after(float("inf"))
+    way(folder, target)
+    assert content(target) == whole
+    assert leftovers(tmp_path / "b") == []
+    assert total - written <= counter.bytes <= total - written + 2 * 4096 + 2048  # what was not noted yet
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_full_disk_keeps_what_is_done_and_says_so(way: Way, folder: Path, tmp_path: Path, counter: Counter) -> None:
+    target = tmp_path / "b" / "whole"
+    counter.stop_after(30_000, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(UserError, match=r"the disk is full.*give the same command again, and it goes on"):
+        way(folder, target)
+    assert partial(way, target).is_dir()
+    assert leftovers(tmp_path / "b") == [partial(way, target).name]
+    counter.stop_after(float("inf"))
+    way(folder, target)
+    assert leftovers(tmp_path / "b") == []
+
+
+def test_a_changed_source_is_begun_anew(folder: Path, tmp_path: Path, counter: Counter) -> None:
+    counter.stop_after(60_000)
+    with pytest.raises(KeyboardInterrupt):
+        to_pt(folder, tmp_path / "x")
+    shard = folder / "model-00001-of-00004.safetensors"
+    changed = {name: tensor + 1 for name, tensor in load_file(shard).items()}
+    save_file(changed, shard)
+    counter.stop_after(float("inf"))
+    to_pt(folder, tmp_path / "x")
+    assert counter.bytes == (tmp_path / "x.pt").stat().st_size
+    made = read_weights(tmp_path / "x.pt")
+    assert torch.equal(made["input_embedding.weight"], changed["model.embed_tokens.weight"])
+
+
+def test_other_options_begin_anew(folder: Path, tmp_path: Path, counter: Counter) -> None:
+    counter.stop_after(30_000)
+    with pytest.raises(KeyboardInterrupt):
+        to_folder(folder, tmp_path / "x")
+    counter.stop_after(float("inf"))
+    export_folder(tmp_path / "m.pt", tmp_path / "x", dtype="fp16")
+    assert {tensor.dtype for tensor in load_file(next((tmp_path / "x").glob("*.safetensors"))).values()} == {
+        torch.float16
+    }
+
+
+@pytest.mark.parametrize("damage", ["cut", "other bytes", "no journal", "odd journal", "no file"])
+def test_a_damaged_partial_is_begun_anew(damage: str, folder: Path, tmp_path: Path, counter: Counter) -> None:
+    counter.stop_after(60_000)
+    with pytest.raises(KeyboardInterrupt):
+        to_pt(folder, tmp_path / "x")
+    kept = tmp_path / ".x.pt.partial"
+    file, journal = kept / "x.pt", kept / stream.JOURNAL
+    noted = json.loads(journal.read_text())["files"]["x.pt"][0]
+    assert noted > 50_000
+    if damage == "cut":
+        os.truncate(file, noted - 1)
+    elif damage == "other bytes":
+        with file.open("r+b") as opened:
+            opened.seek(noted - 5)
+            opened.write(b"other")
+    elif damage == "no journal":
+        journal.unlink()
+    elif damage == "odd journal":
+        journal.write_text('{"identity": 3, "files": []}')
+    else:
+        file.unlink()
+    counter.stop_after(float("inf"))
+    to_pt(folder, tmp_path / "x")
+    assert counter.bytes == (tmp_path / "x.pt").stat().st_size
+    before, after = read_weights(tmp_path / "m.pt"), read_weights(tmp_path / "x.pt")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_two_at_once_do_not_write_into_one_another(folder: Path, tmp_path: Path) -> None:
+    with stream.partial_folder(tmp_path / "x.pt"):
+        with pytest.raises(UserError, match="another process is writing it"):
+            to_pt(folder, tmp_path / "x")
+        assert (tmp_path / ".x.pt.partial").is_dir()
+
+
+def test_copies_that_the_system_cannot_make_by_itself(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*arguments: object) -> int:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "copy_file_range", refused)
+    to_pt(folder, tmp_path / "x")
+    assert (tmp_path / "x.pt").read_bytes()[-64:] == (tmp_path / "m.pt").read_bytes()[-64:]
+    before, after = read_weights(tmp_path / "m.pt"), read_weights(tmp_path / "x.pt")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_command_says_that_it_can_go_on(
+    folder: Path, tmp_path: Path, counter: Counter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counter.stop_after(30_000)
+    assert main(["convert", str(folder), str(tmp_path / "x.pt")]) == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
+    counter.stop_after(float("inf"))
+    assert main(["convert", str(folder), str(tmp_path / "x.pt"), "--verify"]) == 0
+    said = capsys.readouterr()
+    assert "goes on after" in said.err
+    assert "within the tolerated" in said.out
+
+
+def test_numbers_beyond_fp16_are_refused_and_the_partial_goes(folder: Path, tmp_path: Path) -> None:
+    weights = {name: tensor.clone() for name, tensor in read_weights(tmp_path / "m.pt").items()}
+    weights["lm_head.weight"][3, 4] = 1e5
+    write_weights(tmp_path / "m.pt", weights, weights.items())
+    with pytest.raises(UserError, match=r"m.pt: holds values beyond 65504"):
+        to_folder_fp16(folder, tmp_path / "x")
+    assert leftovers(tmp_path) == []
+
+
+# ---- verification
+
+
+def test_verification_finds_a_changed_weight(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for dtype in ("fp32", "fp16", "bf16"):
+        arguments = ["convert", str(tmp_path / "m.pt"), str(tmp_path / dtype), "--dtype", dtype, "--verify"]
+        assert main(arguments) == 0
+        assert "read by Qwen2ForCausalLM" in capsys.readouterr().out
+    to_hollow = stream._made
+
+    def wrong(piece: Gathered) -> memoryview:
+        made = to_hollow(piece)
+        return made if piece.parts[0].shape[-1:] != (48,) else memoryview(bytes(len(made)))
+
+    monkeypatch.setattr(stream, "_made", wrong)
+    assert main(["convert", str(tmp_path / "m.pt"), str(tmp_path / "x"), "--dtype", "fp32", "--verify"]) == 2
+    assert "NOT within the tolerated" in capsys.readouterr().out
+
+
+# ---- tensors on disk
+
+
+def some_tensors() -> dict[str, torch.Tensor]:
+    tensors = {
+        "plain": torch.randn(6, 5),
+        "parameter": nn.Parameter(torch.randn(3, 3)),
+        "scalar": torch.tensor(3.0),
+        "empty": torch.empty(0, 3),
+        "half": torch.randn(9).bfloat16(),
+        "turned": torch.randn(6, 7).t(),
+        "repeated": torch.randn(1, 3).expand(4, 3),
+    }
+    shared = torch.randn(8, 4)
+    return {**tensors, "rows": shared[2:5], "columns": shared[:, 1:3], "all": shared}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_every_kind_of_tensor_of_a_pt_file_is_read(zipped: bool, tmp_path: Path) -> None:
+    tensors = some_tensors()
+    torch.save(tensors, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    stored = open_pt(tmp_path / "a.pt")
+    assert list(stored) == list(tensors)
+    for name, tensor in tensors.items():
+        found = stored[name].read()
+        assert torch.equal(found, tensor.detach())
+        assert (found.dtype, found.is_contiguous()) == (tensor.dtype, True)
+        if stored[name].is_range:
+            place = slice(stored[name].offset, stored[name].offset + stored[name].nbytes)
+            values = bytes(tensor.detach().contiguous().flatten().view(torch.uint8))
+            assert (tmp_path / "a.pt").read_bytes()[place] == values
+        if tensor.dim():
+            half = stored[name].rows(1, 2).read() if tensor.shape[0] else None
+            assert half is None or torch.equal(half, tensor[1:2].detach())
+    assert stored["plain"].is_range == stored["rows"].is_range == zipped
+    assert not stored["turned"].is_range
+
+
+@pytest.mark.parametrize("kind", ["zipped", "old", "bin"])
+def test_models_of_odd_tensors_are_converted(kind: str, folder: Path, tmp_path: Path) -> None:
+    weights = {name: nn.Parameter(tensor.clone()) for name, tensor in read_weights(tmp_path / "m.pt").items()}
+    name = "encoder.layers.0.ffn.ffn.w_out.weight"
+    weights[name] = weights[name].detach().t().contiguous().t()
+    if kind != "bin":
+        torch.save(weights, tmp_path / "m.pt", _use_new_zipfile_serialization=kind == "zipped")
+        export_folder(tmp_path / "m.pt", tmp_path / "out")
+        import_folder(tmp_path / "out", tmp_path / "back.pt")
+    else:
+        export_folder(tmp_path / "m.pt", tmp_path / "out", format="bin")
+        index = json.loads((tmp_path / "out" / "pytorch_model.bin.index.json").read_text())
+        assert len(set(index["weight_map"].values())) > 2
+        from transformers import AutoModelForCausalLM
+
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+        assert torch.equal(loaded["model.norm.weight"], weights["encoder.output_layernorm.weight"])
+        import_folder(tmp_path / "out", tmp_path / "back.pt")
+    back = read_weights(tmp_path / "back.pt")
+    assert all(torch.equal(back[name], tensor) for name, tensor in weights.items())
+
+
+def header(tensors: dict, data: bytes = b"", length: int | None = None) -> bytes:
+    text = json.dumps(tensors).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+PLAIN = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+BAD = {
+    "empty": b"",
+    "short": b"\x01\x00",
+    "absurd length": header({}, length=2**63),
+    "no JSON": (5).to_bytes(8, "little") + b"{{{{{",
+    "a list": (2).to_bytes(8, "little") + b"[]",
+    "cut": header({"a": PLAIN}, bytes(23)),
+    "size": header({"a": {**PLAIN, "shape": [2, 4]}}, bytes(24)),
+    "backwards": header({"a": {**PLAIN, "data_offsets": [24, 0]}}, bytes(24)),
+    "negative": header({"a": {**PLAIN, "data_offsets": [-24, 0]}}, bytes(24)),
+    "negative shape": header({"a": {**PLAIN, "shape": [-2, -3]}}, bytes(24)),
+    "text": header({"a": {**PLAIN, "shape": ["2", 3]}}, bytes(24)),
+    "type": header({"a": {**PLAIN, "dtype": "F4"}}, bytes(24)),
+    "no type": header({"a": {"shape": [2, 3], "data_offsets": [0, 24]}}, bytes(24)),
+    "no entry": header({"a": None}, bytes(24)),
+    "deep": (10_000).to_bytes(8, "little") + b"[" * 10_000,
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_safetensors_files_get_one_message(case: str, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(BAD[case])
+    with pytest.raises(UserError, match=r"a.safetensors: not a whole safetensors file"):
+        open_safetensors(tmp_path / "a.safetensors")
+
+
+def test_safetensors_files_are_read_as_the_library_does(tmp_path: Path) -> None:
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in some_tensors().items()}
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    stored = open_safetensors(tmp_path / "a.safetensors")
+    assert stored.keys() == tensors.keys()
+    assert all(torch.equal(stored[name].read(), tensor) for name, tensor in tensors.items())
+
+
+def test_a_file_that_becomes_shorter_is_told(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(100)}, tmp_path / "a.safetensors")
+    stored = open_safetensors(tmp_path / "a.safetensors")["a"]
+    os.truncate(tmp_path / "a.safetensors", 200)
+    with pytest.raises(UserError, match="became shorter while it was read"):
+        stored.read()
+
+
+def test_a_pt_file_whose_directory_lies_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.randn(1000)}, tmp_path / "a.pt")
+    content = (tmp_path / "a.pt").read_bytes()
+    (tmp_path / "a.pt").write_bytes(content[:2000] + content[3000:])
+    with pytest.raises(UserError, match=r"a.pt: not a whole weight file"):
+        open_pt(tmp_path / "a.pt")
+
+
+def test_rows_of_rows() -> None:
+    stored = Stored(Path("x"), torch.Size([10, 4]), torch.float16, 100)
+    assert stored.rows(2, 8).rows(1, 3) == Stored(Path("x"), torch.Size([2, 4]), torch.float16, 100 + 3 * 8)
+
+
+# ---- folders
+
+
+def damage(name: str, folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    shards = sorted(folder.glob("*.safetensors"))
+    if name == "missing shard":
+        shards[1].unlink()
+    elif name == "cut shard":
+        os.truncate(shards[1], shards[1].stat().st_size - 1)
+    elif name == "index is no JSON":
+        index.write_text("{oops")
+    elif name == "index is empty":
+        index.write_text("{}")
+    elif name == "index leads away":
+        listed["weight_map"]["model.norm.weight"] = "../m.safetensors"
+        index.write_text(json.dumps(listed))
+    elif name == "index of another":
+        listed["weight_map"]["model.other.weight"] = shards[0].name
+        index.write_text(json.dumps(listed))
+    elif name == "twice":
+        one, two = load_file(shards[0]), load_file(shards[1])
+        save_file({**two, next(iter(one)): next(iter(one.values()))}, shards[1])
+    elif name == "integers":
+        save_file({key: tensor.to(torch.int8) for key, tensor in load_file(shards[1]).items()}, shards[1])
+    elif name == "config":
+        (folder / "config.json").write_text("[")
+    else:
+        assert name == "no weights"
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("missing shard", r"model-00002-of-0000\d.safetensors: is missing, and .*index.json lists it"),
+        ("cut shard", "not a whole safetensors file"),
+        ("index is no JSON", r"index.json, line 1, column 2: not JSON"),
+        ("index is empty", "weight_map: expected an object"),
+        ("index leads away", "expected the name of a file beside it"),
+        ("index of another", r"model.other.weight: is missing, and .*index.json lists it"),
+        ("twice", r"is in model-00001-of-0000\d.safetensors too"),
+        ("integers", r"found torch.int8, expected floating-point weights"),
+        ("config", "not JSON"),
+        ("no weights", "num_attention_heads: missing"),
+    ],
+)
+def test_damaged_folders_get_one_message(name: str, expected: str, folder: Path, tmp_path: Path) -> None:
+    damage(name, folder)
+    with pytest.raises(UserError, match=expected):
+        import_folder(folder, tmp_path / "no.pt")
+    assert not (tmp_path / "no.pt").exists()
+    assert leftovers(tmp_path) == []
+
+
+def test_what_is_read_is_never_replaced(folder: Path, tmp_path: Path) -> None:
+    (folder / "a.pt").symlink_to(folder / "model-00001-of-00004.safetensors")
+    with pytest.raises(UserError, match=r"is read; choose another name"):
+        import_folder(folder, folder / "a.pt", overwrite=True)
+    with pytest.raises(UserError, match="which is read"):
+        export_folder(tmp_path / "m.pt", tmp_path, overwrite=True)
+    assert leftovers(folder) == leftovers(tmp_path) == []

@@ -1,0 +1,119 @@
+"""docs/finetuning.md, end to end: its commands with tiny models of the same shapes, few steps and short rows."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import ROOT, WORDS, records
+
+from fm9g.cli import main
+from fm9g.data.tokenizer import train_tokenizer
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Qwen2.5-7B-Instruct": (
+        "Qwen2",
+        {"rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_window_layers": 2, "use_sliding_window": False},
+    ),
+    "Llama-3.1-8B-Instruct": (
+        "Llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+}
+# What is smaller here; everything else is as it stands there.
+SMALLER = (
+    (r"--max_length 2048", "--max_length 64"),
+    (r"--train_iters 300 --save_iters 100", "--train_iters 6 --save_iters 4"),
+    (r"--warmup_iters 10", "--warmup_iters 1"),
+    (r"--global_batch 16", "--global_batch 2"),
+    (r"/300\b", "/6"),
+    (r"/200\b", "/4"),
+)
+
+
+def make_folder(folder: Path, name: str) -> None:
+    import transformers
+
+    kind, changes = SHAPES[name]
+    sizes = {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "dtype": "bfloat16",
+    }
+    train_tokenizer((" ".join(WORDS) for _ in range(50)), 320, folder / name)
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**sizes, **changes)
+    getattr(transformers, f"{kind}ForCausalLM")(config).to(torch.bfloat16).save_pretrained(folder / name)
+    file = folder / name / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps({**settings, "chat_template": TEMPLATE}))
+
+
+def commands(page: str) -> list[list[str]]:
+    """The words of every command in the page's blocks."""
+    blocks = re.findall(r"```shell\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
+    text = "".join(blocks).replace("\\\n", " ")
+    for old, new in SMALLER:
+        text = re.sub(old, new, text)
+    return [shlex.split(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("page", ["finetuning.md", pytest.param("finetuning.zh.md", marks=pytest.mark.slow)])
+def test_the_commands_of_the_page_on_finetuning_work(
+    tmp_path: Path, page: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in SHAPES:
+        make_folder(tmp_path, name)
+    with (tmp_path / "chats.jsonl").open("w") as out:
+        for record in records(60):
+            turns = [("user", record["input"] or "go on"), ("assistant", record["output"])]
+            out.write(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n")
+    (tmp_path / "dataset_configs").mkdir()
+    entry = {"task_name": "chats", "path": "../datasets/chats", "abs_weight": 1.0}
+    (tmp_path / "dataset_configs" / "chats.json").write_text(json.dumps([entry]))
+    said = ""
+    for name, *words in commands(page):
+        assert name == "fm9g"
+        assert main(words) == 0, (words, capsys.readouterr().err)
+        said += capsys.readouterr().out
+    for name in ("qwen-chats", "llama-chats", "merged.pt", "merged.json", "both", "both-peft", "back"):
+        assert (tmp_path / name).exists(), name
+    assert "Qwen2ForCausalLM" in said
+    assert said.count("trained: ") == 2
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "Llama-3.1-8B-Instruct", dtype=torch.float32)
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        before = base(ids).logits.clone()
+        after = PeftModel.from_pretrained(base, tmp_path / "llama-chats")(ids).logits
+    assert 0 < (before - after).abs().max() < 1
