@@ -59,7 +59,6 @@ def test_a_crash_and_a_hang_of_an_import_are_findings() -> None:
         ("ImportError: x.so: undefined symbol: _ZN3c105ErrorC2ENS", "torch 2.13.0, CUDA 13.0, cxx11abiTRUE"),
         ("undefined symbol: ncclBroadcast", "nvidia-nccl-cu11"),
         ("A module that was compiled using NumPy 1.x cannot be run in NumPy 2", "built for numpy 1"),
-        ("ModuleNotFoundError: No module named 'transformers.deepspeed'", "OpenDelta issue 82"),
         ("ImportError: libcudart.so.12: cannot open shared object file", "another CUDA than torch 2.13.0"),
         ("ModuleNotFoundError: No module named 'web'", "pip install web"),
         ("Segmentation fault", "pip uninstall bmtrain"),

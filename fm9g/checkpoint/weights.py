@@ -113,6 +113,8 @@ def check_weights(
     strict: missing and unknown names are errors; else they come back as lines to show. A wrong shape always is one.
     """
     if not weights.keys() & shapes.keys():
+        if any(name.endswith(".lora.lora_A") for name in weights):
+            raise UserError(f"{where}: holds an adapter, not a model: `fm9g lora merge` puts it into its base")
         known = f"it has {min(weights)}, the model {min(shapes)}" if weights else "it is empty"
         raise UserError(f"{where}: holds no weight of the model ({known}); of a Hugging Face model, give the folder")
     differences = []

@@ -20,22 +20,25 @@ from typing import Any
 from fm9g.doctor.report import ERROR, GIB, OK, WARNING, Line
 
 _TIMEOUT = 18.0  # seconds for an import; all run at once
-_OPTIONAL = {"bmtrain": "bmtrain", "flash-attn": "flash_attn", "opendelta": "opendelta", "bitsandbytes": "bitsandbytes"}
+_OPTIONAL = {
+    "bmtrain": "import bmtrain",
+    "flash-attn": "import flash_attn",
+    "opendelta": "from fm9g.lora.inject import import_opendelta; import_opendelta()",
+    "bitsandbytes": "import bitsandbytes",
+}
 _OF_GPUS = ("bmtrain", "flash-attn")  # nothing imports them where there is no GPU
 _MISSING = {  # on a machine with a GPU
     "bmtrain": "the torch engine is used; for bmtrain: pip install --no-deps bmtrain==1.0.1 (CPython 3.10 or 3.11; on "
     "others it is built from source, with nvcc)",
     "flash-attn": "attention falls back to torch's, a call a document; pip install flash-attn --no-build-isolation",
-    "opendelta": "only for adapters of the published toolkit: pip install --no-deps opendelta==0.3.2",
-    "bitsandbytes": "only for quantized weights: pip install bitsandbytes",
+    "opendelta": "only for --lora_backend opendelta: pip install --no-deps opendelta==0.3.2",
+    "bitsandbytes": "only for quantization and adamw8bit: pip install bitsandbytes",
 }
 # Oldest Linux driver for a CUDA major version (CUDA Toolkit release notes, minor version compatibility).
 _DRIVERS = {"11": "450.80.02", "12": "525.60.13", "13": "580.65.06"}
 # What a failed import says -> what to do. The first that matches is shown.
 _FAILURES = (
     (r"compiled using NumPy 1|numpy\.core\.multiarray failed", "built for numpy 1, and fm9g needs numpy 2: upgrade it"),
-    (r"transformers\.deepspeed", "opendelta imports a module that newer transformers dropped (OpenDelta issue 82); "
-     "comment out that unused line of its basemodel.py, or do without opendelta"),
     (r"undefined symbol: nccl|libnccl", "the NCCL that is found is not the one it was built for: pip uninstall "
      "nvidia-nccl-cu11, reinstall the one torch asks for, then pip install --no-deps bmtrain==1.0.1"),
     (r"undefined symbol|libc10|libtorch|GLIBCXX", "built for another torch, CUDA or C++ ABI: install the wheel for "
@@ -67,7 +70,7 @@ class Probe:
 def examine_packages() -> tuple[list[Line], int]:
     """What is installed and can be imported; and the number of GPUs that torch sees."""
     codes = {"torch": _TORCH, "numpy": "import numpy", "transformers": "import transformers"}
-    codes |= {name: f"import {module}" for name, module in _OPTIONAL.items() if _version(name)}
+    codes |= {name: code for name, code in _OPTIONAL.items() if _version(name)}
     with ThreadPoolExecutor(len(codes)) as pool:
         probes = dict(zip(codes, pool.map(probe, codes.values())))
     torch = {} if probes["torch"].failure else json.loads(probes["torch"].output.splitlines()[-1])
@@ -121,7 +124,7 @@ def _requirements(probes: dict[str, Probe], torch: dict[str, Any]) -> Iterator[L
         if not version or _numbers(version) < _numbers(oldest):
             yield Line(ERROR, name, version or "missing", f"pip install '{text}'")
         elif name in probes and probes[name].hung:
-            yield Line(WARNING, name, f"{version}: {probes[name].failure}", _slow(name))
+            yield Line(WARNING, name, f"{version}: {probes[name].failure}", _slow(f"import {name}"))
         elif name in probes and probes[name].failure:
             yield Line(ERROR, name, f"{version}: {probes[name].failure}", _advice(name, probes[name], torch))
         elif name in probes:
@@ -206,8 +209,8 @@ def _optional(name: str, found: Probe | None, torch: dict[str, Any]) -> Line:
     return Line(OK, name, version)
 
 
-def _slow(module: str) -> str:
-    return f"this machine is busy, or the import hangs: try it alone, python -c 'import {module}'"
+def _slow(code: str) -> str:
+    return f"this machine is busy, or the import hangs: try it alone, python -c '{code}'"
 
 
 def _advice(name: str, found: Probe, torch: dict[str, Any]) -> str:

@@ -96,7 +96,7 @@ def _by_peft(model: nn.Module, names: list[str], config: AdapterConfig) -> None:
 
 
 def _by_opendelta(model: nn.Module, names: list[str], config: AdapterConfig) -> None:
-    kind = _import_opendelta().LoraModel
+    kind = import_opendelta().LoraModel
     # Its freeze_module is not used: that would have the model's state_dict() leave out what is frozen.
     kind(
         model,
@@ -107,7 +107,7 @@ def _by_opendelta(model: nn.Module, names: list[str], config: AdapterConfig) -> 
     )
 
 
-def _import_opendelta() -> Any:
+def import_opendelta() -> Any:
     """OpenDelta 0.3.2, which imports modules that are gone or never needed here; those are stand-ins meanwhile."""
     if "opendelta" in sys.modules:
         return sys.modules["opendelta"]

@@ -13,6 +13,7 @@ from support import small_model
 
 from fm9g.checkpoint.weights import read_weights, write_weights
 from fm9g.config.adapter import ADAPTER_CONFIG
+from fm9g.convert.hf import export_folder
 from fm9g.errors import UserError
 from fm9g.lora.files import open_adapter
 from fm9g.model.transformer import FM9G
@@ -106,6 +107,15 @@ def test_a_checkpoint_is_the_adapter_and_says_what_it_is(tune: Callable[..., Res
     assert described["target_modules"] == LAYERS
     assert len(described["base_sha256"]) == 64
     assert base.read_bytes() == before
+
+
+def test_an_adapter_is_not_taken_for_a_model(tune: Callable[..., Result], train: Callable[..., Result]) -> None:
+    checkpoint = tune("out", train_iters=1).checkpoint
+    assert checkpoint is not None
+    with pytest.raises(UserError, match=r"holds an adapter, not a model: `fm9g lora merge`"):
+        train("full", pretrained_model=checkpoint)
+    with pytest.raises(UserError, match=r"holds an adapter, not a model"):
+        export_folder(checkpoint, checkpoint.parent / "hf")
 
 
 @pytest.mark.skipif(find_spec("opendelta") is None, reason="opendelta is installed with --no-deps where it is wanted")
