@@ -345,6 +345,8 @@ class TrainConfig:
             return
         if not self.pretrained_model and not self.resume_ckpt:
             raise UserError("lora_layer needs a pretrained_model: adapters are trained on the weights of a model")
+        if not self.strict_state_dict:
+            raise UserError("strict_state_dict false does not go with lora_layer: adapters need the whole base")
         if self.freeze:
             raise UserError("freeze and lora_layer are both given; with adapters nothing else is trained anyway")
         if self.tp_size > 1:

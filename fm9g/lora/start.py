@@ -48,10 +48,7 @@ class Start:
                 values = values.float() - self._config.scaling * (first_b @ first_a)
             weight.copy_(values)
         elif self._saved is not None:
-            kept = self._saved[name]
-            if self._config.pissa:
-                kept = kept.chunk(2, dim=0 if name.endswith(A) else 1)[0]
-            weight.copy_(kept)
+            weight.copy_(trained_part(self._config, name, self._saved[name]))
         elif name.endswith(MAGNITUDE):
             weight.copy_(self._base(f"{layer}.weight").float().norm(dim=1))
         elif self._config.pissa:
@@ -91,6 +88,11 @@ class Start:
     def in_file(self, tensors: Tensors) -> Tensors:
         """The adapter's weights as its file holds them, from those that are trained."""
         return _Stacked(tensors, self.first) if self._config.pissa else tensors
+
+
+def trained_part(config: AdapterConfig, name: str, kept: torch.Tensor) -> torch.Tensor:
+    """Of a weight as an adapter's file has it, what is trained: with PiSSA the first half of the ranks."""
+    return kept.chunk(2, dim=0 if name.endswith(A) else 1)[0] if config.pissa else kept
 
 
 class _Stacked:

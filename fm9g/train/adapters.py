@@ -19,7 +19,7 @@ from fm9g.lora.base import base_hash
 from fm9g.lora.files import open_adapter
 from fm9g.lora.inject import inject
 from fm9g.lora.quantize import quantize_layers
-from fm9g.lora.start import Start
+from fm9g.lora.start import Start, trained_part
 
 
 class Adapters:
@@ -37,7 +37,8 @@ class Adapters:
         """Where the base is. checkpoint: what the run goes on from, which knows where it was."""
         if self._train.pretrained_model:
             return Path(self._train.pretrained_model)
-        assert checkpoint is not None
+        if checkpoint is None:  # --resume auto, of a run that has none
+            raise UserError("lora_layer needs a pretrained_model: adapters are trained on the weights of a model")
         base = load_adapter_config(checkpoint.folder / ADAPTER_CONFIG).base
         if not Path(base).exists():
             raise UserError(f"{base}: the base of {checkpoint.folder} is not there any more; give --pretrained_model")
@@ -75,6 +76,10 @@ class Adapters:
         """The content of the adapter's file, as an engine gives it. means: the running means of weights."""
         trained = engine.mean_weights(trained=True) if means else engine.weights(trained=True)
         return self._start.in_file(trained) if self._start else trained
+
+    def from_file(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What is trained, of what the adapter's file holds."""
+        return {name: trained_part(self._config, name, weight) for name, weight in weights.items()}
 
     def document(self) -> dict[str, Any]:
         """The content of adapter_config.json."""

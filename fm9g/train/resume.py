@@ -14,9 +14,12 @@ from fm9g.config.train import TrainConfig
 from fm9g.engine.base import Engine
 from fm9g.errors import UserError
 from fm9g.launch.place import Place
+from fm9g.train.adapters import Adapters
 from fm9g.train.loop import TrainState
 
 _SAME_STATE = {"adamw", "adamw8bit"}  # optimizers that go on from one another
+# Keys that say which weights are trained, and what they mean.
+_OF_ADAPTERS = ("lora_layer", "lora_r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights")
 # Keys that say how a session starts; that they differ from those of the one before is their nature.
 _OF_A_SESSION = (
     *PLACES,
@@ -70,10 +73,9 @@ def changes(run: RunConfig, checkpoint: Checkpoint) -> list[str]:
             f"optimizer: was {rules[0]}, is {rules[1]}, which cannot go on with its state; --resume_no_optimze true "
             "starts with a new one"
         )
-    fixed = ("lora_layer", "lora_r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights")
     if odd := [
         f"{key}: was {saved[key]['value']!r}, is {getattr(run.train.value, key)!r}"
-        for key in fixed
+        for key in _OF_ADAPTERS
         if key in saved and saved[key]["value"] != getattr(run.train.value, key)
     ]:
         raise UserError(
@@ -87,9 +89,10 @@ def changes(run: RunConfig, checkpoint: Checkpoint) -> list[str]:
 
 
 def restore(
-    engine: Engine, config: TrainConfig, checkpoint: Checkpoint | None, tasks: list[str]
+    engine: Engine, config: TrainConfig, checkpoint: Checkpoint | None, tasks: list[str], adapters: Adapters | None
 ) -> tuple[TrainState, dict[str, Any] | None]:
-    """How far the run is, and its data position. checkpoint: on rank 0, which tells the others."""
+    """How far the run is, and its data position. checkpoint: on rank 0, which tells the others. adapters: what is
+    trained in place of the model."""
     first = engine.processes.rank == 0
     given = _given(config) if first and checkpoint is None else None
     source = checkpoint or given
@@ -105,7 +108,8 @@ def restore(
     if with_optimizer:
         engine.load_optimizer_state(source.optimizer() if source else {})
         if has_means and config.ema_decay:
-            engine.load_mean_weights(source.mean_weights() if source else {})
+            means = source.mean_weights() if source else {}
+            engine.load_mean_weights(adapters.from_file(means) if adapters else means)
     if counts is None:
         return TrainState(0, np.zeros(len(tasks), np.int64)), position
     trained = counts["global_total_task_token"]

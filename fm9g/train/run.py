@@ -103,7 +103,7 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
     if evaluation:
         evaluation.read()  # now: a mistake in its data is not to end a run that is under way
     tasks = [item.value.task_name for item in run.mixture]
-    state, position = restore(engine, config, checkpoint, tasks)
+    state, position = restore(engine, config, checkpoint, tasks, adapters)
     summary = _summary(run, engine, mixture, packs)
     start = f"resuming from {checkpoint.folder}" if checkpoint else f"starting at step {state.step}"
     if state.step >= config.last_step:
