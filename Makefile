@@ -5,6 +5,8 @@ GPU ?= A100
 SCALE ?= 1
 VENV := .venv
 BIN := $(VENV)/bin
+# Where the variable is set, every process would compile what it imports: half a minute for peft.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: quickstart test test-all test-gpu check format bench-data bench-engine bench-train bmtrain docs clean
 

@@ -18,7 +18,15 @@ from support import ROOT
 # One server imports what takes long, and the processes of all tests are its forks.
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
-    ["torch._dynamo", "torch.distributed.tensor.parallel", "engine_runs", "tensorboardX", "jsonschema", "train.faults"]
+    [
+        "torch._dynamo",
+        "torch.distributed.tensor.parallel",
+        "engine_runs",
+        "peft",
+        "tensorboardX",
+        "jsonschema",
+        "train.faults",
+    ]
 )
 SECONDS = 300
 

@@ -108,27 +108,31 @@ def forget(files: list[Path], warm: bool) -> None:
 
 
 def child(case: str, folder: Path, gigabytes: float) -> dict:
-    from fm9g.config.model import ModelConfig
     from fm9g.convert.hf import export_folder, import_folder
-    from fm9g.model.transformer import weight_shapes
 
     if case == "make":
-        return make(folder, gigabytes)
+        make(folder, 3072, max(1, round((gigabytes * 1e9 / 2 - 2 * 32000 * 3072) / 100.7e6)))
+        (folder / "tiny").mkdir()
+        make(folder / "tiny", 384, 1)
+        return {}
     if case == "largest":
         from fm9g.checkpoint.stored import open_pt
 
         return {"bytes": max(tensor.nbytes for tensor in open_pt(folder / "m.pt").values())}
-    weight_shapes(
-        ModelConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1)
-    )  # its imports
-    base = peak()
-    out, dtype = folder / "out", "fp16" if "fp16" in case else ""
-    out.mkdir()
-    start = time.monotonic()
-    if case.startswith("import"):
-        import_folder(folder / "hf", out / "m.pt", dtype=dtype)
-    else:
-        export_folder(folder / "m.pt", out / "hf", dtype=dtype, format="bin" if "bin" in case else "safetensors")
+
+    def convert(source: Path, target: Path) -> None:
+        target.mkdir()
+        dtype = "fp16" if "fp16" in case else ""
+        if case.startswith("import"):
+            import_folder(source / "hf", target / "m.pt", dtype=dtype)
+        else:
+            kind = "bin" if "bin" in case else "safetensors"
+            export_folder(source / "m.pt", target / "hf", dtype=dtype, format=kind)
+
+    convert(folder / "tiny", folder / "out")  # what Python imports and torch allocates once is not of a conversion
+    shutil.rmtree(folder / "out")
+    base, start = peak(), time.monotonic()
+    convert(folder, folder / "out")
     return {"seconds": time.monotonic() - start, "memory": peak() - base}
 
 
@@ -138,7 +142,7 @@ def peak() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def make(folder: Path, gigabytes: float) -> dict:
+def make(folder: Path, width: int, layers: int) -> None:
     """A .pt file of random bf16 weights, and the folder of it, in shards."""
     import torch
 
@@ -147,14 +151,13 @@ def make(folder: Path, gigabytes: float) -> dict:
     from fm9g.convert import hf
     from fm9g.model.transformer import weight_shapes
 
-    layers = max(1, round((gigabytes * 1e9 / 2 - 2 * 32000 * 3072) / 100.7e6))
     config = ModelConfig(
-        vocab_size=32000,
-        hidden_size=3072,
-        intermediate_size=8192,
+        vocab_size=32000 * width // 3072,
+        hidden_size=width,
+        intermediate_size=8192 * width // 3072,
         num_layers=layers,
-        num_heads=24,
-        num_kv_heads=8,
+        num_heads=width // 128,
+        num_kv_heads=width // 384,
     )
     shapes = weight_shapes(config)
     longest = max(shape.numel() for shape in shapes.values())
@@ -164,7 +167,6 @@ def make(folder: Path, gigabytes: float) -> dict:
     (folder / "m.json").write_text(json.dumps(config.to_json()))
     hf.SHARD_BYTES = SHARD
     hf.export_folder(folder / "m.pt", folder / "hf")
-    return {}
 
 
 if __name__ == "__main__":

@@ -207,7 +207,8 @@ def open_pt(path: Path) -> dict[str, Stored]:
     """The tensors of a .pt or .bin file, in its order.
 
     Raises UserError for a missing file, one that is cut short, and one that holds anything but tensors: nothing in
-    it is ever executed. Files from before torch 1.6, and those of machines with the other byte order, are read whole.
+    it is ever executed. Files from before torch 1.6, compressed ones, and those of machines with the other byte order
+    are read whole.
     """
     sizes = _records(path)
     if sizes is None:
@@ -232,7 +233,7 @@ def _placed(path: Path, name: str, tensor: torch.Tensor, sizes: dict[int, int]) 
 
 
 def _records(path: Path) -> dict[int, int] | None:
-    """Offset of the data -> size, of the uncompressed records of a zip file; None where torch has to read it whole."""
+    """Offset of the data -> size, of the records of a zip file; None where torch has to read it whole."""
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             sizes = {}
@@ -241,8 +242,9 @@ def _records(path: Path) -> dict[int, int] | None:
                     return None
                 file.seek(entry.header_offset + 26)  # the lengths of name and extra field, which end the local header
                 begin = entry.header_offset + 30 + sum(int.from_bytes(file.read(2), "little") for _ in range(2))
-                if entry.compress_type == zipfile.ZIP_STORED and begin + entry.file_size <= path.stat().st_size:
-                    sizes[begin] = entry.file_size
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    return None
+                sizes[begin] = min(entry.file_size, path.stat().st_size - begin)
             return sizes
     except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError):
         return None  # load_flat says what it is

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fm9g.checkpoint.stored import SAFETENSORS_TYPES, Gathered, Stored
 from fm9g.checkpoint.weights import bytes_of, write_hollow
 from fm9g.errors import UserError
@@ -29,7 +31,8 @@ from fm9g.progress import Progress
 
 JOURNAL = "journal.json"
 _PIECE = 1 << 22  # bytes of a tensor in memory at a time: few enough that the allocator keeps them
-_AHEAD = 4  # pieces that are made before they are written
+_READERS = 4  # threads at most
+_AHEAD = 2 * _READERS  # pieces that are made before they are written
 _COPY = 1 << 26  # bytes that are copied from file to file at a time
 _MARK = 1 << 29  # bytes after which what is written is brought to the disk, and noted
 _TAIL = 1 << 16  # bytes before a mark whose checksum tells whether they are what was written
@@ -132,7 +135,7 @@ def write_outputs(folder: Path, outputs: Sequence[Output], title: str) -> None:
     with (
         Progress(title, total, "B", begun) as progress,
         ThreadPoolExecutor(1) as disk,
-        ThreadPoolExecutor(1) as reader,
+        _readers() as readers,
     ):
         if begun:
             progress.say(f"{title}: goes on after {begun:,} of {total:,} bytes, which an earlier call wrote")
@@ -142,16 +145,26 @@ def write_outputs(folder: Path, outputs: Sequence[Output], title: str) -> None:
                 continue
             writer = _Writer(folder / output.name, start, disk, journal, progress)
             try:
-                _write(output, writer, reader)
+                _write(output, writer, readers)
                 writer.finish()
             finally:
                 writer.close()
     sync(folder)
 
 
-def _write(output: Output, writer: _Writer, reader: ThreadPoolExecutor) -> None:
-    """Gives a writer all that it does not have yet. reader: a thread that makes the next values meanwhile."""
-    for piece, skipped in _ahead(_missing(output, writer.position), reader):
+@contextmanager
+def _readers() -> Iterator[ThreadPoolExecutor]:
+    """Threads that make values. Each works alone: where cores are busy, several that wait for one another lose more."""
+    threads = torch.get_num_threads()
+    count = max(1, min(_READERS, (os.cpu_count() or 1) - 1))
+    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as readers:
+        yield readers
+    torch.set_num_threads(threads)  # for threads that are begun from here on
+
+
+def _write(output: Output, writer: _Writer, readers: ThreadPoolExecutor) -> None:
+    """Gives a writer all that it does not have yet. readers: make the next values meanwhile."""
+    for piece, skipped in _ahead(_missing(output, writer.position), readers):
         if isinstance(piece, Stored):
             writer.copy(piece.file, piece.offset + skipped, piece.nbytes - skipped)
         else:
@@ -169,12 +182,12 @@ def _missing(output: Output, position: int) -> Iterator[tuple[bytes | Stored | G
 
 
 def _ahead(
-    pieces: Iterator[tuple[bytes | Stored | Gathered, int]], reader: ThreadPoolExecutor
+    pieces: Iterator[tuple[bytes | Stored | Gathered, int]], readers: ThreadPoolExecutor
 ) -> Iterator[tuple[bytes | Stored | memoryview, int]]:
     """Pieces with the values of those that are to be made, which is done while the ones before are in use."""
     waiting: deque[tuple[bytes | Stored | Future[memoryview], int]] = deque()
     for piece, skipped in pieces:
-        made = reader.submit(_made, piece) if isinstance(piece, Gathered) else piece
+        made = readers.submit(_made, piece) if isinstance(piece, Gathered) else piece
         waiting.append((made, skipped))
         if len(waiting) > _AHEAD:
             yield _result(*waiting.popleft())

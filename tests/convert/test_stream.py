@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -376,6 +377,28 @@ def test_a_pt_file_whose_directory_lies_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(content[:2000] + content[3000:])
     with pytest.raises(UserError, match=r"a.pt: not a whole weight file"):
         open_pt(tmp_path / "a.pt")
+
+
+def rezipped(file: Path, compression: int, cut: int = 0) -> None:
+    """Writes a .pt file anew. cut: bytes that its first tensor loses."""
+    with zipfile.ZipFile(file) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data[: len(data) - cut] if name.endswith("/data/0") else data)
+
+
+def test_compressed_files_are_read_and_short_records_refused(tmp_path: Path) -> None:
+    tensor = torch.zeros(1000)
+    torch.save({"a": tensor}, tmp_path / "a.pt")
+    rezipped(tmp_path / "a.pt", zipfile.ZIP_DEFLATED)
+    assert torch.equal(open_pt(tmp_path / "a.pt")["a"].read(), tensor)
+    torch.save({"a": tensor}, tmp_path / "b.pt")
+    rezipped(tmp_path / "b.pt", zipfile.ZIP_STORED)
+    assert torch.equal(open_pt(tmp_path / "b.pt")["a"].read(), tensor)
+    rezipped(tmp_path / "b.pt", zipfile.ZIP_STORED, cut=4)
+    with pytest.raises(UserError, match=r"b.pt: not a whole weight file"):
+        open_pt(tmp_path / "b.pt")
 
 
 def test_rows_of_rows() -> None:

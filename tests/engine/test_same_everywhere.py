@@ -63,13 +63,13 @@ def test_fsdp2_on_two_processes(frozen: str) -> None:
     assert_all_same(2, [Setup(frozen=frozen, placement=Placement(zero_level=level)) for level in (3, 2, 0)])
 
 
-@pytest.mark.parametrize("adapters", ADAPTERS)
+@pytest.mark.parametrize("adapters", [a if a in ("peft", "nf4") else pytest.param(a, marks=slow) for a in ADAPTERS])
 def test_adapters_by_fsdp2_on_two_processes(adapters: str) -> None:
     assert_all_same(2, [Setup(adapters=adapters, placement=Placement(zero_level=level)) for level in (3, 0)])
 
 
 @needs_bmtrain
-@pytest.mark.parametrize("adapters", ADAPTERS)
+@pytest.mark.parametrize("adapters", [a if a == "peft" else pytest.param(a, marks=slow) for a in ADAPTERS])
 def test_adapters_by_bmtrain_on_two_processes(adapters: str) -> None:
     placements = [Placement(zero_level=3), Placement(zero_level=2, checkpointing="full")]
     assert_all_same(2, [Setup(engine="bmtrain", adapters=adapters, placement=placement) for placement in placements])
@@ -152,7 +152,12 @@ def test_without_the_reduction_of_gradients_they_differ(setup: Setup) -> None:
 @needs_bmtrain
 @pytest.mark.parametrize(
     ("dtype", "adapters"),
-    [(torch.bfloat16, ""), (torch.float16, ""), (torch.bfloat16, "peft"), (torch.bfloat16, "nf4")],
+    [
+        (torch.bfloat16, ""),
+        (torch.float16, ""),
+        (torch.bfloat16, "peft"),
+        pytest.param(torch.bfloat16, "nf4", marks=slow),
+    ],
 )
 def test_half_precision_is_the_same_bit_for_bit_on_one_process_of_either_engine(
     dtype: torch.dtype, adapters: str
