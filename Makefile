@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Where the variable is set, every process would compile what it imports: half a minute for peft.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: quickstart test test-all test-gpu check format bench-data bench-engine bench-train bmtrain docs clean
+.PHONY: quickstart test test-all test-gpu check format bench-data bench-engine bench-convert bench-train bmtrain docs clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/fm9g quickstart $(ARGS)
@@ -43,6 +43,9 @@ bench-data: $(VENV)/installed  # about ten minutes and 6 GB of disk, on a machin
 bench-engine: $(VENV)/installed  # on the GPU where there is one; GPU=H100 names whose peak the MFU is of
 	for engine in torch bmtrain; do $(BIN)/python benchmarks/engine/construction.py --engine $$engine --scale $(SCALE) || exit 1; done
 	$(BIN)/python benchmarks/engine/throughput.py --gpu $(GPU)
+
+bench-convert: $(VENV)/installed  # half an hour and 30 GB of disk; ARGS="--gigabytes 1" for less
+	$(BIN)/python benchmarks/convert/conversion.py $(filter-out --overwrite,$(ARGS))
 
 bench-train: $(VENV)/installed  # ten minutes, and as long again for the faults
 	for name in saving figures faults; do $(BIN)/python benchmarks/train/$$name.py || exit 1; done

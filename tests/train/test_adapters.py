@@ -31,6 +31,7 @@ KINDS = {
     "nf4": {"quantization": "nf4"},
     "nf4-single": {"quantization": "nf4", "double_quant": False},
     "ema": {"ema_decay": 0.9},
+    "muon": {"optimizer": "muon"},
     "pissa-nf4": {"init_lora_weights": "pissa_niter_16", "quantization": "nf4", "ema_decay": 0.9},
 }
 
