@@ -25,6 +25,7 @@ import torch
 
 from fm9g.checkpoint.stored import SAFETENSORS_TYPES, Gathered, Stored
 from fm9g.checkpoint.weights import bytes_of, write_hollow
+from fm9g.convert.growing import GrowingFile
 from fm9g.errors import UserError
 from fm9g.files import sync
 from fm9g.progress import Progress
@@ -33,11 +34,8 @@ JOURNAL = "journal.json"
 _PIECE = 1 << 22  # bytes of a tensor in memory at a time: few enough that the allocator keeps them
 _READERS = 4  # threads at most
 _AHEAD = 2 * _READERS  # pieces that are made before they are written
-_COPY = 1 << 26  # bytes that are copied from file to file at a time
 _MARK = 1 << 29  # bytes after which what is written is brought to the disk, and noted
 _TAIL = 1 << 16  # bytes before a mark whose checksum tells whether they are what was written
-# What a system says that cannot copy between two files by itself.
-_NO_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
 
 
@@ -203,39 +201,18 @@ def _result(piece: bytes | Stored | Future[memoryview], skipped: int) -> tuple[b
     return (piece.result() if isinstance(piece, Future) else piece), skipped
 
 
-class _Writer:
-    """A file that grows at its end, and is brought to the disk now and then, while it goes on growing."""
+class _Writer(GrowingFile):
+    """A file that is brought to the disk now and then, while it goes on growing."""
 
     def __init__(self, path: Path, start: int, disk: ThreadPoolExecutor, journal: _Journal, progress: Progress) -> None:
         """start: bytes that are there. disk: a thread that waits for the disk."""
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        os.ftruncate(self._file, start)
-        os.lseek(self._file, start, os.SEEK_SET)
-        self._name, self._disk, self._journal, self._progress = path.name, disk, journal, progress
-        self.position = self._marked = start
+        super().__init__(path, start)
+        self._path, self._disk, self._journal, self._progress = path, disk, journal, progress
+        self._marked = start
         self._mark: Future[None] | None = None
 
-    def write(self, data: memoryview) -> None:
-        while data:
-            count = os.write(self._file, data[:_COPY])
-            data = data[count:]
-            self._advance(count)
-
-    def copy(self, source: Path, offset: int, nbytes: int) -> None:
-        """Appends bytes of another file, by the system alone where it can."""
-        file = os.open(source, os.O_RDONLY)
-        try:
-            while nbytes:
-                count = _copy(file, self._file, offset, min(nbytes, _COPY))
-                if not count:
-                    raise UserError(f"{source}: became shorter while it was read; let it be written to its end first")
-                offset, nbytes = offset + count, nbytes - count
-                self._advance(count)
-        finally:
-            os.close(file)
-
     def _advance(self, count: int) -> None:
-        self.position += count
+        super()._advance(count)
         self._progress.advance(count)
         if self.position - self._marked >= _MARK and (self._mark is None or self._mark.done()):
             self._begin_mark()
@@ -244,14 +221,15 @@ class _Writer:
         if self._mark is not None:
             self._mark.result()  # raises what the disk said
         self._marked = self.position
-        self._mark = self._disk.submit(self._to_disk, self.position)
+        self._mark = self._disk.submit(self._note, self.position)
 
-    def _to_disk(self, position: int) -> None:
-        os.fdatasync(self._file)
-        self._journal.note(self._name, position, _tail(self._file, position))
+    def _note(self, position: int) -> None:
+        self.to_disk()
+        self._journal.note(self._path.name, position, _tail(self._path, position))
 
     def finish(self) -> None:
         """Returns when all is on the disk."""
+        self.flush()
         self._begin_mark()
         assert self._mark is not None
         self._mark.result()
@@ -259,16 +237,7 @@ class _Writer:
     def close(self) -> None:
         if self._mark is not None:
             self._mark.exception()  # nothing may use the file any more
-        os.close(self._file)
-
-
-def _copy(source: int, target: int, offset: int, count: int) -> int:
-    try:
-        return os.copy_file_range(source, target, count, offset)
-    except OSError as error:
-        if error.errno not in _NO_COPY:
-            raise
-    return os.sendfile(target, source, offset, count)
+        super().close()
 
 
 class _Journal:
@@ -291,9 +260,8 @@ class _Journal:
 
     def _are_there(self, files: dict[str, list[int]]) -> bool:
         for name, (position, checksum) in files.items():
-            with (self._file.parent / name).open("rb") as file:
-                if _tail(file.fileno(), position) != checksum:
-                    return False
+            if _tail(self._file.parent / name, position) != checksum:
+                return False
         return True
 
     def note(self, name: str, position: int, checksum: int) -> None:
@@ -303,9 +271,11 @@ class _Journal:
         new.replace(self._file)
 
 
-def _tail(file: int, position: int) -> int:
+def _tail(path: Path, position: int) -> int:
     length = min(position, _TAIL)
-    return zlib.crc32(os.pread(file, length, position - length))
+    with path.open("rb") as file:
+        file.seek(position - length)
+        return zlib.crc32(file.read(length))
 
 
 def _identity(outputs: Sequence[Output]) -> str:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import random
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from torch import nn
 from fm9g.checkpoint.stored import Gathered, Stored, open_pt, open_safetensors
 from fm9g.checkpoint.weights import read_weights, write_weights
 from fm9g.cli import main
-from fm9g.convert import hf, stream
+from fm9g.convert import growing, hf, stream
 from fm9g.convert.hf import export_folder, import_folder
 from fm9g.errors import UserError
 from fm9g.model.transformer import weight_shapes
@@ -36,7 +37,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     export_folder(tmp_path / "m.pt", tmp_path / "hf")
     monkeypatch.setattr(stream, "_MARK", 4096)  # what is written is noted after so many bytes
     monkeypatch.setattr(stream, "_PIECE", 512)
-    monkeypatch.setattr(stream, "_COPY", 1024)
+    monkeypatch.setattr(growing, "_COPY", 1024)
+    monkeypatch.setattr(growing, "_BUFFER", 8192)
     return tmp_path / "hf"
 
 
@@ -129,7 +131,7 @@ def test_the_same_call_goes_on_where_it_was_cut_off(
     way(folder, target)
     assert content(target) == whole
     assert leftovers(tmp_path / "b") == []
-    assert total - written <= counter.bytes <= total - written + 2 * 4096 + 2048  # what was not noted yet
+    assert total - written <= counter.bytes <= total - written + 4096 + 8192  # what was not noted yet
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -399,6 +401,42 @@ def test_compressed_files_are_read_and_short_records_refused(tmp_path: Path) -> 
     rezipped(tmp_path / "b.pt", zipfile.ZIP_STORED, cut=4)
     with pytest.raises(UserError, match=r"b.pt: not a whole weight file"):
         open_pt(tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize("past_the_cache", [True, False])
+def test_a_growing_file_has_every_byte_once(
+    past_the_cache: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(growing, "_BUFFER", 3 * 4096)
+    source = tmp_path / "source"
+    source.write_bytes(random.Random(1).randbytes(200_000))
+    if not past_the_cache:
+        opened = os.open
+
+        def refused(path: Path, flags: int, mode: int = 0o777) -> int:
+            if flags & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return opened(path, flags, mode)
+
+        monkeypatch.setattr(os, "open", refused)
+    for seed in range(30):
+        pick = random.Random(seed)
+        expected = bytearray(pick.randbytes(pick.choice((0, 1, 4096, 5000))))
+        (tmp_path / "file").write_bytes(expected + b"what is cut off")
+        file = growing.GrowingFile(tmp_path / "file", len(expected))
+        for _ in range(pick.randint(0, 12)):
+            start, length = pick.randrange(100_000), pick.choice((1, 3, 4096, 8192, pick.randrange(40_000)))
+            part = source.read_bytes()[start : start + length]
+            if pick.random() < 0.4:
+                file.copy(source, start, length)
+            else:
+                file.write(part)
+            expected += part
+        file.flush()
+        assert file.position == len(expected)
+        file.to_disk()
+        file.close()
+        assert (tmp_path / "file").read_bytes() == expected, seed
 
 
 def test_rows_of_rows() -> None:
