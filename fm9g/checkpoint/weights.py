@@ -100,7 +100,9 @@ def load_flat(path: Path, device: str = "cpu", mapped: bool = False) -> dict[str
     except Exception as error:  # torch raises whatever zipfile, pickle and its own reader raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a whole weight file ({reason}); get or write it again") from None
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
+    ):
         raise UserError(f"{path}: expected one flat dict from weight names to tensors, as 9G .pt files hold")
     return weights
 

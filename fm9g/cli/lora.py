@@ -91,7 +91,7 @@ def _merge(options: argparse.Namespace) -> None:
         print(f"logits of up to {found.logits:.2f}, which the adapter changes by up to {found.change:.2e}")
         print(
             f"merged, they differ from those of base and adapter apart by {found.exact:.2e} in fp32, and by "
-            f"{found.rounding:.2e} more as written"
+            f"{found.rounding:.2e} as written"
         )
     if found.rounding > 0.5 * found.change:
         print("note: rounding changes as much as the adapter does; --dtype fp32 keeps it")
@@ -105,7 +105,7 @@ def _combine(options: argparse.Namespace) -> None:
     if len(shares) != len(options.adapters):
         raise UserError(f"--weights: {len(shares)} for {len(options.adapters)} adapters; give one for each")
     adapter = combine([read_adapter(path) for path in options.adapters], shares)
-    save_adapter(adapter, options.out, options.overwrite)
+    save_adapter(adapter, options.out, options.overwrite, options.adapters)
     print(f"{options.out}: rank {adapter.config.r}, from {' + '.join(adapter.config.made_from)}")
 
 

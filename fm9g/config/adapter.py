@@ -19,8 +19,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 class AdapterConfig:
     """Keys are PEFT's where PEFT has them. What the adapter adds to a linear layer is `scaling` * B A x."""
 
-    r: int = option(help="rank of A and B in the file", minimum=1)
-    alpha: float = option(help="the numerator of the scaling", key="lora_alpha", exclusiveMinimum=0)
+    r: int = option(help="rank of A and B in the file", minimum=1, maximum=2**20)
+    alpha: float = option(help="the numerator of the scaling", key="lora_alpha", exclusiveMinimum=0, maximum=1e7)
     layers: list[str] = option(help="names of the linear layers", key="target_modules", minItems=1)
     dropout: float = option(
         0.0, help="of the adapters' inputs, in training", key="lora_dropout", minimum=0, exclusiveMaximum=1

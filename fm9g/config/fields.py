@@ -119,10 +119,18 @@ def check(cls: type, values: dict[str, Any], origins: dict[str, str], prefix: st
             complaints.append(f"{origins[key]}: {path}: found {error.instance!r}, allowed: {allowed}{hint}")
     for key, value in values.items():
         numbers = value if isinstance(value, list) else [value]
-        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        if not all(_is_finite(number) for number in numbers):
             complaints.append(f"{origins[key]}: {prefix}{key}: found {value!r}, expected a finite number")
     if complaints:
         raise UserError("\n".join(dict.fromkeys(complaints)))
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is no number, or one that a float can hold."""
+    try:
+        return not isinstance(value, (int, float)) or math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def describe(schema: dict[str, Any]) -> str:

@@ -192,8 +192,8 @@ class TrainConfig:
     lora_layer: list[str] = option(
         [], help="linear layers that get LoRA adapters, which alone are trained: a JSON list of names; empty: no LoRA"
     )
-    lora_r: int = option(8, help="rank of the adapters", minimum=1)
-    lora_alpha: float = option(16.0, help="what adapters add counts alpha / r times", exclusiveMinimum=0)
+    lora_r: int = option(8, help="rank of the adapters", minimum=1, maximum=2**16)
+    lora_alpha: float = option(16.0, help="what adapters add counts alpha / r times", exclusiveMinimum=0, maximum=1e6)
     lora_dropout: float = option(0.0, help="of the adapters' inputs, in training", minimum=0, exclusiveMaximum=1)
     lora_backend: str = option(
         "peft", any_case=True, help="the package that puts adapters into the model", enum=["peft", "opendelta"]
@@ -380,10 +380,11 @@ def load_train_config(name: str, overrides: dict[str, Any]) -> tuple[Loaded[Trai
     return loaded, require_config("model_configs", loaded.value.config), notes
 
 
-def load_train_file(file: Path) -> TrainConfig:
-    """What a file of train_configs/ alone says. Raises UserError."""
+def load_adapter_keys(file: Path) -> TrainConfig:
+    """What a file of train_configs/ says of adapters; all other keys have their defaults. Raises UserError."""
     layer = _section(file, read_object(file))
-    return build(TrainConfig, [Layer(layer.origin, _acting(layer, []), layer.text)]).value
+    values = {key: value for key, value in layer.values.items() if key in ("lora_layer", *ADAPTER_KEYS)}
+    return build(TrainConfig, [Layer(layer.origin, values | {"pretrained_model": str(file)}, layer.text)]).value
 
 
 def _section(file: Path, content: dict[str, Any]) -> Layer:

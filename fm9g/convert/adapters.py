@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from fm9g.checkpoint.folder import MANIFEST
+from fm9g.checkpoint.folder import MANIFEST, TOKENIZER
 from fm9g.checkpoint.stored import Gathered
 from fm9g.config.adapter import AdapterConfig
 from fm9g.convert.folder import open_folder
@@ -64,7 +65,7 @@ class Merged:
 
     written: the transformers class of the folder, or the configuration beside the .pt file. logits: the largest.
     change: the largest of any logit by the adapter. exact: the largest difference between base and adapter apart and
-    both merged in fp32. rounding: between these and what was written. All are 0 where nothing was compared.
+    both merged in fp32. rounding: between the first and what was written. All are 0 where nothing was compared.
     """
 
     written: str
@@ -88,18 +89,24 @@ def merge(
 
     base: what the adapter was trained on. reference: a Hugging Face folder whose configuration and tokenizer travel
     along; default: the base, where it is one. dtype: bf16, fp16 or fp32; empty: the base's. verify: compare logits.
-    Raises UserError for another base, for an adapter that does not fit it, and for logits that differ.
+    Raises UserError for another base, for an adapter that does not fit it, and for logits that differ; then nothing is
+    written.
     """
+    if Path(os.path.realpath(adapter.where)).is_relative_to(target.resolve()):
+        raise UserError(f"{target}: holds {adapter.where}, which is read; choose another name")
     source, weights = open_base(base, reference)
     _check_layers(adapter, weights, base)
     _check_base(adapter, weights, base)
     merged = {name: _with_adapter(name, weight, adapter) for name, weight in weights.items()}
     # As the base, but with the facts and the tokenizer of the adapter's own checkpoint.
     trained = adapter.where.parent if (adapter.where.parent / MANIFEST).is_file() else source.folder
-    whole = dataclasses.replace(source, folder=trained)
+    tokenizer = source.tokenizer or (trained / TOKENIZER if trained else None)
+    whole = dataclasses.replace(source, folder=trained, tokenizer=tokenizer)
     if source.folder is None and base.is_dir():
         reference = reference or base
-    prompts, _ = make_prompts(source.tokenizer, source.config.vocab_size)
+    prompts, _ = make_prompts(tokenizer, source.config.vocab_size)
+
+    rounding = 0.0
 
     def logits(weights: Mapping[str, Gathered], change: Change | None = None) -> torch.Tensor:
         return torch.cat(streamed_logits(source.config, lambda name: weights[name].read(), prompts, change))
@@ -107,28 +114,31 @@ def merge(
     def put_beside(layer: torch.nn.Module, number: int) -> None:
         put_in(layer, f"encoder.layers.{number}.", adapter.config, adapter.weights)
 
-    def check(what: str, found: float, tolerated: float) -> None:
+    def difference(other: torch.Tensor, tolerated: float) -> float:
+        found = float((apart - other).abs().max())
         if not found <= tolerated * largest:  # true for what is not a number, too
             raise UserError(
-                f"{base}: with {adapter.where} in its weights{what}, logits differ by {found:.2e} from those of both "
-                f"apart, of up to {largest:.2f}: {tolerated:g} of these is tolerated"
+                f"{base}: with {adapter.where} in its weights, logits differ by {found:.2e} from those of both apart, "
+                f"of up to {largest:.2f}: {tolerated:g} of these is tolerated. Nothing was written"
             )
+        return found
+
+    def compare(written: Mapping[str, Gathered]) -> None:
+        nonlocal rounding
+        rounding = difference(logits(written), _ROUNDING)
 
     if verify:
         apart = logits(weights, put_beside)
         together = logits({name: dataclasses.replace(weight, dtype=torch.float32) for name, weight in merged.items()})
-        largest, exact = float(apart.abs().max()), float((apart - together).abs().max())
-        check("", exact, TOLERANCE)
+        largest = float(apart.abs().max())
+        exact = difference(together, TOLERANCE)
         change = float((apart - logits(weights)).abs().max())
     if target.suffix == ".pt":
-        written = str(write_file(source.config, merged, target, overwrite, dtype))
+        written = str(write_file(source.config, merged, target, overwrite, dtype, compare if verify else None))
     else:
-        written = write_folder(whole, merged, target, reference, dtype, overwrite)
-    if not verify:
-        return Merged(written)
-    rounding = float((together - logits(open_base(target, None)[1])).abs().max())
-    check(f" as they are in {target}, which is no good", rounding, _ROUNDING)
-    return Merged(written, largest, change, exact, rounding)
+        check = compare if verify else None
+        written = write_folder(whole, merged, target, reference, dtype, overwrite, check=check)
+    return Merged(written, largest, change, exact, rounding) if verify else Merged(written)
 
 
 def _check_layers(adapter: Adapter, weights: Mapping[str, Gathered], base: Path) -> None:

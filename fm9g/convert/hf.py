@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from fm9g.model.transformer import weight_shapes
 
 SHARD_BYTES = 5 * 1000**3
 FORMATS = ("safetensors", "bin")
+Check = Callable[[Mapping[str, Gathered]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +47,26 @@ def import_folder(source: Path, target: Path, overwrite: bool = False, dtype: st
     Returns the path of the configuration, <target>.json. Raises UserError where a weight has no 9G name or is missing;
     what was cut off, the same call goes on with.
     """
+    if not source.is_dir():
+        found = "a file" if source.exists() else "not there"
+        raise UserError(f"{source}: is {found}; a .pt file is made from a Hugging Face folder")
     if (source / MANIFEST).is_file():
         raise UserError(f"{source}: a 9G checkpoint; its .pt file is {Checkpoint(source).weight_file}")
     return write_file(*open_folder(source), target, overwrite, dtype)
 
 
 def write_file(
-    config: ModelConfig, weights: Mapping[str, Gathered], target: Path, overwrite: bool = False, dtype: str = ""
+    config: ModelConfig,
+    weights: Mapping[str, Gathered],
+    target: Path,
+    overwrite: bool = False,
+    dtype: str = "",
+    check: Check | None = None,
 ) -> Path:
-    """Writes weights as a 9G .pt file, as import_folder does; returns the path of the configuration beside it."""
+    """Writes weights as a 9G .pt file, as import_folder does; returns the path of the configuration beside it.
+
+    check: is given what was written, before it takes the place of the target.
+    """
     config_file = target.with_suffix(".json")
     if config_file.exists() and config_file.name == "config.json":
         raise UserError(f"{target}: its configuration would replace {config_file}, which is read; choose another name")
@@ -70,6 +82,8 @@ def write_file(
             config = dataclasses.replace(config, half_type=dtype)
         output = pt_output(target.name, weights, folder)
         write_outputs(folder, [output], "writing weights")
+        if check:
+            check({name: Gathered((part,), part.dtype) for name, part in open_pt(folder / output.name).items()})
         with new_file(config_file) as new:
             new.write_text(json.dumps(config.to_json(), indent=4), encoding="utf-8")
         (folder / output.name).rename(temporary)
@@ -118,8 +132,12 @@ def write_folder(
     overwrite: bool = False,
     keep_reference: bool = False,
     format: str = "safetensors",
+    check: Check | None = None,
 ) -> str:
-    """Writes weights as export_folder does those of a file. model: what else is known of them."""
+    """Writes weights as export_folder does those of a file.
+
+    model: what else is known of them. check: is given what was written, before it takes the place of the target.
+    """
     target = target.resolve()
     sources = [model.file, *(folder for folder in (model.folder, reference) if folder)]
     with new_folder(target, overwrite, tuple(sources)) as temporary, partial_folder(target) as folder:
@@ -136,12 +154,18 @@ def write_folder(
         write_outputs(folder, outputs, "writing weights")
         for output in outputs:
             (folder / output.name).rename(temporary / output.name)
+        if check:
+            check(open_folder(temporary)[1])
         shutil.rmtree(folder)
     return loads_as
 
 
 def open_source(source: Path, reference: Path | None) -> Source:
     """What is known of a checkpoint folder or .pt file. Raises UserError where that is not enough."""
+    if reference is not None and not reference.is_dir():
+        raise UserError(f"{reference}: no such folder; --reference is a Hugging Face folder")
+    if (source / "config.json").is_file() and not (source / MANIFEST).is_file():
+        raise UserError(f"{source}: a Hugging Face folder; what is made from it is a 9G file, whose name ends in .pt")
     folder = Checkpoint(source) if source.is_dir() else None
     file = folder.weight_file if folder else source
     if not file.is_file():

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from fm9g.checkpoint.stored import open_pt, open_safetensors
 from fm9g.config.adapter import ADAPTER_CONFIG, AdapterConfig
-from fm9g.config.load import read_object
+from fm9g.config.load import Layer, build, read_object
 from fm9g.convert.names import LLAMA, Names
 from fm9g.errors import UserError
 from fm9g.files import new_folder
@@ -40,6 +40,7 @@ _VARIANTS = (
     "corda_config",
     "eva_config",
     "kasa_config",
+    "layer_replication",
     "loftq_config",
     "lora_ga_config",
     "megatron_config",
@@ -116,20 +117,10 @@ def read_peft(folder: Path) -> Adapter:
         if ours is None:
             raise UserError(f"{folder}: {name}: has no place in an adapter of a 9G model")
         weights[ours] = tensor
-    try:
-        config = AdapterConfig(
-            r=int(content["r"]),
-            alpha=float(content["lora_alpha"]),
-            layers=sorted({name.rpartition(".lora.")[0].rpartition(".")[2] for name in weights}),
-            dropout=float(content.get("lora_dropout") or 0.0),
-            rslora=bool(content.get("use_rslora")),
-            dora=bool(content.get("use_dora")),
-            base=str(content.get("base_model_name_or_path") or ""),
-        )
-    except KeyError as error:
-        raise UserError(f"{file}: {error.args[0]}: missing") from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{file}: r, lora_alpha or lora_dropout is not a number: {error}") from None
+    keys = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "base_model_name_or_path")
+    values = {key: content[key] for key in keys if content.get(key) is not None}
+    values["target_modules"] = sorted({name.rpartition(".lora.")[0].rpartition(".")[2] for name in weights})
+    config = build(AdapterConfig, [Layer(str(file), values)]).value
     check_adapter(weights, config, folder)
     return Adapter(config, weights, folder)
 

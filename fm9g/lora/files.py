@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from fm9g.checkpoint.folder import MANIFEST, Checkpoint
 from fm9g.checkpoint.weights import read_weights, write_weights
 from fm9g.config.adapter import ADAPTER_CONFIG, AdapterConfig, load_adapter_config
-from fm9g.config.train import load_train_file
+from fm9g.config.train import load_adapter_keys
 from fm9g.errors import UserError
 from fm9g.files import new_folder
 from fm9g.lora.base import base_hash
@@ -64,8 +65,9 @@ def open_adapter(path: Path, train_config: Path | None = None) -> Adapter:
     missing, shapes do not fit, or r and alpha are not known.
     """
     folder, file = (path, path / ADAPTER_FILE) if path.is_dir() else (path.parent, path)
-    if path.is_dir() and (path / MANIFEST).is_file():
-        file = Checkpoint(path).weight_file
+    if (folder / MANIFEST).is_file():
+        checkpoint = Checkpoint(folder)  # which looks whether it is damaged
+        file = checkpoint.weight_file if path.is_dir() else path
     elif path.is_dir() and not file.is_file():
         raise UserError(f"{path}: neither a checkpoint nor an adapter's folder ({ADAPTER_FILE} is missing)")
     weights = read_weights(file)
@@ -81,7 +83,7 @@ def open_adapter(path: Path, train_config: Path | None = None) -> Adapter:
     if train_config is not None:
         said = _of_file(train_config)
         described = described or replace(said, layers=sorted({layer.rpartition(".")[2] for layer in layers}))
-        _check_same(described, said, folder / ADAPTER_CONFIG, train_config)
+        _check_same(described, said, file, train_config)
     assert described is not None
     check_adapter(weights, described, file)
     return Adapter(described, weights, file)
@@ -100,7 +102,7 @@ def _layers_of(weights: Mapping[str, torch.Tensor], file: Path) -> list[str]:
 
 
 def _of_file(train_config: Path) -> AdapterConfig:
-    train = load_train_file(train_config)
+    train = load_adapter_keys(train_config)
     if not train.lora_layer:
         raise UserError(f"{train_config}: has no lora_layer, so it is not the configuration of an adapter")
     return AdapterConfig.of_run(train).in_file()
@@ -135,15 +137,24 @@ def check_adapter(weights: Mapping[str, torch.Tensor], config: AdapterConfig, fi
             )
         if config.dora and weights[layer + MAGNITUDE].shape != b.shape[:1]:
             raise UserError(f"{file}: {layer}{MAGNITUDE}: expected shape {list(b.shape[:1])}")
-    if odd := [name for name, weight in weights.items() if not weight.is_floating_point()]:
-        raise UserError(f"{file}: {odd[0]}: found {weights[odd[0]].dtype}, expected floating-point values")
+    for name, weight in weights.items():
+        if weight.layout != torch.strided or not weight.is_floating_point():
+            raise UserError(f"{file}: {name}: found {weight.layout} {weight.dtype}, expected floating-point values")
+        if weight.nbytes > weight.untyped_storage().nbytes():
+            raise UserError(f"{file}: {name}: repeats its values ({list(weight.shape)}); write it out in full")
+        if not weight.isfinite().all():
+            raise UserError(f"{file}: {name}: holds values that are not finite; take another checkpoint")
     if odd := [name for name in config.layers if not any(f".{layer}".endswith(f".{name}") for layer in layers)]:
         raise UserError(f"{file}: holds no adapter for {odd[0]}, which adapter_config.json names")
 
 
-def save_adapter(adapter: Adapter, target: Path, overwrite: bool = False) -> None:
-    """Writes a folder of adapter.pt and adapter_config.json. Raises UserError."""
-    with new_folder(target, overwrite, (adapter.where,)) as folder:
+def save_adapter(adapter: Adapter, target: Path, overwrite: bool = False, read: Sequence[Path] = ()) -> None:
+    """Writes a folder of adapter.pt and adapter_config.json. read: what else it was made from, and must stay.
+
+    Raises UserError.
+    """
+    check_adapter(adapter.weights, adapter.config, target)
+    with new_folder(target, overwrite, (adapter.where, *read)) as folder:
         write_weights(folder / ADAPTER_FILE, adapter.weights, adapter.weights.items())
         text = json.dumps(adapter.config.to_json(), indent=2, ensure_ascii=False)
         (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
@@ -154,6 +165,8 @@ def combine(adapters: Sequence[Adapter], shares: Sequence[float]) -> Adapter:
 
     Raises UserError for adapters of several bases, and for DoRA, whose effect is no sum.
     """
+    if odd_shares := [share for share in shares if not math.isfinite(share) or not share]:
+        raise UserError(f"the weight {odd_shares[0]:g}: expected a finite number that is not 0")
     if odd := [adapter for adapter in adapters if adapter.config.dora]:
         raise UserError(f"{odd[0].where}: DoRA adapters cannot be added up; merge them one at a time")
     known = {adapter.config.base_sha256 for adapter in adapters if adapter.config.base_sha256}

@@ -11,6 +11,7 @@ import re
 import sys
 import types
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,6 +54,9 @@ def inject(model: nn.Module, layers: nn.ModuleList, config: AdapterConfig, backe
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
             raise UserError(f"lora_layer: {wanted!r} is not the name of a linear layer; these are: {known}")
     chosen = [name for name in linear if any(_ends_in(name, wanted) for wanted in config.layers)]
+    for name in chosen if config.pissa else ():
+        if config.r > (most := min(linear[name].in_features, linear[name].out_features)):
+            raise UserError(f"lora_r {config.r}: {name} has {most} singular vectors; PiSSA cannot take more of them")
     model.requires_grad_(False)
     with torch.device("meta"):
         _by_opendelta(model, chosen, config) if backend == "opendelta" else _by_peft(model, chosen, config)
@@ -68,7 +72,7 @@ def put_in(module: nn.Module, prefix: str, config: AdapterConfig, weights: Mappi
     """
     linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
     if names := [name for name in linear if prefix + name + A in weights]:
-        _by_peft(module, names, config)
+        _by_peft(module, names, replace(config, dropout=0.0))  # nothing is trained here
         known = {name: prefix + known_as(name) for name, _ in module.named_parameters()}
         values = {name: weights[file].float() for name, file in known.items() if file in weights}
         module.load_state_dict(values, strict=False, assign=True)

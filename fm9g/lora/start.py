@@ -11,6 +11,7 @@ import torch
 
 from fm9g.checkpoint.folder import Tensors
 from fm9g.config.adapter import AdapterConfig
+from fm9g.errors import UserError
 from fm9g.lora.inject import MAGNITUDE, A, B
 
 
@@ -50,7 +51,12 @@ class Start:
         elif self._saved is not None:
             weight.copy_(trained_part(self._config, name, self._saved[name]))
         elif name.endswith(MAGNITUDE):
-            weight.copy_(self._base(f"{layer}.weight").float().norm(dim=1))
+            lengths = self._base(f"{layer}.weight").float().norm(dim=1)
+            if not lengths.all():
+                raise UserError(
+                    f"use_dora: {layer}.weight has a row of zeros, which has no direction; leave that layer out"
+                )
+            weight.copy_(lengths)
         elif self._config.pissa:
             weight.copy_(self._first(layer)[0 if name.endswith(A) else 1])
         elif name.endswith(A):

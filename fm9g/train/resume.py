@@ -76,7 +76,7 @@ def changes(run: RunConfig, checkpoint: Checkpoint) -> list[str]:
     if odd := [
         f"{key}: was {saved[key]['value']!r}, is {getattr(run.train.value, key)!r}"
         for key in _OF_ADAPTERS
-        if key in saved and saved[key]["value"] != getattr(run.train.value, key)
+        if key in saved and _as_set(saved[key]["value"]) != _as_set(getattr(run.train.value, key))
     ]:
         raise UserError(
             f"{checkpoint.folder}: its adapters are others, which a run cannot change on its way:\n" + "\n".join(odd)
@@ -86,6 +86,10 @@ def changes(run: RunConfig, checkpoint: Checkpoint) -> list[str]:
         for key, value, _ in run.train.rows()
         if key in saved and key not in _OF_A_SESSION and differ(saved[key]["value"], value)
     ]
+
+
+def _as_set(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list) else value
 
 
 def restore(

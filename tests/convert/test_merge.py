@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from adapters import LAYERS, logits, make_adapter, make_model
 from safetensors.torch import load_file
 from support import ROOT, small_model
 
+from fm9g.checkpoint.folder import checksum
 from fm9g.checkpoint.weights import read_weights, write_weights
 from fm9g.cli import main
 from fm9g.config.adapter import ADAPTER_CONFIG
@@ -132,6 +134,56 @@ def test_a_merge_that_changes_what_the_model_says_is_an_error(
     assert not (tmp_path / "no.pt").exists()
 
 
+def test_dropout_of_training_is_not_part_of_a_merge(base: Path, adapter: Adapter, tmp_path: Path) -> None:
+    config = dataclasses.replace(adapter.config, dropout=0.5)
+    assert merge(base, dataclasses.replace(adapter, config=config), tmp_path / "m.pt").exact < 1e-5
+
+
+def test_what_is_read_is_never_replaced(base: Path, adapter: Adapter, tmp_path: Path) -> None:
+    for target in (tmp_path / "adapter", tmp_path / "adapter" / "adapter.pt"):
+        with pytest.raises(UserError, match="which is read; choose another"):
+            merge(base, adapter, target, overwrite=True)
+    save_adapter(adapter, tmp_path / "other")
+    folders = [str(tmp_path / "adapter"), str(tmp_path / "other")]
+    assert main(["lora", "combine", *folders, "--out", folders[1], "--overwrite"]) == 2
+    assert all(open_adapter(Path(folder)).config == adapter.config for folder in folders)
+
+
+def test_a_target_is_replaced_only_by_what_was_checked(
+    base: Path, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapters, "_ROUNDING", -1.0)
+    for target in (tmp_path / "keep.pt", tmp_path / "keep"):
+        target.write_bytes(b"good") if target.suffix else target.mkdir()
+        with pytest.raises(UserError, match="Nothing was written"):
+            merge(base, adapter, target, overwrite=True)
+        assert target.read_bytes() == b"good" if target.suffix else not list(target.iterdir())
+
+
+def test_a_merge_of_a_bare_file_takes_the_tokenizer_that_trained(
+    base: Path, adapter: Adapter, tmp_path: Path, tokenizer_path: Path
+) -> None:
+    checkpoint = tmp_path / "4"
+    (checkpoint / "tokenizer").mkdir(parents=True)
+    for file in tokenizer_path.iterdir():
+        shutil.copy(file, checkpoint / "tokenizer")
+    write_weights(checkpoint / "fm9g_live_checkpoint-4.pt", adapter.weights, adapter.weights.items())
+    for name in (ADAPTER_CONFIG, "fm9g_live_checkpoint-4.log_ckpt"):
+        (checkpoint / name).write_text(json.dumps(adapter.config.to_json() if name == ADAPTER_CONFIG else {}))
+    files = [file for file in checkpoint.rglob("*") if file.is_file()]
+    sums = {str(file.relative_to(checkpoint)): [file.stat().st_size, checksum(file)] for file in files}
+    (checkpoint / "manifest.json").write_text(json.dumps({"step": 4, "files": sums}))
+    merge(base, open_adapter(checkpoint), tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    # A damaged file is found although it is named itself.
+    weights = checkpoint / "fm9g_live_checkpoint-4.pt"
+    content = bytearray(weights.read_bytes())
+    content[-300] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match="its content has changed"):
+        open_adapter(weights)
+
+
 def test_rows_that_are_written_apart_are_those_that_were_compared(
     base: Path, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,7 +247,8 @@ def test_several_adapters_are_combined_and_merged(base: Path, adapter: Adapter, 
     weight = read_weights(base)[f"{layer}.weight"]
     change = read_weights(tmp_path / "m.pt")[f"{layer}.weight"] - weight
     torch.testing.assert_close(change, 0.25 * (adapter.apply(layer, weight) - weight), atol=1e-6, rtol=1e-4)
-    assert main(["lora", "combine", folder, folder, "--weights", "1", "--out", out]) == 2
+    for weights in (["1"], ["nan", "1"], ["1", "0"]):
+        assert main(["lora", "combine", folder, folder, "--weights", *weights, "--out", str(tmp_path / "no")]) == 2
 
 
 def test_the_verbs_there_and_back(base: Path, adapter: Adapter, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

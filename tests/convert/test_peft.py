@@ -98,7 +98,13 @@ def test_what_our_adapters_cannot_say_is_refused(tmp_path: Path) -> None:
         ({"init_lora_weights": "pissa"}, "the base lost what the adapter began with"),
         ({"use_bdlora": True}, "use_bdlora: a variant of LoRA"),
         ({"r": 5}, "expected rank 5"),
-        ({"r": "x"}, "is not a number"),
+        ({"r": "x"}, "r: found 'x'"),
+        ({"r": 4.7}, "r: found 4.7"),
+        ({"lora_alpha": float("nan")}, "lora_alpha: found nan"),
+        ({"lora_alpha": 10**400}, "lora_alpha: found"),
+        ({"lora_dropout": 5}, "lora_dropout: found 5"),
+        ({"use_rslora": "false"}, "use_rslora: found 'false'"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication: a variant"),
         ({"use_dora": True}, "magnitude is missing"),
     ):
         file.write_text(json.dumps({**plain, **changes}))

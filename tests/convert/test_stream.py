@@ -3,9 +3,7 @@
 import errno
 import json
 import os
-import random
 import shutil
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from support import small_model
 from torch import nn
 
-from fm9g.checkpoint.stored import Gathered, Stored, open_pt, open_safetensors
+from fm9g.checkpoint.stored import Gathered
 from fm9g.checkpoint.weights import read_weights, write_weights
 from fm9g.cli import main
 from fm9g.convert import growing, hf, stream
@@ -265,44 +263,6 @@ def test_verification_finds_a_changed_weight(
     assert "NOT within the tolerated" in capsys.readouterr().out
 
 
-# ---- tensors on disk
-
-
-def some_tensors() -> dict[str, torch.Tensor]:
-    tensors = {
-        "plain": torch.randn(6, 5),
-        "parameter": nn.Parameter(torch.randn(3, 3)),
-        "scalar": torch.tensor(3.0),
-        "empty": torch.empty(0, 3),
-        "half": torch.randn(9).bfloat16(),
-        "turned": torch.randn(6, 7).t(),
-        "repeated": torch.randn(1, 3).expand(4, 3),
-    }
-    shared = torch.randn(8, 4)
-    return {**tensors, "rows": shared[2:5], "columns": shared[:, 1:3], "all": shared}
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_every_kind_of_tensor_of_a_pt_file_is_read(zipped: bool, tmp_path: Path) -> None:
-    tensors = some_tensors()
-    torch.save(tensors, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
-    stored = open_pt(tmp_path / "a.pt")
-    assert list(stored) == list(tensors)
-    for name, tensor in tensors.items():
-        found = stored[name].read()
-        assert torch.equal(found, tensor.detach())
-        assert (found.dtype, found.is_contiguous()) == (tensor.dtype, True)
-        if stored[name].is_range:
-            place = slice(stored[name].offset, stored[name].offset + stored[name].nbytes)
-            values = bytes(tensor.detach().contiguous().flatten().view(torch.uint8))
-            assert (tmp_path / "a.pt").read_bytes()[place] == values
-        if tensor.dim():
-            half = stored[name].rows(1, 2).read() if tensor.shape[0] else None
-            assert half is None or torch.equal(half, tensor[1:2].detach())
-    assert stored["plain"].is_range == stored["rows"].is_range == zipped
-    assert not stored["turned"].is_range
-
-
 @pytest.mark.parametrize("kind", ["zipped", "old", "bin"])
 def test_models_of_odd_tensors_are_converted(kind: str, folder: Path, tmp_path: Path) -> None:
     weights = {name: nn.Parameter(tensor.clone()) for name, tensor in read_weights(tmp_path / "m.pt").items()}
@@ -323,125 +283,6 @@ def test_models_of_odd_tensors_are_converted(kind: str, folder: Path, tmp_path: 
         import_folder(tmp_path / "out", tmp_path / "back.pt")
     back = read_weights(tmp_path / "back.pt")
     assert all(torch.equal(back[name], tensor) for name, tensor in weights.items())
-
-
-def header(tensors: dict, data: bytes = b"", length: int | None = None) -> bytes:
-    text = json.dumps(tensors).encode()
-    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
-
-
-PLAIN = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
-BAD = {
-    "empty": b"",
-    "short": b"\x01\x00",
-    "absurd length": header({}, length=2**63),
-    "no JSON": (5).to_bytes(8, "little") + b"{{{{{",
-    "a list": (2).to_bytes(8, "little") + b"[]",
-    "cut": header({"a": PLAIN}, bytes(23)),
-    "size": header({"a": {**PLAIN, "shape": [2, 4]}}, bytes(24)),
-    "backwards": header({"a": {**PLAIN, "data_offsets": [24, 0]}}, bytes(24)),
-    "negative": header({"a": {**PLAIN, "data_offsets": [-24, 0]}}, bytes(24)),
-    "negative shape": header({"a": {**PLAIN, "shape": [-2, -3]}}, bytes(24)),
-    "text": header({"a": {**PLAIN, "shape": ["2", 3]}}, bytes(24)),
-    "type": header({"a": {**PLAIN, "dtype": "F4"}}, bytes(24)),
-    "no type": header({"a": {"shape": [2, 3], "data_offsets": [0, 24]}}, bytes(24)),
-    "no entry": header({"a": None}, bytes(24)),
-    "deep": (10_000).to_bytes(8, "little") + b"[" * 10_000,
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_safetensors_files_get_one_message(case: str, tmp_path: Path) -> None:
-    (tmp_path / "a.safetensors").write_bytes(BAD[case])
-    with pytest.raises(UserError, match=r"a.safetensors: not a whole safetensors file"):
-        open_safetensors(tmp_path / "a.safetensors")
-
-
-def test_safetensors_files_are_read_as_the_library_does(tmp_path: Path) -> None:
-    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in some_tensors().items()}
-    save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
-    stored = open_safetensors(tmp_path / "a.safetensors")
-    assert stored.keys() == tensors.keys()
-    assert all(torch.equal(stored[name].read(), tensor) for name, tensor in tensors.items())
-
-
-def test_a_file_that_becomes_shorter_is_told(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(100)}, tmp_path / "a.safetensors")
-    stored = open_safetensors(tmp_path / "a.safetensors")["a"]
-    os.truncate(tmp_path / "a.safetensors", 200)
-    with pytest.raises(UserError, match="became shorter while it was read"):
-        stored.read()
-
-
-def test_a_pt_file_whose_directory_lies_is_refused(tmp_path: Path) -> None:
-    torch.save({"a": torch.randn(1000)}, tmp_path / "a.pt")
-    content = (tmp_path / "a.pt").read_bytes()
-    (tmp_path / "a.pt").write_bytes(content[:2000] + content[3000:])
-    with pytest.raises(UserError, match=r"a.pt: not a whole weight file"):
-        open_pt(tmp_path / "a.pt")
-
-
-def rezipped(file: Path, compression: int, cut: int = 0) -> None:
-    """Writes a .pt file anew. cut: bytes that its first tensor loses."""
-    with zipfile.ZipFile(file) as archive:
-        content = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(file, "w", compression) as archive:
-        for name, data in content.items():
-            archive.writestr(name, data[: len(data) - cut] if name.endswith("/data/0") else data)
-
-
-def test_compressed_files_are_read_and_short_records_refused(tmp_path: Path) -> None:
-    tensor = torch.zeros(1000)
-    torch.save({"a": tensor}, tmp_path / "a.pt")
-    rezipped(tmp_path / "a.pt", zipfile.ZIP_DEFLATED)
-    assert torch.equal(open_pt(tmp_path / "a.pt")["a"].read(), tensor)
-    torch.save({"a": tensor}, tmp_path / "b.pt")
-    rezipped(tmp_path / "b.pt", zipfile.ZIP_STORED)
-    assert torch.equal(open_pt(tmp_path / "b.pt")["a"].read(), tensor)
-    rezipped(tmp_path / "b.pt", zipfile.ZIP_STORED, cut=4)
-    with pytest.raises(UserError, match=r"b.pt: not a whole weight file"):
-        open_pt(tmp_path / "b.pt")
-
-
-@pytest.mark.parametrize("past_the_cache", [True, False])
-def test_a_growing_file_has_every_byte_once(
-    past_the_cache: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(growing, "_BUFFER", 3 * 4096)
-    source = tmp_path / "source"
-    source.write_bytes(random.Random(1).randbytes(200_000))
-    if not past_the_cache:
-        opened = os.open
-
-        def refused(path: Path, flags: int, mode: int = 0o777) -> int:
-            if flags & os.O_DIRECT:
-                raise OSError(errno.EINVAL, "Invalid argument")
-            return opened(path, flags, mode)
-
-        monkeypatch.setattr(os, "open", refused)
-    for seed in range(30):
-        pick = random.Random(seed)
-        expected = bytearray(pick.randbytes(pick.choice((0, 1, 4096, 5000))))
-        (tmp_path / "file").write_bytes(expected + b"what is cut off")
-        file = growing.GrowingFile(tmp_path / "file", len(expected))
-        for _ in range(pick.randint(0, 12)):
-            start, length = pick.randrange(100_000), pick.choice((1, 3, 4096, 8192, pick.randrange(40_000)))
-            part = source.read_bytes()[start : start + length]
-            if pick.random() < 0.4:
-                file.copy(source, start, length)
-            else:
-                file.write(part)
-            expected += part
-        file.flush()
-        assert file.position == len(expected)
-        file.to_disk()
-        file.close()
-        assert (tmp_path / "file").read_bytes() == expected, seed
-
-
-def test_rows_of_rows() -> None:
-    stored = Stored(Path("x"), torch.Size([10, 4]), torch.float16, 100)
-    assert stored.rows(2, 8).rows(1, 3) == Stored(Path("x"), torch.Size([2, 4]), torch.float16, 100 + 3 * 8)
 
 
 # ---- folders

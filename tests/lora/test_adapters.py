@@ -101,6 +101,9 @@ def test_every_key_is_used_or_refused(tmp_path: Path) -> None:
     refused("says nothing of DoRA", {**plain, layer + MAGNITUDE: torch.ones(32)})
     refused("magnitude is missing", plain, {**described, "use_dora": True})
     refused("expected floating-point", {**plain, layer + A: plain[layer + A].int()})
+    refused("holds values that are not finite", {**plain, layer + A: plain[layer + A] * float("nan")})
+    refused("repeats its values", {**plain, layer + A: torch.zeros(1).expand(3, 32)})
+    refused("lora_alpha: found 1e\\+300", plain, {**described, "lora_alpha": 1e300})
     refused("lora_alpha", plain, {**described, "lora_alpha": "x"})
     refused("unknown key", plain, {**described, "lora_beta": 1})
 
@@ -111,7 +114,7 @@ def test_r_and_alpha_come_from_the_adapter(tmp_path: Path) -> None:
     file = write(adapter, tmp_path / "fm9g_live_checkpoint-10.pt")
     with pytest.raises(UserError, match=r"r and alpha are not known, .*adapter_config.json is missing"):
         open_adapter(file)
-    settings = {"lora_layer": LAYERS, "lora_r": 3, "lora_alpha": 6, "pretrained_model": "x.pt"}
+    settings = {"lora_layer": LAYERS, "lora_r": 3, "lora_alpha": 6}
     train_config = tmp_path / "7b_lora.json"
     train_config.write_text(json.dumps({"finetune": settings}))
     assert open_adapter(file, train_config).config.scaling == 2.0

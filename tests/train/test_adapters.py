@@ -159,6 +159,8 @@ def test_another_base_or_another_adapter_is_refused_on_resume(
         ({"loraplus_lr_ratio": 0}, "loraplus_lr_ratio: found 0"),
         ({"lora_layer": '["project_q"'}, "lora_layer: found"),
         ({"lora_layer": "[1]"}, "lora_layer"),
+        ({"lora_r": "1e30"}, "lora_r: found"),
+        ({"lora_r": 40, "init_lora_weights": "pissa"}, "has 32 singular vectors"),
         ({"quantization": "nf3"}, "did you mean 'nf4'"),
         ({"freeze": "*.bias"}, "freeze and lora_layer are both given"),
         ({"use_dora": True, "init_lora_weights": "pissa"}, "keep one of them"),
@@ -168,6 +170,14 @@ def test_another_base_or_another_adapter_is_refused_on_resume(
 def test_what_cannot_be_meant_is_refused(tune: Callable[..., Result], changes: dict, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         tune("no", **changes)
+
+
+def test_a_row_without_a_direction_cannot_be_turned(tune: Callable[..., Result], base: Path) -> None:
+    weights = {name: tensor.clone() for name, tensor in read_weights(base).items()}
+    weights["encoder.layers.1.self_att.self_attention.project_q.weight"][3] = 0
+    write_weights(base, weights, weights.items())
+    with pytest.raises(UserError, match=r"use_dora: .*1.self_att.self_attention.project_q.weight has a row of zeros"):
+        tune("no", use_dora=True)
 
 
 def test_quantized_bases_train_to_the_loss_of_whole_ones(tune: Callable[..., Result]) -> None:
