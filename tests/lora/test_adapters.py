@@ -102,10 +102,16 @@ def test_every_key_is_used_or_refused(tmp_path: Path) -> None:
     refused("magnitude is missing", plain, {**described, "use_dora": True})
     refused("expected floating-point", {**plain, layer + A: plain[layer + A].int()})
     refused("holds values that are not finite", {**plain, layer + A: plain[layer + A] * float("nan")})
-    refused("repeats its values", {**plain, layer + A: torch.zeros(1).expand(3, 32)})
     refused("lora_alpha: found 1e\\+300", plain, {**described, "lora_alpha": 1e300})
     refused("lora_alpha", plain, {**described, "lora_alpha": "x"})
     refused("unknown key", plain, {**described, "lora_beta": 1})
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(described))
+    torch.save({**plain, layer + A: torch.zeros(1).expand(3, 32)}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="repeats its values"):
+        open_adapter(tmp_path / "a.pt")
+    torch.save({**plain, 3: torch.zeros(1)}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="expected one flat dict"):
+        open_adapter(tmp_path / "a.pt")
 
 
 def test_r_and_alpha_come_from_the_adapter(tmp_path: Path) -> None:
