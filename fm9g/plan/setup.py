@@ -126,6 +126,8 @@ class Setup:
 
     def check(self, model: ModelConfig) -> None:
         """Raises UserError where the model's heads cannot be dealt out to tp_size ranks."""
+        if self.tp_size > 1 and model.qk_norm:
+            raise UserError(f"tp_size {self.tp_size} does not go with a model whose qk_norm is true")
         for key in ("num_heads", "num_kv_heads"):
             if getattr(model, key) % self.tp_size:
                 raise UserError(f"tp_size {self.tp_size} does not divide {key} {getattr(model, key)}")

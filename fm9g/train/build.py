@@ -102,6 +102,8 @@ def build_model(
     if config.optimizer_offload and engine.device.type == "cpu":
         raise UserError("optimizer_offload: the weights are in the host's memory already; it is for GPUs")
     if config.tp_size > 1:
+        if model_config.qk_norm:  # each process would have the gradients of its own heads alone
+            raise UserError(f"tp_size {config.tp_size} does not go with a model whose qk_norm is true; ZeRO shards it")
         for key, heads in (("num_heads", model_config.num_heads), ("num_kv_heads", model_config.num_kv_heads)):
             if heads % config.tp_size:
                 raise UserError(f"tp_size {config.tp_size} does not divide the model's {key}, {heads}")

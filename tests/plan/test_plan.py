@@ -172,6 +172,12 @@ def _parsed(changes: str, setup: Setup) -> dict:
     return values
 
 
+def test_norms_of_queries_and_keys_keep_a_model_from_being_split() -> None:
+    with pytest.raises(UserError, match="whose qk_norm is true"):
+        plan(replace(SMALL, qk_norm=True), Setup(gpus=2, tp_size=2))
+    assert plan(replace(SMALL, qk_norm=True), Setup(gpus=2)).weights > plan(SMALL, Setup(gpus=2)).weights
+
+
 def test_heads_limit_tensor_parallelism() -> None:
     with pytest.raises(UserError, match="tp_size 8 does not divide num_kv_heads 4"):
         plan(shipped("4b"), Setup(gpus=8, tp_size=8))
