@@ -21,6 +21,8 @@ parser.add_argument("--overwrite", action="store_true", help="replace a folder t
 options = parser.parse_args()
 if options.lora_config_path and not options.lora_ckpt_path:
     parser.error("--lora-config-path: goes with --lora-ckpt-path")
+if options.huggingface_save_dir.endswith(".pt"):
+    parser.error(f"--huggingface-save-dir: found {options.huggingface_save_dir!r}, expected the name of a folder")
 lora = options.lora_ckpt_path
 arguments = ["lora", "merge", options.bmtrain_ckpt_path, lora] if lora else ["convert", options.bmtrain_ckpt_path]
 arguments += [options.huggingface_save_dir, "--reference", options.huggingface_ref_dir]

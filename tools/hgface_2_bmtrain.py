@@ -8,7 +8,9 @@ from fm9g.cli import main
 parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
 parser.add_argument("--huggingface-dir", default="./ckpt", help="(default: %(default)s)")
 parser.add_argument("--bmtrain-ckpt-path", default="./9g_models/7b.pt", help="FILE.pt (default: %(default)s)")
+parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
 options = parser.parse_args()
 if not options.bmtrain_ckpt_path.endswith(".pt"):
     parser.error(f"--bmtrain-ckpt-path: found {options.bmtrain_ckpt_path!r}, expected a name that ends in .pt")
-sys.exit(main(["convert", options.huggingface_dir, options.bmtrain_ckpt_path]))
+overwrite = ["--overwrite"] if options.overwrite else []
+sys.exit(main(["convert", options.huggingface_dir, options.bmtrain_ckpt_path, *overwrite]))

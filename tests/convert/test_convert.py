@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from support import ROOT, small_model
 
 from fm9g.checkpoint.weights import read_weights, write_weights
+from fm9g.cli import main
 from fm9g.config.model import ModelConfig
 from fm9g.convert import hf
 from fm9g.convert.architecture import from_hf_config, native_type, to_hf_config
@@ -76,6 +77,23 @@ def test_the_guides_tools_go_there_and_back(
     assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     assert run_tool("bmtrain_2_hgface.py", *back) == 2
     assert "the folder holds something" in capsys.readouterr().err
+
+
+def test_the_guides_tools_refuse_what_cannot_be_meant(
+    folder: Path, tmp_path: Path, run_tool: Callable[..., object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = ["--huggingface-dir", folder, "--bmtrain-ckpt-path", "7b.pt"]
+    assert [run_tool("hgface_2_bmtrain.py", *there, *more) for more in ([], [], ["--overwrite"])] == [0, 2, 0]
+    capsys.readouterr()
+    back = ["--huggingface-ref-dir", folder, "--bmtrain-ckpt-path", "7b.pt", "--huggingface-save-dir", "out.pt"]
+    assert run_tool("bmtrain_2_hgface.py", *back) == 2
+    assert "--huggingface-save-dir: found 'out.pt', expected the name of a folder" in capsys.readouterr().err
+    assert main(["convert", str(folder), "forgotten"]) == 2
+    assert "a 9G file, whose name ends in .pt" in capsys.readouterr().err
+    assert main(["convert", "7b.pt", "8b.pt"]) == 2
+    assert "is a file; a .pt file is made from a Hugging Face folder" in capsys.readouterr().err
+    assert main(["convert", "7b.pt", "out", "--reference", "7b.pt"]) == 2
+    assert "--reference is a Hugging Face folder" in capsys.readouterr().err
 
 
 def test_without_arguments_the_paths_of_the_guide_are_used(
