@@ -172,6 +172,13 @@ def test_what_cannot_be_meant_is_refused(tune: Callable[..., Result], changes: d
         tune("no", **changes)
 
 
+def test_the_ratio_of_lora_plus_is_on_b(tune: Callable[..., Result]) -> None:
+    for ratio, small in ((1e-6, True), (1.0, False)):
+        weights = read_weights(weight_file(tune(f"r{ratio}", train_iters=4, loraplus_lr_ratio=ratio)))
+        largest = max(float(weight.abs().max()) for name, weight in weights.items() if name.endswith("lora_B"))
+        assert (0 < largest < 1e-6) if small else largest > 1e-3
+
+
 def test_a_row_without_a_direction_cannot_be_turned(tune: Callable[..., Result], base: Path) -> None:
     weights = {name: tensor.clone() for name, tensor in read_weights(base).items()}
     weights["encoder.layers.1.self_att.self_attention.project_q.weight"][3] = 0
