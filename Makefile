@@ -44,7 +44,7 @@ bench-engine: $(VENV)/installed  # on the GPU where there is one; GPU=H100 names
 	for engine in torch bmtrain; do $(BIN)/python benchmarks/engine/construction.py --engine $$engine --scale $(SCALE) || exit 1; done
 	$(BIN)/python benchmarks/engine/throughput.py --gpu $(GPU)
 
-bench-convert: $(VENV)/installed  # half an hour and 30 GB of disk; ARGS="--gigabytes 1" for less
+bench-convert: $(VENV)/installed  # twenty minutes and 25 GB of disk; ARGS="--gigabytes 1" for less
 	$(BIN)/python benchmarks/convert/conversion.py $(filter-out --overwrite,$(ARGS))
 
 bench-train: $(VENV)/installed  # ten minutes, and as long again for the faults

@@ -204,7 +204,7 @@ class TrainConfig:
         "default",
         any_case=True,
         help="default: B is zero; pissa: A and B are the base's largest singular vectors, which the base loses; "
-        "pissa_niter_16: as good as that, and in seconds",
+        "pissa_niter_16: an approximation of them that takes less time",
         enum=["default", "pissa", "pissa_niter_16"],
     )
     loraplus_lr_ratio: float = option(

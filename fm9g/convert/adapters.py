@@ -105,7 +105,6 @@ def merge(
     if source.folder is None and base.is_dir():
         reference = reference or base
     prompts, _ = make_prompts(tokenizer, source.config.vocab_size)
-
     rounding = 0.0
 
     def logits(weights: Mapping[str, Gathered], change: Change | None = None) -> torch.Tensor:
@@ -178,6 +177,5 @@ def _with_adapter(name: str, weight: Gathered, adapter: Adapter) -> Gathered:
     layer = name.removesuffix(".weight")
     if layer == name or layer not in adapter.layers:
         return weight
-    own, rows = weight.change, _Rows(adapter, layer)
-    assert own is None, name  # no family changes the weight of a layer that adapters have
-    return dataclasses.replace(weight, change=rows)
+    assert weight.change is None, name  # no family changes the weight of a layer that adapters have
+    return dataclasses.replace(weight, change=_Rows(adapter, layer))

@@ -175,10 +175,10 @@ def combine(adapters: Sequence[Adapter], shares: Sequence[float]) -> Adapter:
     rank = sum(adapter.config.r for adapter in adapters)
     weights: dict[str, torch.Tensor] = {}
     for layer in dict.fromkeys(layer for adapter in adapters for layer in adapter.layers):
-        sizes = {(a.weights[layer + A].shape[1], a.weights[layer + B].shape[0]) for a in adapters if layer in a.layers}
-        if len(sizes) > 1:
+        shapes = {adapter.shape(layer) for adapter in adapters if layer in adapter.layers}
+        if len(shapes) > 1:
             raise UserError(f"{layer}: has another size in each of the adapters; they are of different models")
-        inputs, outputs = sizes.pop()
+        outputs, inputs = shapes.pop()
         a, b = torch.zeros(rank, inputs), torch.zeros(outputs, rank)
         start = 0
         for adapter, share in zip(adapters, shares):

@@ -32,6 +32,7 @@ KINDS = {
     "nf4-single": {"quantization": "nf4", "double_quant": False},
     "ema": {"ema_decay": 0.9},
     "muon": {"optimizer": "muon"},
+    "adafactor": {"optimizer": "adafactor"},
     "pissa-nf4": {"init_lora_weights": "pissa_niter_16", "quantization": "nf4", "ema_decay": 0.9},
 }
 
