@@ -32,7 +32,6 @@ KINDS = {
     "nf4-single": {"quantization": "nf4", "double_quant": False},
     "ema": {"ema_decay": 0.9},
     "muon": {"optimizer": "muon"},
-    "adafactor": {"optimizer": "adafactor"},
     "pissa-nf4": {"init_lora_weights": "pissa_niter_16", "quantization": "nf4", "ema_decay": 0.9},
 }
 
@@ -163,6 +162,7 @@ def test_another_base_or_another_adapter_is_refused_on_resume(
         ({"lora_r": "1e30"}, "lora_r: found"),
         ({"lora_r": 40, "init_lora_weights": "pissa"}, "has 32 singular vectors"),
         ({"quantization": "nf3"}, "did you mean 'nf4'"),
+        ({"optimizer": "adafactor"}, "B begins as zero, and would stay there; use adamw8bit"),
         ({"freeze": "*.bias"}, "freeze and lora_layer are both given"),
         ({"use_dora": True, "init_lora_weights": "pissa"}, "keep one of them"),
         ({"lora_backend": "opendelta", "quantization": "nf4"}, "use peft"),
