@@ -349,8 +349,8 @@ class TrainConfig:
             raise UserError("strict_state_dict false does not go with lora_layer: adapters need the whole base")
         if self.optimizer == "adafactor":
             raise UserError(
-                "optimizer adafactor does not go with lora_layer: its steps are relative to the size of a weight, and an "
-                "adapter's B begins as zero, and would stay there; use adamw8bit to save memory"
+                "optimizer adafactor does not go with lora_layer: its steps are relative to the size of a weight, and "
+                "an adapter's B begins as zero, and would stay there; use adamw8bit to save memory"
             )
         if self.freeze:
             raise UserError("freeze and lora_layer are both given; with adapters nothing else is trained anyway")
