@@ -38,7 +38,7 @@ docs: $(VENV)/installed  # the pages that are made from the source
 	$(BIN)/python docs/arguments.py
 
 bench-data: $(VENV)/installed  # about ten minutes and 6 GB of disk, on a machine that does nothing else
-	for name in indexing reading encoding; do $(BIN)/python benchmarks/data/$$name.py || exit 1; done
+	for name in indexing reading encoding chats; do $(BIN)/python benchmarks/data/$$name.py || exit 1; done
 
 bench-engine: $(VENV)/installed  # on the GPU where there is one; GPU=H100 names whose peak the MFU is of
 	for engine in torch bmtrain; do $(BIN)/python benchmarks/engine/construction.py --engine $$engine --scale $(SCALE) || exit 1; done

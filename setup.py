@@ -43,7 +43,18 @@ setup(
         "opendelta": ["opendelta==0.3.2"],
         "quantization": ["bitsandbytes"],
         "serving": ["vllm"],
+        "tiktoken": ["tiktoken"],  # to read *.tiktoken files
         "tracking": ["wandb", "swanlab"],
-        "dev": ["bitsandbytes", "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "pre-commit"],
+        "dev": [
+            "bitsandbytes",
+            "tiktoken",
+            "trl",  # published chat templates, to compare with
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "pre-commit",
+        ],
     },
 )

@@ -19,6 +19,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from fm9g.config.adapter import AdapterConfig
 from fm9g.config.train import TrainConfig
 from fm9g.data.pack import Pack, Sample, collate
+from fm9g.data.tokens import mark
 from fm9g.engine.base import Engine, LossScale, Placement
 from fm9g.engine.processes import Processes
 from fm9g.engine.rules import OptimizerSettings
@@ -74,7 +75,10 @@ def documents(step: int) -> list[list[Sample]]:
             ids = source.integers(0, 320, length)
             tokens = np.append(ids, ids[:1]).astype(np.int32)
             read = source.integers(0, length)
-            tokens[: 1 + read] = ~tokens[: 1 + read]
+            weights = np.where(np.arange(length + 1) > read, 1.0, 0.0)
+            if length % 3 == 0:  # some documents count less
+                weights[read + 1 :: 2] = 0.25
+            tokens = mark(tokens, weights)
             group.append(Sample(tokens, dataset=length % 2, place=0, piece=0))
         groups.append(group)
     return groups

@@ -66,7 +66,9 @@ def _add_mixture_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", required=True, help="a tokenizer file, or a folder that holds one")
     parser.add_argument("--max_length", type=int, default=4096, help="longest sample, in tokens (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=1, help="a row is as many times max_length (%(default)s)")
-    parser.add_argument("--template", default="", help="chat template of the datasets that name none")
+    parser.add_argument("--template", default="", help="of the datasets that name none; none: pairs as they are")
+    parser.add_argument("--template_date", default="", help="what templates write as today's date (today)")
+    parser.add_argument("--turns", default="auto", help="texts of a conversation: auto or split (%(default)s)")
     parser.add_argument("--loss", default="assistant", help="what they learn: assistant, last or all (%(default)s)")
     parser.add_argument("--seed", type=int, default=1234, help="of the order of samples (%(default)s)")
 
@@ -104,7 +106,7 @@ def _data_txt2jsonl(options: argparse.Namespace) -> None:
 
 
 def _data_index(options: argparse.Namespace) -> None:
-    from fm9g.data.build import build_index
+    from fm9g.data.build import build_index, without_companions
     from fm9g.data.columns import columns_from_file, columns_from_text, dataset_info_entry
     from fm9g.data.lines import Settings
     from fm9g.data.sources import find_sources
@@ -120,7 +122,7 @@ def _data_index(options: argparse.Namespace) -> None:
     elif options.columns:
         is_file = "=" not in options.columns
         columns = columns_from_file(Path(options.columns)) if is_file else columns_from_text(options.columns)
-    sources = find_sources(paths, options.format, options.text_unit, options.output)
+    sources = without_companions(find_sources(paths, options.format, options.text_unit, options.output), paths)
     settings = Settings(options.language, columns, options.as_is, options.skip_bad, options.split, options.seed)
     report = build_index(sources, options.output, settings, options.workers, options.overwrite)
     for folder, meta in report.metas.items():
@@ -128,6 +130,8 @@ def _data_index(options: argparse.Namespace) -> None:
         print(f"{folder}: {size}")
     shapes = ", ".join(f"{count} {shape}" for shape, count in report.shapes.most_common())
     print(f"read from {report.sources} {'file' if report.sources == 1 else 'files'}: {shapes}")
+    for note in report.findings.notes():
+        print(f"note: {note}")
     if report.empty:
         print(f"note: {report.empty} records have no output; training skips them")
     if report.rejected:
@@ -135,11 +139,11 @@ def _data_index(options: argparse.Namespace) -> None:
 
 
 def _data_tokenizer(options: argparse.Namespace) -> None:
-    from fm9g.data.build import texts_of
+    from fm9g.data.build import texts_of, without_companions
     from fm9g.data.sources import find_sources
     from fm9g.data.tokenizer import train_tokenizer
 
-    sources = find_sources(options.files)
+    sources = without_companions(find_sources(options.files), options.files)
     files = tuple(Path(source.path) for source in sources)
     size = train_tokenizer(texts_of(sources), options.vocab_size, options.output, options.overwrite, files)
     less = f"; fewer than {options.vocab_size}: the text gives no more" if size < options.vocab_size else ""
@@ -147,7 +151,7 @@ def _data_tokenizer(options: argparse.Namespace) -> None:
 
 
 def _mixture_settings(options: argparse.Namespace) -> dict[str, Any]:
-    keys = ("max_length", "batch_size", "template", "loss", "seed")
+    keys = ("max_length", "batch_size", "template", "template_date", "turns", "loss", "seed")
     return {"tokenizer_path": options.tokenizer, **{key: getattr(options, key) for key in keys}}
 
 
@@ -159,6 +163,8 @@ def _data_check(options: argparse.Namespace) -> None:
     arguments = {key: getattr(options, key) for key in keys}
     report = check(options.mixture, **arguments, **_mixture_settings(options))
     print(table(report))
+    for line in report["templates"]:
+        print(line)
     for note in report["notes"]:
         print(f"note: {note}")
     print(f"{options.output}: check.json, lengths.png")

@@ -11,6 +11,7 @@ from fm9g.config.load import Layer, Loaded, build, read_json
 from fm9g.errors import UserError
 
 LOSSES = ["assistant", "last", "all"]
+TURNS = ["auto", "split"]
 UNUSED = "descriptive; nothing depends on it"
 
 
@@ -31,9 +32,12 @@ class DatasetConfig:
     ave_tokens: float | None = option(None, help="another name of ave_tokens_per_line", exclusiveMinimum=0)
     total_tokens: float | None = option(None, help=f"10^9 tokens; {UNUSED}", minimum=0)
     template: str = option(
-        "", help="chat template: chatml, add_template, llama, llama2, tokenizer, or a file; default: the run's"
+        "",
+        help="chat template: a built-in one (docs/data.md lists them), tokenizer (its own), a file, or none; default: "
+        "the run's",
     )
     loss: str = option("", help="what is learnt: assistant, last or all; default: the run's", enum=["", *LOSSES])
+    turns: str = option("", help="texts of a conversation: auto or split; default: the run's", enum=["", *TURNS])
     oversize_rule: str = option(
         "segment",
         help="of a record longer than max_length: drop it, keep its head, cut text into segments, or keep it whole in "

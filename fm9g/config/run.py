@@ -56,8 +56,8 @@ class RunConfig:
 
 
 def with_defaults(item: Loaded[DatasetConfig], train: Loaded[TrainConfig]) -> Loaded[DatasetConfig]:
-    """A dataset with the run's template, loss and max_samples where it has none of its own, and its stop_when_end."""
-    keys = [key for key in ("template", "loss", "max_samples") if not getattr(item.value, key)]
+    """A dataset with the run's template, loss, turns and max_samples where it has none, and its stop_when_end."""
+    keys = [key for key in ("template", "loss", "turns", "max_samples") if not getattr(item.value, key)]
     values = {key: getattr(train.value, key) for key in keys}
     origins = {key: train.origins[key] for key in keys}
     if train.value.stop_when_end:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from fm9g.config.fields import keys_of, option
 from fm9g.config.load import COMMAND_LINE, Layer, Loaded, build, find_config, read_object, require_config
-from fm9g.config.mixture import LOSSES
+from fm9g.config.mixture import LOSSES, TURNS
 from fm9g.errors import UserError
 
 # Names of the 9G guide that have no meaning any more: name -> what replaces it.
@@ -130,14 +131,25 @@ class TrainConfig:
     dataloader_num_workers: int = option(1, help="processes that encode; 0: the training process itself", minimum=0)
     template: str = option(
         "",
-        help="chat template of the datasets that name none: chatml, add_template, llama, llama2, tokenizer (its own), "
-        "or a file",
+        help="chat template of pairs and conversations, in the datasets that name none: a built-in one (docs/data.md "
+        "lists them), tokenizer (its own), a file, or none. Default: pairs are as they are, conversations are written "
+        "with the tokenizer's own",
+    )
+    template_date: str = option(
+        "", help="what templates write as today's date, YYYY-MM-DD; default: the first day of the run"
     )
     loss: str = option(
         "assistant",
         any_case=True,
         help="what is learnt of a conversation: every turn of the assistant, its last one, or all of the text",
         enum=LOSSES,
+    )
+    turns: str = option(
+        "auto",
+        any_case=True,
+        help="texts of a conversation: auto makes as few as the template allows, several where it rewrites earlier "
+        "turns; split makes one for each turn of the assistant",
+        enum=TURNS,
     )
     only_run_dataloader: bool = option(
         False, help="run the data loader alone for train_iters steps and say how fast it is"
@@ -306,6 +318,8 @@ class TrainConfig:
         step = self.resume_ckpt
         if step and step != "auto" and not (step.isascii() and step.isdecimal()):
             raise UserError(f"resume_ckpt: found {step!r}, expected the number of a step, or auto")
+        if self.template_date and not _is_date(self.template_date):
+            raise UserError(f"template_date: found {self.template_date!r}, expected a date such as 2026-07-26")
         if self.global_batch and self.grad_accum != 1:
             raise UserError("global_batch and grad_accum are both given; keep one of them")
         if self.tp_size > 1 and self.engine == "bmtrain":
@@ -362,6 +376,13 @@ class TrainConfig:
             raise UserError("use_dora and init_lora_weights pissa are both given; keep one of them")
         if self.lora_backend == "opendelta" and (self.use_dora or self.quantization != "none"):
             raise UserError("lora_backend opendelta has neither use_dora nor quantization; use peft")
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def load_train_config(name: str, overrides: dict[str, Any]) -> tuple[Loaded[TrainConfig], Path, list[str]]:

@@ -71,7 +71,8 @@ def write_tokenizer(source: Path | None, checkpoint: Path | None, folder: Path) 
             "legacy": False,
         }
         _write(folder / TOKENIZER_CONFIG, settings)
-    _write_template(tokenizer.chat_template, folder)
+    if isinstance(tokenizer.chat_template, str):  # several by name stay where they are
+        _write_template(tokenizer.chat_template, folder)
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
 
 

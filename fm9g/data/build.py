@@ -18,6 +18,7 @@ import h5py
 import numpy as np
 import orjson
 
+from fm9g.data.findings import Findings
 from fm9g.data.index import DATA, INDEX, INDEX_H5, META
 from fm9g.data.lines import BUCKETS, Bad, Lines, Part, Settings, convert_lines, convert_range, convert_records
 from fm9g.data.readers import records
@@ -40,11 +41,13 @@ _SAMPLE_CHARACTERS = 50
 
 @dataclass
 class Report:
-    """What an indexing found. metas: folder -> content of its meta.json. rejected: bad records, left out."""
+    """What an indexing found. metas: folder -> content of its meta.json. empty: records without output. rejected: bad
+    records, left out."""
 
     sources: int = 0
     metas: dict[Path, dict[str, Any]] = field(default_factory=dict)
     shapes: Counter[str] = field(default_factory=Counter)
+    findings: Findings = field(default_factory=Findings)
     blank: int = 0
     empty: int = 0
     rejected: int = 0
@@ -157,6 +160,7 @@ class _Run:
                 writer.add(lines, source.path)
                 self._report.empty += lines.empty
             self._report.shapes += part.shapes
+            self._report.findings.add(part.findings)
             self._report.blank += part.blank
             read += part.read
             self.read += part.read
@@ -265,6 +269,22 @@ def _cut(value: Any, depth: int = 8) -> Any:
     return value[:_SAMPLE_CHARACTERS] + "..." if long else value
 
 
+def without_companions(sources: list[Source], paths: list[str]) -> list[Source]:
+    """The sources but for what lies beside the data of indexed datasets: a dataset's records are its data.jsonl.
+
+    paths: what was asked for; a file that is named itself is read.
+    """
+    return [source for source in sources if source.path in paths or not _is_companion(Path(source.path))]
+
+
+def _is_companion(path: Path) -> bool:
+    folders = [path.parent, *(path.parent / name for name in SPLITS)] if path.name == REJECTS else [path.parent]
+    return path.name in (META, REJECTS) and any(
+        (folder / DATA).is_file() and ((folder / INDEX).is_file() or (folder / INDEX_H5).is_file())
+        for folder in folders
+    )
+
+
 def texts_of(sources: Iterable[Source], limit: int | None = None) -> Iterator[str]:
     """The texts that a tokenizer is trained on: what the records of the sources say.
 
@@ -294,13 +314,13 @@ def _read(path: str, start: int, end: int) -> bytes:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """The texts in a canonical record; not the names of its roles."""
+    """The texts in a canonical record; not the names of its roles, nor ids."""
     if isinstance(value, str):
         if value:
             yield value
     elif isinstance(value, dict):
         for key, item in value.items():
-            if key not in ("role", "type"):
+            if key not in ("role", "type", "id", "tool_call_id"):
                 yield from _strings(item)
     elif isinstance(value, list):
         for item in value:

@@ -6,6 +6,7 @@ kept of a record is 20 bytes on the disk.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -15,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -28,10 +29,11 @@ from fm9g.config.run import with_defaults
 from fm9g.config.train import TrainConfig
 from fm9g.data.encode import EMPTY, LONG_INPUT, OVERSIZE, Encoded
 from fm9g.data.loader import make_plan
-from fm9g.data.mixture import Mixture
+from fm9g.data.mixture import Mixture, finding_notes
 from fm9g.data.pool import EncodingPool
 from fm9g.data.report import draw
 from fm9g.data.stream import Stream
+from fm9g.data.tokens import join_samples, split_samples
 from fm9g.errors import UserError
 from fm9g.files import new_folder
 from fm9g.progress import Progress
@@ -54,7 +56,8 @@ def open_mixture(name: str, **settings: Any) -> tuple[Mixture, Path]:
     file, train = require_config("dataset_configs", name), run.value
     configs = [with_defaults(item, run).value for item in load_mixture(file)]
     capacity = train.batch_size * train.max_length
-    return Mixture(configs, train.tokenizer_path, train.max_length, train.seed, capacity), file
+    mixture = Mixture(configs, train.tokenizer_path, train.max_length, train.seed, capacity, date=train.template_date)
+    return mixture, file
 
 
 def check(
@@ -93,6 +96,7 @@ def check(
                 ]
             report: Report = {"mixture": str(file), **settings, "sample": sample, "steps": steps, "packs": packs}
             report |= {"max_length": mixture.max_length, "capacity": mixture.capacity}
+            report["templates"] = mixture.describe()
             report["buckets"] = _buckets(max(item.figures["max"] for item in found), mixture.max_length)
             report["datasets"] = {}
             for config, item in zip(mixture.configs, found):
@@ -107,40 +111,39 @@ def check(
 
 
 class _Found(NamedTuple):
-    """A dataset's figures and, for each record that was read: its tokens, how many come before the first learnt one,
-    and once more its tokens, in order of size."""
+    """A dataset's figures and, for each sample of the records that were read: its tokens, how many come before the
+    first trained one, and once more its tokens, in order of size. bounds: (records + 1,) which samples a record has."""
 
     figures: dict[str, Any]
     lengths: np.ndarray
     read: np.ndarray
     ordered: np.ndarray
+    bounds: np.ndarray
 
 
 def _measure(pool: EncodingPool, dataset: int, count: int, file: Path, progress: Progress) -> _Found:
     """Encodes `count` records of a dataset, spread evenly over it. file: begins the names of the arrays on the disk."""
     mixture, records = pool.mixture, pool.mixture.datasets[dataset]
     size = len(records)
-    lengths, read, hashes = (file.with_suffix(f".{name}") for name in ("lengths", "read", "hashes"))
+    names = ("lengths", "read", "hashes", "bounds")
+    lengths, read, hashes, bounds = files = [file.with_suffix(f".{name}") for name in names]
     counted: Counter[str] = Counter()
     dropped = {LONG_INPUT: 0, OVERSIZE: 0, EMPTY: 0}
-    with lengths.open("wb") as lengths_file, read.open("wb") as read_file, hashes.open("wb") as hashes_file:
+    with contextlib.ExitStack() as opened:
+        lengths_file, read_file, hashes_file, bounds_file = (opened.enter_context(f.open("wb")) for f in files)
+        bounds_file.write(np.zeros(1, np.int64).tobytes())
         for numbers, tokens in pool.tokens(dataset, (i * size // count for i in range(count)), in_file=True):
-            for record in tokens:
-                encoded = mixture.cut(dataset, record)
-                if encoded.skipped:
-                    dropped[encoded.skipped] += 1
-                    continue
-                pieces = encoded.pieces
-                counted["kept_tokens"] += sum(len(piece) - 1 for piece in pieces)
-                counted["learnt_tokens"] += sum(int(np.count_nonzero(piece[1:] >= 0)) for piece in pieces)
-                if len(pieces) > 1:
-                    counted["segmented"] += 1
-                    counted["segments"] += len(pieces)
-                elif len(pieces[0]) < len(record):
-                    counted["truncated"] += 1
-            before = [int(np.argmax(record[1:] >= 0)) if len(record) > 1 else 0 for record in tokens]
-            lengths_file.write(np.array([max(0, len(record) - 1) for record in tokens], np.int32).tobytes())
+            samples = [split_samples(record) for record in tokens]
+            together = list(chain.from_iterable(samples))
+            for sample in together:
+                _count(sample, mixture.cut(dataset, sample), counted, dropped)
+            before = [int(np.argmax(sample[1:] >= 0)) if len(sample) > 1 else 0 for sample in together]
+            lengths_file.write(np.array([max(0, len(sample) - 1) for sample in together], np.int32).tobytes())
             read_file.write(np.array(before, np.int32).tobytes())
+            bounds_file.write(
+                (counted["samples"] + np.cumsum([len(some) for some in samples], dtype=np.int64)).tobytes()
+            )
+            counted["samples"] += len(together)
             # The last line may lack its line end.
             lines = (records.line(number).removesuffix(b"\n") for number in numbers)
             hashes_file.write(b"".join(hashlib.blake2b(line, digest_size=8).digest() for line in lines))
@@ -155,6 +158,7 @@ def _measure(pool: EncodingPool, dataset: int, count: int, file: Path, progress:
     figures = {
         "records": size,
         "read": count,
+        "samples": counted["samples"],
         "tokens": total,
         "mean": total / max(1, len(filled)),
         **{key: _quantile(filled, q) for key, q in (("min", 0.0), ("median", 0.5), ("p95", 0.95), ("max", 1.0))},
@@ -165,8 +169,25 @@ def _measure(pool: EncodingPool, dataset: int, count: int, file: Path, progress:
             int(np.count_nonzero(signs[i : i + _BLOCK][: count - 1 - i] == signs[i + 1 : i + 1 + _BLOCK]))
             for i in range(0, count, _BLOCK)
         ),
+        "findings": dict(mixture.findings[dataset]),
     }
-    return _Found(figures, np.memmap(lengths, np.int32, "r"), np.memmap(read, np.int32, "r"), in_order)
+    mapped = np.memmap(lengths, np.int32, "r"), np.memmap(read, np.int32, "r")
+    return _Found(figures, *mapped, in_order, np.memmap(bounds, np.int64, "r"))
+
+
+def _count(sample: np.ndarray, encoded: Encoded, counted: Counter[str], dropped: dict[str, int]) -> None:
+    """Counts what becomes of a sample."""
+    if encoded.skipped:
+        dropped[encoded.skipped] += 1
+        return
+    pieces = encoded.pieces
+    counted["kept_tokens"] += sum(len(piece) - 1 for piece in pieces)
+    counted["learnt_tokens"] += sum(int(np.count_nonzero(piece[1:] >= 0)) for piece in pieces)
+    if len(pieces) > 1:
+        counted["segmented"] += 1
+        counted["segments"] += len(pieces)
+    elif len(pieces[0]) < len(sample):
+        counted["truncated"] += 1
 
 
 def _quantile(ordered: np.ndarray, q: float) -> int:
@@ -196,9 +217,13 @@ def _forecast(report: Report, mixture: Mixture, found: Sequence[_Found]) -> None
         item = found[dataset]
         # Of a sample of the records, the one that was read next to it.
         at = np.array([numbers(dataset, place // _PLACES)[place % _PLACES] for place in places])
-        rows = at * len(item.lengths) // len(mixture.datasets[dataset])
-        stand_ins = (marks[longest - read :][: length + 1] for length, read in zip(item.lengths[rows], item.read[rows]))
-        return [mixture.cut(dataset, tokens) for tokens in stand_ins]
+        rows = at * (len(item.bounds) - 1) // len(mixture.datasets[dataset])
+        return [mixture.cut(dataset, join_samples(list(stand_ins(item, row)))) for row in rows.tolist()]
+
+    def stand_ins(item: _Found, row: int) -> Iterator[np.ndarray]:
+        samples = slice(item.bounds[row], item.bounds[row + 1])
+        for length, read in zip(item.lengths[samples].tolist(), item.read[samples].tolist()):
+            yield marks[longest - read :][: length + 1]
 
     def read_ahead(dataset: int, places: Iterator[int]) -> Iterator[tuple[int, Encoded]]:
         while chunk := list(islice(places, 64)):
@@ -260,17 +285,21 @@ def _notes(report: Report, mixture: Mixture) -> list[str]:
     for config, (task, figures) in zip(mixture.configs, datasets.items()):
         read, records, epochs = figures["read"], figures["records"], figures["run_epochs"]
 
-        def part(count: int, of: int = read) -> str:
-            return f"{count} of {of} records ({count / of:.1%})"
+        samples = figures["samples"]  # a record has several where its template rewrites turns
+
+        def part(count: int, of: int = read, several: bool = samples != read) -> str:
+            return f"{count} of {of} {'samples' if several else 'records'} ({count / of:.1%})"
 
         for reason, count in {**figures["dropped"], EMPTY: figures["empty"]}.items():
-            if count > _LOST * read:
-                notes.append(f"{task}: {part(count)} give nothing to train on: {reason}")
-        if figures["truncated"] > _LOST * read:
-            notes.append(f"{task}: {part(figures['truncated'])} lose their end at {mixture.max_length} tokens")
+            if count > _LOST * samples:
+                notes.append(f"{task}: {part(count, samples)} give nothing to train on: {reason}")
+        if figures["truncated"] > _LOST * samples:
+            truncated = part(figures["truncated"], samples)
+            notes.append(f"{task}: {truncated} lose their end at {mixture.max_length} tokens")
         if figures["duplicates"]:
-            notes.append(f"{task}: {part(figures['duplicates'])} repeat another one exactly")
+            notes.append(f"{task}: {part(figures['duplicates'], several=False)} repeat another one exactly")
         notes += [f"{task}: {line}" for line in _differences(config, figures)]
+        notes += finding_notes(task, Counter(figures["findings"]), read)
         if not figures["learnt_tokens"]:
             notes.append(f"{task}: nothing in it is learnt; a run that draws from it ends with an error")
             continue
@@ -288,7 +317,7 @@ def _notes(report: Report, mixture: Mixture) -> list[str]:
         notes.append(f"{report['packing']['padding']:.1%} of the positions are padding; a larger batch_size has less")
     if report["packing"]["steps"] < report["steps"]:
         notes.append(f"the data is used up after about {report['packing']['steps']} of {report['steps']} steps")
-    return notes
+    return notes + mixture.template_notes()
 
 
 def _differences(config: DatasetConfig, figures: dict[str, Any]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import zlib
 from collections import Counter
@@ -12,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from fm9g.data.findings import Findings, has_tools
 from fm9g.data.order import mix
 from fm9g.data.readers import NUL, Record
 from fm9g.data.records import parse_record, to_line
 from fm9g.data.scan import MARGIN, TOKENS_PER_UNIT, plain_pairs, units
-from fm9g.data.shapes import BadRecord, Columns, canonical
+from fm9g.data.shapes import Columns, canonical
 from fm9g.data.sources import check_record_size
+from fm9g.data.values import TOO_DEEP, BadRecord, check_storable
 from fm9g.errors import UserError
 
 BUCKETS = {"less_4k": 4, "4k-8k": 8, "8k-16k": 16, "16k-32k": 32, "32k-64k": 64, "64k-128k": 128, "128k-256k": 256}
@@ -95,6 +96,7 @@ class Part:
     read: int = 0
     blank: int = 0
     shapes: Counter[str] = field(default_factory=Counter)
+    findings: Findings = field(default_factory=Findings)
     bad: list[Bad] = field(default_factory=list)
 
 
@@ -137,8 +139,7 @@ def convert_records(records: list[Record], settings: Settings) -> Part:
                 raise record
             collected.add(record)
         except BadRecord as error:
-            given = isinstance(record, BadRecord)
-            content = error.content if given else json.dumps(record, ensure_ascii=False, default=str)
+            content = error.content if isinstance(record, BadRecord) else _shown(record)
             part.bad.append(Bad(where, str(error), content.encode("utf-8", "replace")))
             if not settings.skip_bad:
                 break
@@ -224,10 +225,12 @@ def _text(line: bytes) -> str:
         raise BadRecord(f"not UTF-8: {error.reason}; convert the file, with iconv for example") from None
 
 
-def _finite(value: Any) -> bool:
-    if isinstance(value, (dict, list)):
-        return all(map(_finite, value.values() if isinstance(value, dict) else value))
-    return not isinstance(value, float) or math.isfinite(value)
+def _shown(record: dict[str, Any]) -> str:
+    """A bad record as text."""
+    try:
+        return json.dumps(record, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError) as error:
+        return f"a record with the keys {', '.join(record)} that cannot be written: {error}"
 
 
 class _Collected:
@@ -241,17 +244,21 @@ class _Collected:
     def add(self, record: dict[str, Any], line: bytes | None = None) -> None:
         """line: the record as it was read, kept where it is in canonical form. Raises BadRecord."""
         settings = self._settings
-        if settings.as_is:
-            shape, kept = "as it is", record
-            if line is None and not _finite(record):
-                raise BadRecord("holds a number that is not finite, which is not JSON")
-        else:
-            shape, kept = canonical(record, settings.columns)
+        left_out: list[str] = []
+        try:
+            shape, kept = ("as it is", record) if settings.as_is else canonical(record, settings.columns, left_out)
+        except RecursionError:
+            raise BadRecord(TOO_DEEP) from None
+        # JSON's lines hold no number that is not finite; and pairs are of strings.
+        if (line is None and settings.as_is) or ("messages" in kept and (line is None or has_tools(kept))):
+            check_storable(kept)
         stored = to_line(kept) if line is None or kept is not record else line + b"\n"
         side = int(bool(settings.split) and mix(settings.seed, _SPLIT, zlib.crc32(stored)) < settings.split * 2**64)
         self._lines[side].append(stored)
         self._empty[side] += kept.get("output", True) == ""
         self._part.shapes[shape] += 1
+        if not settings.as_is:
+            self._part.findings.look_at(kept, left_out)
 
     def finish(self, source: tuple[int, bytes] = (0, b"")) -> None:
         """source: place and content of the block the records are from; lines that equal it need not be copied."""

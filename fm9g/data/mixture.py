@@ -5,10 +5,12 @@ A place is a position in a dataset's endless sequence of epochs; every epoch is 
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
 import random
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,30 +22,32 @@ from fm9g.data import cache
 from fm9g.data.cache import TokenCache
 from fm9g.data.encode import Encoded, Encoder, Texts, cut
 from fm9g.data.index import IndexedDataset
+from fm9g.data.literal import protect
 from fm9g.data.order import Permutation, mix
 from fm9g.data.records import SHOWN
 from fm9g.data.shapes import BadRecord
-from fm9g.data.template import Rendered, Template, load_template
-from fm9g.data.tokenizer import CHAT_TEMPLATE, load_tokenizer
+from fm9g.data.template import NONE, OWN, Template, load_template
+from fm9g.data.tokenizer import CHAT_TEMPLATE, CHAT_TEMPLATES, Tokenizer, load_tokenizer
 from fm9g.errors import UserError
 
 Transform = Callable[[dict[str, Any], int, random.Random], dict[str, Any]]
 
 _SHUFFLE, _TRANSFORM, _MEAN = 1, 2, 3  # what a random number is for
 _MEAN_RECORDS = 256  # records that an unknown average length is measured on
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _SMALL, _EPOCHS = 4096, 1024  # records of a small dataset, and epochs that are remembered
 
 
 class Recipe(NamedTuple):
-    """What a mixture is opened from, in this process or in a worker."""
+    """What a mixture is opened from, in this process or in a worker. tokenizer: opened, or its path."""
 
     configs: Sequence[DatasetConfig]
-    tokenizer_path: str
+    tokenizer: str | Tokenizer
     max_length: int
     seed: int
     capacity: int
     token_cache: str = ""
+    date: str = ""
 
 
 class Mixture:
@@ -52,34 +56,34 @@ class Mixture:
     def __init__(
         self,
         configs: Sequence[DatasetConfig],
-        tokenizer_path: str,
+        tokenizer: str | Tokenizer,
         max_length: int,
         seed: int,
         capacity: int = 0,
         token_cache: str = "",
+        date: str = "",
     ) -> None:
-        """capacity: tokens of a row, at least max_length and as much by default. token_cache: a folder with the caches
-        of the datasets, made by `fill_cache`; those that are not there or stale are not used.
+        """tokenizer: opened, or its path. capacity: tokens of a row, at least max_length and as much by default.
+        token_cache: a folder with the caches of the datasets, made by `fill_cache`; those that are not there or stale
+        are not used. date: what templates write as today's, YYYY-MM-DD; empty: today.
 
         Raises UserError for what is missing or cannot be read.
         """
         self.configs, self.max_length, self.seed = list(configs), max_length, seed
         self.capacity = capacity or max_length
         assert self.capacity >= max_length  # else a sample might fit into no row
-        self.recipe = Recipe(configs, tokenizer_path, max_length, seed, self.capacity, token_cache)
-        self.tokenizer = load_tokenizer(tokenizer_path)
+        self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        date = date or datetime.date.today().isoformat()
+        # Workers get the opened tokenizer: opening it takes transformers, and seconds.
+        self.recipe = Recipe(configs, self.tokenizer, max_length, seed, self.capacity, token_cache, date)
         self.datasets = [IndexedDataset(config.path, config.max_samples) for config in configs]
         self.transforms = [_load_transform(config) for config in configs]
-        self.encoders = [
-            Encoder(
-                self.tokenizer,
-                load_template(config.template, self.tokenizer) if config.template else self._own_template(),
-                config.loss or "assistant",
-            )
-            for config in configs
-        ]
+        self.encoders = [self._encoder(config, date) for config in configs]
+        templates = [item for encoder in self.encoders for item in (encoder.template, encoder.chat_template) if item]
+        self.date = date if any(template.uses_date for template in templates) else ""  # the samples depend on it
         self.keys = [zlib.crc32(config.task_name.encode()) for config in configs]
         self.drew = [False for _ in configs]  # whether a transform of the dataset used its random numbers
+        self.findings: list[Counter[str]] = [Counter() for _ in configs]  # what was found in records, see Encoder
         self._epochs: dict[tuple[int, int], Callable[[np.ndarray], np.ndarray]] = {}
         self.caches: list[TokenCache | None] = [None for _ in configs]
         if token_cache:
@@ -123,7 +127,7 @@ class Mixture:
         """The marked tokens of records, by number. places: what the random numbers of their transforms depend on."""
         return self.tokens_of([self.texts(dataset, n, place) for n, place in zip(numbers, places)], dataset, numbers)
 
-    def tokens_of(self, texts: list[Texts | Rendered], dataset: int, numbers: Sequence[int]) -> list[np.ndarray]:
+    def tokens_of(self, texts: list[Texts], dataset: int, numbers: Sequence[int]) -> list[np.ndarray]:
         """The marked tokens of the texts of records."""
         try:
             return self.encoders[dataset].tokens(texts)
@@ -132,25 +136,28 @@ class Mixture:
             where = f"{config.task_name}, one of the lines {lines} of {config.path}"
             raise UserError(f"{where}: the text that is made of it cannot be encoded: {error}") from None
 
-    def texts(self, dataset: int, number: int, place: int, with_contents: bool = False) -> Texts | Rendered:
-        """What is to be encoded of a record. with_contents: as in Template.render_spans."""
+    def texts(self, dataset: int, number: int, place: int, with_contents: bool = False) -> Texts:
+        """What is to be encoded of a record. with_contents: as in Encoder.texts."""
         record = self.datasets[dataset][number]
         config, transform = self.configs[dataset], self.transforms[dataset]
         script = f", {config.transforms}" if transform else ""
         where = f"{config.task_name}, line {number + 1} of {config.path}{script}"
         if transform is not None:
             record = self._transformed(record, transform, dataset, place, where)
+        encoder = self.encoders[dataset]
         try:
-            return self.encoders[dataset].texts(record, with_contents)
+            texts = encoder.texts(record, transform is not None, with_contents)
+            self.findings[dataset].update(encoder.findings(record, texts))
         except BadRecord as error:
             raise UserError(f"{where}: {error}") from None
+        return texts
 
     def _transformed(self, record: dict, transform: Transform, dataset: int, place: int, where: str) -> dict[str, Any]:
         source = _Random(mix(self.seed, _TRANSFORM, self.keys[dataset], place))
         weights = self.configs[dataset].incontext_weight
         shots = source.choices(range(len(weights)), weights)[0] if len(weights) > 1 else 0
         try:
-            record = transform(record, shots, source)
+            record = transform(protect(record, self.tokenizer.special_pattern), shots, source)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
@@ -160,22 +167,33 @@ class Mixture:
         self.drew[dataset] |= source.drew
         return record
 
-    def _own_template(self) -> Template | None:
-        """The template for conversations of a dataset that names none."""
-        return load_template("tokenizer", self.tokenizer) if self.tokenizer.chat_template else None
+    def _encoder(self, config: DatasetConfig, date: str) -> Encoder:
+        template = chat_template = None
+        if config.template not in ("", NONE):
+            template = load_template(config.template, self.tokenizer, date)
+        elif not config.template and self.tokenizer.chat_template:
+            chat_template = load_template(OWN, self.tokenizer, date)
+        return Encoder(self.tokenizer, template, config.loss or "assistant", config.turns or "auto", chat_template)
 
     def files_to_keep(self) -> dict[str, Path | str]:
         """What a trained model needs to be used: the tokenizer's files, and the template that it was trained with.
 
         File name -> the file, or its text. Of several templates, that of the largest dataset that names one.
         """
-        named = [
-            (share, encoder.template.text)
-            for config, encoder, share in zip(self.configs, self.encoders, self.shares())
-            if config.template and encoder.template
-        ]
-        files: dict[str, Path | str] = {file.name: file for file in self.tokenizer.files}
-        return files | ({CHAT_TEMPLATE: max(named)[1]} if named else {})
+        template = self.main_template()
+        files: dict[str, Path | str] = {
+            f"{CHAT_TEMPLATES}/{file.name}" if file.parent.name == CHAT_TEMPLATES else file.name: file
+            for file in self.tokenizer.files
+        }
+        if template is None or template.name == OWN:
+            return files
+        files = {name: file for name, file in files.items() if not name.startswith(CHAT_TEMPLATES)}
+        return files | {CHAT_TEMPLATE: template.texts["default"]}
+
+    def main_template(self) -> Template | None:
+        """The template that most of the tokens of named templates are trained with."""
+        named = [(share, number) for number, share in enumerate(self.shares()) if self.encoders[number].template]
+        return self.encoders[max(named)[1]].template if named else None
 
     def cache_folder(self, dataset: int) -> Path:
         name = re.sub(r"[^\w-]", "_", self.configs[dataset].task_name)
@@ -199,17 +217,56 @@ class Mixture:
         return {
             "tokenizer": _checksum(self.tokenizer.files),
             "transforms": _checksum([Path(config.transforms)] if config.transforms else []),
-            "template": f"{zlib.crc32(encoder.template.text.encode()):08x}" if encoder.template else "",
+            "template": encoder.template.checksum if encoder.template else config.template,
+            "chat_template": encoder.chat_template.checksum if encoder.chat_template else "",
             "loss": encoder.loss,
+            "turns": encoder.turns,
         }
 
     def notes(self) -> list[str]:
-        """What the configuration says that the data does not bear out, a line each."""
-        return [
+        """Settings that contradict the data or the tokenizer, a line each."""
+        notes = [
             f"{config.task_name}: nlines is {config.nlines} in the configuration, {dataset.size} in {config.path}"
             for config, dataset in zip(self.configs, self.datasets)
             if config.nlines is not None and config.nlines != dataset.size
         ]
+        return notes + self.template_notes()
+
+    def template_notes(self) -> list[str]:
+        """Templates that do not belong to the tokenizer, a line each."""
+        notes = []
+        for config, encoder in zip(self.configs, self.encoders):
+            template = encoder.template or encoder.chat_template
+            missing = (
+                [marker for marker in template.markers if self.tokenizer.token_id(marker) is None] if template else []
+            )
+            if template and missing:
+                notes.append(
+                    f"{config.task_name}: the template {template.name} writes {', '.join(missing[:4])}, which the "
+                    "tokenizer has no token for and spells in pieces; is it the template of this tokenizer?"
+                )
+        return notes
+
+    def describe(self) -> list[str]:
+        """How the records become text, a line each."""
+        kinds: dict[str, list[str]] = {}
+        for config, encoder in zip(self.configs, self.encoders):
+            kinds.setdefault(_template_in_words(encoder), []).append(config.task_name)
+        lines = [words if len(kinds) == 1 else f"{', '.join(tasks)}: {words}" for words, tasks in kinds.items()]
+        return lines + ([f"templates write {self.date} as today's date (template_date)"] if self.date else [])
+
+    def preview(self, records: int = 64) -> list[str]:
+        """What is lost or likely not meant in some records of each dataset, the same in every process, a line each."""
+        notes = []
+        for number, dataset in enumerate(self.datasets):
+            size = len(dataset)
+            drawn = Permutation(size, self.seed, _MEAN, self.keys[number])(np.arange(min(records, size))).tolist()
+            before, self.findings[number] = self.findings[number], Counter()
+            for record in drawn:
+                self.texts(number, record, record)
+            found, self.findings[number] = self.findings[number], before
+            notes += finding_notes(self.configs[number].task_name, found, len(drawn))
+        return notes
 
     def mean_tokens(self) -> list[float]:
         """About how many tokens a sample of each dataset has: as configured (at most max_length), else measured.
@@ -250,6 +307,22 @@ class Mixture:
         ]
         weights = [weight / max(weights) for weight in weights]  # so that no sum is too large
         return [weight / sum(weights) for weight in weights]
+
+
+def finding_notes(task: str, findings: Counter[str], records: int) -> list[str]:
+    """What was found in so many records of a dataset, a line each."""
+    return [
+        f"{task}: {count} of {records} records ({count / records:.1%}) have {what}"
+        for what, count in findings.most_common()
+    ]
+
+
+def _template_in_words(encoder: Encoder) -> str:
+    if encoder.template:
+        return f"conversations and pairs are written with the template {encoder.template.name}"
+    if encoder.chat_template:
+        return "pairs are as they are, conversations are written with the tokenizer's own template"
+    return "pairs are as they are; there is no template for conversations"
 
 
 class _Random(random.Random):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fm9g.data.encode import IGNORED
+from fm9g.data.tokens import loss_weights, token_ids
 
 
 class Sample(NamedTuple):
@@ -24,7 +25,8 @@ class Pack:
     """One row of T tokens. The unused tail is a span of its own, with targets -100 and task_ids -1.
 
     input_ids, targets, positions, task_ids: (T,) int32; positions restart at 0 in each sample.
-    cu_seqlens: (spans + 1,) int32, the borders of the spans: 0 ... T.
+    cu_seqlens: (spans + 1,) int32, the borders of the spans: 0 ... T. target_weights: (T,) float32, what each target
+    counts in the loss; None where all count 1.
     """
 
     input_ids: np.ndarray
@@ -32,6 +34,7 @@ class Pack:
     positions: np.ndarray
     cu_seqlens: np.ndarray
     task_ids: np.ndarray
+    target_weights: np.ndarray | None = None
 
     @property
     def tokens(self) -> int:
@@ -43,6 +46,11 @@ class Pack:
         """Positions that count for the loss."""
         return int((self.targets != IGNORED).sum())
 
+    @property
+    def total_weight(self) -> float:
+        """The sum of the targets' weights: their number, where all count 1."""
+        return self.target_tokens if self.target_weights is None else float(self.target_weights.sum(dtype=np.float64))
+
 
 def collate(samples: list[Sample], capacity: int) -> Pack:
     """Lays samples end to end in a row of `capacity` tokens, which they must fit in."""
@@ -52,13 +60,16 @@ def collate(samples: list[Sample], capacity: int) -> Pack:
     assert used <= capacity
     input_ids, targets = np.zeros(capacity, np.int32), np.full(capacity, IGNORED, np.int32)
     positions, task_ids = np.arange(capacity, dtype=np.int32), np.full(capacity, -1, np.int32)
+    weights = None
     if samples:
-        ids = np.concatenate([sample.tokens[:-1] for sample in samples])
-        input_ids[:used] = ids ^ (ids >> 31)  # a complement has its sign bit set: back to the id
+        input_ids[:used] = token_ids(np.concatenate([sample.tokens[:-1] for sample in samples]))
         following = np.concatenate([sample.tokens[1:] for sample in samples])
-        targets[:used] = np.where(following >= 0, following, IGNORED)
+        targets[:used] = np.where(following >= 0, token_ids(following), IGNORED)
+        if following.dtype != np.int32:
+            weights = np.zeros(capacity, np.float32)
+            weights[:used] = loss_weights(following)
         task_ids[:used] = np.repeat([sample.dataset for sample in samples], lengths)
         positions[:used] -= np.repeat(ends - lengths, lengths)
     positions[used:] -= used
     borders = [0, *ends.tolist(), *([capacity] if used < capacity else [])]
-    return Pack(input_ids, targets, positions, np.array(borders, np.int32), task_ids)
+    return Pack(input_ids, targets, positions, np.array(borders, np.int32), task_ids, weights)

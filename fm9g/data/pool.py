@@ -6,7 +6,7 @@ import math
 import multiprocessing
 import os
 import signal
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +17,7 @@ import numpy as np
 
 from fm9g.data import cache
 from fm9g.data.mixture import Mixture, Recipe
+from fm9g.data.tokens import is_weighted
 from fm9g.data.workers import start_workers, stop_workers
 from fm9g.errors import UserError
 
@@ -27,11 +28,13 @@ _worker: _Worker  # of a worker process
 
 
 class Tokens(NamedTuple):
-    """The marked tokens of some records end to end, as they travel. drew: a transform used its random numbers."""
+    """The marked tokens of some records end to end, as they travel. drew: a transform used its random numbers.
+    findings: what was found in these records, see Mixture.findings."""
 
     together: np.ndarray
     lengths: np.ndarray
     drew: bool
+    findings: Counter[str]
 
     def split(self) -> list[np.ndarray]:
         return np.split(self.together, np.cumsum(self.lengths)[:-1])
@@ -75,6 +78,7 @@ class EncodingPool:
             except BrokenProcessPool:
                 raise UserError(self._crash()) from None
             self.mixture.drew[dataset] |= found.drew
+            self.mixture.findings[dataset].update(found.findings)
             yield chunk, found.split()
 
     def _chunk(self, dataset: int, sequences: int) -> int:
@@ -137,7 +141,8 @@ class _Worker:
         tokens = mixture.tokens_of(texts, dataset, numbers)
         self._doing[self._start] = 0
         lengths = np.array([len(record) for record in tokens], np.int64)
-        return Tokens(np.concatenate(tokens), lengths, mixture.drew[dataset])
+        findings, mixture.findings[dataset] = mixture.findings[dataset], Counter()
+        return Tokens(np.concatenate(tokens), lengths, mixture.drew[dataset], findings)
 
     def _say(self, dataset: int, numbers: Sequence[int]) -> None:
         start = self._start
@@ -169,19 +174,21 @@ def fill_cache(mixture: Mixture, workers: int) -> tuple[Mixture, list[str]]:
             size = len(mixture.datasets[number])
             records = (tokens for _, tokens in pool.tokens(number, iter(range(size)), in_file=True))
             try:
-                cache.build(folder, key, _drawless(mixture, number, records), size)
-            except _DrewRandomError:
-                script = config.transforms
-                notes.append(f"{config.task_name}: no token cache: {script} draws random numbers, epochs differ")
+                cache.build(folder, key, _cacheable(mixture, number, records), size)
+            except _NotCacheableError as reason:
+                notes.append(f"{config.task_name}: no token cache: {reason}")
     return Mixture(*mixture.recipe), notes
 
 
-class _DrewRandomError(Exception):
-    """A transform's result is another one in each epoch."""
+class _NotCacheableError(Exception):
+    """Why the tokens of a dataset cannot be kept."""
 
 
-def _drawless(mixture: Mixture, dataset: int, records: Iterator[Any]) -> Iterator[Any]:
+def _cacheable(mixture: Mixture, dataset: int, records: Iterator[Any]) -> Iterator[Any]:
     for chunk in records:
         if mixture.drew[dataset]:
-            raise _DrewRandomError
-        yield chunk
+            script = mixture.configs[dataset].transforms
+            raise _NotCacheableError(f"{script} draws random numbers, epochs differ")
+        if any(map(is_weighted, chunk)):
+            raise _NotCacheableError("its tokens have weights, for which a cache has no place")
+        yield [record.astype(np.int32, copy=False) for record in chunk]

@@ -11,7 +11,16 @@ from fm9g.errors import UserError
 # What makes a dataset another one, of which no place means anything.
 _CONTENT = ("records", "bytes", "checksum")
 # What makes other samples of the same records.
-_ENCODING = ("tokenizer", "transforms", "template", "loss", "oversize_rule", "incontext_weight")
+_ENCODING = (
+    "tokenizer",
+    "transforms",
+    "template",
+    "chat_template",
+    "loss",
+    "turns",
+    "oversize_rule",
+    "incontext_weight",
+)
 
 
 def fingerprint(mixture: Mixture, global_batch: int) -> dict[str, Any]:
@@ -20,6 +29,7 @@ def fingerprint(mixture: Mixture, global_batch: int) -> dict[str, Any]:
         "seed": mixture.seed,
         "max_length": mixture.max_length,
         "capacity": mixture.capacity,
+        "template_date": mixture.date,
         "global_batch": global_batch,
         "datasets": {
             config.task_name: {

@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from fm9g.data.records import not_an_object, once
-from fm9g.data.shapes import BadRecord
 from fm9g.data.sources import CHUNK, MAX_RECORD, Source, check_record_size, opened
+from fm9g.data.values import TOO_DEEP, BadRecord, read_integer
 from fm9g.errors import UserError
 
 _ROWS = 1024  # of a parquet file at a time
 NUL = "holds a NUL byte; is this text, and in UTF-8?"
 _NOT_BLANK = re.compile(r"[^ \t\r\n]")
+# A string of JSON, maybe cut off, or what opens or closes an object or list.
+_STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[][{}]', re.DOTALL)
 
 Record = tuple[str, "dict[str, Any] | BadRecord"]
 
@@ -100,10 +102,8 @@ def _bad(problem: str, content: str) -> BadRecord:
     return error
 
 
-def _json_records(source: Source, stream: IO[bytes]) -> Iterator[Record]:
-    """The elements of an array, or objects one after the other, however they are laid out."""
-    text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
-    wrong: list[str] = []  # what the decoder below finds in a record that json.loads would let pass
+def _json_decoder(wrong: list[str]) -> json.JSONDecoder:
+    """Puts into `wrong` what is wrong with a record that can be read on after."""
 
     def pairs_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         try:
@@ -112,9 +112,36 @@ def _json_records(source: Source, stream: IO[bytes]) -> Iterator[Record]:
             wrong.append(str(error))
             return dict(pairs)
 
-    decoder = json.JSONDecoder(
-        object_pairs_hook=pairs_once, parse_constant=lambda name: wrong.append(f"not JSON: {name} is no number")
+    def integer(text: str) -> int:
+        try:
+            return read_integer(text)
+        except ValueError as error:
+            wrong.append(str(error))
+            return 0
+
+    return json.JSONDecoder(
+        object_pairs_hook=pairs_once,
+        parse_int=integer,
+        parse_constant=lambda name: wrong.append(f"not JSON: {name} is no number"),
     )
+
+
+def _end_of_value(buffer: str, start: int) -> int | None:
+    """Where the object or list that begins at `start` ends; None where the buffer does not hold its end."""
+    depth = 0
+    for found in _STRING_OR_BRACKET.finditer(buffer, start):
+        sign = buffer[found.start()]
+        depth += (sign in "[{") - (sign in "]}")
+        if depth == 0:
+            return found.end()
+    return None
+
+
+def _json_records(source: Source, stream: IO[bytes]) -> Iterator[Record]:
+    """The elements of an array, or objects one after the other, however they are laid out."""
+    text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
+    wrong: list[str] = []  # what the decoder finds in a record that json.loads would let pass
+    decoder = _json_decoder(wrong)
     buffer, start, line, number, in_array, ended = "", 0, 1, 0, False, False
 
     def fill() -> bool:
@@ -158,6 +185,13 @@ def _json_records(source: Source, stream: IO[bytes]) -> Iterator[Record]:
                     cut_off = error.pos > len(buffer) - 16 or error.msg.startswith("Unterminated string")
                     if not (cut_off and fill()):
                         raise
+                except RecursionError:
+                    wrong[:], value, after = [TOO_DEEP], {}, _end_of_value(buffer, start)
+                    if after is not None:
+                        end = after
+                        break
+                    if not fill():
+                        raise ValueError("it breaks off") from None
             number += 1
             if not isinstance(value, dict):
                 wrong.append(not_an_object(value))
@@ -168,11 +202,22 @@ def _json_records(source: Source, stream: IO[bytes]) -> Iterator[Record]:
             raise ValueError("the array is not closed; the file was cut off")
     except UnicodeDecodeError as error:
         raise UserError(f"{source}: not UTF-8 after record {number} ({error.reason})") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         place = start + (error.pos - start if isinstance(error, json.JSONDecodeError) else 0)
         at = line + buffer.count("\n", 0, place)
         reason = error.msg if isinstance(error, json.JSONDecodeError) else error
         raise UserError(f"{source}, line {at}, record {number + 1}: not JSON: {reason}") from None
+
+
+def _as_written(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without the keys of its objects that hold null: Arrow gives all objects of a column the same keys."""
+    return {column: _without_nulls(value) for column, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return list(map(_without_nulls, value)) if isinstance(value, list) else value
 
 
 def _parquet_records(source: Source) -> Iterator[Record]:
@@ -186,7 +231,7 @@ def _parquet_records(source: Source) -> Iterator[Record]:
             for batch in file.iter_batches(batch_size=_ROWS):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"row {number}", row
+                    yield f"row {number}", _as_written(row)
     except UserError:
         raise
     except Exception as error:  # pyarrow's own, and what Python raises for values that it cannot hold
@@ -199,6 +244,6 @@ def _datasets_records(source: Source) -> Iterator[Record]:
     try:
         rows = datasets.load_from_disk(source.path).with_format(None)
         for number, row in enumerate(rows, 1):
-            yield f"row {number}", row
+            yield f"row {number}", _as_written(row)
     except Exception as error:  # datasets raises what pyarrow, fsspec and json do
         raise UserError(f"{source}: not a folder that datasets.load_from_disk reads: {error}") from None

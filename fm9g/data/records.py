@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from fm9g.data.scan import count_keys
-from fm9g.data.shapes import BadRecord
+from fm9g.data.values import TOO_DEEP, BadRecord
 from fm9g.errors import UserError
 
 _NESTS = (dict, list)
@@ -48,6 +48,8 @@ def parse_object(line: bytes) -> dict[str, Any]:
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
+        if error.msg.startswith("depth limit"):
+            raise BadRecord(TOO_DEEP) from None
         raise BadRecord(f"not JSON: {error.msg}, character {error.pos + 1}") from None
     if not isinstance(record, dict):
         raise BadRecord(not_an_object(record))
@@ -63,7 +65,10 @@ def parse_record(line: bytes) -> dict[str, Any]:
         count = -1
     if count == len(record) and not any(type(value) in _NESTS for value in record.values()):
         return record
-    return json.loads(line, object_pairs_hook=once)
+    try:
+        return _ONCE.decode(line.decode())
+    except RecursionError:  # json goes less deep than orjson
+        raise BadRecord(TOO_DEEP) from None
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -73,6 +78,9 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise BadRecord(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
     return content
+
+
+_ONCE = json.JSONDecoder(object_pairs_hook=once)
 
 
 def not_an_object(value: Any) -> str:

@@ -8,19 +8,30 @@ A record is an object already read from JSON, CSV or parquet. Its canonical form
     KTO         {"messages": [the whole conversation], "label": true or false}
 
 all but the pair with "tools", a list of {"type": "function", "function": {...}}, where the record has some. A turn is
-{"role": "system", "user", "assistant" or "tool", "content": str}; an assistant that calls tools has "tool_calls",
-[{"type": "function", "function": {"name": str, "arguments": dict or str}}], as well.
+{"role": "system", "user", "assistant" or "tool", "content": str}. Where the record says so, it has these as well:
+
+    reasoning_content  what the assistant thought, not blank
+    tool_calls         of the assistant: [{"id": str, "type": "function", "function": {"name": str, "arguments": {}}}];
+                       no id where there is none
+    tool_call_id, name strings
+    weight             of the assistant: how much the turn counts in the loss, a number from 0; 0 is not trained on
+    content_weights    of the assistant, instead of a weight: [[number of characters, weight], ...], two at least, over
+                       the whole content; what the template writes beside the content counts as the part next to it
+
+A pair may have a weight, too. A weight of 1 is not written. Preferences and KTO have no weights.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
-from fm9g.config.fields import nearest
+from fm9g.data.marks import record_marks, scaled, weight_keys, weight_of, weights_beside
+from fm9g.data.tools import read_tools
+from fm9g.data.turns import OPENAI, SHAREGPT, Reading, canonical_turn, conversation, is_sharegpt, listed_turns, turns_in
+from fm9g.data.values import BadRecord, decoded, found, is_blank, same, wrong
 
 Record = dict[str, Any]
 Names = dict[str, str]  # our name -> the user's key
@@ -32,8 +43,6 @@ def mapping(text: str, keys: Iterable[str] | None = None) -> dict[str, str]:
     return {name: key for name, key in pairs if keys is None or key in keys}
 
 
-CALL = "function_call"  # not a canonical role: an assistant's turn whose content is the JSON of its calls
-OPENAI, SHAREGPT = ("role", "content"), ("from", "value")  # the keys of a turn
 ROLES = mapping(
     "system developer=system user human=user assistant gpt=assistant chatgpt=assistant bard=assistant bing=assistant "
     "tool observation=tool function=tool tool_response=tool function_call tool_call=function_call"
@@ -58,22 +67,6 @@ SHAPES = [
     ("input/output", "response=output", "query=input"),
     ("text", "text", ""),
 ]
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
-
-
-_JSON = json.JSONDecoder(parse_constant=_refuse)
-
-
-class BadRecord(ValueError):  # noqa: N818
-    """Why a record cannot be used, in words for the user: `output: found int, expected a string`.
-
-    content: the record, where it is not at hand.
-    """
-
-    content: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,28 +100,37 @@ class Columns:
         return self.names.keys() <= {"prompt", "query", "response"}
 
 
-def canonical(record: Record, columns: Columns | None = None) -> tuple[str, Record]:
+def canonical(record: Record, columns: Columns | None = None, left_out: list[str] | None = None) -> tuple[str, Record]:
     """The name of a record's shape and its canonical form: the same object where the record already has that form.
 
     Names: input/output, text, Alpaca, ShareGPT, messages, query/response, preference, KTO; columns where they are
-    given. Keys that a shape does not know are left out. Raises BadRecord.
+    given. left_out: gets the names of keys that say something and are left out; those in turns as `turn.refusal`.
+    Raises BadRecord.
     """
+    if columns is None and len(record) == 2 and type(record.get("input")) is type(record.get("output")) is str:
+        return "input/output", record  # most records
     shape, columns = _recognised(tuple(record)) if columns is None else ("columns", columns)
     names = columns.names
+    is_judged = "chosen" in names or "label" in names
+    marks = {} if is_judged else record_marks(record, names)
+    reading = Reading(columns, not is_judged, [] if left_out is None else left_out)
     if columns.is_pair:
-        result = {"input": _prompt(record, names), "output": _string(record, names["response"])}
+        result = _pair(_prompt(record, names), _string(record, names["response"]), marks)
     elif "response" in names:
-        result = _exchange(record, names)
+        result = _exchange(record, marks, reading)
     elif "text" in names:
-        result = {"input": "", "output": _string(record, names["text"])}
+        result = _pair("", _string(record, names["text"]), marks)
     elif "chosen" in names:
-        result = _preference(record, columns)
+        result = _preference(record, reading)
     else:
-        key = names["messages"]
-        result = _chat(record, names, _opened(record, names, _conversation(record.get(key), key, columns)), key)
-        if shape == "messages" and "from" in record[key][0]:
+        messages = listed_turns(record.get(names["messages"]), names["messages"])
+        result = _chat(record, _conversation(record, messages, marks, reading), names["messages"], reading)
+        if shape == "messages" and is_sharegpt(messages[0]):
             shape = "ShareGPT"
-    return shape, record if record == result else result
+    if left_out is not None:
+        used = {*names.values(), *marks}
+        left_out += [key for key, value in record.items() if key not in used and not is_blank(value)]
+    return shape, record if same(record, result) else result
 
 
 @lru_cache(maxsize=1024)  # a dataset has few sets of keys
@@ -139,68 +141,88 @@ def _recognised(keys: tuple[str, ...]) -> tuple[str, Columns]:
         if all(key in keys for key in names.values()):
             names |= mapping(optional, keys)
             return "KTO" if "label" in names else shape, Columns(names)
-    raise BadRecord(f"no known shape; {_found(keys)}; map them with --columns prompt=KEY,response=KEY")
+    raise BadRecord(f"no known shape; {found(keys)}; map them with --columns prompt=KEY,response=KEY")
 
 
-def _exchange(record: Record, names: Names) -> Record:
+def _pair(prompt: str, response: str, marks: Record) -> Record:
+    pair: Record = {"input": prompt, "output": response}
+    return pair | weight_keys(weight_of(marks)) if marks else pair
+
+
+def _exchange(record: Record, marks: Record, reading: Reading) -> Record:
     """A question and its answer: a pair still, or a chat where the record says more than a pair can hold."""
+    names = reading.columns.names
     prompt, response = _prompt(record, names), _string(record, names["response"])
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    chat = _chat(record, names, _opened(record, names, turns), names["response"])
-    return {"input": prompt, "output": response} if chat == {"messages": turns} else chat
+    opened = _opened(record, turns, reading)
+    if marks:
+        opened = scaled(opened, [weight_of(marks)] * len(opened))
+    chat = _chat(record, opened, names["response"], reading)
+    return _pair(prompt, response, marks) if len(chat) == 1 and len(opened) == 2 else chat
 
 
-def _chat(record: Record, names: Names, turns: list[Record], key: str) -> Record:
+def _conversation(record: Record, messages: list[Any], marks: Record, reading: Reading) -> list[Record]:
+    """The turns of a record's messages, with its marks and its system message."""
+    turns = conversation(messages, reading.columns.names["messages"], reading)
+    if marks:
+        turns = scaled(turns, weights_beside(marks, turns))
+    return _opened(record, turns, reading)
+
+
+def _chat(record: Record, turns: list[Record], key: str, reading: Reading) -> Record:
     """A conversation and what stands beside it. key: where it was found."""
+    names = reading.columns.names
     result: Record = {"messages": turns}
     if "tools" in names:
-        result |= _tools(record, names["tools"])
+        result |= _tools(record, reading)
     if "label" in names:
         label = result["label"] = record.get(names["label"])
         if not isinstance(label, bool):
-            raise _wrong(names["label"], label, "true or false")
+            raise wrong(names["label"], label, "true or false")
         if turns[-1]["role"] != "assistant":
             raise BadRecord(f"{key}: the last turn is the {turns[-1]['role']}'s, expected the answer that is judged")
     elif turns[-1]["role"] != "assistant" and all(turn["role"] != "assistant" for turn in turns):
-        raise BadRecord(f"{key}: no turn of the assistant, nothing to learn")
+        raise BadRecord(f"{key}: no turn of the assistant, nothing to train on")
     return result
 
 
-def _preference(record: Record, columns: Columns) -> Record:
-    names = columns.names
+def _preference(record: Record, reading: Reading) -> Record:
+    names = reading.columns.names
     key = names.get("messages") or names.get("prompt", "")
     prompt: list[Record] = []
-    if "messages" in names or isinstance(record.get(key), list):  # the second: TRL's conversational prompt
-        prompt = _conversation(record.get(key), key, columns)
+    if "messages" in names:
+        prompt = conversation(listed_turns(record.get(key), key), key, reading)
+    elif (messages := turns_in(record.get(key))) is not None:  # TRL's conversational prompt
+        prompt = conversation(messages, key, reading)
     elif key:
         prompt = [{"role": "user", "content": _prompt(record, names)}]
-    before, chosen = _answer(record, names["chosen"], columns)
-    before_rejected, rejected = _answer(record, names["rejected"], columns)
+    before, chosen = _answer(record, names["chosen"], reading)
+    before_rejected, rejected = _answer(record, names["rejected"], reading)
     if before != before_rejected:
         raise BadRecord(f"{names['rejected']}: the turns before the answer are not those of {names['chosen']}")
     if all(turn["role"] != "user" for turn in before):
-        prompt = prompt + before
+        prompt = prompt + before if before else prompt
     elif prompt[-len(before) :] != before:
         prompt = before  # the whole of it: what is called prompt may be its last question, or hold an answer already
     if not prompt:
-        raise BadRecord(f"no prompt; {_found(record)}; name its key with --columns prompt=KEY,chosen=KEY,rejected=KEY")
+        raise BadRecord(f"no prompt; {found(record)}; name its key with --columns prompt=KEY,chosen=KEY,rejected=KEY")
     if prompt[-1]["role"] not in ("user", "tool"):
         where = names["chosen"] if before else key
         raise BadRecord(f"{where}: the prompt ends with a turn of the {prompt[-1]['role']}, expected user or tool")
-    turns = _opened(record, names, prompt)
-    return {"messages": turns, "chosen": chosen, "rejected": rejected} | _tools(record, names.get("tools"))
+    turns = _opened(record, prompt, reading)
+    return {"messages": turns, "chosen": chosen, "rejected": rejected} | _tools(record, reading)
 
 
-def _answer(record: Record, key: str, columns: Columns) -> tuple[list[Record], Record]:
+def _answer(record: Record, key: str, reading: Reading) -> tuple[list[Record], Record]:
     """The turns before an answer, where it is a list of turns, and the answer."""
     value = record.get(key)
-    if isinstance(value, list):
-        *before, answer = _conversation(value, key, columns)
+    if (messages := turns_in(value)) is not None:
+        *before, answer = conversation(messages, key, reading)
     else:
         before, answer = [], {"role": "assistant", "content": value}
         if not isinstance(value, str):
             try:
-                answer = _turn(value, columns)
+                answer = canonical_turn(value, reading)
             except BadRecord as error:
                 raise BadRecord(f"{key}{error}") from None
     if answer["role"] != "assistant" or "tool_calls" in answer:
@@ -217,112 +239,41 @@ def _prompt(record: Record, names: Names) -> str:
     return f"{prompt}\n{query}" if prompt and query else prompt or query
 
 
-def _opened(record: Record, names: Names, turns: list[Record]) -> list[Record]:
-    """The turns after the record's system message and history. A conversation's own system message goes first."""
-    opening = []
-    if system := _string(record, names.get("system"), required=False):
-        opening = [{"role": "system", "content": system}]
-    if "history" in names and (history := record.get(names["history"])):
-        if not isinstance(history, list):
-            raise _wrong(names["history"], history, "a list of [question, answer]")
-        for number, pair in enumerate(history):
-            if not (isinstance(pair, list | tuple) and [type(text) for text in pair] == [str, str]):
-                raise BadRecord(f"{names['history']}[{number}]: expected [question, answer], two strings")
-            opening += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    return opening + turns if opening and turns[0]["role"] != "system" else turns
+def _opened(record: Record, turns: list[Record], reading: Reading) -> list[Record]:
+    """The turns after the record's system message and history. A conversation's own system message is kept instead."""
+    names = reading.columns.names
+    if not ("system" in names or "history" in names):
+        return turns
+    system, history = _string(record, names.get("system"), required=False), _history(record, names)
+    own = turns[:1] if turns[0]["role"] == "system" else []
+    if system and own and system != own[0]["content"]:
+        reading.left_out.append(names["system"])
+    opening = own or ([{"role": "system", "content": system}] if system else [])
+    return opening + history + turns[len(own) :]
 
 
-def _conversation(value: Any, key: str, columns: Columns) -> list[Record]:
-    if not isinstance(value, list):
-        raise _wrong(key, value, "a list of turns")
-    turns: list[Record] = []
-    plain = () if columns.tags else ("system", "user", "assistant", "tool")
-    try:
-        for message in value:
-            kept = (  # what is stored already is read for every sample, so it is let through early
-                isinstance(message, dict)
-                and len(message) == 2
-                and message.get("role") in plain
-                and isinstance(message.get("content"), str)
-            )
-            turn = message if kept else _turn(message, columns)
-            if turns and turn["role"] == "system":
-                raise BadRecord(": a system message, which only the first turn may be")
-            turns.append(turn)
-    except BadRecord as error:
-        raise BadRecord(f"{key}[{len(turns)}]{error}") from None
-    if not turns:
-        raise BadRecord(f"{key}: the conversation is empty")
+def _history(record: Record, names: Names) -> list[Record]:
+    """The questions and answers before the last question."""
+    key = names.get("history", "")
+    given = pairs = record.get(key)
+    if isinstance(pairs, str) and (pairs.lstrip().startswith("[") or pairs.strip() == "null"):
+        pairs = decoded(pairs, key)
+    if is_blank(pairs) or not pairs:
+        return []
+    if not isinstance(pairs, list):
+        raise wrong(key, given, "a list of [question, answer]")
+    turns = []
+    for number, pair in enumerate(pairs):
+        if not (isinstance(pair, list | tuple) and [type(text) for text in pair] == [str, str]):
+            raise BadRecord(f"{key}[{number}]: expected [question, answer], two strings")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     return turns
 
 
-def _turn(message: Any, columns: Columns) -> Record:
-    """A turn in canonical form. Its complaints begin with where in the message they belong, `.content` for example."""
-    if not isinstance(message, dict):
-        raise _wrong("", message, "an object")
-    role_key, content_key = columns.turn_keys or (SHAREGPT if "from" in message else OPENAI)
-    spelling, content = message.get(role_key), message.get(content_key)
-    if not isinstance(spelling, str):
-        raise _wrong(f".{role_key}", spelling, "a string")
-    role = columns.roles.get(spelling)
-    if role is None:
-        known = list(columns.roles)
-        raise BadRecord(f".{role_key}: unknown role {spelling!r}{nearest(spelling, known)} (known: {', '.join(known)})")
-    for key in ("weight", "loss"):
-        if key in message and not message[key]:
-            raise BadRecord(f".{key}: turns that are not learnt are not known here; remove the key, or see --loss last")
-    if role != CALL and len(message) == 2 and isinstance(content, str):  # most turns
-        return {"role": role, "content": content}
-    if isinstance(content, list):
-        content = "".join(_text(part, f".{content_key}[{number}]") for number, part in enumerate(content))
-    calls = message.get("tool_calls") or message.get("function_call")  # the second: OpenAI's, when there was only one
-    if not isinstance(content, str) and not (content is None and calls):
-        raise _wrong(f".{content_key}", content, "a string")
-    if role == CALL:
-        calls = _functions(content or [], f".{content_key}", called=True)
-        return {"role": "assistant", "content": "", "tool_calls": calls}
-    if not calls:
-        return {"role": role, "content": content}
-    if role != "assistant":
-        raise BadRecord(f": a turn of the {role} calls tools; only the assistant's may")
-    return {"role": role, "content": content or "", "tool_calls": _functions(calls, ".tool_calls", called=True)}
-
-
-def _text(part: Any, where: str) -> str:
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return part["text"]
-    raise BadRecord(f'{where}: expected {{"type": "text", "text": ...}}; fm9g trains on text only')
-
-
-def _tools(record: Record, key: Any) -> Record:
+def _tools(record: Record, reading: Reading) -> Record:
+    key = reading.columns.names.get("tools", "")
     value = record.get(key)
-    return {"tools": tools} if value and (tools := _functions(value, key, called=False)) else {}
-
-
-def _functions(value: Any, where: str, called: bool) -> list[Record]:
-    """Functions in canonical form from one or a list of them, bare or as {"function": {...}}, or from JSON of that.
-
-    called: they are calls, so there is one at least, with arguments.
-    """
-    if isinstance(value, str):
-        try:
-            value = _JSON.decode(value) or []  # not orjson, which takes large integers for floats
-        except ValueError:
-            raise BadRecord(f"{where}: not JSON: {value!r:.80}") from None
-    functions = []
-    for item in value if isinstance(value, list) else [value]:
-        function = item.get("function", item) if isinstance(item, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise BadRecord(f'{where}: expected functions, objects with a "name"')
-        if called:
-            name, arguments = function["name"], function.get("arguments")
-            if not isinstance(arguments, dict | str):
-                raise _wrong(f"{where}: arguments of {name}", arguments, "an object or a string")
-            function = {"name": name, "arguments": arguments}
-        functions.append({"type": "function", "function": function})
-    if called and not functions:
-        raise BadRecord(f"{where}: calls no function")
-    return functions
+    return {"tools": tools} if value and (tools := read_tools(value, key, reading.left_out)) else {}
 
 
 def _string(record: Record, key: Any, required: bool = True) -> str:
@@ -332,12 +283,4 @@ def _string(record: Record, key: Any, required: bool = True) -> str:
         return value
     if value is None and not required:
         return ""
-    raise _wrong(key, value, "a string") if key in record else BadRecord(f"{key}: missing; {_found(record)}")
-
-
-def _wrong(where: str, value: Any, expected: str) -> BadRecord:
-    return BadRecord(f"{where}: found {'nothing' if value is None else type(value).__name__}, expected {expected}")
-
-
-def _found(keys: Iterable[str]) -> str:
-    return f"found the keys {', '.join(keys)}" if keys else "found no keys"
+    raise wrong(key, value, "a string") if key in record else BadRecord(f"{key}: missing; {found(record)}")

@@ -7,16 +7,17 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, groupby, islice, pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from fm9g.config.fields import nearest
-from fm9g.data.encode import Encoded, Texts
+from fm9g.data.encode import Chat, Encoded, Pair, Texts
 from fm9g.data.loader import make_plan
 from fm9g.data.mixture import Mixture
 from fm9g.data.pack import Sample
 from fm9g.data.stream import Stream
-from fm9g.data.template import Rendered
+from fm9g.data.tokens import is_weighted, loss_weights, split_samples, token_ids
 from fm9g.errors import UserError
 
 HEAD, TAIL = 2000, 500  # characters of a long sample that are shown
@@ -90,6 +91,23 @@ def _rows(mixture: Mixture, dataset: int | None) -> Iterator[list[Sample]]:
     return iter(stream.next_samples, [])
 
 
+class _Sample(NamedTuple):
+    """One of the samples that a record gives, before it is cut."""
+
+    number: int
+    tokens: np.ndarray
+
+
+class _Piece(NamedTuple):
+    """A piece of a sample: its tokens, where they begin in it, and how many pieces that has."""
+
+    sample: _Sample
+    tokens: np.ndarray
+    start: int
+    of: int
+    skipped: str
+
+
 class _View:
     """Texts of samples."""
 
@@ -106,51 +124,73 @@ class _View:
 
     def record(self, dataset: int, number: int, count: int) -> Iterator[str]:
         """The first samples of a record, or why it has none."""
-        pieces = len(self._encoded(dataset, number, number)[2].pieces)
+        texts = self._mixture.texts(dataset, number, number, with_contents=True)
+        pieces = len(self._pieces(dataset, number, texts))
         for piece in range(max(1, min(count, pieces))):
             yield from self.sample(dataset, number, piece, number)
         if pieces > count:
             yield _border(f"{pieces - count} more pieces of this record; --count {pieces} shows all")
+        record = self._mixture.datasets[dataset][number]
+        if not self._mixture.transforms[dataset]:
+            yield from (f"note: it has {what}" for what in self._mixture.encoders[dataset].findings(record, texts))
 
     def sample(self, dataset: int, place: int, piece: int, number: int | None = None) -> Iterator[str]:
         """A border, and the text of a sample. number: of the record; default: the one at the place."""
         mixture, config = self._mixture, self._mixture.configs[dataset]
         number = int(mixture.numbers(dataset, [place])[0]) if number is None else number
-        texts, tokens, encoded = self._encoded(dataset, number, place)
-        states, begins = self._states(dataset, texts, tokens)
-        start, whole, rule = 0, len(tokens), f"(oversize_rule {config.oversize_rule})"
-        fate = f", skipped: {encoded.skipped}" if encoded.skipped else ""
-        if not encoded.skipped:
-            tokens, start = encoded.pieces[piece], piece * mixture.max_length
-            if len(encoded.pieces) > 1:
-                fate = f", piece {piece + 1} of {len(encoded.pieces)} {rule}"
-            elif len(tokens) < whole:
-                fate = f", cut: the first of {whole - 1} tokens {rule}"
+        texts = mixture.texts(dataset, number, place, with_contents=True)
+        pieces = self._pieces(dataset, number, texts)
+        of_sample, tokens, start, count, skipped = pieces[piece]
+        whole, rule = len(of_sample.tokens), f"(oversize_rule {config.oversize_rule})"
+        fate = f", skipped: {skipped}" if skipped else ""
+        if len({id(item.sample) for item in pieces}) > 1:
+            fate += f", text {of_sample.number + 1} of {pieces[-1].sample.number + 1} of this record"
+        if count > 1:
+            fate += f", piece {start // mixture.max_length + 1} of {count} {rule}"
+        elif not skipped and len(tokens) < whole:
+            fate += f", cut: the first of {whole - 1} tokens {rule}"
+        states, begins = self._states(dataset, texts, of_sample)
         states = states[start : start + len(tokens)]
         states[:1] &= ~_LEARNT  # nothing comes before it to learn it from
         learnt, length = int((states & _LEARNT).sum()), max(0, len(tokens) - 1)
+        if is_weighted(tokens):
+            named = ", ".join(f"{weight:g}" for weight in sorted(set(loss_weights(tokens[1:]).tolist()) - {0.0}))
+            fate += f", weights {named}"
         yield _border(f"{config.task_name}, line {number + 1}: {length} tokens, {learnt} learnt{fate}")
         if len(tokens):
-            yield self._text((tokens ^ (tokens >> 31)).tolist(), states, {at - start for at in begins})
+            yield self._text(token_ids(tokens).tolist(), states, {at - start for at in begins})
         else:
-            yield _painted([(texts.text if isinstance(texts, Rendered) else texts[0], 0)], self._color)
+            text = texts.samples[0].text if isinstance(texts, Chat) and texts.samples else ""
+            yield _painted([(texts.input if isinstance(texts, Pair) else text, 0)], self._color)
 
-    def _encoded(self, dataset: int, number: int, place: int) -> tuple[Texts | Rendered, np.ndarray, Encoded]:
+    def _pieces(self, dataset: int, number: int, texts: Texts) -> list[_Piece]:
+        """The pieces of a record; one that is skipped where there are none."""
         mixture = self._mixture
-        texts = mixture.texts(dataset, number, place, with_contents=True)
-        tokens = mixture.tokens_of([texts], dataset, [number])[0]
-        return texts, tokens, mixture.cut(dataset, tokens)
+        pieces = []
+        for at, tokens in enumerate(split_samples(mixture.tokens_of([texts], dataset, [number])[0])):
+            sample, encoded = _Sample(at, tokens), mixture.cut(dataset, tokens)
+            if encoded.skipped:
+                pieces.append(_Piece(sample, tokens, 0, 1, encoded.skipped))
+            pieces += [
+                _Piece(sample, piece, start * mixture.max_length, len(encoded.pieces), "")
+                for start, piece in enumerate(encoded.pieces)
+            ]
+        kept = [piece for piece in pieces if not piece.skipped]
+        return kept or pieces[:1]
 
-    def _states(self, dataset: int, texts: Texts | Rendered, tokens: np.ndarray) -> tuple[np.ndarray, set[int]]:
-        """(tokens,) what each token of a record is; and where texts begin that are encoded apart."""
+    def _states(self, dataset: int, texts: Texts, sample: _Sample) -> tuple[np.ndarray, set[int]]:
+        """(tokens,) what each token of a sample is; and where texts begin that are encoded apart."""
+        tokens = sample.tokens
         states, begins = np.where(tokens >= 0, _LEARNT, 0), {0}
-        if isinstance(texts, Rendered) and len(tokens):
-            starts = self._tokenizer.encode_chat(texts.text.rstrip())[1]
-            inside = np.searchsorted(np.array(texts.contents).ravel(), starts, side="right") % 2 == 1
+        if isinstance(texts, Chat) and len(tokens):
+            trained = [pair for pair in zip(texts.samples, texts.literal) if pair[0].targets]
+            chat, literal = trained[sample.number]
+            starts = self._tokenizer.encode_chat(chat.text.rstrip(), chat.starts, literal)[1]
+            inside = np.searchsorted(np.array(chat.contents).ravel(), starts, side="right") % 2 == 1
             states[: len(starts)] |= np.where(inside, 0, _OWN)
         elif len(tokens) and self._mixture.encoders[dataset].loss != "all":
             begins.add(int((tokens >= 0).argmax()))
-        special = [bool(self._tokenizer.special(token)) for token in (tokens ^ (tokens >> 31)).tolist()]
+        special = [bool(self._tokenizer.special(token)) for token in token_ids(tokens).tolist()]
         return np.where(special, states & _LEARNT | _SPECIAL, states), begins
 
     def _text(self, ids: list[int], states: np.ndarray, begins: set[int]) -> str:

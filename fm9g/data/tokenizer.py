@@ -1,7 +1,10 @@
-"""The three kinds of tokenizer that 9G models come with, behind one small class each.
+"""Tokenizers, each kind behind one small class: text to token ids, as the tokenizer's owner meant it.
 
-A SentencePiece model (2b), a word list that is matched greedily (8b), and a Hugging Face tokenizer.json (4b, 7b,
-70b and whatever `fm9g data tokenizer` trains).
+A bare SentencePiece model (2b), a word list that is matched greedily (8b), and every folder that transformers opens
+(4b, 7b, 70b, other families, and what `fm9g data tokenizer` trains).
+
+Text is text: the spelling of a special token inside a text (`</s>` in HTML) stays letters. Only a chat template, or a
+transform script, writes special tokens.
 """
 
 from __future__ import annotations
@@ -9,7 +12,9 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,51 +23,180 @@ from fm9g.errors import UserError
 from fm9g.files import new_folder
 
 CHAT_TEMPLATE = "chat_template.jinja"  # the file that transformers looks for beside a tokenizer
+CHAT_TEMPLATES = "additional_chat_templates"  # the folder of further templates, NAME.jinja
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# The files that transformers and the families' own code read a tokenizer from.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "*.tiktoken",
+    "tiktoken.model",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.json",
+    CHAT_TEMPLATE,
+    f"{CHAT_TEMPLATES}/*.jinja",
+)
+
+Span = tuple[int, int]  # start and end in a text, in characters
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back, without special tokens.
+    """Text to token ids and back.
 
-    bos_token, eos_token: as a chat template spells them; empty where there is none. chat_template: the tokenizer's own.
-    files: what has to be copied for another program to have the same tokenizer.
+    prefix_ids, suffix_ids: what the tokenizer puts around a plain text; a text always ends with a token.
+    special_ids: the special tokens by their spelling. special_tokens: bos_token, eos_token, ... as a chat template sees
+    them. chat_template: the tokenizer's own, or several by name. vocab_size: the largest token id + 1. files: what has
+    to be copied for another program to have the same tokenizer.
     """
+
+    _has_exact_starts = False  # spaces are part of the tokens that hold them, not left out of their offsets
 
     bos_id: int
     eos_id: int
-    bos_token: str = "<s>"
-    eos_token: str = "</s>"
-    chat_template: str | None = None
+    prefix_ids: list[int]
+    suffix_ids: list[int]
+    special_ids: dict[str, int]
+    special_tokens: dict[str, Any]
+    chat_template: str | dict[str, str] | None = None
     vocab_size: int
     files: list[Path]
 
+    @property
+    def bos_token(self) -> str:
+        """The token that begins a text; empty where the tokenizer has none."""
+        return self.special_tokens.get("bos_token", "")
+
+    @property
+    def eos_token(self) -> str:
+        return self.special_tokens["eos_token"]
+
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Token ids of the text; no bos, no eos."""
+        """Token ids of a plain text; no bos, no eos."""
 
     def encode_batch(self, texts: list[str]) -> Sequence[Sequence[int]]:
-        """Token ids of each text."""
+        """Token ids of each plain text."""
         return [self.encode(text) for text in texts]
 
-    def encode_chat(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of a rendered chat, in which bos_token and eos_token stand for themselves, and the character
-        that each token starts at."""
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """Matches the spelling of a special token."""
+        spellings = sorted(self.special_ids, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, spellings)) or "(?!)")  # (?!) matches nothing
+
+    @cached_property
+    def unavoidable(self) -> frozenset[str]:
+        """The special tokens that their spelling in a plain text gives, whatever is done against it."""
+        return frozenset(text for text, token in self.special_ids.items() if token in self.encode(text))
+
+    @abstractmethod
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that is spelled so; None where there is none."""
+
+    def encode_chat(
+        self, text: str, borders: Sequence[int] = (), literal: Sequence[Span] = ()
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Token ids of a rendered chat, in which special tokens stand for themselves.
+
+        borders: places in the text, in order, at which generation begins. The ids before a border are those of the
+        text before it, as generation meets it, even where the whole text has a token across the border.
+        literal: spans of the spellings of special tokens that are text.
+        Returns the ids, the character that each token starts at, and for each border the index of the token after it.
+        """
+        ids, starts = self._encode_chat(text, literal)
+        done: tuple[list[int], list[int]] = [], []
+        indices = []
+        origin = 0  # in the text, of `ids`
+        for border in borders:
+            index = bisect_left(starts, border)
+            if self._has_exact_starts and index < len(starts) and starts[index] == border:
+                indices.append(len(done[0]) + index)  # no token lies across the border, and so none would before it
+                continue
+            # A special token parts the text: what stands before it has no say in what comes after.
+            special = next((i for i in range(index - 1, -1, -1) if ids[i] in self._special_numbers), None)
+            kept, begin = (0, origin) if special is None else (special, starts[special])
+            before = self._encode_piece(text, begin, border, literal, special is None and origin > 0)
+            if before[0] != ids[kept:index]:
+                done[0].extend(ids[:kept] + before[0])
+                done[1].extend(starts[:kept] + [begin + start for start in before[1]])
+                after = next((i for i in range(index, len(ids)) if ids[i] in self._special_numbers), len(ids))
+                end = starts[after] if after < len(ids) else len(text)
+                more, at = self._encode_piece(text, border, end, literal, True)
+                ids, starts = more + ids[after:], [border + start for start in at] + starts[after:]
+                origin, index = border, 0
+            indices.append(len(done[0]) + index)
+        return done[0] + ids, done[1] + starts, indices
+
+    def _encode_piece(
+        self, text: str, start: int, end: int, literal: Sequence[Span], continues: bool
+    ) -> tuple[list[int], list[int]]:
+        """Ids of a piece of a chat, and the characters that they start at in it. continues: other text is before it."""
+        piece = (self._anchor if continues else "") + text[start:end]
+        move = len(piece) - (end - start) - start
+        inside = [(a + move, b + move) for a, b in literal if start <= a and b <= end]
+        if not inside and len(piece) <= 64:
+            if len(self._pieces) > 4096:
+                self._pieces.clear()
+            if piece not in self._pieces:  # the same few pieces stand before every answer
+                self._pieces[piece] = self._encode_chat(piece, ())
+            ids, starts = self._pieces[piece]
+        else:
+            ids, starts = self._encode_chat(piece, inside)
+        if not continues or not self._anchor:
+            return ids, starts
+        first = len(self._encode_chat(self._anchor, ())[0])
+        return ids[first:], [max(0, place - len(self._anchor)) for place in starts[first:]]
+
+    @cached_property
+    def _pieces(self) -> dict[str, tuple[list[int], list[int]]]:
+        return {}
+
+    @cached_property
+    def _anchor(self) -> str:
+        """What goes before a text to keep an encoder from adding the space that begins a text."""
+        for anchor in ("", "\n", "\ue000"):
+            ids, first = self._encode_chat(f"{anchor}Yes", ())[0], self._encode_chat(anchor, ())[0]
+            whole = self.decode([*self._encode_chat("x", ())[0], *ids[len(first) :]])
+            if ids[: len(first)] == first and whole.strip() == "xYes":
+                return anchor
+        return ""
+
+    @cached_property
+    def _special_numbers(self) -> frozenset[int]:
+        return frozenset(self.special_ids.values())
+
+    def _encode_chat(self, text: str, literal: Sequence[Span]) -> tuple[list[int], list[int]]:
+        """Token ids of a rendered chat, and the character that each token starts at."""
         ids: list[int] = []
         starts: list[int] = []
         place = 0
-        for part in re.split(f"({re.escape(self.bos_token)}|{re.escape(self.eos_token)})", text):
-            if part in (self.bos_token, self.eos_token):
-                ids.append(self.bos_id if part == self.bos_token else self.eos_id)
-                starts.append(place)
-            elif part:
-                some, offsets = self._encode_with_starts(part)
+        for start, end in [*self._special_spans(text, literal), (len(text), len(text))]:
+            if place < start:
+                some, offsets = self._encode_with_starts(text[place:start])
                 ids += some
                 starts += [place + offset for offset in offsets]
-            place += len(part)
+            if start < end:
+                ids.append(self.special_ids[text[start:end]])
+                starts.append(start)
+            place = end
         return ids, starts
+
+    def _special_spans(self, text: str, literal: Sequence[Span]) -> list[Span]:
+        """Where special tokens stand in a text, without the spellings that are text."""
+        found = (match.span() for match in self.special_pattern.finditer(text))
+        return [(start, end) for start, end in found if not any(a < end and start < b for a, b in literal)]
 
     @abstractmethod
     def _encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of the text and the character that each starts at."""
+        """Token ids of a plain text, and the character that each starts at."""
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
@@ -70,18 +204,32 @@ class Tokenizer(ABC):
 
     def special(self, token: int) -> str:
         """The name of a token that stands for no text, such as bos and eos; empty for others."""
-        return {self.bos_id: self.bos_token, self.eos_id: self.eos_token}.get(token, "")
+        return self._special_names.get(int(token), "")
+
+    @cached_property
+    def _special_names(self) -> dict[int, str]:
+        return {token: text for text, token in self.special_ids.items()}
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece .model file."""
+    """A bare SentencePiece .model file."""
+
+    _has_exact_starts = True
 
     def __init__(self, file: Path) -> None:
         import sentencepiece
 
         self._model = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        self.bos_id, self.eos_id = self._model.bos_id(), self._model.eos_id()
-        self.bos_token, self.eos_token = (self._model.id_to_piece(i) for i in (self.bos_id, self.eos_id))
+        self.eos_id = self._model.eos_id()
+        if self.eos_id < 0:
+            raise UserError(f"{file}: has no eos token; samples have to end with a token")
+        has_bos = self._model.bos_id() >= 0
+        self.bos_id = self._model.bos_id() if has_bos else self.eos_id
+        self.prefix_ids, self.suffix_ids = [self.bos_id] if has_bos else [], [self.eos_id]
+        self.special_tokens = {"eos_token": self._model.id_to_piece(self.eos_id)}
+        if has_bos:
+            self.special_tokens["bos_token"] = self._model.id_to_piece(self.bos_id)
+        self.special_ids = {text: self._model.piece_to_id(text) for text in self.special_tokens.values()}
         self.vocab_size, self.files = self._model.get_piece_size(), [file]
         self.adds_prefix_space: bool = self._model.encode("a", out_type=str)[0].startswith("\u2581")
 
@@ -94,6 +242,10 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
         found = self._model.encode(text, return_type="offset_mapping")
         return found["ids"], [start for start, _ in found["offsets"]]
+
+    def token_id(self, text: str) -> int | None:
+        token = self._model.piece_to_id(text)
+        return None if token == self._model.unk_id() else token
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode([int(i) for i in ids])
@@ -108,6 +260,8 @@ _SPECIAL_WORDS = ("<s>", "</s>", "<unk>", "<pad>")  # of a vocab.txt
 
 class VocabTokenizer(Tokenizer):
     """A vocab.txt, one JSON string a line: the longest word from the left, other characters as bytes <0xHH>."""
+
+    _has_exact_starts = True
 
     def __init__(self, file: Path) -> None:
         self._words = []
@@ -128,6 +282,9 @@ class VocabTokenizer(Tokenizer):
         for word in self._text_ids:
             self._longest[word[0]] = max(self._longest.get(word[0], 0), len(word))
         self.bos_id, self.eos_id = self._ids["<s>"], self._ids["</s>"]
+        self.prefix_ids, self.suffix_ids = [self.bos_id], [self.eos_id]
+        self.special_ids = {"<s>": self.bos_id, "</s>": self.eos_id}
+        self.special_tokens = {"bos_token": "<s>", "eos_token": "</s>"}
         self.vocab_size, self.files = len(self._words), [file]
 
     def encode(self, text: str) -> list[int]:
@@ -150,6 +307,9 @@ class VocabTokenizer(Tokenizer):
             start += length
         return ids, starts
 
+    def token_id(self, text: str) -> int | None:
+        return self._ids.get(text)
+
     def decode(self, ids: list[int]) -> str:
         out = bytearray()
         for i in ids:
@@ -167,109 +327,53 @@ def _byte_word(byte: int) -> str:
     return f"<0x{byte:02X}>"
 
 
-class HuggingFaceTokenizer(Tokenizer):
-    """A folder with tokenizer.json; which tokens begin and end a text is read from tokenizer_config.json."""
-
-    def __init__(self, folder: Path) -> None:
-        import tokenizers
-
-        self._model = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self._model.no_padding()
-        self._model.no_truncation()
-        config: dict[str, Any] = {}
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            if (folder / name).is_file():
-                config = {**_read(folder / name), **config}
-        eos = _token(config, "eos_token")
-        if eos is None:
-            raise UserError(f"{folder / 'tokenizer_config.json'}: eos_token: missing; samples have to end with a token")
-        self.eos_id = self._id(eos, folder)
-        bos = _token(config, "bos_token")
-        # Some families (Qwen) have no bos token; their texts start with the token that ends the one before.
-        self.bos_id = self._id(bos or eos, folder)
-        self.bos_token, self.eos_token = bos or "", eos
-        self.chat_template = _chat_template(folder, config)
-        self.vocab_size = self._model.get_vocab_size(with_added_tokens=True)
-        added = self._model.get_added_tokens_decoder()
-        self._special = {number: token.content for number, token in added.items() if token.special}
-        names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE]
-        self.files = [folder / name for name in names if (folder / name).is_file()]
-
-    def _id(self, token: str, folder: Path) -> int:
-        number = self._model.token_to_id(token)
-        if number is None:
-            raise UserError(f"{folder}: tokenizer_config.json names {token!r}, which tokenizer.json does not hold")
-        return number
-
-    def encode(self, text: str) -> list[int]:
-        return self._model.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: list[str]) -> Sequence[Sequence[int]]:
-        return [found.ids for found in self._model.encode_batch_fast(texts, add_special_tokens=False)]
-
-    def encode_chat(self, text: str) -> tuple[list[int], list[int]]:
-        return self._encode_with_starts(text)  # special tokens are recognised as it is
-
-    def _encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
-        found = self._model.encode(text, add_special_tokens=False)
-        return found.ids, [start for start, _ in found.offsets]
-
-    def decode(self, ids: list[int]) -> str:
-        return self._model.decode(ids)
-
-    def special(self, token: int) -> str:
-        return self._special.get(int(token), "")
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}, line {error.lineno}: not JSON: {error.msg}") from None
-
-
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """The template beside the tokenizer, or the one in its configuration; of several, the one called default."""
-    file = folder / CHAT_TEMPLATE
-    if file.is_file():
-        return file.read_text(encoding="utf-8-sig")
-    found = config.get("chat_template")
-    if isinstance(found, list):
-        found = next((item.get("template") for item in found if item.get("name") == "default"), None)
-    return found if isinstance(found, str) else None
-
-
-def _token(config: dict[str, Any], key: str) -> str | None:
-    token = config.get(key)
-    return token["content"] if isinstance(token, dict) else token
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a tokenizer in a folder."""
+    return [file for pattern in TOKENIZER_FILES for file in sorted(folder.glob(pattern)) if file.is_file()]
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer that a file or folder holds: tokenizer.json, a SentencePiece .model, or a 9G vocab.txt.
+    """The tokenizer of a file or folder: a 9G vocab.txt, a bare SentencePiece .model, or what transformers opens.
 
-    Raises UserError where there is none, or it cannot be read.
+    No code that lies in the folder is run. Raises UserError where there is no tokenizer, or it cannot be read.
     """
     path = Path(path)
-    if path.is_dir():
-        names = ("tokenizer.json", "tokenizer.model", "vocab.txt")
-        found = next((path / name for name in names if (path / name).is_file()), None)
-        if found is None:
-            raise UserError(f"{path}: no tokenizer here; expected one of {', '.join(names)}")
-        path = found
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path}: no such tokenizer; set tokenizer_path to a file or to a folder that holds one")
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir() and not tokenizer_files(path):
+        expected = ", ".join(name for name in TOKENIZER_FILES if name.startswith(("tokenizer.", "vocab")))
+        raise UserError(f"{path}: no tokenizer here; expected one of {expected}")
     try:
-        if path.suffix == ".json":
-            return HuggingFaceTokenizer(path.parent)
-        tokenizer = VocabTokenizer(path) if path.suffix == ".txt" else SentencePieceTokenizer(path)
-        if (template := path.parent / CHAT_TEMPLATE).is_file():
-            tokenizer.chat_template = template.read_text(encoding="utf-8-sig")
-            tokenizer.files.append(template)
-        return tokenizer
+        if bare := _bare(path):
+            tokenizer: Tokenizer = VocabTokenizer(bare) if bare.suffix == ".txt" else SentencePieceTokenizer(bare)
+            if (template := folder / CHAT_TEMPLATE).is_file():
+                tokenizer.chat_template = template.read_text(encoding="utf-8-sig")
+                tokenizer.files.append(template)
+            return tokenizer
+        from fm9g.data.transformers_tokenizer import open_with_transformers
+
+        return open_with_transformers(folder)
     except UserError:
         raise
     except Exception as error:  # the tokenizer libraries raise bare Exception
         raise UserError(f"{path}: not a tokenizer that can be read: {error}") from None
+
+
+def _bare(path: Path) -> Path | None:
+    """The SentencePiece model or 9G vocabulary that is a tokenizer by itself; None where transformers knows more."""
+    if path.is_file() and path.name not in ("tokenizer.model", "vocab.txt"):
+        return path if path.suffix in (".model", ".txt") else None
+    folder = path if path.is_dir() else path.parent
+    if (folder / "tokenizer.json").is_file():
+        return None
+    vocabulary, model = folder / "vocab.txt", folder / "tokenizer.model"
+    if vocabulary.is_file():
+        with vocabulary.open("rb") as file:
+            if file.read(1) == b'"' or not (folder / TOKENIZER_CONFIG).is_file():
+                return vocabulary
+    described = (TOKENIZER_CONFIG, "added_tokens.json", "special_tokens_map.json")
+    return model if model.is_file() and not any((folder / name).is_file() for name in described) else None
 
 
 def train_tokenizer(
@@ -307,5 +411,5 @@ def train_tokenizer(
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     with new_folder(output, overwrite, sources) as folder:
         model.save(str(folder / "tokenizer.json"))
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     return model.get_vocab_size()

@@ -61,9 +61,13 @@ class Processes:
         # Of messages between threads that collect a checkpoint while training goes on.
         self.beside = dist.new_group(backend="gloo", timeout=_FOR_EVER) if world_size > 1 else None
 
-    def sum(self, numbers: Sequence[int]) -> list[int]:
-        """The elementwise sum over all processes. It waits for their hosts, not for their GPUs."""
-        total = torch.tensor(numbers, dtype=torch.int64)
+    def sum(self, numbers: Sequence[float]) -> list[Any]:
+        """The elementwise sum over all processes, of type float where one of the numbers is, else int.
+
+        It waits for the hosts, not for their GPUs.
+        """
+        is_float = any(isinstance(number, float) for number in numbers)
+        total = torch.tensor(numbers, dtype=torch.float64 if is_float else torch.int64)
         dist.all_reduce(total)
         return total.tolist()
 

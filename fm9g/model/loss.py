@@ -57,6 +57,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         vocabulary: _Vocabulary,
         objective: Objective,
+        target_weights: torch.Tensor | None,
     ) -> Any:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         smoothing, z_loss = objective.label_smoothing, objective.z_loss
@@ -74,10 +75,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             normalizer = vocabulary.normalizer(logits)
             at_target = vocabulary.total(logits.gather(1, wanted) * here)
             losses[rows] = (normalizer - at_target)[:, 0]
+            share = None if target_weights is None else target_weights[rows, None]
             if smoothing:
-                extra += smoothing * (at_target - vocabulary.total(logits.sum(1, keepdim=True)) / ids).sum()
+                smoothed = at_target - vocabulary.total(logits.sum(1, keepdim=True)) / ids
+                extra += smoothing * (smoothed if share is None else smoothed * share).sum()
             if z_loss:
-                extra += z_loss * normalizer.square().sum()
+                squares = normalizer.square()
+                extra += z_loss * (squares if share is None else squares * share).sum()
             if not (need_hidden or need_weight):
                 continue
             error = logits.sub_(normalizer).exp_()  # probabilities, less 1 at the target
@@ -86,6 +90,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             error.scatter_add_(1, wanted, (smoothing - 1) * here.to(error.dtype))
             if smoothing:
                 error -= smoothing / ids
+            if share is not None:
+                error *= share
             error = error.to(part.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = error @ weight
@@ -96,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
-        return losses.sum() + extra, losses
+        return (losses if target_weights is None else losses * target_weights).sum() + extra, losses
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> Any:  # type: ignore[override]
@@ -107,21 +113,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, objective: Objective = Objective()
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    objective: Objective = Objective(),
+    target_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The cross entropy of softmax(hidden @ weight.T), in nats.
 
     hidden (R, C) and weight (V, C) of one type, targets (R,) int64. The weight may be a DTensor that is split by the
-    vocabulary. Returns the sum over rows of what is to be minimized, and (R,) fp32 the plain cross entropy of each row,
-    which no gradient flows from.
+    vocabulary. target_weights: (R,) fp32, what each row counts; None: 1. Returns the sum over rows of what is to be
+    minimized, and (R,) fp32 the plain cross entropy of each row, without its weight, which no gradient flows from.
     """
     vocabulary = _Vocabulary()
     if (mesh := getattr(weight, "device_mesh", None)) is not None:
         most = -(-len(weight) // mesh.size())
         vocabulary = _Vocabulary(most * mesh.get_local_rank(), mesh.get_group())
         weight = weight.to_local()  # type: ignore[attr-defined, operator]
-    return _LinearCrossEntropy.apply(hidden, weight, targets, vocabulary, objective)  # type: ignore[no-untyped-call]
+    return _LinearCrossEntropy.apply(hidden, weight, targets, vocabulary, objective, target_weights)  # type: ignore[no-untyped-call]

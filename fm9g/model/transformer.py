@@ -26,6 +26,7 @@ class Batch:
 
     input_ids, positions: (T,). cu_seqlens: (documents + 1,) int32; lengths: the same documents' lengths.
     target_rows: (R,) the positions that have a target; targets: (R,) int64, the token after each of them.
+    target_weights: (R,) fp32, what each counts in the loss; None: all count 1.
     """
 
     input_ids: torch.Tensor
@@ -34,6 +35,7 @@ class Batch:
     lengths: list[int]
     target_rows: torch.Tensor
     targets: torch.Tensor
+    target_weights: torch.Tensor | None = None
 
 
 class RMSNorm(nn.Module):
@@ -160,7 +162,7 @@ class FM9G(nn.Module):
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of a packed row: its sum over targets, in nats, and (R,) the loss of each target (no gradient)."""
         hidden = self.hidden_states(batch)[batch.target_rows]
-        return linear_cross_entropy(hidden, self.output_weight, batch.targets, self._objective)
+        return linear_cross_entropy(hidden, self.output_weight, batch.targets, self._objective, batch.target_weights)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """(T, V) scores of the token after each position."""

@@ -17,8 +17,11 @@ from fm9g.progress import Progress
 from fm9g.train.interrupt import Interrupt
 
 
-def open_mixture(run: RunConfig) -> tuple[Mixture, list[str]]:
-    """The data of a run, its token caches made where they are asked for; and what there is to know, a line each."""
+def open_mixture(run: RunConfig, date: str = "") -> tuple[Mixture, list[str]]:
+    """The data of a run, its token caches made where they are asked for; and what there is to know, a line each.
+
+    date: what templates write as today's, where the configuration has none; empty: today.
+    """
     config = run.train.value
     mixture = Mixture(
         [item.value for item in run.mixture],
@@ -27,8 +30,9 @@ def open_mixture(run: RunConfig) -> tuple[Mixture, list[str]]:
         config.seed,
         config.batch_size * config.max_length,
         config.token_cache,
+        config.template_date or date,
     )
-    notes = run.notes + mixture.notes()
+    notes = run.notes + mixture.notes() + mixture.preview()
     if config.token_cache:
         mixture, about_caches = fill_cache(mixture, config.dataloader_num_workers)
         notes += about_caches

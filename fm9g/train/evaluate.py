@@ -20,8 +20,9 @@ from fm9g.train.loop import to_batch
 class Evaluation:
     """The validation data of a run, the same rows each time, dealt to the replicas."""
 
-    def __init__(self, run: RunConfig, engine: Engine) -> None:
-        """Raises UserError where the data cannot be read."""
+    def __init__(self, run: RunConfig, engine: Engine, training: Mixture) -> None:
+        """training: the run's own data, which has the tokenizer and the date. Raises UserError where the data cannot be
+        read."""
         config = run.train.value
         self._engine, self._tasks = engine, [item.value.task_name for item in run.validation]
         replicas = config.replicas(engine.processes.world_size)
@@ -30,15 +31,16 @@ class Evaluation:
             raise UserError(f"eval_batches {config.eval_batches} is less than the processes, {replicas}")
         self._mixture = Mixture(
             [replace(item.value, allow_repeat=False) for item in run.validation],
-            config.tokenizer_path,
+            training.tokenizer,
             config.max_length,
             config.seed,
             config.batch_size * config.max_length,
+            date=training.recipe.date,
         )
         self._rows: list[Pack] | None = None
 
     def run(self) -> dict[str, float]:
-        """Loss/val, Loss/val/TASK (nats, mean over target tokens) and Perplexity/val, .../TASK (exp of these).
+        """Loss/val, Loss/val/TASK (nats, mean over targets by weight) and Perplexity/val, .../TASK (exp of these).
 
         All ranks must take part. Raises UserError where the data gives no target.
         """
@@ -53,8 +55,9 @@ class Evaluation:
             _, row_losses = engine.evaluate(batch)
             if number < len(rows):
                 here = tasks == numbers
-                losses += torch.where(here, row_losses, 0.0).sum(1)
-                targets += here.sum(1)
+                weights = torch.ones_like(row_losses) if batch.target_weights is None else batch.target_weights
+                losses += torch.where(here, row_losses * weights, 0.0).sum(1)
+                targets += torch.where(here, weights, 0.0).sum(1)
         sums, counts = engine.sum(losses).tolist(), engine.sum(targets).tolist()
         if not sum(counts):
             raise UserError("val_dataset: no record of it gave a sample")

@@ -77,7 +77,7 @@ def train(
         with clock.span("data"):
             packs = loader.next_step()
         with clock.span("communication"):  # the hosts agree, and no GPU is waited for
-            counts = engine.processes.sum([sum(pack.target_tokens for pack in packs), *desk.wishes()])
+            counts = engine.processes.sum([math.fsum(pack.total_weight for pack in packs), *desk.wishes()])
         targets, stop, save_now = counts[0], counts[1] > 0, counts[2] > 0
         if not loader.endless and targets == 0:
             break
@@ -153,13 +153,13 @@ def _accumulate(
     engine: Engine,
     packs: list[Pack],
     step: int,
-    targets: int,
+    targets: float,
     task_losses: torch.Tensor,
     clock: Clock,
 ) -> bool:
     """Adds up the gradients of a step, and the losses of tasks. Returns False where the memory was short, which is let
     pass where no other process waits for this one; then there are no gradients."""
-    share = engine.processes.world_size / engine.replicas / max(1, targets)
+    share = engine.processes.world_size / engine.replicas / (targets or 1)
     numbers = torch.arange(len(task_losses), device=engine.device)[:, None]
     try:
         for i, pack in enumerate(packs):
@@ -168,6 +168,7 @@ def _accumulate(
             loss_sum, losses = engine.forward(batch, (step * len(packs) + i) * engine.replicas + engine.replica)
             engine.backward(loss_sum * share, last=i == len(packs) - 1)
             # Not index_add_, which adds in no fixed order on a GPU.
+            losses = losses if batch.target_weights is None else losses * batch.target_weights
             task_losses += torch.where(row_tasks == numbers, losses, 0.0).sum(1)
     except RuntimeError as error:  # torch.OutOfMemoryError is one; CPUs have no class of their own
         if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
@@ -189,7 +190,8 @@ def to_batch(pack: Pack, device: torch.device) -> tuple[Batch, torch.Tensor]:
     arrays = (pack.input_ids, pack.positions, pack.cu_seqlens, rows, pack.targets[rows], pack.task_ids[rows])
     ids, positions, cu_seqlens, target_rows, targets, tasks = (_on_device(array, device) for array in arrays)
     lengths = np.diff(pack.cu_seqlens).tolist()
-    return Batch(ids, positions, cu_seqlens, lengths, target_rows, targets.long()), tasks
+    weights = None if pack.target_weights is None else _on_device(pack.target_weights[rows], device)
+    return Batch(ids, positions, cu_seqlens, lengths, target_rows, targets.long(), weights), tasks
 
 
 def _on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -199,12 +201,15 @@ def _on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def _losses(tasks: list[str], engine: Engine, packs: list[Pack], task_losses: torch.Tensor) -> dict[str, float]:
-    """The mean loss over all targets of a step, and over those of each task that had one."""
-    rows = [pack.task_ids[pack.targets != IGNORED] for pack in packs]
-    counts = np.bincount(np.concatenate(rows), minlength=len(tasks))
+    """The mean loss over all targets of a step by their weights, and over those of each task that had one."""
+    counts = np.zeros(len(tasks))
+    for pack in packs:
+        rows = pack.targets != IGNORED
+        weights = None if pack.target_weights is None else pack.target_weights[rows]
+        counts += np.bincount(pack.task_ids[rows], weights, minlength=len(tasks))
     targets = engine.sum(torch.from_numpy(counts).float().to(engine.device)).tolist()
     sums = engine.sum(task_losses).tolist()
-    figures = {"Loss/train": sum(sums) / max(1, sum(targets))}
+    figures = {"Loss/train": sum(sums) / (sum(targets) or 1)}
     for task, loss, count in zip(tasks, sums, targets):
         if count:
             figures[f"Loss/train/{task}"] = loss / count

@@ -43,6 +43,7 @@ from fm9g.train.resume import changes, find_checkpoint, restore
 from fm9g.train.sinks import open_sinks, require_sinks
 
 PACKAGES = ("torch", "numpy", "tokenizers")  # that must be the same in all processes
+_LIKELY_OWN = 0.95  # a model's own tokenizer has at least this share of its token ids; the rest is padding
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,12 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
     packs = config.packs_a_step(replicas)
 
     monitor.progress(0, "reading the data")
-    mixture, about_data = _open_in_turn(run, place, processes)
+    date = processes.from_first(checkpoint.position()["fingerprint"].get("template_date", "") if checkpoint else "")
+    mixture, about_data = _open_in_turn(run, place, processes, date)
     run, about_epochs = _with_epochs(run, mixture, packs)
     config = run.train.value
     _check_same(run, processes, fingerprint(mixture, packs))
-    evaluation = Evaluation(run, engine) if run.validation else None
+    evaluation = Evaluation(run, engine, mixture) if run.validation else None
     notes += about_data + about_epochs + _check_fit(config, run.model.value, mixture)
     monitor.progress(0, "building the model")
     about_weights, adapters = build_model(engine, config, run.model.value, checkpoint)
@@ -245,7 +247,7 @@ def _with_epochs(run: RunConfig, mixture: Mixture, packs: int) -> tuple[RunConfi
     ]
 
 
-def _open_in_turn(run: RunConfig, place: Place, processes: Processes) -> tuple[Mixture, list[str]]:
+def _open_in_turn(run: RunConfig, place: Place, processes: Processes, date: str) -> tuple[Mixture, list[str]]:
     """The data of a run. Where token caches are made, one process of each machine makes them, the first machine's
     first: the folder may be shared.
     """
@@ -253,7 +255,7 @@ def _open_in_turn(run: RunConfig, place: Place, processes: Processes) -> tuple[M
     turns = 3 if run.train.value.token_cache else 1
     for now in range(turns):
         if now == min(turn, turns - 1):
-            opened = open_mixture(run)
+            opened = open_mixture(run, date)
         processes.sum([0])  # wait for the others
     return opened
 
@@ -273,7 +275,8 @@ def _summary(run: RunConfig, engine: Engine, mixture: Mixture, packs: int) -> st
     dtype = str(compute_dtype(model, engine.device)[0]).removeprefix("torch.")
     count = engine.processes.world_size
     where = f"{engine.device.type}, {count} processes, {engine_name(config)}" if count > 1 else str(engine.device)
-    return f"{weights:,} parameters, {dtype} on {where}; {tokens} tokens a step; data: {data}"
+    summary = f"{weights:,} parameters, {dtype} on {where}; {tokens} tokens a step; data: {data}"
+    return "\n".join([summary, *mixture.describe()])
 
 
 def _check_fit(config: TrainConfig, model: ModelConfig, mixture: Mixture) -> list[str]:
@@ -283,6 +286,12 @@ def _check_fit(config: TrainConfig, model: ModelConfig, mixture: Mixture) -> lis
             f"tokenizer_path: {config.tokenizer_path} has {mixture.tokenizer.vocab_size} tokens, the model's "
             f"vocab_size is {model.vocab_size}; they do not belong together"
         )
+    notes = []
     if config.max_length > model.max_length:
-        return [f"max_length {config.max_length} is more than the model is made for ({model.max_length})"]
-    return []
+        notes.append(f"max_length {config.max_length} is more than the model is made for ({model.max_length})")
+    if mixture.tokenizer.vocab_size < _LIKELY_OWN * model.vocab_size and config.pretrained_model:
+        notes.append(
+            f"tokenizer_path {config.tokenizer_path} has {mixture.tokenizer.vocab_size} of the model's "
+            f"{model.vocab_size} token ids; is it the tokenizer of {config.pretrained_model}?"
+        )
+    return notes

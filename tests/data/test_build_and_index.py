@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support import index, write_jsonl
 
+from fm9g.cli import main
 from fm9g.data.index import IndexedDataset
 from fm9g.data.scan import TOKENS_PER_UNIT, units
 from fm9g.errors import UserError
@@ -183,3 +184,126 @@ def test_a_full_disk_is_reported_and_nothing_half_written_stays(
         index(source, tmp_path / "out", "zh")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
+
+
+def notes(tmp_path: Path, records: list[dict], capsys: pytest.CaptureFixture, *options: str) -> list[str]:
+    """What `fm9g data index` notes of records."""
+    source = write_jsonl(tmp_path / "noted.jsonl", records)
+    output = ["--output", str(tmp_path / "noted"), "--overwrite"]
+    capsys.readouterr()
+    assert main(["data", "index", "--path", str(source), "--language", "en", *output, *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return [line.removeprefix("note: ") for line in lines if line.startswith("note: ")]
+
+
+def test_keys_that_are_left_out_are_noted_the_most_frequent_first(tmp_path: Path, capsys) -> None:
+    turn = {"role": "assistant", "content": "a", "refusal": "no", "audio": None}
+    records = [{"messages": [turn], "id": n, "more": ""} for n in range(3)] + [{"output": "a", "id": 1}]
+    assert notes(tmp_path, records, capsys) == ["keys left out: id (4), turn.refusal (3)"]
+    many = {f"k{n:02}": n for n in range(12)}
+    assert notes(tmp_path, [{"output": "a", **many}, {"output": "a", "k11": 1}], capsys) == [
+        f"keys left out: k11 (2), {', '.join(f'k{n:02} (1)' for n in range(9))} and 2 more"
+    ]
+    assert notes(tmp_path, [{"output": "a", **many}], capsys, "--as-is") == []
+    assert notes(tmp_path, [{"input": "q", "output": "a"}], capsys) == []
+
+
+def test_a_bad_record_counts_for_no_note(tmp_path: Path, capsys) -> None:
+    bad = {"messages": [{"role": "user", "content": "{{x}}", "id": 1, "weight": 0}]}
+    assert notes(tmp_path, [bad, {"output": "a"}], capsys, "--skip-bad") == [
+        f"1 bad records were left out: {tmp_path / 'noted' / 'rejects.jsonl'}"
+    ]
+
+
+def test_marks_thoughts_and_calls_are_noted(tmp_path: Path, capsys) -> None:
+    user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    masked = {**answer, "train": False}
+    records = [
+        {"messages": [user, masked, user, answer]},
+        {"messages": [user, masked, user, masked], "id": 1},
+        {"messages": [user, {**answer, "weight": 0.5, "thinking": "t"}]},
+        {"messages": [user, {**answer, "content_weights": [[1, 1]]}, {**masked, "reasoning": "t"}]},
+        {"messages": [user, {**answer, "content": "ab", "content_weights": [[1, 1], [1, 0]]}]},
+        {"messages": [user, answer], "tools": [{"name": "f"}]},
+        {"messages": [{**answer, "tool_calls": [{"function": {"name": "f"}}]}]},
+        {"input": "q", "output": "a", "weight": 0},
+        {"text": "a", "loss_scale": 2},
+        {"text": "a"},
+    ]
+    assert notes(tmp_path, records, capsys) == [
+        "keys left out: id (1)",
+        "of the records, 2 have thoughts, 2 have tools or calls",
+        "5 turns are not trained on, 3 have another weight than 1",
+        "2 records have nothing that is trained on; training skips them",
+    ]
+    assert len(IndexedDataset(tmp_path / "noted")) == len(records)
+    assert notes(tmp_path, records[:1], capsys) == ["1 turn is not trained on"]
+    assert notes(tmp_path, records[2:3], capsys)[1] == "1 turn has another weight than 1"
+
+
+def test_placeholders_are_noted(tmp_path: Path, capsys) -> None:
+    chat = {
+        "messages": [{"role": "user", "content": "I am {{ name }}"}, {"role": "assistant", "content": "{{a}}{{a}}"}]
+    }
+    preference = {"prompt": "q", "chosen": "{{作者}}", "rejected": "{{a}} {{1}} {{ a b }} {x} {{}}"}
+    assert notes(tmp_path, [chat, preference, {"text": "{{a}}"}], capsys) == [
+        "placeholders stand in the text and are trained on as they are: {{a}} (3), {{ name }} (1), {{作者}} (1); "
+        "replace them first, if they are to be filled in"
+    ]
+
+
+def test_notes_are_the_same_with_several_processes(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fm9g.data import build
+
+    records = [{"text": "{{a}}", "id": n, "train": n % 3 != 0} for n in range(50)]
+    expected = notes(tmp_path, records, capsys)
+    assert len(expected) == 4
+    monkeypatch.setattr(build, "_RANGE", 101)
+    assert notes(tmp_path, records, capsys, "--workers", "2") == expected
+
+
+def test_notes_of_real_files(tmp_path: Path, shared: Path, capsys) -> None:
+    found = {}
+    for name in ("identity", "glaive_toolcall_zh_demo"):
+        arguments = ["--language", "zh", "--output", str(tmp_path / name)]
+        assert main(["data", "index", "--path", str(shared / "data" / f"{name}.json"), *arguments]) == 0
+        found[name] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    (note,) = found["identity"]
+    assert note.startswith("note: placeholders stand in the text and are trained on as they are: {{name}} (")
+    assert found["glaive_toolcall_zh_demo"] == ["note: of the records, 200 have tools or calls"]
+
+
+def test_a_dataset_is_read_by_its_data_alone(tmp_path: Path, dataset: Path, capsys) -> None:
+    (dataset / "rejects.jsonl").write_text('{"file": "a", "reason": "b"}\n')
+    arguments = ["--vocab_size", "300", "--output", str(tmp_path / "tokenizer")]
+    assert main(["data", "tokenizer", str(dataset), *arguments]) == 0
+    assert main(["data", "index", "--path", str(dataset), "--language", "zh", "--output", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "data.jsonl").read_bytes() == (dataset / "data.jsonl").read_bytes()
+    arguments = ["--language", "zh", "--split", "0.4", "--output", str(tmp_path / "split")]
+    assert main(["data", "index", "--path", str(dataset), *arguments]) == 0
+    (tmp_path / "split" / "rejects.jsonl").write_text("{}\n")
+    assert (
+        main(["data", "index", "--path", str(tmp_path / "split"), *arguments[:2], "--output", str(tmp_path / "b")]) == 0
+    )
+    assert len(IndexedDataset(tmp_path / "b")) == 3
+    capsys.readouterr()
+    meta = str(dataset / "meta.json")  # what is named itself is read
+    assert main(["data", "index", "--path", meta, "--language", "zh", "--output", str(tmp_path / "c")]) == 2
+    assert "meta.json, line 1: no known shape" in capsys.readouterr().err
+    for name in ("index", "index.h5"):
+        (dataset / name).unlink()
+    assert main(["data", "index", "--path", str(dataset), "--language", "zh", "--output", str(tmp_path / "c")]) == 2
+    assert "meta.json, line 1: no known shape" in capsys.readouterr().err
+
+
+def test_a_tokenizer_is_not_trained_on_ids(tmp_path: Path) -> None:
+    from fm9g.data.build import texts_of
+    from fm9g.data.sources import find_sources
+
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"x": "y"}}}
+    turns = [
+        {"role": "assistant", "content": "", "tool_calls": [call], "reasoning_content": "t", "weight": 0},
+        {"role": "tool", "content": "3", "tool_call_id": "c1"},
+    ]
+    source = write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}])
+    assert list(texts_of(find_sources([str(source)]))) == ["f", "y", "t", "3"]

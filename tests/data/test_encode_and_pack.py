@@ -12,12 +12,16 @@ class Letters(Tokenizer):
     """One id a letter: a=97; bos 1, eos 2."""
 
     bos_id, eos_id, vocab_size, files = 1, 2, 128, ()
+    prefix_ids, suffix_ids, special_ids, special_tokens = (1,), (2,), {}, {}
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
     def _encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
         return self.encode(text), list(range(len(text)))
+
+    def token_id(self, text: str) -> int | None:
+        return ord(text) if len(text) == 1 else None
 
     def decode(self, ids: list[int]) -> str:
         return bytes(ids).decode()

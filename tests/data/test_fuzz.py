@@ -14,6 +14,8 @@ from support import index, records, write_jsonl
 
 from fm9g.config.mixture import load_mixture
 from fm9g.data.index import IndexedDataset
+from fm9g.data.records import to_line
+from fm9g.data.shapes import BadRecord, canonical
 from fm9g.errors import UserError
 
 QUICK = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -24,6 +26,14 @@ CHATS = [
     {"instruction": "i", "input": "", "output": "o", "history": [["q", "a"]], "system": "s"},
     {"prompt": "p", "chosen": "c", "rejected": "r"},
     {"text": "t"},
+    {
+        "messages": [
+            {"role": "assistant", "content": [{"type": "text", "text": "a", "weight": 0}], "thinking": "t"},
+            {"role": "tool", "content": "3", "tool_call_id": "c", "name": "f"},
+            {"role": "assistant", "content": "ab", "content_weights": [[1, 0], [1, 1]], "tool_calls": [{"name": "f"}]},
+        ],
+        "loss_mask": [0, 1, 1],
+    },
 ]
 LINES = [json.dumps(record, ensure_ascii=False).encode() for record in [*records(6), *CHATS]]
 SEEDS = {
@@ -83,7 +93,8 @@ def test_the_converter(kind: str, changes: list, skip_bad: bool, as_is: bool) ->
 ROLES = ["user", "assistant", "human", "gpt"]
 keys = st.sampled_from(
     """input output text instruction history system messages conversations role content from value tools tool_calls
-    function name arguments chosen rejected label prompt query response""".split()  # noqa: SIM905
+    function name arguments chosen rejected label prompt query response reasoning thinking weight mask train loss_mask
+    content_weights tool_call_id id type""".split()  # noqa: SIM905
 )
 values = st.recursive(
     st.none()
@@ -91,7 +102,7 @@ values = st.recursive(
     | st.integers()
     | st.floats()
     | st.text(max_size=5)
-    | st.sampled_from(["user", "assistant"]),
+    | st.sampled_from(["user", "assistant", "[]", '{"role": "user"}', '[{"name": "f"}]']),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4),
     max_leaves=8,
 )
@@ -106,6 +117,54 @@ def test_records_of_any_shape(record: dict) -> None:
         with contextlib.suppress(UserError):
             index(source, Path(name) / "out", "en")
             assert len(IndexedDataset(Path(name) / "out")) == 1
+
+
+weights = st.sampled_from([0, 1, 0.5, True, None])
+parts = st.fixed_dictionaries({"type": st.just("text"), "text": st.text(max_size=2)}, optional={"weight": weights})
+beside = {"mask": weights, "name": st.sampled_from(["f", 3, None]), "id": st.just("x"), "content_weights": st.none()}
+turns = st.one_of(
+    st.fixed_dictionaries({"role": st.just("user"), "content": st.sampled_from(["", "q"])}, optional=beside),
+    st.fixed_dictionaries(
+        {"role": st.just("assistant"), "content": st.just("ab") | st.lists(parts)},
+        optional={
+            **beside,
+            "mask": st.booleans(),
+            "thinking": st.sampled_from(["", "t"]),
+            "tool_calls": st.sampled_from([[{"name": "f", "arguments": "{}", "id": "c"}], [], None]),
+        },
+    ),
+    st.fixed_dictionaries(
+        {
+            "role": st.just("assistant"),
+            "content": st.just("ab"),
+            "content_weights": st.sampled_from([[[1, 0], [1, 2]], [[2, 1]], [[1, 1], [0, 3], [1, 1]]]),
+        },
+        optional={"weight": weights},
+    ),
+)
+chats = st.fixed_dictionaries(
+    {"messages": st.lists(turns, min_size=1, max_size=4)},
+    optional={"weight": st.sampled_from([0, 2, 0.5]), "tools": st.sampled_from(["[]", [{"name": "f"}]])},
+)
+
+
+def test_what_is_canonical_stays_as_it_is_also_when_it_was_stored() -> None:
+    kept: list[dict] = []
+
+    @settings(QUICK, max_examples=800)
+    @given(chats | st.dictionaries(keys, values, max_size=5))
+    def check(record: dict) -> None:
+        with contextlib.suppress(BadRecord):
+            result = canonical(record)[1]
+            assert canonical(result)[1] is result
+            read = json.loads(to_line(result))
+            assert read == result
+            assert canonical(read)[1] is read
+            kept.append(result)
+
+    check()
+    said = {key for record in kept for turn in record.get("messages", []) for key in turn}
+    assert said >= {"weight", "content_weights", "reasoning_content", "tool_calls", "name"}  # else it says nothing
 
 
 @QUICK

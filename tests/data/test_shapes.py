@@ -24,6 +24,11 @@ ROLES = (
     "function_call, tool_call"
 )
 
+CALLS = (
+    'the JSON of calls, {"name": ..., "arguments": {...}} or a list of these; <think>...</think> may stand before it, '
+    "and <tool_call>...</tool_call> around each"
+)
+
 
 def chat(*turns: dict, **beside: object) -> dict:
     return {"messages": list(turns), **beside}
@@ -56,6 +61,9 @@ SHAPES = [
         {"query": "q", "response": "a", "system": "s", "history": [["q", "b"]]},
         chat(SYSTEM, USER, BAD, USER, ANSWER),
     ),
+    ("query/response", {"query": "q", "response": "a", "history": '[["q", "b"]]'}, chat(USER, BAD, USER, ANSWER)),
+    ("query/response", {"query": "q", "response": "a", "history": " "}, {"input": "q", "output": "a"}),
+    ("query/response", {"query": "q", "response": "a", "history": "null"}, {"input": "q", "output": "a"}),
     ("KTO", {"query": "q", "response": "a", "label": True}, chat(USER, ANSWER, label=True)),
     ("ShareGPT", {"conversations": [HUMAN, GPT], "id": "1"}, chat(USER, ANSWER)),
     ("ShareGPT", {"conversations": [HUMAN, GPT], "system": "s", "tools": "[]"}, chat(SYSTEM, USER, ANSWER)),
@@ -99,15 +107,28 @@ SHAPES = [
             "tools": [{"name": "f", "parameters": {}}],
         },
         chat(
-            SYSTEM,
+            {**SYSTEM, "name": "x"},
             {"role": "user", "content": "qq"},
-            CALLING,
-            RESULT,
-            {**CALLING, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+            {**CALLING, "tool_calls": [{"id": "1", **CALL}]},
+            {**RESULT, "tool_call_id": "1"},
+            {**CALLING, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]},
             RESULT,
             tools=[TOOL],
         ),
     ),
+    ("messages", chat(USER, ANSWER, SYSTEM, USER), chat(USER, ANSWER, SYSTEM, USER)),
+    ("messages", {"messages": json.dumps([USER, ANSWER])}, chat(USER, ANSWER)),
+    ("ShareGPT", {"conversations": json.dumps([HUMAN, GPT])}, chat(USER, ANSWER)),
+    ("messages", {"messages": [json.dumps(USER), ANSWER]}, chat(USER, ANSWER)),
+    ("ShareGPT", {"conversations": [json.dumps(HUMAN), json.dumps(GPT)]}, chat(USER, ANSWER)),
+    (
+        "messages",
+        {"messages": {"role": ["user", "assistant"], "content": ["q", "a"], "tool_calls": None, "name": [None, "x"]}},
+        chat(USER, {**ANSWER, "name": "x"}),
+    ),
+    ("ShareGPT", {"conversations": json.dumps({"from": ["human", "gpt"], "value": ["q", "a"]})}, chat(USER, ANSWER)),
+    ("messages", chat(USER, ANSWER, tools=json.dumps([TOOL])), chat(USER, ANSWER, tools=[TOOL])),
+    ("messages", chat(USER, ANSWER, tools=[json.dumps(TOOL), None]), chat(USER, ANSWER, tools=[TOOL])),
     ("KTO", {"messages": [USER, ANSWER], "label": True}, chat(USER, ANSWER, label=True)),
     ("KTO", {"conversations": [HUMAN, GPT], "kto_tag": False}, chat(USER, ANSWER, label=False)),
     ("preference", {"conversations": [HUMAN], "chosen": GPT, "rejected": BAD}, PREFERENCE),
@@ -120,6 +141,21 @@ SHAPES = [
     ),
     ("preference", {"prompt": "q", "chosen": "a", "rejected": "b", "tools": [TOOL]}, {**PREFERENCE, "tools": [TOOL]}),
     ("preference", {"prompt": [USER], "chosen": [ANSWER], "rejected": [BAD]}, PREFERENCE),
+    ("preference", {"prompt": json.dumps([USER]), "chosen": json.dumps([ANSWER]), "rejected": "b"}, PREFERENCE),
+    (
+        "preference",
+        {"prompt": '["q"]', "chosen": "[a]", "rejected": '[{"b": 1}]'},
+        {
+            "messages": [{"role": "user", "content": '["q"]'}],
+            "chosen": {**ANSWER, "content": "[a]"},
+            "rejected": {**BAD, "content": '[{"b": 1}]'},
+        },
+    ),
+    (
+        "preference",
+        {"prompt": [SYSTEM, USER], "system": "other", "history": [["q", "b"]], "chosen": "a", "rejected": "b"},
+        {**PREFERENCE, "messages": [SYSTEM, USER, BAD, USER]},
+    ),
     ("preference", {"chosen": [USER, ANSWER], "rejected": [USER, BAD]}, PREFERENCE),
     (  # UltraFeedback: the whole chosen conversation is there as well
         "preference",
@@ -162,10 +198,14 @@ def test_each_shape_becomes_its_canonical_form_which_stays_as_it_is(shape: str, 
     "record",
     [
         {"input": "q", "output": "a", "id": 1},
-        chat({**USER, "name": "x"}, ANSWER),
+        chat({**USER, "name": None}, ANSWER),
+        chat(USER, {**ANSWER, "weight": False}),
+        chat(USER, {**ANSWER, "weight": 1}),
+        chat(USER, {**ANSWER, "reasoning_content": " "}),
+        {"input": "q", "output": "a", "weight": False},
         chat(HUMAN, GPT),
         chat(USER, ANSWER, tools=[]),
-        chat(USER, {**CALLING, "tool_calls": [{**CALL, "id": "1"}]}),
+        chat(USER, {**CALLING, "tool_calls": [{**CALL, "id": 1}]}),
         {**PREFERENCE, "chosen": "a"},
     ],
 )
@@ -212,8 +252,14 @@ MISTAKES = [
         f"conversations[1].from: unknown role 'gtp'; did you mean 'gpt'? (known: {ROLES})",
     ),
     (chat({"role": "x", "content": "q"}), f"messages[0].role: unknown role 'x' (known: {ROLES})"),
-    (chat(USER, SYSTEM, ANSWER), "messages[1]: a system message, which only the first turn may be"),
-    (chat(SYSTEM, USER), "messages: no turn of the assistant, nothing to learn"),
+    ({"messages": "[q"}, "messages: not JSON: '[q'"),
+    ({"messages": '{"role": "user"}'}, "messages: found str, expected a list of turns"),
+    ({"messages": {"role": "user", "content": "q"}}, "messages: found dict, expected a list of turns"),
+    (
+        {"messages": {"role": ["user", "assistant"], "content": ["q"]}},
+        "messages: found 2 of role, 1 of content, expected as many of each, one a turn",
+    ),
+    (chat(SYSTEM, USER), "messages: no turn of the assistant, nothing to train on"),
     (
         chat(
             {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "image_url", "image_url": {}}]}, ANSWER
@@ -223,16 +269,16 @@ MISTAKES = [
     (chat({**USER, "tool_calls": [CALL]}), "messages[0]: a turn of the user calls tools; only the assistant's may"),
     (chat(USER, {**CALLING, "tool_calls": ["f"]}), 'messages[1].tool_calls: expected functions, objects with a "name"'),
     (
-        chat(USER, {**CALLING, "tool_calls": [{"function": {"name": "f"}}]}),
-        "messages[1].tool_calls: arguments of f: found nothing, expected an object or a string",
+        chat(USER, {**CALLING, "tool_calls": [{"function": {"name": "f", "parameters": {"x": 1}}}]}),
+        "messages[1].tool_calls: arguments of f: missing; found the keys name, parameters",
     ),
     (
         {"conversations": [HUMAN, {"from": "function_call", "value": "f(1)"}]},
-        "conversations[1].value: not JSON: 'f(1)'",
+        f"conversations[1].value: found 'f(1)', expected {CALLS}",
     ),
     (
         {"conversations": [HUMAN, {"from": "function_call", "value": "[]"}]},
-        "conversations[1].value: calls no function",
+        f"conversations[1].value: calls no function; expected {CALLS}",
     ),
     (chat(USER, ANSWER, tools=[{"description": "f"}]), 'tools: expected functions, objects with a "name"'),
     (chat(USER, ANSWER, tools="f"), "tools: not JSON: 'f'"),
@@ -268,7 +314,8 @@ def test_a_mistake_is_named_with_its_place(record: dict, message: str) -> None:
     assert str(error.value) == message
 
 
-JUNK = [None, 3, True, "", "text", "[]", [], {}, [[]], [None], [{}], {"type": "text"}, {"name": "f"}, {"from": "gpt"}]
+JUNK: list = [None, 3, True, "", "text", "[]", "[[", "{", 1e400, [], {}, [[]], [None], [{}], {"type": "text"}]
+JUNK += [{"name": "f"}, {"from": "gpt"}, {"role": [None]}]
 
 
 def spoilt(value: object) -> list:
@@ -292,6 +339,8 @@ def test_whatever_a_record_holds_it_becomes_canonical_or_is_refused(record: dict
                 refused += 1
             else:
                 assert canonical(result)[1] is result
+                copy = json.loads(json.dumps(result))
+                assert canonical(copy)[1] is copy
     assert refused
 
 
@@ -316,6 +365,38 @@ def test_real_files_have_their_shapes(shared: Path, name: str, shape: str, count
 def test_real_lines_of_text(shared: Path) -> None:
     lines = (shared / "data" / "c4_demo.jsonl").read_text().splitlines()
     assert Counter(canonical(json.loads(line))[0] for line in lines) == {"text": len(lines)}
+
+
+LEFT_OUT = [
+    ({"input": "q", "output": "a", "id": 7, "url": None, "note": " "}, ["id"]),
+    ({"text": "a", "label": 3, "weight": "heavy"}, ["label", "weight"]),
+    ({"text": "a", "text_weight": 3}, ["text_weight"]),
+    (chat({**USER, "id": 1}, {**ANSWER, "refusal": "no", "audio": None}), ["turn.id", "turn.refusal"]),
+    (chat(USER, {**ANSWER, "tool_call_id": 3}), ["turn.tool_call_id"]),
+    (chat({**USER, "reasoning": "r"}, ANSWER), ["turn.reasoning"]),
+    (chat({**USER, "weight": 0, "loss_mask": "x", "content_weights": 3}, ANSWER), []),
+    (chat(USER, {**CALLING, "tool_calls": [{**CALL, "index": 0, "id": None}]}), ["turn.tool_calls.index"]),
+    (chat(USER, ANSWER, tools=[{**TOOL, "strict": True}]), ["tools.strict"]),
+    (
+        chat(USER, {**ANSWER, "content": [{"type": "text", "text": "a", "annotations": [1], "citations": None}]}),
+        ["turn.content.annotations"],
+    ),
+    ({"conversations": [SYSTEM, HUMAN, GPT], "system": "other"}, ["system"]),
+    ({"conversations": [SYSTEM, HUMAN, GPT], "system": "s"}, []),
+    ({**PREFERENCE, "chosen": {**ANSWER, "train": False}, "weight": 0.5}, ["turn.train", "weight"]),
+    (chat(USER, {**ANSWER, "weight": 0, "train_detail": [1]}, label=True), ["turn.weight", "turn.train_detail"]),
+]
+
+
+@pytest.mark.parametrize(("record", "expected"), LEFT_OUT)
+def test_keys_that_are_left_out_are_named(record: dict, expected: list[str]) -> None:
+    left_out: list[str] = []
+    result = canonical(record, None, left_out)[1]
+    assert left_out == expected
+    assert "weight" not in json.dumps(result)
+    left_out.clear()
+    canonical(result, None, left_out)
+    assert left_out == []
 
 
 def test_real_tool_calls_keep_what_they_say(shared: Path) -> None:

@@ -1,6 +1,7 @@
 """Every kind of file gives the same records; and each mistake in one has an answer."""
 
 import bz2
+import contextlib
 import csv
 import gzip
 import io
@@ -395,7 +396,9 @@ def test_a_file_is_read_once_and_nothing_hidden_is(tmp_path: Path) -> None:
     ("name", "data", "expected"),
     [
         ("a.jsonl", '{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "key 'content' is given twi"),
-        ("a.jsonl", '{"messages": [{"role": "user", "content": "a", "weight": 0}]}', r".0..weight: turns that are not"),
+        ("a.jsonl", '{"messages": [{"role": "assistant", "content": "a", "weight": -1}]}', r"weight: found -1, exp"),
+        ("a.csv", 'messages\n"[{""role"": ""assistant"", ""content"": ""a"", ""weight"": NaN}]"\n', "NaN is no number"),
+        ("a.jsonl", '{"output": "a", "id": [123456789012345678901234567890, NaN]}', "line 1: not JSON"),
         ("a.md", "a\0b", "holds a NUL byte"),
         ("a.csv", "input,output\na,b\0\n", "line 2: holds a NUL byte"),
     ],
@@ -441,3 +444,152 @@ def test_line_ends_of_old_macs_and_odd_csv_lines(tmp_path: Path) -> None:
 def test_a_wrong_number_of_processes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="workers: found -1"):
         index(write_jsonl(tmp_path / "a.jsonl", RECORDS), tmp_path / "out", "en", workers=-1)
+
+
+CALLS = [
+    {
+        "messages": [
+            {"role": "user", "content": "weather?"},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"function": {"name": "f", "arguments": {"city": "P"}}}],
+            },
+            {"role": "tool", "content": "3", "name": "f"},
+        ],
+        "tools": [{"name": "f", "parameters": {"properties": {"city": {"type": "string", "enum": ["P", None]}}}}],
+        "system": None,
+    },
+    {
+        "messages": [
+            {"role": "user", "content": "add?"},
+            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"n": 1}}}]},
+        ],
+        "tools": [{"name": "add", "parameters": {"properties": {"n": {"type": "integer", "minimum": 0}}}}],
+        "system": "s",
+    },
+]
+
+
+def test_nulls_that_arrow_fills_in_are_not_read(tmp_path: Path) -> None:
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist(CALLS)
+    assert table.to_pylist() != CALLS
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    datasets.disable_progress_bars()
+    datasets.Dataset(table).save_to_disk(str(tmp_path / "saved"))
+    index(write_jsonl(tmp_path / "a.jsonl", CALLS), tmp_path / "lines", "en")
+    as_lines = content(tmp_path / "lines")
+    assert as_lines[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"city": "P"}
+    for name in ("a.parquet", "saved"):
+        index(tmp_path / name, tmp_path / "out", "en", overwrite=True)
+        assert content(tmp_path / "out") == as_lines, name
+        index(tmp_path / name, tmp_path / "out", "en", overwrite=True, as_is=True)
+        assert content(tmp_path / "out") == CALLS, name
+    nulls = json.loads(json.dumps(CALLS).replace('"P"', "null"))
+    for name in ("nulls.jsonl", "nulls.json"):
+        (tmp_path / name).write_text(json.dumps(nulls[0]))
+        index(tmp_path / name, tmp_path / "out", "en", overwrite=True)
+        (record,) = content(tmp_path / "out")
+        assert record["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"city": None}
+
+
+def test_lists_of_turns_as_columns_are_read_from_parquet_and_text_from_csv(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]
+    columns = {"role": ["user", "assistant"], "content": ["q", "a"], "weight": [None, 0.0]}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": columns}]), tmp_path / "a.parquet")
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["messages", "tools"], [json.dumps(turns), ""]])
+    for name in ("a.parquet", "a.csv"):
+        index(tmp_path / name, tmp_path / "out", "en", overwrite=True)
+        assert content(tmp_path / "out") == [{"messages": turns}]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_stored_holds_no_number_that_is_not_finite(tmp_path: Path, number: float) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    def record(argument: float, more: float) -> dict:
+        calls = [{"function": {"name": "f", "arguments": {"n": argument}}}]
+        tools = [{"name": "f", "n": [more]}]
+        return {"messages": [{"role": "assistant", "content": "", "tool_calls": calls}], "tools": tools}
+
+    for bad in (record(number, 1), record(1, number), {"text": "a", "weight": number}):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([bad]), tmp_path / "a.parquet")
+        text = json.dumps(bad).replace("Infinity", "1e999")
+        (tmp_path / "a.json").write_text(f"[{text}]")
+        (tmp_path / "a.jsonl").write_text(text)
+        with pytest.raises(UserError, match=r"a\.parquet, row 1: .*(not finite|weight: found (nan|inf), expected)"):
+            index(tmp_path / "a.parquet", tmp_path / "out", "en")
+        with pytest.raises(UserError, match=r"a\.json, record 1 .*(NaN|not finite|found inf)"):
+            index(tmp_path / "a.json", tmp_path / "out", "en")
+        with pytest.raises(UserError, match=r"a\.jsonl, line 1: not JSON"):
+            index(tmp_path / "a.jsonl", tmp_path / "out", "en")
+    left_out = {"text": "a", "perplexity": number}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([left_out]), tmp_path / "a.parquet")
+    index(tmp_path / "a.parquet", tmp_path / "out", "en")
+    assert content(tmp_path / "out") == [{"input": "", "output": "a"}]
+
+
+DEEP, LONG = "[" * 100_000 + "]" * 100_000, "1" * 5000
+OBJECTS = '{"a":' * 100_000 + "1" + "}" * 100_000
+GOOD = '{"input": "q", "output": "a"}'
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (json.dumps({"messages": [], "tools": DEEP}), "messages: the conversation is empty"),
+        (json.dumps({**CALLS[1], "tools": DEEP}), "tools: JSON that is nested too deeply: '[[["),
+        (json.dumps({**CALLS[1], "tools": f'[{{"name": "f", "n": {LONG}}}]'}), "tools: not JSON: an integer of 5000"),
+        (json.dumps(CALLS[1]).replace('{"n": 1}', json.dumps(OBJECTS)), "messages[1].tool_calls: arguments of add: JS"),
+        (json.dumps(CALLS[1]).replace('{"n": 1}', OBJECTS), "JSON that is nested too deeply"),
+        (json.dumps(CALLS[1]).replace('{"n": 1}', f'{{"n": {"[" * 300 + "]" * 300}}}'), "JSON that is nested too deep"),
+        (f'{{"input": "q", "output": "a", "meta": {DEEP}}}', "JSON that is nested too deeply"),
+        (f'{{"input": "q", "output": "a", "meta": "\\"]}}", "more": [1, {OBJECTS}]}}', "JSON that is nested too deep"),
+        (f'{{"input": "q", "output": "a", "id": {LONG}}}', ""),
+        (f'{{"messages": [], "id": {LONG}}}', ""),
+    ],
+    ids=range(10),
+)
+def test_what_nests_too_deeply_or_is_too_long_is_a_bad_record(tmp_path: Path, line: str, reason: str) -> None:
+    files = {"a.jsonl": f"{GOOD}\n{line}\n{GOOD}\n", "a.json": f"[{GOOD}, {line},\n{GOOD}]"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        for settings in ({}, {"as_is": True}):
+            with contextlib.suppress(UserError):
+                index(tmp_path / name, tmp_path / f"no-{name}", "en", **settings)
+        index(tmp_path / name, tmp_path / "out", "en", overwrite=True, skip_bad=True)
+        rejects = [json.loads(reject) for reject in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+        assert content(tmp_path / "out") == [json.loads(GOOD)] * 2
+        assert [reject["where"] for reject in rejects] == ["line 2" if name == "a.jsonl" else "record 2 (line 1)"]
+        assert rejects[0]["reason"].startswith(reason)
+
+
+def test_how_deep_is_too_deep_depends_on_python_but_never_ends_in_a_traceback(tmp_path: Path) -> None:
+    for levels in range(850, 1030, 10):
+        line = f'{{"input": "q", "output": "a", "meta": {"[" * levels + "]" * levels}}}'
+        for name in ("a.jsonl", "a.json"):
+            (tmp_path / name).write_text(f"{GOOD}\n{line}\n" if name == "a.jsonl" else f"[{GOOD}, {line}]")
+            index(tmp_path / name, tmp_path / "out", "en", overwrite=True, skip_bad=True)
+            assert content(tmp_path / "out")[0] == json.loads(GOOD)
+
+
+def test_the_end_of_a_deep_record_is_not_looked_for_in_a_string_that_is_cut_off(tmp_path: Path) -> None:
+    record = f'{{"meta": {DEEP}, "text": "{"}" * (3 * sources.CHUNK)}"}}'
+    (tmp_path / "a.json").write_text(f"[{record}, {GOOD}]")
+    index(tmp_path / "a.json", tmp_path / "out", "en", skip_bad=True)
+    assert content(tmp_path / "out") == [json.loads(GOOD)]
+
+
+def test_a_deep_record_at_the_end_of_a_json_file_that_breaks_off_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(f'[{GOOD}, {{"text": "a", "meta": "[" , "more": {DEEP[:150_000]}')
+    with pytest.raises(UserError, match=r"a\.json, line 1, record 2: not JSON: it breaks off"):
+        index(tmp_path / "a.json", tmp_path / "out", "en")

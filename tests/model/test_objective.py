@@ -12,20 +12,25 @@ from fm9g.model.transformer import FM9G
 
 
 @pytest.mark.parametrize(
-    "objective", [Objective(0.2), Objective(z_loss=0.05), Objective(0.1, 0.02)], ids=["smoothing", "z-loss", "both"]
+    "objective",
+    [Objective(), Objective(0.2), Objective(z_loss=0.05), Objective(0.1, 0.02)],
+    ids=["plain", "smoothing", "z-loss", "both"],
 )
 @pytest.mark.parametrize("rows", [1024, 3])
+@pytest.mark.parametrize("weighted", [False, True])
 def test_loss_and_gradients_equal_those_by_hand(
-    objective: Objective, rows: int, monkeypatch: pytest.MonkeyPatch
+    objective: Objective, rows: int, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fm9g.model.loss._ROWS", rows)
     hidden = torch.randn(10, 8, requires_grad=True)
     weight = torch.randn(20, 8, requires_grad=True)
     targets = torch.arange(10) * 2
-    total, plain = linear_cross_entropy(hidden, weight, targets, objective)
+    counts = torch.tensor([0.5, 2.0] * 5) if weighted else None
+    total, plain = linear_cross_entropy(hidden, weight, targets, objective, counts)
     logits = hidden @ weight.T
-    by_hand = F.cross_entropy(logits, targets, label_smoothing=objective.label_smoothing, reduction="sum")
-    by_hand = by_hand + objective.z_loss * logits.logsumexp(-1).square().sum()
+    rows_by_hand = F.cross_entropy(logits, targets, label_smoothing=objective.label_smoothing, reduction="none")
+    rows_by_hand = rows_by_hand + objective.z_loss * logits.logsumexp(-1).square()
+    by_hand = (rows_by_hand if counts is None else rows_by_hand * counts).sum()
     torch.testing.assert_close(total, by_hand, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(plain, F.cross_entropy(logits, targets, reduction="none").detach())
     for ours, theirs in zip(

@@ -188,15 +188,42 @@ def test_a_row_without_a_direction_cannot_be_turned(tune: Callable[..., Result],
         tune("no", use_dora=True)
 
 
-def test_quantized_bases_train_to_the_loss_of_whole_ones(tune: Callable[..., Result]) -> None:
-    """Within 5 % of what LoRA takes off the loss for 4 bits, and 1 % for 8."""
-    plain = losses(tune("plain", train_iters=30))
-    gain = plain[0] - plain[-1]
-    assert gain > 0.3
-    for kind, margin in (("nf4", 0.05), ("fp4", 0.05), ("int8", 0.01)):
-        found = losses(tune(kind, train_iters=30, quantization=kind))
-        assert found[0] != plain[0]
-        assert abs(found[-1] - plain[-1]) < margin * gain, kind
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_a_quantized_base_trains_as_the_whole_base_of_its_values(
+    tune: Callable[..., Result], base: Path, tmp_path: Path, kind: str
+) -> None:
+    """How far training gets on rounded values is chance; that it is the training on these values is not."""
+    weights = read_weights(base)
+    in_layers = {name for name, weight in weights.items() if name.startswith("encoder.layers.") and weight.ndim == 2}
+    rounded = {name: _rounded(weight, kind) if name in in_layers else weight for name, weight in weights.items()}
+    write_weights(tmp_path / "rounded.pt", rounded, rounded.items())
+    found = losses(tune("quantized", quantization=kind))
+    assert found == pytest.approx(losses(tune("rounded", pretrained_model=tmp_path / "rounded.pt")), abs=1e-4)
+    assert found != losses(tune("whole"))
+
+
+def _rounded(weight: torch.Tensor, kind: str) -> torch.Tensor:
+    """There and back by bitsandbytes alone."""
+    from bitsandbytes import functional
+
+    if kind == "int8":
+        bits, scales, _ = functional.int8_vectorwise_quant(weight.half())
+        return functional.int8_vectorwise_dequant(bits, scales).float()
+    bits, state = functional.quantize_4bit(weight.clone(), blocksize=64, compress_statistics=True, quant_type=kind)
+    return functional.dequantize_4bit(bits, state)
+
+
+def test_a_quantized_base_trains_about_as_far_as_the_whole_one(tune: Callable[..., Result]) -> None:
+    """The mean of the last ten losses: over seeds, 4 bits move it by about 2 % of what is gained, at most 4 %."""
+
+    def gain(out: str, **changes: object) -> float:
+        found = losses(tune(out, train_iters=30, **changes))
+        return found[0] - sum(found[-10:]) / 10
+
+    plain = gain("plain")
+    assert plain > 0.3
+    for kind in ("nf4", "fp4", "int8"):
+        assert gain(kind, quantization=kind) == pytest.approx(plain, rel=0.25), kind
 
 
 def test_pissa_starts_as_the_base_and_its_file_is_a_plain_adapter(tune: Callable[..., Result], base: Path) -> None:

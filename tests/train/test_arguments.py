@@ -394,6 +394,8 @@ ELSEWHERE = {
     "data_changes": "tests/data/test_position_and_cache.py",
     "dataloader_num_workers": "tests/train/test_run.py",
     "template": "tests/train/test_chat.py",
+    "template_date": "tests/train/test_chat.py",
+    "turns": "tests/train/test_chat.py",
     "device": "tests/train/test_run.py",
     "engine": "tests/train/test_run.py",
     "zero_level": "tests/engine/test_same_everywhere.py",

@@ -1,5 +1,6 @@
 """Conversations: what is trained on, what is exported and what is generated from are one template."""
 
+import datetime
 import json
 import shutil
 from collections.abc import Callable
@@ -9,12 +10,15 @@ import numpy as np
 import pytest
 from support import index, small_model, write_jsonl
 
+from fm9g.checkpoint.folder import Checkpoint
 from fm9g.cli import main
 from fm9g.config.run import load_run
 from fm9g.convert.hf import export_folder
 from fm9g.data.encode import Encoder
-from fm9g.data.template import BUILT_IN, load_template
+from fm9g.data.template import load_template
 from fm9g.data.tokenizer import load_tokenizer
+from fm9g.errors import UserError
+from fm9g.report.files import read_metrics
 from fm9g.train.run import run_training
 
 CHAT = [
@@ -28,26 +32,6 @@ CHAT = [
 
 def ids_of(tokens: np.ndarray) -> list[int]:
     return np.where(tokens < 0, ~tokens, tokens).tolist()
-
-
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_token_ids_are_those_of_apply_chat_template(tokenizer_path: Path, name: str) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = load_tokenizer(tokenizer_path)
-    encoder = Encoder(tokenizer, load_template(name, tokenizer))
-    theirs = AutoTokenizer.from_pretrained(tokenizer_path)
-    theirs.chat_template = encoder.template.text  # type: ignore[union-attr]
-    for count in (3, 5):
-        tokens = encoder.tokens([encoder.texts({"messages": CHAT[:count]})])[0]
-        expected = theirs.apply_chat_template(CHAT[:count], return_dict=False)
-        while theirs.decode(expected[-1:]).isspace():
-            expected.pop()  # the line end after the last turn is not trained on
-        ours = ids_of(tokens)
-        assert ours in (expected, [*expected, tokenizer.eos_id])
-        assert ours[-1] == tokenizer.eos_id
-        prompt = theirs.apply_chat_template(CHAT[: count - 1], add_generation_prompt=True, return_dict=False)
-        assert ours[: len(prompt)] == prompt  # what the model is given when it serves
 
 
 @pytest.mark.parametrize(
@@ -160,11 +144,80 @@ def test_the_loader_alone_says_what_it_gives(
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize("key", ["template", "loss"])
+@pytest.mark.parametrize("key", ["template", "loss", "turns"])
 def test_a_dataset_may_differ_from_the_run(make_mixture: Callable, tokenizer_path: Path, key: str) -> None:
-    value, other = {"template": ("chatml", "llama"), "loss": ("all", "last")}[key]
+    value, other = {"template": ("chatml", "llama"), "loss": ("all", "last"), "turns": ("split", "auto")}[key]
     mixture = make_mixture({"a": [{"output": "x"}], "b": [{"output": "x"}]}, b={key: other})
     settings = {"dataset_config": str(mixture), "tokenizer_path": str(tokenizer_path), key: value}
     run = load_run("tiny", settings)
     assert [getattr(item.value, key) for item in run.mixture] == [value, other]
     assert [item.origins[key] for item in run.mixture] == ["command line", str(mixture)]
+
+
+def test_a_run_keeps_the_date_of_its_first_day(
+    train: Callable, make_mixture: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = tmp_path / "dated.jinja"
+    template.write_text(
+        "{{ bos_token }}{{ strftime_now('%d %b %Y') }}"
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    )
+    mixture = make_mixture({"chats": [{"messages": CHAT}, {"messages": CHAT[:3]}]})
+    given = {"dataset_config": mixture, "template": template, "max_length": 256}
+
+    def on(day: int, out: str, **changes: object) -> Checkpoint:
+        class Day(datetime.date):
+            @classmethod
+            def today(cls) -> datetime.date:
+                return datetime.date(2026, 7, day)
+
+        monkeypatch.setattr("fm9g.data.mixture.datetime.date", Day)
+        return Checkpoint(train(out, **given, **changes).checkpoint)
+
+    whole = on(1, "whole", train_iters=4)
+    assert whole.position()["fingerprint"]["template_date"] == "2026-07-01"
+    on(1, "parts", train_iters=4, stop_iters=2)
+    with pytest.raises(UserError, match=r"chats: template: was .* of 2026-07-01, is .* of 2026-07-02"):
+        on(2, "parts", train_iters=4, resume="auto", template_date="2026-07-02")
+    parts = on(2, "parts", train_iters=4, resume="auto")
+    assert parts.position() == whole.position()
+    assert parts.weight_file.read_bytes() == whole.weight_file.read_bytes()
+    other = on(2, "other", train_iters=4)
+    assert other.weight_file.read_bytes() != whole.weight_file.read_bytes()
+    given_date = on(2, "given", train_iters=4, template_date="2026-07-01")
+    assert given_date.weight_file.read_bytes() == whole.weight_file.read_bytes()
+    with pytest.raises(UserError, match=r"template_date: found '1.7.2026', expected a date such as"):
+        on(1, "wrong", template_date="1.7.2026")
+
+
+def test_a_record_of_weight_two_counts_like_two_records(
+    train: Callable, make_mixture: Callable, tmp_path: Path
+) -> None:
+    """In a step that holds all records: loss, gradient and weights are those of the step with the record twice."""
+    one, other = (
+        {"input": "the quick", "output": "brown fox"},
+        {"input": "lazy", "output": "dogs jump over seven wizards"},
+    )
+    found = []
+    for number, content in enumerate(([one, one, other], [one | {"weight": 2}, other], [one, other])):
+        mixture = make_mixture({"a": content}, a={"allow_repeat": False})
+        model = tmp_path / "plain.json"
+        model.write_text(json.dumps(small_model().to_json()))
+        settings = {"dataset_config": mixture, "max_length": 64, "batch_size": 4, "grad_accum": 1, "train_iters": 1}
+        result = train(f"out-{number}", config=model, warmup_iters=0, lr=0.01, **settings)
+        (line,) = read_metrics(result.metrics_file)
+        found.append([line["Loss/train"], line["Optimizer/grad_norm"]])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert found[0] != pytest.approx(found[2], rel=1e-3)
+
+
+def test_a_conversation_that_is_split_trains_a_text_for_each_turn(
+    train: Callable, make_mixture: Callable, tmp_path: Path
+) -> None:
+    mixture = make_mixture({"a": [{"messages": CHAT}]}, a={"allow_repeat": False})
+    settings = {"dataset_config": mixture, "max_length": 256, "batch_size": 2, "grad_accum": 1, "template": "chatml"}
+    tokens = []
+    for turns in ("auto", "split"):
+        result = train(turns, turns=turns, train_iters=5, **settings)
+        tokens.append(Checkpoint(result.checkpoint).counts()["global_token_pass"])
+    assert tokens[0] < tokens[1] < 2 * tokens[0]

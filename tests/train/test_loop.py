@@ -58,13 +58,15 @@ def test_four_micro_batches_equal_one_large_batch() -> None:
 def test_the_loss_is_the_mean_over_all_targets_of_the_step() -> None:
     figures, _ = run(4)
     config = TrainConfig(config="x")
-    total, count = 0.0, 0
+    total = count = 0.0
     with Processes("cpu") as processes:
         engine = TorchEngine(processes, seed=0)
         build_model(engine, config, small_model(), None)
         for pack in Fixed(4).next_step():
             batch, tasks = to_batch(pack, torch.device("cpu"))
             assert len(tasks) == len(batch.targets) == pack.target_tokens
-            total += engine.forward(batch, 0)[1].sum().item()
-            count += len(batch.targets)
+            losses = engine.forward(batch, 0)[1]
+            weights = torch.ones_like(losses) if batch.target_weights is None else batch.target_weights
+            total += (losses * weights).sum().item()
+            count += pack.total_weight
     assert figures[0]["Loss/train"] == pytest.approx(total / count, rel=1e-6)

@@ -1,0 +1,296 @@
+"""From a conversation to the texts that are trained on, each with its trained spans.
+
+An answer is trained on exactly as generation would have to make it: it follows the prompt that the template writes for
+it, up to its end marker. Many templates write earlier answers in another way once others follow (Qwen3 and DeepSeek
+cut their thoughts). Then one text cannot hold all answers, and a conversation becomes several texts:
+
+    messages            user 1   assistant 1   user 2   assistant 2
+    one text            user 1  «assistant 1»  user 2  «assistant 2»     all answers are written the same way
+    several texts       user 1  «assistant 1»
+                        user 1   assistant 1'  user 2  «assistant 2»     «trained», 1' is 1 as the template rewrites it
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any
+
+from fm9g.config.mixture import LOSSES, TURNS
+from fm9g.data.jinja_environment import END, START
+from fm9g.data.template import Messages, Template
+from fm9g.errors import UserError
+
+Span = tuple[int, int]  # start and end in a text, in characters
+
+_OPEN, _CLOSE = "<think>", "</think>"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text; spans are in order and disjoint.
+
+    targets: what is trained on, weights: how much each of them counts. starts: where generation begins.
+    contents: what comes from the messages' contents; the rest is the template's. in_blocks: the targets are what the
+    template's generation blocks enclose.
+    """
+
+    text: str
+    targets: list[Span]
+    weights: list[float]
+    starts: list[int] = field(default_factory=list)
+    contents: list[Span] = field(default_factory=list)
+    in_blocks: bool = False
+
+
+def render_samples(
+    template: Template,
+    messages: Messages,
+    tools: list[dict[str, Any]] | None = None,
+    loss: str = "assistant",
+    turns: str = "auto",
+    with_contents: bool = False,
+) -> list[Rendered]:
+    """The texts of a conversation; each answer is trained on in one of them.
+
+    loss: `assistant` trains every turn of the assistant, `last` only its last one, `all` the whole text. A turn is
+    what the template's generation blocks enclose; without any, what follows the prompt that asks for the turn, up to
+    the turn's end marker. turns: `auto` makes as few texts as the template allows, `split` one for each turn.
+    A turn's weight and content_weights say how much it counts; 0 is not trained on.
+    Raises UserError where the template raises, or its turns cannot be located.
+    """
+    assert loss in LOSSES, loss
+    assert turns in TURNS, turns
+    chat = _Chat(template, messages, tools)
+    if loss == "all":
+        return [chat.whole(with_contents)]
+    trained = [number for number, message in enumerate(messages) if message.get("role") == "assistant"]
+    trained = [n for n in (trained[-1:] if loss == "last" else trained) if messages[n].get("weight", 1) != 0]
+    if not trained:
+        return [Rendered(chat.text(len(messages)), [], [])]
+    if template.has_generation_blocks(tools):
+        return chat.by_blocks(trained, turns, loss == "last", with_contents)
+    samples: list[Rendered] = []
+    end = len(messages)
+    while trained:
+        candidates = trained if turns == "auto" else trained[-1:]
+        end = end if turns == "auto" else trained[-1] + 1
+        text, located = chat.locate(end, candidates)
+        end = trained[-1] + 1  # if that was not found, what follows it is what has it rewritten
+        if located:
+            samples.insert(0, chat.sample(text, located, end, with_contents))
+            trained = [number for number in trained if number not in located]
+            end = trained[-1] + 1 if trained else 0
+    return samples
+
+
+class _Chat:
+    """A conversation under a template."""
+
+    def __init__(self, template: Template, messages: Messages, tools: list[dict[str, Any]] | None) -> None:
+        self._template, self._messages, self._tools = template, messages, tools
+        self._written: dict[int, tuple[str, int]] = {}
+
+    def text(self, end: int, prompt: bool = False, marked: bool = False) -> str:
+        """The first messages as text."""
+        return self._template.render(self._messages[:end], self._tools, prompt, marked)
+
+    def whole(self, with_contents: bool) -> Rendered:
+        """Everything is trained on, but for what a turn's weight says otherwise."""
+        text = self.text(len(self._messages))
+        weighted = [
+            n for n, message in enumerate(self._messages) if "weight" in message or "content_weights" in message
+        ]
+        targets, weights, place = [], [], 0
+        if weighted:
+            _, located = self.locate(len(self._messages), weighted)
+            if missing := [n + 1 for n in weighted if n not in located]:
+                raise UserError(
+                    f"chat template {self._template.name}: it rewrites message {missing[0]}, whose weight therefore "
+                    "has no place in the whole text; use --loss assistant"
+                )
+            for number in weighted:
+                for (start, stop), weight in self._weighted(text, number, located[number]):
+                    targets += [(place, start), (start, stop)]
+                    weights += [1.0, weight]
+                    place = stop
+        pairs = zip([*targets, (place, len(text))], [*weights, 1.0])
+        kept = [(span, weight) for span, weight in pairs if weight and span[0] < span[1]]
+        contents = self._contents(text, len(self._messages)) if with_contents else []
+        return Rendered(text, [span for span, _ in kept], [weight for _, weight in kept], [], contents)
+
+    def locate(self, end: int, candidates: list[int]) -> tuple[str, dict[int, Span]]:
+        """The text of the first messages, and the span of each candidate that stands there as generation makes it."""
+        text = self._answer(end - 1)[0] if end - 1 in candidates else self.text(end)
+        located = {}
+        for number in candidates:
+            written, start = self._answer(number)
+            stop = len(written.rstrip())  # the space after the end marker is no part of the answer
+            if text.startswith(written[:stop]):
+                located[number] = start, stop
+        return text, located
+
+    def sample(self, text: str, located: dict[int, Span], end: int, with_contents: bool) -> Rendered:
+        """A text with these turns trained on. end: how many messages it is of."""
+        spans = [pair for number, span in sorted(located.items()) for pair in self._weighted(text, number, span)]
+        spans = [((start, stop), weight) for (start, stop), weight in spans if weight and start < stop]
+        starts = [start for _, (start, _) in sorted(located.items())]
+        contents = self._contents(text, max(end, max(located) + 1)) if with_contents else []
+        return Rendered(text, [span for span, _ in spans], [weight for _, weight in spans], starts, contents)
+
+    def by_blocks(self, trained: list[int], turns: str, last: bool, with_contents: bool) -> list[Rendered]:
+        """The texts with what the template's generation blocks enclose as the trained spans."""
+        if turns == "split" and len(trained) > 1:
+            chats = [_Chat(self._template, self._messages[: n + 1], self._tools) for n in trained]
+            return [chat.by_blocks([n], turns, True, with_contents)[0] for chat, n in zip(chats, trained)]
+        text = self.text(len(self._messages))
+        spans = _without_marks(self.text(len(self._messages), marked=True), text)
+        if spans is None:
+            raise UserError(
+                f"chat template {self._template.name}: what its generation blocks write does not come out as they "
+                "write it; do not nest them, and use no filter on their text"
+            )
+        answers = [n for n, message in enumerate(self._messages) if message.get("role") == "assistant"]
+        if len(spans) == len(answers):
+            located = {n: span for n, span in zip(answers, spans) if n in trained}
+            return [replace(self.sample(text, located, len(self._messages), with_contents), in_blocks=True)]
+        if any("weight" in message or "content_weights" in message for message in self._messages):
+            raise UserError(
+                f"chat template {self._template.name}: it has {len(spans)} generation blocks for {len(answers)} turns "
+                "of the assistant, so their weights have no place; let it write one block for each turn"
+            )
+        spans = [span for span in (spans[-1:] if last else spans) if span[0] < span[1]]
+        contents = self._contents(text, len(self._messages)) if with_contents else []
+        return [Rendered(text, spans, [1.0] * len(spans), [start for start, _ in spans], contents, True)]
+
+    def _answer(self, number: int) -> tuple[str, int]:
+        """The text up to an answer, as generation makes it from its prompt, and the length of the prompt."""
+        if number not in self._written:
+            self._written[number] = self._written_answer(number)
+        return self._written[number]
+
+    def _written_answer(self, number: int) -> tuple[str, int]:
+        text = self.text(number + 1)
+        try:
+            prompt = self.text(number, prompt=True)
+        except UserError as error:
+            # Not every template takes a conversation without messages; what it writes before the content is the prompt.
+            contents = self._contents(text, 1) if number == 0 else []
+            if not contents:
+                raise UserError(
+                    f"chat template {self._template.name}: it has no prompt for message {number + 1}, so the turn "
+                    f"cannot be located ({error})"
+                ) from None
+            return text, contents[0][0]
+        if text.startswith(prompt):
+            return text, len(prompt)
+        if opened := self._after_opened_thought(number, text, prompt):
+            return opened, len(prompt)
+        if moved := self._after_rewriting(number, text, prompt):
+            return moved, len(prompt)
+        same = next((i for i, (a, b) in enumerate(zip(text, prompt)) if a != b), min(len(text), len(prompt)))
+        raise UserError(
+            f"chat template {self._template.name}: its prompt for message {number + 1} ends with {prompt[same:]!r:.60}"
+            f", but it writes the message as {text[same:]!r:.60}, which no generation from that prompt gives; put "
+            "{% generation %} and {% endgeneration %} around what the assistant says in the template"
+        )
+
+    def _after_opened_thought(self, number: int, text: str, prompt: str) -> str:
+        """The text up to an answer whose prompt opens a thought that the template then leaves out (DeepSeek-R1).
+
+        The thought is the record's; without one it is empty. Returns an empty text where the prompt opens none.
+        """
+        before = prompt.rstrip().removesuffix(_OPEN)
+        if len(before) == len(prompt.rstrip()) or not text.startswith(before):
+            return ""
+        written, message = text[len(before) :], self._messages[number]
+        content = message.get("content") or ""
+        if written.lstrip().startswith(_OPEN):  # it is there, with other space around it
+            written = written.lstrip().removeprefix(_OPEN)
+            return prompt + (written.removeprefix("\n") if prompt.endswith("\n") else written)
+        if written.lstrip().startswith(_CLOSE):
+            return f"{prompt}\n{written.lstrip()}"
+        space = "\n\n"
+        if _CLOSE in content:
+            end = content.rindex(_CLOSE) + len(_CLOSE)
+            thought, answer = content[:end].lstrip().removeprefix(_OPEN), content[end:]
+            space = answer[: len(answer) - len(answer.lstrip())]
+            thought = thought.removeprefix("\n") if prompt.endswith("\n") else thought
+        else:
+            thought = f"{(message.get('reasoning_content') or '').strip()}\n{_CLOSE}"
+        return prompt + thought + (written if written[:1].isspace() else space + written)
+
+    def _after_rewriting(self, number: int, text: str, prompt: str) -> str:
+        """The text up to an answer that has the template rewrite what stands before it (gpt-oss, after a call).
+
+        The answer follows its prompt all the same. Returns an empty text where it cannot be told where it begins.
+        """
+        header = prompt.removeprefix(self.text(number))
+        if not header.strip() or header == prompt:
+            return ""
+        other = [*self._messages[:number], {"role": "assistant", "content": "qxother"}]
+        try:
+            beside = self._template.render(other, self._tools)
+        except UserError:
+            return ""
+        same = next((i for i, (a, b) in enumerate(zip(text, beside)) if a != b), min(len(text), len(beside)))
+        begin = text.rfind(header, 0, same)
+        return prompt + text[begin + len(header) :] if begin >= 0 else ""
+
+    def _weighted(self, text: str, number: int, span: Span) -> list[tuple[Span, float]]:
+        """The parts of a turn's span that count differently."""
+        message = self._messages[number]
+        weight, parts = float(message.get("weight", 1)), message.get("content_weights")
+        if not parts:
+            return [(span, weight)]
+        start, stop = span
+        place = text.find(message["content"], start, stop)
+        if place < 0:
+            raise UserError(
+                f"chat template {self._template.name}: it changes the content of message {number + 1}, so the weights "
+                "of its parts have no place"
+            )
+        ends = [place + end for end in accumulate(length for length, _ in parts)]
+        # What comes before and after the content counts as the part that is next to it.
+        borders = [start, *ends[:-1], stop]
+        return [((a, b), weight * float(part)) for a, b, (_, part) in zip(borders, borders[1:], parts)]
+
+    def _contents(self, text: str, end: int) -> list[Span]:
+        """The spans of the messages' contents, as they are or stripped; what the template changes has none."""
+        messages = self._messages[:end]
+        own = [m["content"] if isinstance(m.get("content"), str) else "" for m in messages]
+        # Marks find a content even if the template writes the same word elsewhere ("user").
+        for part in (str, str.strip):
+            marked = [{**m, "content": _mark(content, part)} if content else m for m, content in zip(messages, own)]
+            try:
+                spans = _without_marks(self._template.render(marked, self._tools), text)
+            except UserError:
+                spans = None
+            if spans is not None:
+                return spans
+        # The template looks into contents (it cuts away earlier thoughts, say), and marks disturb it.
+        spans, place = [], 0
+        for content in own:
+            whole, stripped = text.find(content, place), text.find(content.strip(), place)
+            start, length = (whole, len(content)) if whole >= 0 else (stripped, len(content.strip()))
+            if start >= 0 and length:
+                place = start + length
+                spans.append((start, place))
+        return spans
+
+
+def _mark(text: str, part: Any) -> str:
+    """The text with marks around a part of it: str, all of it; str.strip, what is not white space around it."""
+    inner = part(text)
+    return text.replace(inner, f"{START}{inner}{END}", 1) if inner else text
+
+
+def _without_marks(marked: str, full: str) -> list[Span] | None:
+    """The spans between the marks; None if they are not in pairs, or the text without them is not the full one."""
+    pieces = re.split(f"({START}|{END})", marked)
+    texts, marks = pieces[::2], pieces[1::2]
+    if marks != [START, END] * (len(marks) // 2) or "".join(texts) != full:
+        return None
+    ends = list(accumulate(map(len, texts)))  # texts: outside, inside, outside, ...
+    return list(zip(ends[::2], ends[1::2]))

@@ -1,0 +1,157 @@
+"""Marks of what is trained on, in the spellings of other tools, as weights: 0 is not trained on, 1 is the usual.
+
+A mark stands on a record, on a turn (or in a list beside the turns, one value a turn), or on a part of a turn's
+content. Marks of one place say the same; those of different places multiply.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from fm9g.data.values import BadRecord, is_blank
+
+Number = int | float
+CONTENT_WEIGHTS = "content_weights"
+
+MARKS = frozenset(
+    "train trainable training train_on_turn loss loss_mask weight loss_weight loss_scale mask".split()  # noqa: SIM905
+)
+INVERSE = "mask"  # true where the others say false
+_LIKE_A_MARK = re.compile(r"(^|_)(train|trainable|training|loss|mask|weight)s?(_|$)")
+# Columns of these names hold text of their own in many datasets.
+_WORDS = ("weight", "loss", "mask")
+
+
+def refuse_unknown(key: str, where: str) -> None:
+    """Raises BadRecord for a key that looks like a mark and is none: what it marks would be trained on in silence."""
+    if _LIKE_A_MARK.search(str(key)):
+        raise BadRecord(
+            f"{where}{key}: looks like a mark of what is trained on, in a spelling that is not known; remove it, or "
+            "call it weight, with a number from 0"
+        )
+
+
+@lru_cache(maxsize=1024)  # a dataset has few sets of keys
+def _mark_keys(keys: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(key for key in keys if key in MARKS)
+
+
+def record_marks(record: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """The marks of a record. names: its keys that are something else, as in Columns."""
+    return {
+        key: value
+        for key in _mark_keys(tuple(record))
+        if not is_blank(value := record[key])
+        and key not in names.values()
+        and not (key in _WORDS and isinstance(value, str))
+    }
+
+
+def weight_of(marks: dict[str, Any], where: str = "") -> Number:
+    """The weight that marks of one place give; 1 for none. where: stands before the key in a message."""
+    weight: Number = 1
+    chosen, is_number = "", False
+    for key, value in marks.items():
+        if value is None:
+            continue
+        other, other_is_number = _weight(key, value, where)
+        agrees = other == weight if is_number and other_is_number else bool(other) == bool(weight)
+        if chosen and not agrees:
+            raise BadRecord(f"{where}{key}: {value!r} contradicts {chosen}: {marks[chosen]!r}; keep one of them")
+        if not chosen or other_is_number:  # true only says that a weight is not 0
+            chosen, weight, is_number = key, other, other_is_number
+    return weight
+
+
+def _weight(key: str, value: Any, where: str) -> tuple[Number, bool]:
+    """The weight that one mark gives, and whether it is a number."""
+    if isinstance(value, bool) or (key == INVERSE and value in (0, 1)):
+        return int(bool(value) != (key == INVERSE)), False
+    if key == INVERSE or not is_weight(value):
+        shown = f"{value!r:.40}" if isinstance(value, (int, float, str)) else type(value).__name__
+        expected = "true or false" if key == INVERSE else "a number from 0, or true or false"
+        raise BadRecord(f"{where}{key}: found {shown}, expected {expected}")
+    return value, True
+
+
+def is_weight(value: Any) -> bool:
+    """Whether a value is a number from 0; neither infinite nor so large that it cannot be stored."""
+    if isinstance(value, bool):
+        return False
+    return (isinstance(value, float) and math.isfinite(value) and value >= 0) or (
+        isinstance(value, int) and 0 <= value < 1 << 63
+    )
+
+
+def weights_beside(marks: dict[str, Any], turns: Sequence[dict[str, Any]]) -> list[Number]:
+    """The weight that the marks of a record give each of its turns: lists beside them, and values for all of them."""
+    lists = {key: value for key, value in marks.items() if isinstance(value, list)}
+    for key, values in lists.items():
+        if len(values) != len(turns):
+            raise BadRecord(f"{key}: found {len(values)} values beside {len(turns)} turns, expected one a turn")
+    common = weight_of({key: value for key, value in marks.items() if key not in lists})
+    weights = []
+    for number, turn in enumerate(turns):
+        own = {key: values[number] for key, values in lists.items()} if turn["role"] == "assistant" else {}
+        try:
+            weights.append(common * weight_of(own))
+        except BadRecord as error:
+            raise BadRecord(f"turn {number} of {error}") from None
+    return weights
+
+
+def scaled(turns: Sequence[dict[str, Any]], weights: Iterable[Number]) -> list[dict[str, Any]]:
+    """Canonical turns with the assistant's weights multiplied by these."""
+    result = []
+    for number, (turn, weight) in enumerate(zip(turns, weights)):
+        if turn["role"] == "assistant" and weight != 1:
+            kept = {key: value for key, value in turn.items() if key not in ("weight", CONTENT_WEIGHTS)}
+            try:
+                turn = kept | weight_keys(weight * turn.get("weight", 1), turn.get(CONTENT_WEIGHTS, ()))
+            except BadRecord as error:
+                raise BadRecord(f"turn {number}{error}") from None
+        result.append(turn)
+    return result
+
+
+def weight_keys(weight: Number, parts: Iterable[Sequence[Number]] = ()) -> dict[str, Any]:
+    """What a canonical turn says of its weights: `weight` or, where its parts differ, `content_weights`; nothing for 1.
+
+    weight: of the turn. parts: (number of characters, weight) of its content, one after the other. Raises BadRecord
+    where a product of weights is too large.
+    """
+    merged: list[list[Number]] = []
+    for count, part in parts:
+        part *= weight
+        if merged and merged[-1][1] == part:
+            merged[-1][0] += count
+        elif count:
+            merged.append([count, part])
+    weight = merged[0][1] if merged else weight
+    if not all(map(is_weight, (weight, *(part for _, part in merged)))):
+        raise BadRecord(": its weights multiply to more than a number can hold")
+    if len(merged) > 1:
+        return {CONTENT_WEIGHTS: merged}
+    return {"weight": weight} if weight != 1 else {}
+
+
+def given_parts(value: Any, length: int) -> list[Sequence[Number]]:
+    """The parts that a turn's `content_weights` name. Raises BadRecord unless they cover its content."""
+    good = isinstance(value, list) and all(
+        isinstance(part, (list, tuple))
+        and len(part) == 2
+        and type(part[0]) is int
+        and part[0] >= 0
+        and is_weight(part[1])
+        for part in value
+    )
+    if not good or sum(count for count, _ in value) != length:
+        raise BadRecord(
+            f".{CONTENT_WEIGHTS}: expected [[number of characters, weight], ...] over the {length} characters of the "
+            "content"
+        )
+    return value

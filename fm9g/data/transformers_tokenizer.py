@@ -1,0 +1,178 @@
+"""Tokenizers that transformers opens: folders of every layout and family, to the same ids."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from fm9g.data.tokenizer import TOKENIZER_CONFIG, Span, Tokenizer, tokenizer_files
+from fm9g.errors import UserError
+
+
+def open_with_transformers(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder, as AutoTokenizer reads it, without code that lies there. Raises UserError."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    for name in (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"):
+        if (folder / name).is_file():
+            _read(folder / name)  # a file that is not JSON is named with its line
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        config = _read(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
+        if "auto_map" in config:
+            raise UserError(
+                f"{folder}: its tokenizer is code of its own ({config.get('tokenizer_class')}), which is not run; save "
+                "it as tokenizer.json (a fast tokenizer's save_pretrained), or take it from a folder that has one"
+            ) from None
+        raise UserError(f"{folder}: not a tokenizer that can be read: {_first_lines(error)}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    return FastTokenizer(loaded, folder) if loaded.is_fast else PythonTokenizer(loaded, folder)
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}, line {error.lineno}: not JSON: {error.msg}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: found a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+class _TransformersTokenizer(Tokenizer):
+    """What tokenizers that transformers opened have in common. `loaded` is what AutoTokenizer returned."""
+
+    def __init__(self, loaded: Any, folder: Path) -> None:
+        self.special_tokens = dict(loaded.special_tokens_map)
+        if loaded.eos_token is None:
+            raise UserError(f"{folder / TOKENIZER_CONFIG}: eos_token: missing; samples have to end with a token")
+        self.eos_id = loaded.eos_token_id
+        # Some families (Qwen) have no bos token; their texts start with the token that ends the one before.
+        self.bos_id = self.eos_id if loaded.bos_token is None else loaded.bos_token_id
+        self.files = tokenizer_files(folder)
+        special = {number: token.content for number, token in loaded.added_tokens_decoder.items() if token.special}
+        defaults = _defaults_of_class(special, self.files) - {self.eos_id, self.bos_id}
+        self.special_ids = {text: number for number, text in special.items() if number not in defaults}
+        self.special_ids |= {self.eos_token: self.eos_id}
+        self.chat_template = loaded.chat_template
+        self.vocab_size = 1 + max(number for number in loaded.get_vocab().values() if number not in defaults)
+        around, text = loaded("a")["input_ids"], loaded("a", add_special_tokens=False)["input_ids"]
+        start = next(i for i in range(len(around)) if around[i : i + len(text)] == text)
+        self.prefix_ids = around[:start]
+        self.suffix_ids = around[start + len(text) :] or [self.eos_id]
+
+
+def _defaults_of_class(special: dict[int, str], files: list[Path]) -> set[int]:
+    """The special tokens that no file names: a class of transformers adds its pad token where a folder has none.
+
+    They are behind the vocabulary, where the model has no embedding for them.
+    """
+    named = "".join(file.read_text(encoding="utf-8") for file in files if file.suffix == ".json")
+    return {number for number, text in special.items() if json.dumps(text, ensure_ascii=False)[1:-1] not in named}
+
+
+class FastTokenizer(_TransformersTokenizer):
+    """A tokenizer of transformers that works with the `tokenizers` library."""
+
+    def __init__(self, loaded: Any, folder: Path) -> None:
+        super().__init__(loaded, folder)
+        self._model = loaded.backend_tokenizer
+        self._model.no_padding()
+        self._model.no_truncation()
+
+    def encode(self, text: str) -> list[int]:
+        self._model.encode_special_tokens = True  # as text, that is
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> Sequence[Sequence[int]]:
+        self._model.encode_special_tokens = True
+        return [found.ids for found in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _encode_chat(self, text: str, literal: Sequence[Span]) -> tuple[list[int], list[int]]:
+        if not literal:
+            self._model.encode_special_tokens = False
+            return self._ids_and_starts(self._model, text)
+        pieces, end = [], 0
+        for start, stop in self._special_spans(text, literal):
+            pieces += [text[end:start], self._stand_ins[text[start:stop]]]
+            end = stop
+        ids, starts = self._ids_and_starts(self._with_stand_ins, "".join([*pieces, text[end:]]))
+        return [self._stood_for.get(token, token) for token in ids], starts
+
+    def _encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        self._model.encode_special_tokens = True
+        return self._ids_and_starts(self._model, text)
+
+    @staticmethod
+    def _ids_and_starts(model: Any, text: str) -> tuple[list[int], list[int]]:
+        found = model.encode(text, add_special_tokens=False)
+        return found.ids, [start for start, _ in found.offsets]
+
+    @cached_property
+    def _stand_ins(self) -> dict[str, str]:
+        """Special token -> a text of the same length, in private-use characters."""
+        return {text: chr(0x100000 + i) * len(text) for i, text in enumerate(self.special_ids)}
+
+    @cached_property
+    def _with_stand_ins(self) -> Any:
+        """A tokenizer that takes special tokens for text, and in their place the stand-ins for special tokens.
+
+        So a chat that holds both is encoded in one go, as one without such text is.
+        """
+        from tokenizers import AddedToken
+
+        known = {token.content: token for token in self._model.get_added_tokens_decoder().values()}
+        model = copy.deepcopy(self._model)
+        for text, stand_in in self._stand_ins.items():
+            how = known.get(text) or AddedToken(text)
+            sides = {key: getattr(how, key) for key in ("lstrip", "rstrip", "single_word")}
+            model.add_tokens([AddedToken(stand_in, normalized=False, special=False, **sides)])
+        model.encode_special_tokens = True
+        return model
+
+    @cached_property
+    def _stood_for(self) -> dict[int, int]:
+        return {self._with_stand_ins.token_to_id(self._stand_ins[t]): number for t, number in self.special_ids.items()}
+
+    def token_id(self, text: str) -> int | None:
+        return self._model.token_to_id(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids)
+
+
+class PythonTokenizer(_TransformersTokenizer):
+    """A tokenizer of transformers that is written in Python."""
+
+    def __init__(self, loaded: Any, folder: Path) -> None:
+        super().__init__(loaded, folder)
+        self._loaded = loaded
+
+    def encode(self, text: str) -> list[int]:
+        return self._loaded.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def _encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        ids = self.encode(text)
+        ends = list(accumulate(len(self.decode([token])) for token in ids))
+        known = bool(ends) and ends[-1] == len(text)  # else a character is several tokens
+        return ids, [0, *ends[:-1]] if known else [0] * len(ids)
+
+    def token_id(self, text: str) -> int | None:
+        return self._loaded.get_vocab().get(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._loaded.decode(ids)
