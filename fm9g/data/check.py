@@ -56,7 +56,15 @@ def open_mixture(name: str, **settings: Any) -> tuple[Mixture, Path]:
     file, train = require_config("dataset_configs", name), run.value
     configs = [with_defaults(item, run).value for item in load_mixture(file)]
     capacity = train.batch_size * train.max_length
-    mixture = Mixture(configs, train.tokenizer_path, train.max_length, train.seed, capacity, date=train.template_date)
+    mixture = Mixture(
+        configs,
+        train.tokenizer_path,
+        train.max_length,
+        train.seed,
+        capacity,
+        date=train.template_date,
+        with_findings=True,
+    )
     return mixture, file
 
 

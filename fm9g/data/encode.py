@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from fm9g.data.conversation import Rendered, render_samples
-from fm9g.data.literal import Span, Unprotected, protect
+from fm9g.data.findings import PLACEHOLDERS
+from fm9g.data.literal import Span, Unprotected, protect, without_marks
 from fm9g.data.shapes import BadRecord, canonical
 from fm9g.data.template import Template
 from fm9g.data.tokenizer import Tokenizer
@@ -29,7 +30,6 @@ PLACEHOLDER = "a placeholder such as {{name}} in its text"
 NOT_TEXT = "the spelling of a special token, which this tokenizer cannot read as text"
 SPLIT = "several samples, since the template rewrites earlier turns"
 
-_PLACEHOLDER = re.compile(r"\{\{\s*\w+\s*\}\}")
 _THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 
 
@@ -131,7 +131,7 @@ class Encoder:
         if isinstance(texts, Pair):
             contents, markers = [texts.input, texts.output], []
         else:
-            record = canonical(record)[1]
+            record = canonical(without_marks(record))[1]
             messages = record.get("messages") or [
                 {"role": "user", "content": record["input"]},
                 {"role": "assistant", "content": record["output"]},
@@ -155,7 +155,7 @@ class Encoder:
                 found.append(SPLIT)
         if any(marker in content for content in contents for marker in markers):
             found.append(DOUBLED)
-        if any("{{" in content and _PLACEHOLDER.search(content) for content in contents):
+        if any("{{" in content and PLACEHOLDERS.search(content) for content in contents):
             found.append(PLACEHOLDER)
         if any(self._not_text(content) for content in contents):
             found.append(NOT_TEXT)

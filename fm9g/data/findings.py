@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-_PLACEHOLDER = re.compile(r"\{\{\s*[^\W\d]\w*\s*\}\}")
+PLACEHOLDERS = re.compile(r"\{\{\s*[^\W\d]\w*\s*\}\}")
 _SHOWN = 10  # of the names in a note
 _MOST = 10_000  # names that are counted: records whose keys are data have any number of them
 
@@ -46,7 +46,7 @@ class Findings:
             self.counts[UNTRAINED] += masked == len(answers)
         for text in texts:
             if "{{" in text:
-                _count(self.placeholders, set(_PLACEHOLDER.findall(text)))
+                _count(self.placeholders, set(PLACEHOLDERS.findall(text)))
 
     def add(self, other: Findings) -> None:
         for total, more in ((self.left_out, other.left_out), (self.placeholders, other.placeholders)):

@@ -25,6 +25,17 @@ def protect(value: Any, pattern: re.Pattern[str]) -> Any:
     return value
 
 
+def without_marks(value: Any) -> Any:
+    """The value as it was before it was protected."""
+    if isinstance(value, str):
+        return value.replace(_MARK, "")
+    if isinstance(value, dict):
+        return {key: without_marks(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_marks(item) for item in value]
+    return value
+
+
 def _marked(match: re.Match[str]) -> str:
     text = match[0]
     is_marked = match.string.startswith(_MARK, match.end())  # one of a single character

@@ -48,6 +48,7 @@ class Recipe(NamedTuple):
     capacity: int
     token_cache: str = ""
     date: str = ""
+    with_findings: bool = False
 
 
 class Mixture:
@@ -62,10 +63,12 @@ class Mixture:
         capacity: int = 0,
         token_cache: str = "",
         date: str = "",
+        with_findings: bool = False,
     ) -> None:
         """tokenizer: opened, or its path. capacity: tokens of a row, at least max_length and as much by default.
         token_cache: a folder with the caches of the datasets, made by `fill_cache`; those that are not there or stale
-        are not used. date: what templates write as today's, YYYY-MM-DD; empty: today.
+        are not used. date: what templates write as today's, YYYY-MM-DD; empty: today. with_findings: what is found in
+        records is counted.
 
         Raises UserError for what is missing or cannot be read.
         """
@@ -75,7 +78,8 @@ class Mixture:
         self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         date = date or datetime.date.today().isoformat()
         # Workers get the opened tokenizer: opening it takes transformers, and seconds.
-        self.recipe = Recipe(configs, self.tokenizer, max_length, seed, self.capacity, token_cache, date)
+        self.recipe = Recipe(configs, self.tokenizer, max_length, seed, self.capacity, token_cache, date, with_findings)
+        self.with_findings = with_findings
         self.datasets = [IndexedDataset(config.path, config.max_samples) for config in configs]
         self.transforms = [_load_transform(config) for config in configs]
         self.encoders = [self._encoder(config, date) for config in configs]
@@ -138,19 +142,25 @@ class Mixture:
 
     def texts(self, dataset: int, number: int, place: int, with_contents: bool = False) -> Texts:
         """What is to be encoded of a record. with_contents: as in Encoder.texts."""
+        record, texts = self._rendered(dataset, number, place, with_contents)
+        if self.with_findings:
+            self.findings[dataset].update(self.encoders[dataset].findings(record, texts))
+        return texts
+
+    def _rendered(
+        self, dataset: int, number: int, place: int, with_contents: bool = False
+    ) -> tuple[dict[str, Any], Texts]:
+        """A record, as its transform returns it, and its texts."""
         record = self.datasets[dataset][number]
         config, transform = self.configs[dataset], self.transforms[dataset]
         script = f", {config.transforms}" if transform else ""
         where = f"{config.task_name}, line {number + 1} of {config.path}{script}"
         if transform is not None:
             record = self._transformed(record, transform, dataset, place, where)
-        encoder = self.encoders[dataset]
         try:
-            texts = encoder.texts(record, transform is not None, with_contents)
-            self.findings[dataset].update(encoder.findings(record, texts))
+            return record, self.encoders[dataset].texts(record, transform is not None, with_contents)
         except BadRecord as error:
             raise UserError(f"{where}: {error}") from None
-        return texts
 
     def _transformed(self, record: dict, transform: Transform, dataset: int, place: int, where: str) -> dict[str, Any]:
         source = _Random(mix(self.seed, _TRANSFORM, self.keys[dataset], place))
@@ -261,10 +271,10 @@ class Mixture:
         for number, dataset in enumerate(self.datasets):
             size = len(dataset)
             drawn = Permutation(size, self.seed, _MEAN, self.keys[number])(np.arange(min(records, size))).tolist()
-            before, self.findings[number] = self.findings[number], Counter()
-            for record in drawn:
-                self.texts(number, record, record)
-            found, self.findings[number] = self.findings[number], before
+            found: Counter[str] = Counter()
+            for place in drawn:
+                record, texts = self._rendered(number, place, place)
+                found.update(self.encoders[number].findings(record, texts))
             notes += finding_notes(self.configs[number].task_name, found, len(drawn))
         return notes
 

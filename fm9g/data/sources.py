@@ -175,7 +175,7 @@ def _starts_with_a_record(source: Source) -> bool:
         line = stream.readline(CHUNK).removeprefix(b"\xef\xbb\xbf").strip()
     try:
         return isinstance(json.loads(line), dict) if line.startswith(b"{") else False
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
