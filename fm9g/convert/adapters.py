@@ -101,7 +101,10 @@ def merge(
     # As the base, but with the facts and the tokenizer of the adapter's own checkpoint.
     trained = adapter.where.parent if (adapter.where.parent / MANIFEST).is_file() else source.folder
     tokenizer = source.tokenizer or (trained / TOKENIZER if trained else None)
-    whole = dataclasses.replace(source, folder=trained, tokenizer=tokenizer)
+    config = adapter.config
+    made_from = f"{Path(config.base).name or base.name} with a LoRA adapter (rank {config.r}, alpha {config.alpha:g})"
+    made_from += " merged into its weights"
+    whole = dataclasses.replace(source, folder=trained, tokenizer=tokenizer, made_from=made_from)
     if source.folder is None and base.is_dir():
         reference = reference or base
     prompts, _ = make_prompts(tokenizer, source.config.vocab_size)

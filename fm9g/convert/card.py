@@ -31,10 +31,11 @@ def model_card(model: Source, name: str, loads_as: str, needs_code: bool) -> str
     title = " ".join(name.split())
     keys = ("library_name: transformers", "pipeline_tag: text-generation", "tags:", "- fm9g", "- causal-lm")
     code = ", trust_remote_code=True" if needs_code else ""
+    made_from = f" It is {model.made_from}." if model.made_from else ""
     sections = [
         "\n".join(["---", *keys, "---"]),
         f"# {title}",
-        f"A 9G language model, exported by fm9g. It loads as `{loads_as}`.",
+        f"A language model, exported by fm9g.{made_from} It loads as `{loads_as}`.",
         _table("Configuration", _configuration(model.config)),
     ]
     if checkpoint:

@@ -16,7 +16,7 @@ from fm9g.config.load import read_object
 from fm9g.config.model import ModelConfig, arithmetic, differ, load_model_config
 from fm9g.convert.architecture import from_hf_config, to_hf_config
 from fm9g.convert.card import model_card
-from fm9g.convert.companions import copy_companions, write_tokenizer
+from fm9g.convert.companions import copy_companions, stop_ids, write_tokenizer
 from fm9g.convert.families import FAMILIES, Family, family_of, pack
 from fm9g.convert.folder import DTYPES, main_dtype, open_folder
 from fm9g.convert.stream import Output, partial_folder, pt_output, safetensors_output, write_outputs
@@ -32,12 +32,13 @@ Check = Callable[[Mapping[str, Gathered]], None]
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A 9G model to be exported. file: of its weights. folder: the checkpoint it is from, None for a bare .pt file.
-    tokenizer: the folder of its files, None where it is not known."""
+    tokenizer: the folder of its files, None where it is not known. made_from: for its card, what it was made from."""
 
     file: Path
     config: ModelConfig
     folder: Path | None
     tokenizer: Path | None
+    made_from: str = ""
 
 
 def import_folder(source: Path, target: Path, overwrite: bool = False, dtype: str = "") -> Path:
@@ -245,17 +246,28 @@ def _write_index(weights: Mapping[str, Gathered], format: str, folder: Path) -> 
 
 def _write_native(model: Source, reference: Path | None, folder: Path, dtype: str) -> str:
     """config.json of the native class, generation settings and tokenizer."""
-    ids = write_tokenizer(model.tokenizer, model.folder, folder)
+    tokenizer = write_tokenizer(model.tokenizer, model.folder, folder)
+    bos_id, eos_id = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
     like = read_object(reference / "config.json") if reference else {}
-    hf = to_hf_config(model.config, dtype, ids["bos_token_id"], ids["eos_token_id"], like.get("model_type", ""))
-    generation: dict[str, Any] = dict(ids)
+    hf = to_hf_config(model.config, dtype, bos_id, eos_id, like.get("model_type", ""))
+    generation: dict[str, Any] = {"bos_token_id": bos_id, "eos_token_id": eos_id}
     if reference is not None:
         hf |= {key: like.get(key, hf[key]) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        generation["eos_token_id"] = hf["eos_token_id"]
         if (reference / "generation_config.json").is_file():
             generation = read_object(reference / "generation_config.json")
+    # Generation ends where the template that the model was trained with ends a turn, too.
+    known = generation.get("eos_token_id")
+    if missing := [stop for stop in stop_ids(tokenizer) if stop not in _as_list(known)]:
+        both = list(dict.fromkeys([*missing, *_as_list(known)]))
+        generation["eos_token_id"] = both if len(both) > 1 else both[0]
     _write_json(folder / "config.json", hf)
     _write_json(folder / "generation_config.json", generation)
     return str(hf["architectures"][0])
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _write_reference(reference: Path, folder: Path, dtype: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from fm9g.checkpoint.stored import open_pt, open_safetensors
 from fm9g.config.adapter import ADAPTER_CONFIG, AdapterConfig
 from fm9g.config.load import Layer, build, read_object
+from fm9g.convert.folder import stored_in
 from fm9g.convert.names import LLAMA, Names
 from fm9g.errors import UserError
 from fm9g.files import new_folder
@@ -60,10 +62,13 @@ def is_peft(folder: Path) -> bool:
 def write_peft(adapter: Adapter, target: Path, base: str = "", overwrite: bool = False) -> None:
     """Writes an adapter as a folder that PEFT loads on the exported base.
 
-    base: what its configuration names as the base. Raises UserError.
+    base: what its configuration names as the base: a Hugging Face folder, or a name on a hub (ORG/NAME); default: what
+    it was trained on. Raises UserError where PEFT could not put the adapter on that folder.
     """
     config, tensors = adapter.config, {}
     modules = {layer: _theirs(layer, adapter.where) for layer in adapter.layers}
+    if base:
+        _check_base(base, sorted(modules.values()))
     for name, weight in adapter.weights.items():
         layer, _, _ = name.rpartition(".lora.")
         part = name.removeprefix(layer)
@@ -89,6 +94,25 @@ def write_peft(adapter: Adapter, target: Path, base: str = "", overwrite: bool =
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_model.safetensors").chmod(folder.stat().st_mode & 0o666)
         (folder / ADAPTER_CONFIG).write_text(json.dumps(described, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _check_base(base: str, modules: list[str]) -> None:
+    """Raises UserError where a base does not hold the modules of an adapter, each as a weight of its own."""
+    folder = Path(base)
+    if not folder.exists():
+        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base):
+            print(f"note: --base {base}: not a folder here, and so taken for a name on a hub; it was not looked at")
+            return
+        raise UserError(f"--base {base}: no such folder; give a Hugging Face folder, or a name on a hub (ORG/NAME)")
+    if not folder.is_dir():
+        raise UserError(f"--base {base}: a file; PEFT loads Hugging Face folders, which `fm9g convert` makes")
+    names = stored_in(folder)
+    if missing := [module for module in modules if f"{module}.weight" not in names]:
+        raise UserError(
+            f"--base {base}: PEFT cannot put the adapter on it: it has no {missing[0]}.weight ({len(missing)} of "
+            f"{len(modules)} modules are missing), but names or packs its weights in another way. Merge the adapter "
+            "(fm9g lora merge), or name a folder in the native layout (fm9g convert to a .pt file and back)"
+        )
 
 
 def _theirs(layer: str, where: Path) -> str:

@@ -39,6 +39,10 @@ def item(value: object) -> dict[str, Any]:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, tokenizer_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "run", tokenizer_path, TEMPLATE)
+
+
+def make_checkpoint(run_folder: Path, tokenizer_path: Path, template: str) -> Path:
     files: dict[str, Path | str] = {file.name: file for file in tokenizer_path.iterdir()}
     run = {
         "train": {"lr": item(0.01), "optimizer": item("muon"), "template": item("chatml")},
@@ -58,9 +62,9 @@ def checkpoint(tmp_path: Path, tokenizer_path: Path) -> Path:
         position={},
         counts=counts,
         documents={"config.json": CONFIG.to_json(), "run_config.json": run},
-        tokenizer_files={**files, CHAT_TEMPLATE: TEMPLATE},
+        tokenizer_files={**files, CHAT_TEMPLATE: template},
     )
-    return save_checkpoint(tmp_path / "run", snapshot)
+    return save_checkpoint(run_folder, snapshot)
 
 
 def test_the_chat_template_is_where_old_and_new_programs_look(checkpoint: Path, tmp_path: Path) -> None:
@@ -190,3 +194,72 @@ def test_verification_uses_texts_where_a_tokenizer_is_there(
 
     verdict = verify(tmp_path / "hf", tmp_path / "m.pt", load_model_config(tmp_path / "m.json").value)
     assert not verdict.holds
+
+
+def test_generation_ends_where_the_template_ends_a_turn(checkpoint: Path, tmp_path: Path, tokenizer_path: Path) -> None:
+    """The template that a checkpoint was trained with goes before the generation settings of a reference."""
+    from tokenizers import Tokenizer
+
+    shutil.copytree(tokenizer_path, tmp_path / "chat")
+    model = Tokenizer.from_file(str(tmp_path / "chat" / "tokenizer.json"))
+    model.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    model.save(str(tmp_path / "chat" / "tokenizer.json"))
+    chatml = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    trained = make_checkpoint(tmp_path / "chat-run", tmp_path / "chat", chatml)
+    end = model.token_to_id("<|im_end|>")
+    export_folder(trained, tmp_path / "hf")
+    settings = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [end, 1]
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 1
+    reference = json.loads((tmp_path / "hf" / "generation_config.json").read_text()) | {"eos_token_id": 1, "top_k": 7}
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(reference))
+    export_folder(trained, tmp_path / "again", tmp_path / "hf")
+    settings = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert (settings["eos_token_id"], settings["top_k"]) == ([end, 1], 7)
+    # A template whose turns end with the tokenizer's own token needs no other.
+    export_folder(checkpoint, tmp_path / "own")
+    assert json.loads((tmp_path / "own" / "generation_config.json").read_text())["eos_token_id"] == 1
+
+
+def test_what_is_exported_needs_no_code_of_a_tokenizer(tmp_path: Path, tokenizer_path: Path, shared: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from fm9g.convert.companions import write_tokenizer
+    from fm9g.data.tokenizer import load_tokenizer
+
+    own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    fast, slow = tmp_path / "fast", tmp_path / "slow"
+    shutil.copytree(tokenizer_path, fast)
+    slow.mkdir()
+    shutil.copyfile(shared / "tokenizers" / "9g-2b" / "tokenizer.model", slow / "tokenizer.model")
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_prefix_space": False}
+    (fast / "tokenizer_config.json").write_text(json.dumps(own | {"bos_token": "<s>", "eos_token": "</s>"}))
+    (slow / "tokenizer_config.json").write_text(json.dumps(own | settings | {"legacy": False}))
+    text = "九格大模型 is  a model.\n 你好\t x=1"
+    for source, reading in ((fast, tokenizer_path), (slow, shared / "tokenizers" / "9g-2b")):
+        out = tmp_path / f"out-{source.name}"
+        out.mkdir()
+        written = write_tokenizer(source, None, out)
+        assert written is not None
+        assert "auto_map" not in json.loads((out / "tokenizer_config.json").read_text())
+        theirs = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
+        assert theirs(text, add_special_tokens=False)["input_ids"] == list(load_tokenizer(reading).encode(text))
+
+
+def test_named_templates_travel_unless_the_checkpoint_was_trained_with_one(
+    checkpoint: Path, tmp_path: Path, tokenizer_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    from fm9g.convert.companions import write_tokenizer
+
+    named = tmp_path / "named"
+    shutil.copytree(tokenizer_path, named)
+    (named / "additional_chat_templates").mkdir()
+    (named / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    (named / CHAT_TEMPLATE).write_text("plain")
+    for trained, expected in ((None, {"default": "plain", "tool_use": "tools"}), (checkpoint, TEMPLATE)):
+        out = tmp_path / f"out-{trained is None}"
+        out.mkdir()
+        write_tokenizer(named, trained, out)
+        assert AutoTokenizer.from_pretrained(out).chat_template == expected

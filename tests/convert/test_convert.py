@@ -151,9 +151,10 @@ def test_a_sentencepiece_model_is_exported_with_equal_ids(shared: Path, tmp_path
     from fm9g.data.tokenizer import load_tokenizer
 
     source = shared / "tokenizers" / "9g-2b"
-    ids = write_tokenizer(source, None, tmp_path)
+    written = write_tokenizer(source, None, tmp_path)
     text = "九格大模型 is  a model.\n 你好\t🚀 x=1"
-    assert ids == {"bos_token_id": 1, "eos_token_id": 2}
+    assert written is not None
+    assert (written.bos_id, written.eos_id) == (1, 2)
     assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == [1, *load_tokenizer(source).encode(text)]
 
 
@@ -271,20 +272,3 @@ def test_weight_files_in_the_old_format_are_read_and_integers_are_refused(folder
     torch.save({name: tensor.to(torch.int8) for name, tensor in weights.items()}, tmp_path / "m.pt")
     with pytest.raises(UserError, match=r"found torch.int8, expected floating-point weights"):
         export_folder(tmp_path / "m.pt", tmp_path / "out")
-
-
-def test_generation_refuses_broken_folders_and_odd_options(folder: Path) -> None:
-    from fm9g.infer.generate import generate
-
-    assert isinstance(generate(folder, "the", max_new_tokens=2), str)
-    odd = {"max_new_tokens": 0, "temperature": -1.0, "top_p": 5.0, "repetition_penalty": 0.0, "seed": -1}
-    for option in ({key: value} for key, value in odd.items()):
-        with pytest.raises(UserError, match="out of range"):
-            generate(folder, "the", **option)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    with pytest.raises(UserError, match=r"config.json and the weights do not match"):
-        generate(folder, "the")
-    (folder / "model.safetensors").write_bytes(b"garbage")
-    with pytest.raises(UserError, match="transformers cannot load it"):
-        generate(folder, "the")

@@ -1,0 +1,126 @@
+"""Text from exported folders: what a generation starts from, where it stops, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import small_model
+
+from fm9g.checkpoint.weights import write_weights
+from fm9g.convert.hf import export_folder, import_folder
+from fm9g.errors import UserError
+from fm9g.infer.generate import _prompt_ids, generate
+from fm9g.model.transformer import weight_shapes
+
+
+class Weights:
+    """Those of a small model, one at a time."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.like = {name: torch.randn(shape) for name, shape in weight_shapes(small_model()).items()}
+
+    def __iter__(self):
+        return iter(self.like.items())
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tokenizer_path: Path) -> Path:
+    weights = Weights()
+    write_weights(tmp_path / "m.pt", weights.like, weights)
+    (tmp_path / "m.json").write_text(json.dumps(small_model().to_json()))
+    export_folder(tmp_path / "m.pt", tmp_path / "hf")
+    shutil.copytree(tokenizer_path, tmp_path / "hf", dirs_exist_ok=True)
+    change(tmp_path / "hf" / "config.json", bos_token_id=0, eos_token_id=1)
+    change(tmp_path / "hf" / "generation_config.json", bos_token_id=0, eos_token_id=1)
+    return tmp_path / "hf"
+
+
+def change(file: Path, **values: Any) -> None:
+    content = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({key: value for key, value in content.items() if value != "gone"}))
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_generation_stops_at_each_of_several_tokens(folder: Path, file: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    prompt = torch.tensor([tokenizer("the")["input_ids"]])
+    found = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, pad_token_id=0
+    )
+    ids = found[0, prompt.shape[1] :].tolist()
+    assert generate(folder, "the", max_new_tokens=8) == tokenizer.decode(ids)
+    stop = next(token for token in ids if ids.index(token) > 1)
+    if file == "config.json":
+        (folder / "generation_config.json").unlink()
+    change(folder / file, eos_token_id=[1, stop])
+    assert generate(folder, "the", max_new_tokens=8) == tokenizer.decode(ids[: ids.index(stop) + 1])
+
+
+def test_a_model_without_a_token_that_ends_it_goes_on_to_the_last(folder: Path) -> None:
+    for file in ("config.json", "generation_config.json"):
+        change(folder / file, eos_token_id=None)
+    assert generate(folder, "the", max_new_tokens=8)
+
+
+def test_lists_of_end_tokens_are_kept_on_the_way_in_and_out(folder: Path, tmp_path: Path) -> None:
+    for file in ("config.json", "generation_config.json"):
+        change(folder / file, eos_token_id=[5, 1])
+    import_folder(folder, tmp_path / "in.pt")
+    export_folder(tmp_path / "in.pt", tmp_path / "out", folder)
+    for file in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "out" / file).read_text())["eos_token_id"] == [5, 1]
+    (folder / "generation_config.json").unlink()
+    export_folder(tmp_path / "in.pt", tmp_path / "again", folder)
+    assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"] == [5, 1]
+
+
+def test_what_a_generation_starts_from(folder: Path, tokenizer_path: Path) -> None:
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    the = tokenizer("the", add_special_tokens=False)["input_ids"]
+    assert _prompt_ids(tokenizer, "the", chat=False) == [0, *the]
+    assert _prompt_ids(tokenizer, "the", chat=True) == the  # a template has written what begins it
+    assert _prompt_ids(tokenizer, "", chat=False) == [0]
+    assert generate(folder, "", max_new_tokens=3)
+    # One that ends each text, and one without a token that begins a text.
+    ends = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = ends
+    assert _prompt_ids(tokenizer, "the", chat=False) == [0, *the]
+    assert _prompt_ids(tokenizer, "the</s>", chat=False)[-1] == 1
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
+    tokenizer.bos_token = None
+    assert _prompt_ids(tokenizer, "the", chat=False) == the
+    with pytest.raises(UserError, match="prompt: it is empty, and the tokenizer has no token that begins a text"):
+        _prompt_ids(tokenizer, "", chat=False)
+
+
+def test_what_is_no_hugging_face_folder_says_how_to_make_one(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"m.pt: the weights of a 9G model; make a .*: fm9g convert .*m.pt FOLDER"):
+        generate(tmp_path / "m.pt", "the")
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match=r"hf: a 9G checkpoint; make a Hugging Face folder of it: fm9g convert"):
+        generate(folder, "the")
+
+
+def test_generation_refuses_broken_folders_and_odd_options(folder: Path) -> None:
+    assert isinstance(generate(folder, "the", max_new_tokens=2), str)
+    odd = {"max_new_tokens": 0, "temperature": -1.0, "top_p": 5.0, "repetition_penalty": 0.0, "seed": -1}
+    for option in ({key: value} for key, value in odd.items()):
+        with pytest.raises(UserError, match="out of range"):
+            generate(folder, "the", **option)
+    change(folder / "config.json", num_hidden_layers=3)
+    with pytest.raises(UserError, match=r"config.json and the weights do not match"):
+        generate(folder, "the")
+    (folder / "model.safetensors").write_bytes(b"garbage")
+    with pytest.raises(UserError, match="transformers cannot load it"):
+        generate(folder, "the")
