@@ -25,8 +25,8 @@ EMPTY, LONG_INPUT, OVERSIZE = "no output", "input longer than max_length", "long
 LOST_THOUGHT = "a thought that the template does not write"
 LOST_SYSTEM = "a system message that the template does not write"
 LOST_TOOLS = "tools that the template does not write"
-DOUBLED = "the template's own markers in its text"
-PLACEHOLDER = "a placeholder such as {{name}} in its text"
+DOUBLED = "the template's own markers inside a message"
+PLACEHOLDER = "a placeholder such as {{name}}"
 NOT_TEXT = "the spelling of a special token, which this tokenizer cannot read as text"
 SPLIT = "several samples, since the template rewrites earlier turns"
 

@@ -83,20 +83,41 @@ def _ends_in(name: str, wanted: str) -> bool:
 
 
 def _by_peft(model: nn.Module, names: list[str], config: AdapterConfig) -> None:
+    with import_peft() as peft:
+        settings = peft.LoraConfig(
+            r=config.r,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=names,
+            use_rslora=config.rslora,
+            use_dora=config.dora,
+            init_lora_weights=False,  # an engine fills them, as all weights
+        )
+        peft.inject_adapter_in_model(settings, model, low_cpu_mem_usage=True)
+
+
+@contextlib.contextmanager
+def import_peft() -> Iterator[Any]:
+    """PEFT, which does not see bitsandbytes where nothing has imported that.
+
+    It would import it for layers of bitsandbytes' own, which are not used here. That takes seconds, and on some CPUs
+    prints a warning. Raises UserError where PEFT is not installed.
+    """
+    modules: dict[str, Any] = sys.modules
+    hidden = "bitsandbytes" not in modules
+    if hidden:
+        modules["bitsandbytes"] = None
     try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise UserError(f"lora_backend peft: the package cannot be used here ({error}); install peft") from None
-    settings = LoraConfig(
-        r=config.r,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # any number will do
-        lora_dropout=config.dropout,
-        target_modules=names,
-        use_rslora=config.rslora,
-        use_dora=config.dora,
-        init_lora_weights=False,  # an engine fills them, as all weights
-    )
-    inject_adapter_in_model(settings, model, low_cpu_mem_usage=True)
+        try:
+            import peft
+        except ImportError as error:
+            raise UserError(f"lora_backend peft: the package cannot be used here ({error}); install peft") from None
+        yield peft
+    finally:
+        if hidden:
+            del modules["bitsandbytes"]
+            for name in ("is_bnb_available", "is_bnb_4bit_available") if "peft.import_utils" in modules else ():
+                getattr(modules["peft.import_utils"], name).cache_clear()  # others in this process are to find it
 
 
 def _by_opendelta(model: nn.Module, names: list[str], config: AdapterConfig) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
 
 import torch
 
 from fm9g.checkpoint.folder import Tensors
 from fm9g.config.adapter import AdapterConfig
 from fm9g.errors import UserError
-from fm9g.lora.inject import MAGNITUDE, A, B
+from fm9g.lora.inject import MAGNITUDE, A, B, import_peft
 
 
 class Start:
@@ -78,17 +77,13 @@ class Start:
 
     def _singular(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B of PEFT's PiSSA for a weight of the base."""
-        from peft import LoraConfig
-        from peft.tuners.lora import Linear
-
         rank, alpha, init = self._config.r, self._config.alpha, self._init
         plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         plain.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
-        kinds: Any = LoraConfig, Linear
-        settings = kinds[0](r=rank, lora_alpha=alpha, use_rslora=self._config.rslora, init_lora_weights=init)
-        with torch.random.fork_rng(devices=[]):
+        with import_peft() as peft, torch.random.fork_rng(devices=[]):
+            settings = peft.LoraConfig(r=rank, lora_alpha=alpha, use_rslora=self._config.rslora, init_lora_weights=init)
             torch.manual_seed(self._seed)
-            layer = kinds[1](plain, "default", settings, r=rank, lora_alpha=alpha)
+            layer = peft.tuners.lora.Linear(plain, "default", settings, r=rank, lora_alpha=alpha)
         return layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
 
     def in_file(self, tensors: Tensors) -> Tensors:

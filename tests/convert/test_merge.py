@@ -261,3 +261,11 @@ def test_the_verbs_there_and_back(base: Path, adapter: Adapter, tmp_path: Path, 
     assert "6 layers" in capsys.readouterr().out
     assert main(["lora", "import", str(tmp_path / "adapter"), str(tmp_path / "x")]) == 2
     assert "not a folder of PEFT" in capsys.readouterr().err
+
+
+def test_the_card_of_a_merged_model_says_what_it_was_made_from(base: Path, adapter: Adapter, tmp_path: Path) -> None:
+    merge(base, adapter, tmp_path / "merged")
+    card = (tmp_path / "merged" / "README.md").read_text()
+    made_from = f"with a LoRA adapter (rank {adapter.config.r}, alpha {adapter.config.alpha:g}) merged into its weights"
+    assert made_from in card
+    assert "9G language model" not in card
