@@ -42,7 +42,7 @@ def generate(
     if not prompt.isprintable() and any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UserError("prompt: not UTF-8")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     if system and not chat:
@@ -60,7 +60,7 @@ def generate(
         raise UserError(f"{folder}: {min(missing)} is missing; config.json and the weights do not match")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.eval().to(device)
-    set_seed(seed)
+    torch.manual_seed(seed)
     stops = _as_list(model.generation_config.eos_token_id)
     if chat:
         ours = load_tokenizer(folder)

@@ -116,8 +116,10 @@ def import_peft() -> Iterator[Any]:
     finally:
         if hidden:
             del modules["bitsandbytes"]
-            for name in ("is_bnb_available", "is_bnb_4bit_available") if "peft.import_utils" in modules else ():
-                getattr(modules["peft.import_utils"], name).cache_clear()  # others in this process are to find it
+            for name in ("is_bnb_available", "is_bnb_4bit_available"):  # others in this process are to find it
+                known = getattr(modules.get("peft.import_utils"), name, None)
+                if hasattr(known, "cache_clear"):
+                    known.cache_clear()
 
 
 def _by_opendelta(model: nn.Module, names: list[str], config: AdapterConfig) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -191,3 +194,33 @@ def test_nothing_else_is_trained_and_names_are_those_of_files() -> None:
     trained = {known_as(name) for name, weight in model.named_parameters() if weight.requires_grad}
     assert trained == {layer + part for layer in chosen for part in (A, B)}
     assert {known_as(name) for name, _ in model.named_parameters()} == trained | set(before)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_bitsandbytes_is_imported_where_something_is_quantized_and_nowhere_else() -> None:
+    """That takes seconds. In a process of its own, where nothing has imported it."""
+    program = """
+import sys, torch
+from fm9g.config.adapter import AdapterConfig
+from fm9g.lora.inject import inject
+from fm9g.lora.quantize import quantize_layers
+from fm9g.lora.start import Start
+
+def adapt(quantize):
+    model = torch.nn.Module()
+    model.encoder = torch.nn.Module()
+    model.encoder.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"x": torch.nn.Linear(4, 4)})])
+    if quantize:
+        quantize_layers(model.encoder.layers, "nf4", True)
+    config = AdapterConfig(r=2, alpha=2.0, layers=["x"], pissa=True)
+    chosen = inject(model, model.encoder.layers, config)
+    Start(config, chosen, lambda _: torch.eye(4), "pissa", 1)._first(chosen[0])
+
+adapt(quantize=False)
+assert not any(name.startswith("bitsandbytes") for name in sys.modules), "imported"
+from peft.import_utils import is_bnb_available
+assert is_bnb_available(), "kept from others"
+adapt(quantize=True)
+assert "bitsandbytes" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
