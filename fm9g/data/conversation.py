@@ -19,10 +19,9 @@ from typing import Any
 
 from fm9g.config.mixture import LOSSES, TURNS
 from fm9g.data.jinja_environment import END, START
+from fm9g.data.literal import Span
 from fm9g.data.template import Messages, Template
 from fm9g.errors import UserError
-
-Span = tuple[int, int]  # start and end in a text, in characters
 
 _OPEN, _CLOSE = "<think>", "</think>"
 
@@ -71,18 +70,18 @@ def render_samples(
         return [Rendered(chat.text(len(messages)), [], [])]
     if template.has_generation_blocks(tools):
         return chat.by_blocks(trained, turns, loss == "last", with_contents)
-    samples: list[Rendered] = []
+    samples: list[tuple[int, Rendered]] = []
     end = len(messages)
     while trained:
-        candidates = trained if turns == "auto" else trained[-1:]
-        end = end if turns == "auto" else trained[-1] + 1
-        text, located = chat.locate(end, candidates)
-        end = trained[-1] + 1  # if that was not found, what follows it is what has it rewritten
+        if turns == "split":
+            end = trained[-1] + 1
+        text, located = chat.locate(end, trained if turns == "auto" else trained[-1:])
         if located:
-            samples.insert(0, chat.sample(text, located, end, with_contents))
+            samples.append((min(located), chat.sample(text, located, end, with_contents)))
             trained = [number for number in trained if number not in located]
-            end = trained[-1] + 1 if trained else 0
-    return samples
+        # Where the last one was not located, a message after it has the template rewrite it.
+        end = trained[-1] + 1 if trained else 0
+    return [sample for _, sample in sorted(samples, key=lambda sample: sample[0])]
 
 
 class _Chat:
@@ -136,7 +135,7 @@ class _Chat:
         spans = [pair for number, span in sorted(located.items()) for pair in self._weighted(text, number, span)]
         spans = [((start, stop), weight) for (start, stop), weight in spans if weight and start < stop]
         starts = [start for _, (start, _) in sorted(located.items())]
-        contents = self._contents(text, max(end, max(located) + 1)) if with_contents else []
+        contents = self._contents(text, end) if with_contents else []
         return Rendered(text, [span for span, _ in spans], [weight for _, weight in spans], starts, contents)
 
     def by_blocks(self, trained: list[int], turns: str, last: bool, with_contents: bool) -> list[Rendered]:
@@ -245,16 +244,32 @@ class _Chat:
         if not parts:
             return [(span, weight)]
         start, stop = span
-        place = text.find(message["content"], start, stop)
-        if place < 0:
+        place = self._content_place(text, number, span)
+        ends = [place + end for end in accumulate(length for length, _ in parts)]
+        # What comes before and after the content counts as the part that is next to it.
+        borders = [start, *(min(max(end, start), stop) for end in ends[:-1]), stop]
+        return [((a, b), weight * float(part)) for a, b, (_, part) in zip(borders, borders[1:], parts)]
+
+    def _content_place(self, text: str, number: int, span: Span) -> int:
+        """Where the content of a turn stands in its span. Raises UserError where that cannot be told."""
+        content = self._messages[number]["content"]
+        inner = content.strip()
+        marked = {**self._messages[number], "content": _mark(content, str.strip)}
+        try:
+            written = self._template.render([*self._messages[:number], marked], self._tools)
+        except UserError:
+            written = ""
+        spans = _without_marks(written, self.text(number + 1))
+        if spans and len(spans) == 1 and text[slice(*spans[0])] == inner and spans[0][0] >= span[0]:
+            place = spans[0][0]
+        elif text.count(inner, *span) == 1:  # the template looks into the content, and marks disturb it
+            place = text.index(inner, *span)
+        else:
             raise UserError(
                 f"chat template {self._template.name}: it changes the content of message {number + 1}, so the weights "
                 "of its parts have no place"
             )
-        ends = [place + end for end in accumulate(length for length, _ in parts)]
-        # What comes before and after the content counts as the part that is next to it.
-        borders = [start, *ends[:-1], stop]
-        return [((a, b), weight * float(part)) for a, b, (_, part) in zip(borders, borders[1:], parts)]
+        return place - (len(content) - len(content.lstrip()))
 
     def _contents(self, text: str, end: int) -> list[Span]:
         """The spans of the messages' contents, as they are or stripped; what the template changes has none."""

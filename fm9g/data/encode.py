@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,8 @@ class Encoder:
             return Pair(read, trained, weight)
         pattern = self.tokenizer.special_pattern
         one, other = Unprotected(read, pattern), Unprotected(trained, pattern)
+        if all(len(pattern.findall(part.text)) == len(part.literal) for part in (one, other)):
+            return Pair(one.text, other.text, weight)  # the script wrote no special token
         return Pair(one.text, other.text, weight, (one.literal, other.literal))
 
     def _chat(self, messages: list[dict[str, Any]], tools: Any, with_contents: bool) -> Chat:
@@ -100,14 +103,15 @@ class Encoder:
         if template is None:
             raise BadRecord("a conversation needs a template; give --template, chatml for example")
         calls = any(message.get("tool_calls") for message in messages)
-        if calls and "calls" in template.drops:
+        drops = template.drops(tools)
+        if calls and "calls" in drops:
             raise BadRecord(f"it calls tools, for which the template {template.name} has no form; chatml has")
-        if tools and "tools" in template.drops and "calls" in template.drops:
+        if tools and "tools" in drops and "calls" in drops:
             raise BadRecord(f"it has tools, for which the template {template.name} has no form; chatml has")
-        if "results" in template.drops and any(message["role"] == "tool" for message in messages):
+        if "results" in drops and any(message["role"] == "tool" for message in messages):
             raise BadRecord(f"it has results of tools, for which the template {template.name} has no form; chatml has")
         pattern = self.tokenizer.special_pattern
-        protected = protect(messages, pattern), protect(tools, pattern)
+        protected = [_protected(message, pattern) for message in messages], protect(tools, pattern)
         try:
             found = render_samples(template, *protected, self.loss, self.turns, with_contents)
         except UserError as error:
@@ -149,7 +153,7 @@ class Encoder:
                 found.append(LOST_THOUGHT)
             if any(m["role"] == "system" and m["content"].strip() not in written for m in messages):
                 found.append(LOST_SYSTEM)
-            if record.get("tools") and "tools" in template.drops:
+            if record.get("tools") and "tools" in template.drops(record["tools"]):
                 found.append(LOST_TOOLS)
             if len(texts.samples) > 1:
                 found.append(SPLIT)
@@ -167,7 +171,7 @@ class Encoder:
 
     def tokens(self, texts: list[Texts]) -> list[np.ndarray]:
         """The marked tokens of each record, see fm9g.data.tokens; none for a record that has nothing to train on."""
-        plain = [pair for pair in texts if isinstance(pair, Pair) and pair.output and pair.literal is None]
+        plain = [p for p in texts if isinstance(p, Pair) and p.output and p.weight and p.literal is None]
         ids = iter(self.tokenizer.encode_batch([text for pair in plain for text in (pair.input, pair.output) if text]))
         tokens = []
         for item in texts:
@@ -175,8 +179,6 @@ class Encoder:
                 samples = (self._chat_tokens(*sample) for sample in zip(item.samples, item.literal))
                 tokens.append(join_samples([sample for sample in samples if len(sample)]))
             elif not item.output or not item.weight:
-                if item.output and item.literal is None:  # its ids are made all the same
-                    next(ids), item.input and next(ids)
                 tokens.append(np.empty(0, np.int32))
             elif item.literal is None:
                 tokens.append(self._pair_tokens(next(ids) if item.input else (), next(ids), item.weight))
@@ -212,8 +214,8 @@ class Encoder:
             weights[first.get(start, bisect_left(starts, start)) : end] = weight
             # Where a turn has no end marker, the token that begins the next turn ends it (GLM-4's <|user|>).
             goes_on = number + 1 < len(chat.targets) and chat.targets[number + 1][0] == stop
-            if not (chat.in_blocks or goes_on) and self._ends_turn(ids, end):
-                weights[end] = weight
+            if not (chat.in_blocks or goes_on):
+                weights[end : self._end_of_turn(ids, starts, text, end)] = weight
         if not weights[1:].any():  # nothing comes before the first token to learn it from
             return np.empty(0, np.int32)
         if special.get(text[starts[-1] :]) != ids[-1]:
@@ -221,11 +223,32 @@ class Encoder:
             weights[-1] = weights[-2]
         return mark(np.array(ids), weights[: len(ids)])
 
-    def _ends_turn(self, ids: list[int], end: int) -> bool:
-        """Whether a turn of ids[:end] has no end marker, and the token that begins the next turn ends it."""
-        if not 0 < end < len(ids) or self.tokenizer.special(ids[end - 1]):
-            return False
-        return bool(self.tokenizer.special(ids[end])) and ids[end] != self.tokenizer.bos_id
+    def _end_of_turn(self, ids: list[int], starts: list[int], text: str, end: int) -> int:
+        """The end of a turn of ids[:end]; where it has no end marker, with the token that begins the next turn."""
+        special = self.tokenizer.special
+        if not 0 < end < len(ids) or special(ids[end - 1]):
+            return end
+        following = next((i for i in range(end, len(ids)) if special(ids[i])), len(ids))
+        if (
+            following == len(ids)
+            or ids[following] == self.tokenizer.bos_id
+            or text[starts[end] : starts[following]].strip()
+        ):
+            return end
+        return following + 1
+
+
+def _protected(message: dict[str, Any], pattern: re.Pattern[str]) -> dict[str, Any]:
+    """A protected message; the marks are counted as part of the weighted parts that they stand in."""
+    parts = message.get("content_weights")
+    marks = [match.start() + 1 for match in pattern.finditer(message["content"])] if parts else []
+    message = protect(message, pattern)
+    if not parts or not marks:
+        return message
+    ends = list(accumulate(length for length, _ in parts))
+    ends = [end + bisect_right(marks, end) for end in ends]
+    lengths = [end - start for start, end in zip([0, *ends], ends)]
+    return message | {"content_weights": [[length, weight] for length, (_, weight) in zip(lengths, parts)]}
 
 
 def stop_token_ids(tokenizer: Tokenizer, template: Template | None) -> list[int]:
@@ -241,16 +264,21 @@ def stop_token_ids(tokenizer: Tokenizer, template: Template | None) -> list[int]
         {"role": "assistant", "content": "qxanswer"},
         {"role": "user", "content": "q"},
     ]
-    for messages in (turns[:2], turns):
+
+    def after_answer(messages: list[dict[str, Any]]) -> int | None:
         try:
             text = template.render(messages)
         except UserError:
-            continue
+            return None
         end = text.rfind("qxanswer") + len("qxanswer")
         found = tokenizer.special_pattern.match(text[end:].lstrip())
-        if found and (token := tokenizer.special_ids[found[0]]) != tokenizer.bos_id:
-            return list(dict.fromkeys([token, *stops])) if messages is not turns else [*stops, token]
-    return stops
+        token = tokenizer.special_ids[found[0]] if found else None
+        return None if token == tokenizer.bos_id else token
+
+    if (end_of_turn := after_answer(turns[:2])) is not None:
+        return list(dict.fromkeys([end_of_turn, *stops]))
+    next_turn = after_answer(turns)  # of a format that has no end marker
+    return stops if next_turn is None else [*stops, next_turn]
 
 
 @dataclass(frozen=True)

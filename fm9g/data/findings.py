@@ -50,7 +50,9 @@ class Findings:
 
     def add(self, other: Findings) -> None:
         for total, more in ((self.left_out, other.left_out), (self.placeholders, other.placeholders)):
-            _count(total, more.elements())
+            for name, count in more.items():
+                if name in total or len(total) < _MOST:
+                    total[name] += count
         self.counts += other.counts
 
     def notes(self) -> Iterator[str]:

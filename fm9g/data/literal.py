@@ -9,7 +9,7 @@ from typing import Any
 
 _MARK = "\ufdd4"  # a Unicode noncharacter; it stands after the first character of a spelling
 
-Span = tuple[int, int]
+Span = tuple[int, int]  # start and end in a text, in characters
 
 
 def protect(value: Any, pattern: re.Pattern[str]) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 from fm9g.data.values import BadRecord, is_blank
 
 Number = int | float
+LEAST, LARGEST = 1e-6, 1e6  # weights but 0; beyond them a loss in fp32 is lost, or loses all others
 CONTENT_WEIGHTS = "content_weights"
 
 MARKS = frozenset(
@@ -48,6 +49,8 @@ def record_marks(record: dict[str, Any], names: dict[str, str]) -> dict[str, Any
         if not is_blank(value := record[key])
         and key not in names.values()
         and not (key in _WORDS and isinstance(value, str))
+        # Without turns, such a number is what a filter has measured.
+        and not (key == "loss" and "messages" not in names and isinstance(value, float) and value not in (0, 1))
     }
 
 
@@ -74,17 +77,17 @@ def _weight(key: str, value: Any, where: str) -> tuple[Number, bool]:
     if key == INVERSE or not is_weight(value):
         shown = f"{value!r:.40}" if isinstance(value, (int, float, str)) else type(value).__name__
         expected = "true or false" if key == INVERSE else "a number from 0, or true or false"
+        if key != INVERSE and isinstance(value, (int, float)) and 0 < value < math.inf:
+            expected = f"0, or a number from {LEAST:g} to {LARGEST:g}"
         raise BadRecord(f"{where}{key}: found {shown}, expected {expected}")
     return value, True
 
 
 def is_weight(value: Any) -> bool:
-    """Whether a value is a number from 0; neither infinite nor so large that it cannot be stored."""
-    if isinstance(value, bool):
+    """Whether a value is 0, or a number that the loss can be multiplied by."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return (isinstance(value, float) and math.isfinite(value) and value >= 0) or (
-        isinstance(value, int) and 0 <= value < 1 << 63
-    )
+    return value == 0 or LEAST <= value <= LARGEST
 
 
 def weights_beside(marks: dict[str, Any], turns: Sequence[dict[str, Any]]) -> list[Number]:
@@ -133,7 +136,7 @@ def weight_keys(weight: Number, parts: Iterable[Sequence[Number]] = ()) -> dict[
             merged.append([count, part])
     weight = merged[0][1] if merged else weight
     if not all(map(is_weight, (weight, *(part for _, part in merged)))):
-        raise BadRecord(": its weights multiply to more than a number can hold")
+        raise BadRecord(f": its weights multiply to what is not 0, nor from {LEAST:g} to {LARGEST:g}")
     if len(merged) > 1:
         return {CONTENT_WEIGHTS: merged}
     return {"weight": weight} if weight != 1 else {}

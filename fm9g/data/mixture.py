@@ -201,7 +201,7 @@ class Mixture:
         return files | {CHAT_TEMPLATE: template.texts["default"]}
 
     def main_template(self) -> Template | None:
-        """The template that most of the tokens of named templates are trained with."""
+        """The named template of the dataset with the largest share of those that name one."""
         named = [(share, number) for number, share in enumerate(self.shares()) if self.encoders[number].template]
         return self.encoders[max(named)[1]].template if named else None
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fm9g.data.encode import IGNORED
-from fm9g.data.tokens import loss_weights, token_ids
+from fm9g.data.tokens import is_weighted, loss_weights, token_ids
 
 
 class Sample(NamedTuple):
@@ -65,7 +65,7 @@ def collate(samples: list[Sample], capacity: int) -> Pack:
         input_ids[:used] = token_ids(np.concatenate([sample.tokens[:-1] for sample in samples]))
         following = np.concatenate([sample.tokens[1:] for sample in samples])
         targets[:used] = np.where(following >= 0, token_ids(following), IGNORED)
-        if following.dtype != np.int32:
+        if is_weighted(following):
             weights = np.zeros(capacity, np.float32)
             weights[:used] = loss_weights(following)
         task_ids[:used] = np.repeat([sample.dataset for sample in samples], lengths)

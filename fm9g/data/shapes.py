@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
-from fm9g.data.marks import record_marks, scaled, weight_keys, weight_of, weights_beside
+from fm9g.data.marks import record_marks, refuse_unknown, scaled, weight_keys, weight_of, weights_beside
 from fm9g.data.tools import read_tools
 from fm9g.data.turns import OPENAI, SHAREGPT, Reading, canonical_turn, conversation, is_sharegpt, listed_turns, turns_in
 from fm9g.data.values import BadRecord, decoded, found, is_blank, same, wrong
@@ -124,6 +124,9 @@ def canonical(record: Record, columns: Columns | None = None, left_out: list[str
         result = _preference(record, reading)
     else:
         messages = listed_turns(record.get(names["messages"]), names["messages"])
+        for key, value in record.items():
+            if isinstance(value, list) and len(value) == len(messages) and key not in {*names.values(), *marks}:
+                refuse_unknown(key, "")
         result = _chat(record, _conversation(record, messages, marks, reading), names["messages"], reading)
         if shape == "messages" and is_sharegpt(messages[0]):
             shape = "ShareGPT"

@@ -49,6 +49,8 @@ class Template:
         self.name, self.date = name, date
         self.texts = {"default": texts} if isinstance(texts, str) else dict(texts)
         # A tokenizer without one leaves the name undefined, as in transformers: templates ask for it.
+        self._json_arguments: dict[bool, bool] = {}
+        self._dropped: dict[bool, frozenset[str]] = {}
         self._tokens = {key: token for key, token in (special_tokens or {}).items() if token}
         for kind, text in self.texts.items():
             compile_template(self._title(kind), text, True)
@@ -80,7 +82,7 @@ class Template:
 
         Raises UserError with whatever the template raises.
         """
-        if self.wants_json_arguments and any(message.get("tool_calls") for message in messages):
+        if any(message.get("tool_calls") for message in messages) and self._wants_json_arguments(tools is not None):
             messages = [_with_json_arguments(message) for message in messages]
         return self._render(messages, tools, add_generation_prompt, marked)
 
@@ -120,41 +122,57 @@ class Template:
         found = (marker for text in self.texts.values() for marker in _MARKER.findall(literal_text(text)))
         return list(dict.fromkeys(found))
 
-    @cached_property
-    def wants_json_arguments(self) -> bool:
-        """Whether the template takes the arguments of a call as JSON text alone (DeepSeek-V3), not as an object."""
-        trial = _trial_messages()[:2]
-        for messages, answer in ((trial, False), (list(map(_with_json_arguments, trial)), True)):
-            try:
-                self._render(messages, None, False)
-            except UserError:
-                continue
-            return answer
-        return False
+    def _wants_json_arguments(self, with_tools: bool) -> bool:
+        """Whether the template takes the arguments of a call as JSON text (DeepSeek-V3), not as an object.
 
-    @cached_property
-    def drops(self) -> frozenset[str]:
-        """What the template has no form for, of "tools", "calls" and "results": it leaves them out without a word.
-
-        It is tried on a conversation whose words are found again.
+        With an object it raises, or writes it as Python does.
         """
-        turns = _trial_messages()
-        parameters = {"type": "object", "properties": {"qxkey": {"type": "string", "description": "three"}}}
-        described = {"name": "qxtool", "description": "four", "parameters": parameters}
-        tools = [{"type": "function", "function": described}]
-        dropped = set()
-        for what, word, messages in (
-            ("tools", "qxtool", turns[:1]),
-            ("calls", "qxfunction", turns[:2]),
-            ("results", "qxresult", turns),
-        ):
-            try:
-                text = self.render(messages, tools, add_generation_prompt=messages[-1]["role"] != "assistant")
-            except UserError:
-                continue  # it says so itself, then
-            if word not in text:
-                dropped.add(what)
-        return frozenset(dropped)
+        if with_tools not in self._json_arguments:
+            trial, tools = _trial_messages()[:2], _TRIAL_TOOLS if with_tools else None
+            texts = []
+            for messages in (trial, list(map(_with_json_arguments, trial))):
+                try:
+                    texts.append(self._render(messages, tools, False))
+                except UserError:
+                    texts.append("")
+            by_object, by_text = texts
+            self._json_arguments[with_tools] = bool(by_text) and (not by_object or "{'qxkey'" in by_object)
+        return self._json_arguments[with_tools]
+
+    def drops(self, tools: Any = None) -> frozenset[str]:
+        """The features of "tools", "calls" and "results" that the template silently ignores.
+
+        tools: of the conversation. It is tried on one whose words are found again.
+        """
+        with_tools = bool(tools)
+        if with_tools not in self._dropped:
+            turns, given = _trial_messages(), _TRIAL_TOOLS if with_tools else None
+            dropped = set()
+            for what, word, messages in (
+                ("tools", "qxtool", turns[:1]),
+                ("calls", "qxfunction", turns[:2]),
+                ("results", "qxresult", turns),
+            ):
+                try:
+                    text = self.render(messages, given, add_generation_prompt=messages[-1]["role"] != "assistant")
+                except UserError:
+                    continue  # it says so itself, then
+                if word not in text and (with_tools or what != "tools"):
+                    dropped.add(what)
+            self._dropped[with_tools] = frozenset(dropped)
+        return self._dropped[with_tools]
+
+
+_TRIAL_TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "qxtool",
+            "description": "four",
+            "parameters": {"type": "object", "properties": {"qxkey": {"type": "string", "description": "three"}}},
+        },
+    }
+]
 
 
 def _trial_messages() -> Messages:

@@ -19,6 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from fm9g.data.literal import Span
 from fm9g.errors import UserError
 from fm9g.files import new_folder
 
@@ -45,8 +46,6 @@ TOKENIZER_FILES = (
     f"{CHAT_TEMPLATES}/*.jinja",
 )
 
-Span = tuple[int, int]  # start and end in a text, in characters
-
 
 class Tokenizer(ABC):
     """Text to token ids and back.
@@ -57,7 +56,7 @@ class Tokenizer(ABC):
     to be copied for another program to have the same tokenizer.
     """
 
-    _has_exact_starts = False  # spaces are part of the tokens that hold them, not left out of their offsets
+    _has_exact_starts = False  # whether offsets include the spaces that are part of a token
 
     bos_id: int
     eos_id: int
@@ -94,7 +93,7 @@ class Tokenizer(ABC):
 
     @cached_property
     def unavoidable(self) -> frozenset[str]:
-        """The special tokens that their spelling in a plain text gives, whatever is done against it."""
+        """The special tokens that cannot be encoded as plain text."""
         return frozenset(text for text, token in self.special_ids.items() if token in self.encode(text))
 
     @abstractmethod
@@ -113,34 +112,45 @@ class Tokenizer(ABC):
         """
         ids, starts = self._encode_chat(text, literal)
         done: tuple[list[int], list[int]] = [], []
-        indices = []
+        indices: list[int] = []
         origin = 0  # in the text, of `ids`
-        for border in borders:
+        while len(indices) < len(borders):
+            border = borders[len(indices)]
             index = bisect_left(starts, border)
-            if self._has_exact_starts and index < len(starts) and starts[index] == border:
-                indices.append(len(done[0]) + index)  # no token lies across the border, and so none would before it
-                continue
-            # A special token parts the text: what stands before it has no say in what comes after.
+            exact = self._has_exact_starts and index < len(starts) and starts[index] == border
+            # Special tokens isolate the text on either side, so that the piece after the last one is enough to look at.
             special = next((i for i in range(index - 1, -1, -1) if ids[i] in self._special_numbers), None)
             kept, begin = (0, origin) if special is None else (special, starts[special])
-            before = self._encode_piece(text, begin, border, literal, special is None and origin > 0)
-            if before[0] != ids[kept:index]:
-                done[0].extend(ids[:kept] + before[0])
-                done[1].extend(starts[:kept] + [begin + start for start in before[1]])
-                after = next((i for i in range(index, len(ids)) if ids[i] in self._special_numbers), len(ids))
-                end = starts[after] if after < len(ids) else len(text)
-                more, at = self._encode_piece(text, border, end, literal, True)
-                ids, starts = more + ids[after:], [border + start for start in at] + starts[after:]
-                origin, index = border, 0
-            indices.append(len(done[0]) + index)
+            before = (
+                self._encode_piece(text, begin, border, literal, special is None and origin > 0) if not exact else None
+            )
+            if before is None or before[0] == ids[kept:index]:
+                indices.append(len(done[0]) + index)
+                continue
+            done[0].extend(ids[:kept] + before[0])
+            done[1].extend(starts[:kept] + [begin + start for start in before[1]])
+            # Up to the next special token, the text is encoded from border to border.
+            after = next((i for i in range(index, len(ids)) if ids[i] in self._special_numbers), len(ids))
+            end = starts[after] if after < len(ids) else len(text)
+            indices.append(len(done[0]))
+            while len(indices) < len(borders) and borders[len(indices)] <= end:
+                more, at = self._encode_piece(text, border, borders[len(indices)], literal, True)
+                done[0].extend(more)
+                done[1].extend(border + start for start in at)
+                border = borders[len(indices)]
+                indices.append(len(done[0]))
+            more, at = self._encode_piece(text, border, end, literal, True)
+            ids, starts = more + ids[after:], [border + start for start in at] + starts[after:]
+            origin = border
         return done[0] + ids, done[1] + starts, indices
 
     def _encode_piece(
         self, text: str, start: int, end: int, literal: Sequence[Span], continues: bool
     ) -> tuple[list[int], list[int]]:
         """Ids of a piece of a chat, and the characters that they start at in it. continues: other text is before it."""
-        piece = (self._anchor if continues else "") + text[start:end]
-        move = len(piece) - (end - start) - start
+        anchor, first = self._anchor if continues else ("", [])
+        piece = anchor + text[start:end]
+        move = len(anchor) - start
         inside = [(a + move, b + move) for a, b in literal if start <= a and b <= end]
         if not inside and len(piece) <= 64:
             if len(self._pieces) > 4096:
@@ -150,24 +160,23 @@ class Tokenizer(ABC):
             ids, starts = self._pieces[piece]
         else:
             ids, starts = self._encode_chat(piece, inside)
-        if not continues or not self._anchor:
-            return ids, starts
-        first = len(self._encode_chat(self._anchor, ())[0])
-        return ids[first:], [max(0, place - len(self._anchor)) for place in starts[first:]]
+        if ids[: len(first)] != first:  # the anchor went into a token with the text
+            return self._encode_piece(text, start, end, literal, False)
+        return ids[len(first) :], [max(0, place - len(anchor)) for place in starts[len(first) :]]
 
     @cached_property
     def _pieces(self) -> dict[str, tuple[list[int], list[int]]]:
         return {}
 
     @cached_property
-    def _anchor(self) -> str:
-        """What goes before a text to keep an encoder from adding the space that begins a text."""
-        for anchor in ("", "\n", "\ue000"):
+    def _anchor(self) -> tuple[str, list[int]]:
+        """What goes before a text to keep an encoder from adding the space that begins a text, and its ids."""
+        for anchor in ("", "\ue000", "\n"):
             ids, first = self._encode_chat(f"{anchor}Yes", ())[0], self._encode_chat(anchor, ())[0]
             whole = self.decode([*self._encode_chat("x", ())[0], *ids[len(first) :]])
             if ids[: len(first)] == first and whole.strip() == "xYes":
-                return anchor
-        return ""
+                return anchor, first
+        return "", []
 
     @cached_property
     def _special_numbers(self) -> frozenset[int]:
@@ -191,8 +200,8 @@ class Tokenizer(ABC):
 
     def _special_spans(self, text: str, literal: Sequence[Span]) -> list[Span]:
         """Where special tokens stand in a text, without the spellings that are text."""
-        found = (match.span() for match in self.special_pattern.finditer(text))
-        return [(start, end) for start, end in found if not any(a < end and start < b for a, b in literal)]
+        starts = {start for start, _ in literal}
+        return [match.span() for match in self.special_pattern.finditer(text) if match.start() not in starts]
 
     @abstractmethod
     def _encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:

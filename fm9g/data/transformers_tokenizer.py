@@ -10,7 +10,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from fm9g.data.tokenizer import TOKENIZER_CONFIG, Span, Tokenizer, tokenizer_files
+from fm9g.data.literal import Span
+from fm9g.data.tokenizer import TOKENIZER_CONFIG, Tokenizer, tokenizer_files
 from fm9g.errors import UserError
 
 
@@ -65,8 +66,13 @@ class _TransformersTokenizer(Tokenizer):
         self.bos_id = self.eos_id if loaded.bos_token is None else loaded.bos_token_id
         self.files = tokenizer_files(folder)
         special = {number: token.content for number, token in loaded.added_tokens_decoder.items() if token.special}
-        defaults = _defaults_of_class(special, self.files) - {self.eos_id, self.bos_id}
-        self.special_ids = {text: number for number, text in special.items() if number not in defaults}
+        # A class adds tokens of its own (a pad token) where a folder has none: behind the vocabulary, where a model has
+        # no embedding for them.
+        added = {number for number in special if number >= loaded.vocab_size}
+        behind = added - {self.eos_id, self.bos_id}
+        named = _names_in(self.files) if behind else set()
+        defaults = {number for number in behind if special[number] not in named}
+        self.special_ids = {text: number for number, text in special.items()}
         self.special_ids |= {self.eos_token: self.eos_id}
         self.chat_template = loaded.chat_template
         self.vocab_size = 1 + max(number for number in loaded.get_vocab().values() if number not in defaults)
@@ -76,13 +82,28 @@ class _TransformersTokenizer(Tokenizer):
         self.suffix_ids = around[start + len(text) :] or [self.eos_id]
 
 
-def _defaults_of_class(special: dict[int, str], files: list[Path]) -> set[int]:
-    """The special tokens that no file names: a class of transformers adds its pad token where a folder has none.
+def _names_in(files: list[Path]) -> set[str]:
+    """The tokens that the files of a folder name beside the vocabulary."""
+    names: set[str] = set()
 
-    They are behind the vocabulary, where the model has no embedding for them.
-    """
-    named = "".join(file.read_text(encoding="utf-8") for file in files if file.suffix == ".json")
-    return {number for number, text in special.items() if json.dumps(text, ensure_ascii=False)[1:-1] not in named}
+    def collect(value: Any) -> None:
+        if isinstance(value, str):
+            names.add(value)
+        elif isinstance(value, dict):
+            names.update(value)
+            for key, item in value.items():
+                if key != "chat_template":
+                    collect(item)
+        elif isinstance(value, list):
+            for item in value:
+                collect(item)
+
+    for file in files:
+        if file.name == "tokenizer.json":
+            collect(_read(file).get("added_tokens"))
+        elif file.suffix == ".json" and file.name != "vocab.json":
+            collect(_read(file))
+    return names
 
 
 class FastTokenizer(_TransformersTokenizer):
@@ -163,7 +184,15 @@ class PythonTokenizer(_TransformersTokenizer):
         self._loaded = loaded
 
     def encode(self, text: str) -> list[int]:
-        return self._loaded.encode(text, add_special_tokens=False, split_special_tokens=True)
+        # split_special_tokens takes other added tokens for text, too; so it is for spellings of special ones alone.
+        ids: list[int] = []
+        place = 0
+        for start, end in [*self._special_spans(text, ()), (len(text), len(text))]:
+            for piece, is_special in ((text[place:start], False), (text[start:end], True)):
+                if piece:
+                    ids += self._loaded.encode(piece, add_special_tokens=False, split_special_tokens=is_special)
+            place = end
+        return ids
 
     def _encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
         ids = self.encode(text)

@@ -61,13 +61,15 @@ class Processes:
         # Of messages between threads that collect a checkpoint while training goes on.
         self.beside = dist.new_group(backend="gloo", timeout=_FOR_EVER) if world_size > 1 else None
 
-    def sum(self, numbers: Sequence[float]) -> list[Any]:
-        """The elementwise sum over all processes, of type float where one of the numbers is, else int.
+    def sum(self, numbers: Sequence[int]) -> list[int]:
+        """The elementwise sum over all processes. It waits for their hosts, not for their GPUs."""
+        return self._sum(torch.tensor(numbers, dtype=torch.int64))
 
-        It waits for the hosts, not for their GPUs.
-        """
-        is_float = any(isinstance(number, float) for number in numbers)
-        total = torch.tensor(numbers, dtype=torch.float64 if is_float else torch.int64)
+    def sum_floats(self, numbers: Sequence[float]) -> list[float]:
+        """As sum, in float64."""
+        return self._sum(torch.tensor(numbers, dtype=torch.float64))
+
+    def _sum(self, total: torch.Tensor) -> list[Any]:
         dist.all_reduce(total)
         return total.tolist()
 

@@ -77,7 +77,7 @@ def train(
         with clock.span("data"):
             packs = loader.next_step()
         with clock.span("communication"):  # the hosts agree, and no GPU is waited for
-            counts = engine.processes.sum([math.fsum(pack.total_weight for pack in packs), *desk.wishes()])
+            counts = engine.processes.sum_floats([sum(pack.total_weight for pack in packs), *desk.wishes()])
         targets, stop, save_now = counts[0], counts[1] > 0, counts[2] > 0
         if not loader.endless and targets == 0:
             break

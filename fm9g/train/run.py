@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import math
 import time
 from collections import Counter
@@ -92,7 +93,7 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
     packs = config.packs_a_step(replicas)
 
     monitor.progress(0, "reading the data")
-    date = processes.from_first(checkpoint.position()["fingerprint"].get("template_date", "") if checkpoint else "")
+    date = processes.from_first(_first_day(checkpoint) if first else "")  # one day for all, whatever their clocks say
     mixture, about_data = _open_in_turn(run, place, processes, date)
     run, about_epochs = _with_epochs(run, mixture, packs)
     config = run.train.value
@@ -182,6 +183,12 @@ def _look_around(run: RunConfig, place: Place, root: Path, log: Path) -> tuple[C
         sweep(folder)
     checkpoint, notes = find_checkpoint(run.train.value, place, root)
     return checkpoint, notes + (changes(run, checkpoint) if checkpoint else [])
+
+
+def _first_day(checkpoint: Checkpoint | None) -> str:
+    """The day that templates write as today's: the one of the checkpoint, or today."""
+    made_with = checkpoint.position().get("fingerprint", {}) if checkpoint else {}
+    return made_with.get("template_date") or datetime.date.today().isoformat()
 
 
 def _make_saver(config: TrainConfig, root: Path, step: int, resumed: bool, metrics: Metrics | None) -> Saver:

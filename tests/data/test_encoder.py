@@ -272,3 +272,89 @@ def load_like(*special: str) -> Any:
     import re
 
     return re.compile("|".join(map(re.escape, special)))
+
+
+def weighted_text(encoder: Encoder, record: dict[str, Any]) -> dict[float, str]:
+    """The text of each weight."""
+    tokens = encoder.tokens([encoder.texts(record)])[0]
+    weights = loss_weights(tokens)
+    return {weight: words(encoder.tokenizer, tokens[weights == weight]) for weight in sorted(set(weights.tolist()))}
+
+
+def test_weights_of_parts_lie_where_the_parts_do(chat_tokenizer: Path) -> None:
+    tokenizer = load_tokenizer(chat_tokenizer)
+    thoughtful = OWN.replace(
+        "m.content", "('<think>' + m.reasoning_content + '</think>' if m.reasoning_content else '') + m.content"
+    )
+    encoder = Encoder(tokenizer, Template("x", thoughtful, tokenizer.special_tokens))
+    answer = {"role": "assistant", "content": "abc<|im_end|>def", "content_weights": [[13, 0.5], [3, 0]]}
+    found = weighted_text(encoder, {"messages": [CHAT["messages"][0], answer]})
+    assert found[0.5] == "abc<|im_end|>"  # the spelling of a special token, as letters
+    assert found[0].endswith("def<|im_end|>")
+    # The thought has the same words as the answer.
+    answer = {"role": "assistant", "content": "yes no", "reasoning_content": "yes no"}
+    answer["content_weights"] = [[4, 0], [2, 1]]  # type: ignore[assignment]
+    found = weighted_text(encoder, {"messages": [CHAT["messages"][0], answer]})
+    assert found[1] == "no<|im_end|>"
+    trims = Template("x", OWN.replace("m.content", "(m.content | trim)"), tokenizer.special_tokens)
+    answer = {"role": "assistant", "content": "  ab cd ", "content_weights": [[4, 0], [4, 1]]}
+    assert weighted_text(Encoder(tokenizer, trims), {"messages": [CHAT["messages"][0], answer]})[1] == " cd<|im_end|>"
+
+
+def test_calls_without_tools_are_refused_where_only_the_template_for_tools_has_a_form(chat_tokenizer: Path) -> None:
+    tokenizer = load_tokenizer(chat_tokenizer)
+    with_calls = OWN.replace("+ m.content", "+ m.content + (m.tool_calls | tojson if m.tool_calls else '')")
+    template = Template(
+        "x", {"default": OWN, "tool_use": "{{ tools | tojson }}" + with_calls}, tokenizer.special_tokens
+    )
+    encoder = Encoder(tokenizer, template)
+    messages = [CHAT["messages"][0], CALL]
+    assert '"name": "fox"' in encoder.texts({"messages": messages, "tools": TOOLS}).samples[0].text  # type: ignore[union-attr]
+    with pytest.raises(encode.BadRecord, match="it calls tools, for which the template x has no form"):
+        encoder.texts({"messages": messages})
+
+
+def test_a_template_that_would_write_arguments_as_python_does_gets_their_json(chat_tokenizer: Path) -> None:
+    tokenizer = load_tokenizer(chat_tokenizer)
+    text = OWN.replace(
+        "+ m.content", "+ m.content + (m.tool_calls[0].function.arguments | string if m.tool_calls else '')"
+    )
+    call = {"role": "assistant", "content": "", "tool_calls": [
+        {"type": "function", "function": {"name": "fox", "arguments": {"a": True, "b": None, "c": "深"}}}
+    ]}  # fmt: skip
+    rendered = Template("x", text, tokenizer.special_tokens).render([CHAT["messages"][0], call])
+    assert '{"a": true, "b": null, "c": "深"}<|im_end|>' in rendered
+
+
+def test_a_turn_that_ends_in_white_space_has_the_end_of_a_turn(chat_tokenizer: Path) -> None:
+    """In a format without an end marker: generation has to make the white space to get to it."""
+    tokenizer = load_tokenizer(chat_tokenizer)
+    text = "{% for m in messages %}{{ '<|im_start|>' if m.role == 'user' }}{{ m.content }}{% endfor %}"
+    encoder = Encoder(tokenizer, Template("x", text, tokenizer.special_tokens))
+    turns = [*CHAT["messages"][:1], {"role": "assistant", "content": "dogs \n"}, *CHAT["messages"]]
+    assert weighted_text(encoder, {"messages": turns})[1] == "dogs \n<|im_start|>dogs<|endoftext|>"
+
+
+def test_borders_cost_no_more_than_the_text_is_long(chat_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(chat_tokenizer)
+    text = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    encoder = Encoder(tokenizer, Template("x", text, tokenizer.special_tokens))
+    encoded, encode_chat = 0, type(tokenizer)._encode_chat
+
+    def counted(self: Tokenizer, text: str, literal: Any) -> Any:
+        nonlocal encoded
+        encoded += len(text)
+        return encode_chat(self, text, literal)
+
+    monkeypatch.setattr(type(tokenizer), "_encode_chat", counted)
+    costs = []
+    for count in (20, 80):
+        turns = [{"role": role, "content": f"fox {n} dogs"} for n in range(count) for role in ("user", "assistant")]
+        chat = encoder.texts({"messages": turns})
+        encoded = 0
+        encoder.tokens([chat])
+        costs.append(encoded / len(chat.samples[0].text))  # type: ignore[union-attr]
+    assert costs[1] < 1.5 * costs[0]

@@ -224,6 +224,10 @@ def test_a_pad_token_that_a_class_adds_by_itself_is_no_part_of_the_vocabulary(tm
     ours, theirs = open_both(folder)
     assert theirs.pad_token == "<|endoftext|>"  # Qwen2Tokenizer's default, behind all others
     assert ours.vocab_size == theirs.pad_token_id == len(theirs) - 1
+    assert max(ours.encode("a<|endoftext|>b")) < ours.vocab_size  # where a text spells it
+    chat = "<|im_start|>a<|endoftext|>b"
+    literal = [match.span() for match in ours.special_pattern.finditer(chat)][1:]
+    assert max(ours.encode_chat(chat, literal=literal)[0]) < ours.vocab_size
 
 
 def test_code_that_lies_in_a_folder_is_not_run(tmp_path: Path) -> None:

@@ -325,7 +325,7 @@ def test_a_thought_has_the_weight_of_the_text_after_it() -> None:
         ({"weight": -0.5}, "weight: found -0.5, expected a number from 0, or true or false"),
         ({"loss_scale": float("nan")}, "loss_scale: found nan, expected a number from 0, or true or false"),
         ({"loss_weight": float("inf")}, "loss_weight: found inf, expected a number from 0, or true or false"),
-        ({"loss_weight": 1 << 64}, f"loss_weight: found {1 << 64}, expected a number from 0, or true or false"),
+        ({"loss_weight": 1 << 64}, f"loss_weight: found {1 << 64}, expected 0, or a number from 1e-06 to 1e+06"),
         ({"train": "no"}, "train: found 'no', expected a number from 0, or true or false"),
         ({"loss": {"x": 1}}, "loss: found dict, expected a number from 0, or true or false"),
         ({"mask": 0.5}, "mask: found 0.5, expected true or false"),
@@ -424,10 +424,11 @@ def test_content_weights_that_do_not_fit_are_refused(value: object) -> None:
 
 
 def test_weights_that_multiply_beyond_numbers_are_refused() -> None:
-    turn = {**ANSWER, "weight": 1e200}
-    assert complaint(turn, weight=1e200) == "turn 1: its weights multiply to more than a number can hold"
-    parts = [{"type": "text", "text": "a", "weight": 1e200}]
-    assert complaint({**turn, "content": parts}) == "messages[1]: its weights multiply to more than a number can hold"
+    turn = {**ANSWER, "weight": 1e5}
+    assert complaint(turn, weight=1e5) == "turn 1: its weights multiply to what is not 0, nor from 1e-06 to 1e+06"
+    parts = [{"type": "text", "text": "a", "weight": 1e5}]
+    expected = "messages[1]: its weights multiply to what is not 0, nor from 1e-06 to 1e+06"
+    assert complaint({**turn, "content": parts}) == expected
     assert complaint({**turn, "content": parts, "content_weights": [[1, 1]]}) == (
         "messages[1].content_weights: the parts of the content have weights already; keep one of the two"
     )
@@ -435,3 +436,17 @@ def test_weights_that_multiply_beyond_numbers_are_refused() -> None:
 
 def test_a_conversation_that_is_not_trained_on_at_all_is_kept() -> None:
     assert canonical({"messages": [USER, ANSWER], "train": False})[1] == {"messages": [USER, {**ANSWER, "weight": 0}]}
+
+
+def test_a_list_beside_the_turns_in_an_unknown_spelling_is_refused() -> None:
+    record = {"messages": [{"role": "user", "content": "q"}, ANSWER], "train_mask": [0, 1]}
+    with pytest.raises(BadRecord, match="train_mask: looks like a mark of what is trained on"):
+        canonical(record)
+    assert canonical(record | {"train_mask": "a.json", "ids": [1, 2]})[1] == {"messages": record["messages"]}
+
+
+def test_numbers_that_a_filter_has_measured_are_no_weights() -> None:
+    assert canonical({"text": "a", "loss": 2.5})[1] == {"input": "", "output": "a"}
+    assert canonical({"input": "q", "output": "a", "loss": 2.5})[1] == {"input": "q", "output": "a"}
+    assert canonical({"text": "a", "loss": False})[1] == {"input": "", "output": "a", "weight": 0}
+    assert canonical({"text": "a", "loss_weight": 0.5})[1] == {"input": "", "output": "a", "weight": 0.5}
