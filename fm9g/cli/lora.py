@@ -44,7 +44,12 @@ def add_lora_verbs(verb: Any, group: Any) -> None:
     export.add_argument("adapter", type=Path, help=what)
     export.add_argument("target", type=Path, help="a new folder")
     export.add_argument("--peft", action="store_true", help="the layout; it is the only one, and may be left away")
-    export.add_argument("--base", default="", help="what its configuration names as the base (default: as trained on)")
+    export.add_argument(
+        "--base",
+        default="",
+        help="what its configuration names as the base: a Hugging Face folder, or ORG/NAME of a hub (default: as "
+        "trained on)",
+    )
     export.add_argument("--overwrite", action="store_true", help="replace a folder that holds something")
     _add_train_config(export)
 
@@ -114,7 +119,7 @@ def _export(options: argparse.Namespace) -> None:
     from fm9g.convert.peft import write_peft
 
     write_peft(read_adapter(options.adapter, options.train_config), options.target, options.base, options.overwrite)
-    print(f"{options.target}: loads with peft.PeftModel.from_pretrained on the exported base")
+    print(f"{options.target}: loads with peft.PeftModel.from_pretrained on {options.base or 'the exported base'}")
 
 
 def _import(options: argparse.Namespace) -> None:

@@ -15,16 +15,17 @@ if TYPE_CHECKING:
 _USE = """## Use
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, {opener}
 
-tokenizer = AutoTokenizer.from_pretrained("{folder}"{code})
+tokenizer = {opener}.from_pretrained("{folder}"{code})
 model = AutoModelForCausalLM.from_pretrained("{folder}"{code})
 ```
 """
 
 
-def model_card(model: Source, name: str, loads_as: str, needs_code: bool) -> str:
-    """The text of README.md. name: of the folder. loads_as: the transformers class, or the reference's model_type."""
+def model_card(model: Source, name: str, loads_as: str, needs_code: bool, opener: str) -> str:
+    """The text of README.md. name: of the folder. loads_as: the transformers class, or the reference's model_type.
+    opener: the class that opens the tokenizer."""
     checkpoint = Checkpoint(model.folder, checksums=False) if model.folder else None
     run = checkpoint.run_config() if checkpoint else {}
     # The name of a run may be any text.
@@ -43,7 +44,7 @@ def model_card(model: Source, name: str, loads_as: str, needs_code: bool) -> str
         if rows := list(_data(checkpoint.counts(), run)):
             header = ("data set", "tokens", "share", "template")
             sections.append("## Data\n\n" + "\n".join(_row(row) for row in [header, ("---",) * 4, *rows]))
-    sections.append(_USE.format(folder=title.replace('"', "'"), code=code))
+    sections.append(_USE.format(folder=title.replace('"', "'"), code=code, opener=opener))
     return "\n\n".join(sections)
 
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fm9g.checkpoint.folder import TOKENIZER
 from fm9g.config.load import read_object
+from fm9g.convert.native_tokenizer import AUTO, make_native
 from fm9g.data.encode import stop_token_ids
 from fm9g.data.template import Template
 from fm9g.data.tokenizer import (
     CHAT_TEMPLATE,
     CHAT_TEMPLATES,
     TOKENIZER_CONFIG,
-    SentencePieceTokenizer,
     Tokenizer,
+    VocabTokenizer,
     load_tokenizer,
     tokenizer_files,
 )
@@ -27,56 +30,64 @@ from fm9g.errors import UserError
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
-def copy_companions(reference: Path, folder: Path) -> None:
-    """Copies what a folder holds beside its weights: configuration, code, tokenizer, licence."""
+@dataclass(frozen=True)
+class Written:
+    """A tokenizer that was written. tokenizer: as we read it, None where we do not. opener: the class of transformers
+    that opens it, empty where none does."""
+
+    tokenizer: Tokenizer | None = None
+    opener: str = ""
+
+
+def copy_companions(reference: Path, checkpoint: Path | None, folder: Path) -> None:
+    """Copies what a folder holds beside its weights: configuration, code, tokenizer, licence.
+
+    checkpoint: the chat template that it was trained with goes before that of the reference.
+    """
     for file in sorted(reference.iterdir()):
         if file.is_file() and not file.name.endswith(_WEIGHTS) and not file.name.startswith((".", "README")):
             shutil.copyfile(file, folder / file.name)
+    _copy(sorted(reference.glob(f"{CHAT_TEMPLATES}/*.jinja")), reference, folder)
+    _copy_template(checkpoint, folder)
 
 
-def write_tokenizer(source: Path | None, checkpoint: Path | None, folder: Path) -> Tokenizer | None:
-    """Copies a tokenizer's files, so that transformers opens them without code of their own.
+def write_tokenizer(source: Path | None, checkpoint: Path | None, folder: Path) -> Written:
+    """Copies a tokenizer's files, so that transformers opens them without code that came with them.
 
-    A bare SentencePiece model gets the configuration that transformers needs. checkpoint: the chat template that it was
-    trained with goes before that of source. Returns the tokenizer of the folder; None, with a line on the console,
-    where it cannot travel.
+    folder: it holds the model's config.json. checkpoint: the chat template that it was trained with goes before that of
+    source. A line on the console says where the tokenizer cannot travel, or AutoTokenizer does not open it.
     """
     if source is None:
         _copy_template(checkpoint, folder)
-        return None
-    for file in tokenizer_files(source):
-        copy = folder / file.relative_to(source)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, copy)
+        return Written()
+    _copy([*tokenizer_files(source), *sorted(source.glob("tokenizer.model.v*"))], source, folder)
     _copy_template(checkpoint, folder)
-    _make_native(folder)
     try:
-        tokenizer = load_tokenizer(folder)
-    except UserError as error:
-        for file in tokenizer_files(folder):
+        tokenizer: Tokenizer | None = load_tokenizer(source)
+    except UserError:  # only its own code reads it, or it has no token that ends a text
+        tokenizer = None
+    if isinstance(tokenizer, VocabTokenizer):
+        _note(f"{source}: fm9g alone reads its vocab.txt; transformers has no such tokenizer")
+        return Written(tokenizer)
+    opener, problem = make_native(source, folder)
+    if not opener:
+        for file in [*tokenizer_files(folder), *folder.glob("tokenizer.model.v*")]:
             if file.name != CHAT_TEMPLATE:
                 file.unlink()
-        print(
-            f"note: {source}: holds no tokenizer that can be read without its code, so none is written ({error}); "
-            "--keep-reference-config takes both",
-            file=sys.stderr,
+        _note(
+            f"{source}: holds no tokenizer that can be read without its code, so none is written ({problem}); "
+            "--keep-reference-config takes both"
         )
-        return None
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        settings = {
-            "tokenizer_class": "LlamaTokenizer",
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "unk_token": "<unk>",
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "add_prefix_space": tokenizer.adds_prefix_space,
-            "legacy": False,
-        }
-        _write(folder / TOKENIZER_CONFIG, settings)
+        return Written(tokenizer)
+    if opener != AUTO:
+        _note(f"{source}: {problem}; {opener}.from_pretrained opens it as it was trained with, AutoTokenizer does not")
+    try:
+        tokenizer = load_tokenizer(folder)
+    except UserError:
+        return Written(None, opener)
     if isinstance(tokenizer.chat_template, str):  # several by name stay where they are
         _write_template(tokenizer.chat_template, folder)
-    return tokenizer
+    return Written(tokenizer, opener)
 
 
 def stop_ids(tokenizer: Tokenizer | None) -> list[int]:
@@ -87,32 +98,33 @@ def stop_ids(tokenizer: Tokenizer | None) -> list[int]:
     return stop_token_ids(tokenizer, Template("own", template, tokenizer.special_tokens) if template else None)
 
 
+def _copy(files: Iterable[Path], source: Path, folder: Path) -> None:
+    for file in files:
+        copy = folder / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
 def _copy_template(checkpoint: Path | None, folder: Path) -> None:
     """Writes the chat template that a checkpoint was trained with, in place of all others."""
-    trained_with = checkpoint / TOKENIZER / CHAT_TEMPLATE if checkpoint else None
-    if trained_with and trained_with.is_file():
-        shutil.rmtree(folder / CHAT_TEMPLATES, ignore_errors=True)
-        shutil.copyfile(trained_with, folder / CHAT_TEMPLATE)
-
-
-def _make_native(folder: Path) -> None:
-    """Has transformers open the tokenizer by a class of its own, if that can be: its files say enough."""
-    file = folder / TOKENIZER_CONFIG
-    if not file.is_file():
+    own = checkpoint / TOKENIZER if checkpoint else None
+    if own is None:
         return
-    settings = read_object(file)
-    own = settings.pop("auto_map", None) is not None
-    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
-
-    name = settings.get("tokenizer_class")
-    if name and tokenizer_class_from_name(name) is None and tokenizer_class_from_name(f"{name}Fast") is None:
-        if (folder / "tokenizer.json").is_file():
-            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        elif (folder / "tokenizer.model").is_file():
-            settings["tokenizer_class"] = "LlamaTokenizer"
-        own = True
-    if own:
-        _write(file, settings)
+    files = [file for file in (own / CHAT_TEMPLATE, *sorted(own.glob(f"{CHAT_TEMPLATES}/*.jinja"))) if file.is_file()]
+    inside = read_object(own / TOKENIZER_CONFIG).get("chat_template") if (own / TOKENIZER_CONFIG).is_file() else None
+    if not files and not inside:
+        return
+    shutil.rmtree(folder / CHAT_TEMPLATES, ignore_errors=True)
+    for name in (CHAT_TEMPLATE, "chat_template.json"):
+        (folder / name).unlink(missing_ok=True)
+    _copy(files, own, folder)
+    file = folder / TOKENIZER_CONFIG
+    settings = read_object(file) if file.is_file() else {}
+    if len(files) == 1 and files[0].name == CHAT_TEMPLATE:
+        inside = files[0].read_text(encoding="utf-8-sig")
+    if file.is_file() and settings.get("chat_template") != inside:
+        settings = {key: value for key, value in settings.items() if key != "chat_template"}
+        _write(file, settings | ({"chat_template": inside} if inside else {}))
 
 
 def _write_template(text: str, folder: Path) -> None:
@@ -126,3 +138,7 @@ def _write_template(text: str, folder: Path) -> None:
 
 def _write(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)

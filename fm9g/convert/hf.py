@@ -19,6 +19,7 @@ from fm9g.convert.card import model_card
 from fm9g.convert.companions import copy_companions, stop_ids, write_tokenizer
 from fm9g.convert.families import FAMILIES, Family, family_of, pack
 from fm9g.convert.folder import DTYPES, main_dtype, open_folder
+from fm9g.convert.native_tokenizer import AUTO
 from fm9g.convert.stream import Output, partial_folder, pt_output, safetensors_output, write_outputs
 from fm9g.errors import UserError
 from fm9g.files import new_file, new_folder
@@ -145,10 +146,10 @@ def write_folder(
         weights = _in_type(pack(_layout(reference, keep_reference), model.config, weights), dtype)
         torch_dtype = str(main_dtype(weights)).removeprefix("torch.")
         if reference and keep_reference:
-            loads_as = _write_reference(reference, temporary, torch_dtype)
+            loads_as, opener = _write_reference(reference, model.folder, temporary, torch_dtype), ""
         else:
-            loads_as = _write_native(model, reference, temporary, torch_dtype)
-        card = model_card(model, target.name, loads_as, needs_code=keep_reference)
+            loads_as, opener = _write_native(model, reference, temporary, torch_dtype)
+        card = model_card(model, target.name, loads_as, needs_code=keep_reference, opener=opener or AUTO)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         _write_index(weights, format, temporary)
         outputs = _outputs(weights, format, folder)
@@ -244,35 +245,42 @@ def _write_index(weights: Mapping[str, Gathered], format: str, folder: Path) -> 
         _write_json(folder / f"{_stem(format)}.{format}.index.json", index)
 
 
-def _write_native(model: Source, reference: Path | None, folder: Path, dtype: str) -> str:
-    """config.json of the native class, generation settings and tokenizer."""
-    tokenizer = write_tokenizer(model.tokenizer, model.folder, folder)
-    bos_id, eos_id = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
+def _write_native(model: Source, reference: Path | None, folder: Path, dtype: str) -> tuple[str, str]:
+    """config.json of the native class, generation settings and tokenizer.
+
+    Returns the class of transformers, and what opens the tokenizer.
+    """
     like = read_object(reference / "config.json") if reference else {}
-    hf = to_hf_config(model.config, dtype, bos_id, eos_id, like.get("model_type", ""))
-    generation: dict[str, Any] = {"bos_token_id": bos_id, "eos_token_id": eos_id}
+    hf = to_hf_config(model.config, dtype, None, None, like.get("model_type", ""))
+    _write_json(folder / "config.json", hf)  # what opens a tokenizer depends on the kind of the model
+    written = write_tokenizer(model.tokenizer, model.folder, folder)
+    if written.tokenizer:
+        hf |= {"bos_token_id": written.tokenizer.bos_id, "eos_token_id": written.tokenizer.eos_id}
+    generation: dict[str, Any] = {key: hf[key] for key in ("bos_token_id", "eos_token_id")}
     if reference is not None:
         hf |= {key: like.get(key, hf[key]) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        generation["eos_token_id"] = hf["eos_token_id"]
+        generation = {key: hf[key] for key in ("bos_token_id", "eos_token_id")}
+        if isinstance(hf["bos_token_id"], list):  # transformers takes several there, but not here
+            hf["bos_token_id"] = next(iter(hf["bos_token_id"]), None)
         if (reference / "generation_config.json").is_file():
             generation = read_object(reference / "generation_config.json")
     # Generation ends where the template that the model was trained with ends a turn, too.
-    known = generation.get("eos_token_id")
-    if missing := [stop for stop in stop_ids(tokenizer) if stop not in _as_list(known)]:
-        both = list(dict.fromkeys([*missing, *_as_list(known)]))
+    known = _as_list(generation.get("eos_token_id")) or _as_list(hf["eos_token_id"])
+    if missing := [stop for stop in stop_ids(written.tokenizer) if stop not in known]:
+        both = [*missing, *known]
         generation["eos_token_id"] = both if len(both) > 1 else both[0]
     _write_json(folder / "config.json", hf)
     _write_json(folder / "generation_config.json", generation)
-    return str(hf["architectures"][0])
+    return str(hf["architectures"][0]), written.opener
 
 
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _write_reference(reference: Path, folder: Path, dtype: str) -> str:
+def _write_reference(reference: Path, checkpoint: Path | None, folder: Path, dtype: str) -> str:
     """What the reference holds beside its weights."""
-    copy_companions(reference, folder)
+    copy_companions(reference, checkpoint, folder)
     hf = read_object(reference / "config.json")
     key = "dtype" if "dtype" in hf else "torch_dtype"
     if key in hf and hf[key] != dtype:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from fm9g.checkpoint.folder import MANIFEST
 from fm9g.checkpoint.stored import open_pt, open_safetensors
 from fm9g.config.adapter import ADAPTER_CONFIG, AdapterConfig
 from fm9g.config.load import Layer, build, read_object
@@ -100,12 +101,13 @@ def _check_base(base: str, modules: list[str]) -> None:
     """Raises UserError where a base does not hold the modules of an adapter, each as a weight of its own."""
     folder = Path(base)
     if not folder.exists():
-        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base):
+        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base) and not folder.parent.exists():
             print(f"note: --base {base}: not a folder here, and so taken for a name on a hub; it was not looked at")
             return
         raise UserError(f"--base {base}: no such folder; give a Hugging Face folder, or a name on a hub (ORG/NAME)")
-    if not folder.is_dir():
-        raise UserError(f"--base {base}: a file; PEFT loads Hugging Face folders, which `fm9g convert` makes")
+    if not folder.is_dir() or (folder / MANIFEST).is_file():
+        what = "a 9G checkpoint" if folder.is_dir() else "a file"
+        raise UserError(f"--base {base}: {what}; PEFT loads Hugging Face folders, which `fm9g convert` makes")
     names = stored_in(folder)
     if missing := [module for module in modules if f"{module}.weight" not in names]:
         raise UserError(

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from fm9g.checkpoint.folder import MANIFEST
+from fm9g.config.load import read_object
+from fm9g.convert.families import FAMILIES
 from fm9g.data.encode import stop_token_ids
 from fm9g.data.template import load_template
-from fm9g.data.tokenizer import load_tokenizer
+from fm9g.data.tokenizer import TOKENIZER_CONFIG, load_tokenizer
 from fm9g.errors import UserError
 
 
@@ -42,16 +44,17 @@ def generate(
     if not prompt.isprintable() and any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UserError("prompt: not UTF-8")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     if system and not chat:
         raise UserError("system: goes with a chat (--chat)")
     logging.disable_progress_bar()
+    config = _config(folder)
+    tokenizer = _open_tokenizer(folder, config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, local_files_only=True, trust_remote_code=False
+            folder, config=config, output_loading_info=True, local_files_only=True, trust_remote_code=False
         )
         model, report = loaded
     except Exception as error:  # transformers and safetensors raise many kinds
@@ -61,7 +64,7 @@ def generate(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.eval().to(device)
     torch.manual_seed(seed)
-    stops = _as_list(model.generation_config.eos_token_id)
+    stops = list(dict.fromkeys([*_as_list(model.generation_config.eos_token_id), *_as_list(model.config.eos_token_id)]))
     if chat:
         ours = load_tokenizer(folder)
         template = load_template("tokenizer", ours)
@@ -80,14 +83,14 @@ def generate(
         max_new_tokens=max_new_tokens,
         repetition_penalty=repetition_penalty,
         eos_token_id=stops or None,
-        pad_token_id=next(pad for pad in pads if pad is not None),
+        pad_token_id=next(pad for pad in pads if pad is not None and pad >= 0),
         **sampling,
     )
     return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
 
 
 def _check_folder(folder: Path) -> None:
-    """Raises UserError where it is no Hugging Face folder, with what makes one of it."""
+    """Raises UserError where transformers has no class for it, with what makes a folder that it has one for."""
     convert = f"make a Hugging Face folder of it: fm9g convert {folder} FOLDER"
     if folder.suffix == ".pt" and folder.is_file():
         raise UserError(f"{folder}: the weights of a 9G model; {convert}")
@@ -95,6 +98,57 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"{folder}: not a Hugging Face folder (config.json is missing); make one with `fm9g convert`")
     if (folder / MANIFEST).is_file():
         raise UserError(f"{folder}: a 9G checkpoint; {convert}")
+    config = read_object(folder / "config.json")
+    kind = config.get("model_type")
+    if kind is None or "dim_model" in config:
+        raise UserError(
+            f"{folder}: not a Hugging Face folder (its config.json is not one of transformers); of a 9G model's .pt "
+            "file, `fm9g convert FILE.pt FOLDER` makes one"
+        )
+    from transformers import CONFIG_MAPPING
+
+    if "auto_map" in config and kind not in CONFIG_MAPPING:
+        there_and_back = f"`fm9g convert {folder} m.pt` and `fm9g convert m.pt FOLDER --reference {folder}`"
+        known = (
+            f"{there_and_back} write it for a class of transformers" if kind in FAMILIES else "it is of no known family"
+        )
+        raise UserError(f"{folder}: its model ({kind}) is code that lies there, which is not run; {known}")
+
+
+def _config(folder: Path) -> Any:
+    """config.json, as transformers has it. Of several tokens that begin a text, which it does not take, the first."""
+    from transformers import AutoConfig
+
+    content = read_object(folder / "config.json")
+    try:
+        if not isinstance(content.get("bos_token_id"), list):
+            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        content["bos_token_id"] = next(iter(content["bos_token_id"]), None)
+        return AutoConfig.for_model(**content)
+    except Exception as error:  # transformers raises many kinds
+        raise UserError(f"{folder}: transformers cannot load it: {error}") from None
+
+
+def _open_tokenizer(folder: Path, config: Any) -> Any:
+    """The tokenizer of a folder. config: its model's. Raises UserError."""
+    import transformers
+
+    file = folder / TOKENIZER_CONFIG
+    settings = read_object(file) if file.is_file() else {}
+    name = str(settings.get("tokenizer_class"))
+    # For some kinds of models AutoTokenizer takes another class than the one that is named, to other ids.
+    as_named = (folder / "tokenizer.json").is_file() and name in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    kind = getattr(transformers, name if as_named else "AutoTokenizer")
+    try:
+        named = {} if as_named else {"config": config}
+        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **named)
+    except Exception as error:  # transformers raises many kinds
+        if "auto_map" in settings:
+            raise UserError(
+                f"{folder}: its tokenizer ({name}) is code that lies there, which is not run; put a tokenizer.json in "
+                "its place, which a fast tokenizer's save_pretrained writes"
+            ) from None
+        raise UserError(f"{folder}: transformers cannot load its tokenizer: {error}") from None
 
 
 def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
@@ -103,7 +157,7 @@ def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     Raises UserError where there is no token to start from.
     """
     ids = tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
-    if not chat and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
+    if not chat and ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
         ids = ids[:-1]  # a tokenizer that ends each text (add_eos_token)
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]

@@ -117,7 +117,7 @@ def import_peft() -> Iterator[Any]:
         if hidden:
             del modules["bitsandbytes"]
             for name in ("is_bnb_available", "is_bnb_4bit_available"):  # others in this process are to find it
-                known = getattr(modules.get("peft.import_utils"), name, None)
+                known: Any = getattr(modules.get("peft.import_utils"), name, None)
                 if hasattr(known, "cache_clear"):
                     known.cache_clear()
 

@@ -13,8 +13,9 @@ from fm9g.checkpoint.folder import Snapshot, save_checkpoint
 from fm9g.checkpoint.weights import write_weights
 from fm9g.cli import main
 from fm9g.config.model import ModelConfig
+from fm9g.convert.companions import copy_companions, write_tokenizer
 from fm9g.convert.hf import export_folder, import_folder
-from fm9g.data.tokenizer import CHAT_TEMPLATE
+from fm9g.data.tokenizer import CHAT_TEMPLATE, load_tokenizer
 from fm9g.errors import UserError
 from fm9g.model.transformer import weight_shapes
 
@@ -42,7 +43,7 @@ def checkpoint(tmp_path: Path, tokenizer_path: Path) -> Path:
     return make_checkpoint(tmp_path / "run", tokenizer_path, TEMPLATE)
 
 
-def make_checkpoint(run_folder: Path, tokenizer_path: Path, template: str) -> Path:
+def make_checkpoint(run_folder: Path, tokenizer_path: Path, template: str, config: ModelConfig = CONFIG) -> Path:
     files: dict[str, Path | str] = {file.name: file for file in tokenizer_path.iterdir()}
     run = {
         "train": {"lr": item(0.01), "optimizer": item("muon"), "template": item("chatml")},
@@ -56,12 +57,12 @@ def make_checkpoint(run_folder: Path, tokenizer_path: Path, template: str) -> Pa
     }
     snapshot = Snapshot(
         step=7,
-        weights=Weights(CONFIG),
+        weights=Weights(config),
         optimizer=None,
         means=None,
         position={},
         counts=counts,
-        documents={"config.json": CONFIG.to_json(), "run_config.json": run},
+        documents={"config.json": config.to_json(), "run_config.json": run},
         tokenizer_files={**files, CHAT_TEMPLATE: template},
     )
     return save_checkpoint(run_folder, snapshot)
@@ -82,8 +83,6 @@ def test_a_template_that_is_only_in_the_configuration_gets_its_file(tmp_path: Pa
     shutil.copytree(tokenizer_path, tmp_path / "t")
     settings = json.loads((tmp_path / "t" / "tokenizer_config.json").read_text())
     (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": TEMPLATE}))
-    from fm9g.convert.companions import write_tokenizer
-
     (tmp_path / "out").mkdir()
     write_tokenizer(tmp_path / "t", None, tmp_path / "out")
     assert (tmp_path / "out" / CHAT_TEMPLATE).read_text() == TEMPLATE
@@ -224,9 +223,6 @@ def test_generation_ends_where_the_template_ends_a_turn(checkpoint: Path, tmp_pa
 def test_what_is_exported_needs_no_code_of_a_tokenizer(tmp_path: Path, tokenizer_path: Path, shared: Path) -> None:
     from transformers import AutoTokenizer
 
-    from fm9g.convert.companions import write_tokenizer
-    from fm9g.data.tokenizer import load_tokenizer
-
     own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
     fast, slow = tmp_path / "fast", tmp_path / "slow"
     shutil.copytree(tokenizer_path, fast)
@@ -239,8 +235,7 @@ def test_what_is_exported_needs_no_code_of_a_tokenizer(tmp_path: Path, tokenizer
     for source, reading in ((fast, tokenizer_path), (slow, shared / "tokenizers" / "9g-2b")):
         out = tmp_path / f"out-{source.name}"
         out.mkdir()
-        written = write_tokenizer(source, None, out)
-        assert written is not None
+        assert write_tokenizer(source, None, out).opener == "AutoTokenizer"
         assert "auto_map" not in json.loads((out / "tokenizer_config.json").read_text())
         theirs = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
         assert theirs(text, add_special_tokens=False)["input_ids"] == list(load_tokenizer(reading).encode(text))
@@ -250,8 +245,6 @@ def test_named_templates_travel_unless_the_checkpoint_was_trained_with_one(
     checkpoint: Path, tmp_path: Path, tokenizer_path: Path
 ) -> None:
     from transformers import AutoTokenizer
-
-    from fm9g.convert.companions import write_tokenizer
 
     named = tmp_path / "named"
     shutil.copytree(tokenizer_path, named)
@@ -263,3 +256,95 @@ def test_named_templates_travel_unless_the_checkpoint_was_trained_with_one(
         out.mkdir()
         write_tokenizer(named, trained, out)
         assert AutoTokenizer.from_pretrained(out).chat_template == expected
+
+
+def test_every_file_of_a_tokenizer_travels(tmp_path: Path, tokenizer_path: Path) -> None:
+    shutil.copytree(tokenizer_path, tmp_path / "t")
+    out = tmp_path / "out"
+    out.mkdir()
+    names = {"special_tokens_map.json", "vocab.json", "merges.txt", "x.tiktoken", "tokenizer.model.v3", "tekken.json"}
+    for name in names:
+        (tmp_path / "t" / name).write_text("{}")
+    (tmp_path / "t" / "added_tokens.json").write_text('{"</s>": 1}')
+    (tmp_path / "t" / "model.safetensors").write_text("no part of it")
+    assert write_tokenizer(tmp_path / "t", None, out).opener == "AutoTokenizer"
+    expected = {*names, "added_tokens.json", "tokenizer.json", "tokenizer_config.json"}
+    assert {file.name for file in out.iterdir()} == expected
+
+
+def test_a_tokenizer_that_transformers_would_read_otherwise_is_left_out(
+    tmp_path: Path, shared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As InternLM2's, whose code gives pieces of the SentencePiece model other names."""
+    source, out = tmp_path / "t", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    shutil.copyfile(shared / "tokenizers" / "9g-2b" / "tokenizer.model", source / "tokenizer.model")
+    named = {"90000": {"content": "<|im_start|>", "special": True}}
+    settings = {"auto_map": {"AutoTokenizer": ["own.T", None]}, "tokenizer_class": "T", "added_tokens_decoder": named}
+    settings |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert write_tokenizer(source, None, out).opener == ""
+    assert not list(out.iterdir())
+    error = capsys.readouterr().err
+    assert "so none is written (transformers opens it as LlamaTokenizer, where <|im_start|> is" in error
+    assert "and not 90000); --keep-reference-config takes both" in error
+
+
+def test_a_class_that_transformers_takes_for_a_kind_of_models_is_told_of(
+    tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a Qwen2 model AutoTokenizer makes Qwen2's tokenizer, whatever is named; other vocabularies give other ids."""
+    import transformers
+
+    trained = make_checkpoint(tmp_path / "run", tokenizer_path, TEMPLATE, small_model(qkv_bias=True))
+    export_folder(trained, tmp_path / "hf")
+    assert "to other ids; PreTrainedTokenizerFast.from_pretrained opens it" in capsys.readouterr().err
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast" in card
+    text = "in 1863"
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "hf")
+    assert theirs.encode(text, add_special_tokens=False) == load_tokenizer(tokenizer_path).encode(text)
+
+
+def test_named_templates_in_the_configuration_stay_unless_the_checkpoint_was_trained_with_one(
+    checkpoint: Path, tmp_path: Path, tokenizer_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
+    shutil.copytree(tokenizer_path, tmp_path / "named")
+    file = tmp_path / "named" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": named}))
+    for trained, inside, found in (
+        (None, named, {"default": "plain", "tool_use": "tools"}),
+        (checkpoint, TEMPLATE, TEMPLATE),
+    ):
+        out = tmp_path / f"out-{trained is None}"
+        out.mkdir()
+        write_tokenizer(tmp_path / "named", trained, out)
+        assert json.loads((out / "tokenizer_config.json").read_text())["chat_template"] == inside
+        assert AutoTokenizer.from_pretrained(out).chat_template == found
+
+
+def test_the_template_inside_the_tokenizer_of_a_checkpoint_goes_before_the_one_of_a_reference(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    export_folder(checkpoint, tmp_path / "hf")
+    (tmp_path / "hf" / CHAT_TEMPLATE).write_text("of the reference")
+    (tmp_path / "hf" / "additional_chat_templates").mkdir()
+    (tmp_path / "hf" / "additional_chat_templates" / "tool_use.jinja").write_text("of the reference, too")
+    own = checkpoint / "tokenizer"
+    (own / CHAT_TEMPLATE).unlink()
+    settings = json.loads((own / "tokenizer_config.json").read_text())
+    (own / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "of the checkpoint"}))
+    for out in (tmp_path / "native", tmp_path / "kept"):
+        out.mkdir()
+    write_tokenizer(tmp_path / "hf", checkpoint, tmp_path / "native")
+    copy_companions(tmp_path / "hf", checkpoint, tmp_path / "kept")
+    for out in (tmp_path / "native", tmp_path / "kept"):
+        assert AutoTokenizer.from_pretrained(out).chat_template == "of the checkpoint"
+    copy_companions(tmp_path / "hf", None, tmp_path / "kept")
+    assert (tmp_path / "kept" / "additional_chat_templates" / "tool_use.jinja").is_file()

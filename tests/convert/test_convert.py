@@ -151,7 +151,7 @@ def test_a_sentencepiece_model_is_exported_with_equal_ids(shared: Path, tmp_path
     from fm9g.data.tokenizer import load_tokenizer
 
     source = shared / "tokenizers" / "9g-2b"
-    written = write_tokenizer(source, None, tmp_path)
+    written = write_tokenizer(source, None, tmp_path).tokenizer
     text = "九格大模型 is  a model.\n 你好\t🚀 x=1"
     assert written is not None
     assert (written.bos_id, written.eos_id) == (1, 2)

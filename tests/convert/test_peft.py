@@ -121,7 +121,9 @@ def test_what_our_adapters_cannot_say_is_refused(tmp_path: Path) -> None:
         read_adapter(tmp_path / "p")
 
 
-def test_a_base_that_peft_cannot_put_the_adapter_on_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_base_that_peft_cannot_put_the_adapter_on_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     base = export(tmp_path)
     adapter = make_adapter(make_model())
     packed = tmp_path / "packed"  # as InternLM2's and Baichuan's folders are
@@ -131,11 +133,15 @@ def test_a_base_that_peft_cannot_put_the_adapter_on_is_refused(tmp_path: Path, c
     save_file(weights, packed / "model.safetensors")
     with pytest.raises(UserError, match=r"it has no model\.layers\.0\.self_attn\.q_proj\.weight \(1 of .*lora merge"):
         write_peft(adapter, tmp_path / "no", base=str(packed))
-    for name in ("does/not/exist", "./nothing", "nothing"):
+    monkeypatch.chdir(tmp_path)
+    for name in ("does/not/exist", "./nothing", "nothing", "hf/nothing"):
         with pytest.raises(UserError, match="no such folder; give a Hugging Face folder, or a name on a hub"):
             write_peft(adapter, tmp_path / "no", base=name)
     with pytest.raises(UserError, match="a file; PEFT loads Hugging Face folders"):
         write_peft(adapter, tmp_path / "no", base=str(base / "config.json"))
+    (packed / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="a 9G checkpoint; PEFT loads Hugging Face folders"):
+        write_peft(adapter, tmp_path / "no", base=str(packed))
     assert not (tmp_path / "no").exists()
     write_peft(adapter, tmp_path / "yes", base="Qwen/Qwen2.5-7B")
     assert "taken for a name on a hub; it was not looked at" in capsys.readouterr().out

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from support import small_model
 from fm9g.checkpoint.weights import write_weights
 from fm9g.convert.hf import export_folder, import_folder
 from fm9g.errors import UserError
-from fm9g.infer.generate import _prompt_ids, generate
+from fm9g.infer.generate import _config, _open_tokenizer, _prompt_ids, generate
 from fm9g.model.transformer import weight_shapes
 
 
@@ -58,9 +61,10 @@ def test_generation_stops_at_each_of_several_tokens(folder: Path, file: str) -> 
     ids = found[0, prompt.shape[1] :].tolist()
     assert generate(folder, "the", max_new_tokens=8) == tokenizer.decode(ids)
     stop = next(token for token in ids if ids.index(token) > 1)
-    if file == "config.json":
-        (folder / "generation_config.json").unlink()
-    change(folder / file, eos_token_id=[1, stop])
+    change(folder / file, eos_token_id=[1, stop], bos_token_id=[0, 2])
+    assert generate(folder, "the", max_new_tokens=8) == tokenizer.decode(ids[: ids.index(stop) + 1])
+    (folder / "generation_config.json").unlink()
+    change(folder / "config.json", eos_token_id=[1, stop])
     assert generate(folder, "the", max_new_tokens=8) == tokenizer.decode(ids[: ids.index(stop) + 1])
 
 
@@ -71,15 +75,22 @@ def test_a_model_without_a_token_that_ends_it_goes_on_to_the_last(folder: Path) 
 
 
 def test_lists_of_end_tokens_are_kept_on_the_way_in_and_out(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
     for file in ("config.json", "generation_config.json"):
         change(folder / file, eos_token_id=[5, 1])
     import_folder(folder, tmp_path / "in.pt")
     export_folder(tmp_path / "in.pt", tmp_path / "out", folder)
     for file in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "out" / file).read_text())["eos_token_id"] == [5, 1]
+    change(folder / "config.json", bos_token_id=[0, 2])  # of these transformers takes one
     (folder / "generation_config.json").unlink()
     export_folder(tmp_path / "in.pt", tmp_path / "again", folder)
-    assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"] == [5, 1]
+    settings = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert settings == {"bos_token_id": [0, 2], "eos_token_id": [5, 1]}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").config.bos_token_id == 0
+    change(folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    assert generate(folder, "the", max_new_tokens=2)
 
 
 def test_what_a_generation_starts_from(folder: Path, tokenizer_path: Path) -> None:
@@ -100,6 +111,8 @@ def test_what_a_generation_starts_from(folder: Path, tokenizer_path: Path) -> No
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
     tokenizer.bos_token = None
     assert _prompt_ids(tokenizer, "the", chat=False) == the
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    assert _prompt_ids(tokenizer, "the", chat=False) == the
     with pytest.raises(UserError, match="prompt: it is empty, and the tokenizer has no token that begins a text"):
         _prompt_ids(tokenizer, "", chat=False)
 
@@ -110,6 +123,64 @@ def test_what_is_no_hugging_face_folder_says_how_to_make_one(folder: Path, tmp_p
     (folder / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match=r"hf: a 9G checkpoint; make a Hugging Face folder of it: fm9g convert"):
         generate(folder, "the")
+
+
+def test_a_9g_configuration_is_not_taken_for_one_of_transformers(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(small_model().to_json()))
+    with pytest.raises(UserError, match=r"its config.json is not one of transformers.*fm9g convert FILE.pt FOLDER"):
+        generate(folder, "the")
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [("internlm2", "fm9g convert .* write it for a class of transformers"), ("own", "no known family")],
+)
+def test_code_that_lies_in_a_folder_is_not_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str, advice: str
+) -> None:
+    import io
+
+    marker = folder / "was-run"
+    for name in ("configuration_own", "modeling_own", "tokenization_own"):
+        (folder / f"{name}.py").write_text(f"open({str(marker)!r}, 'w')")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))  # transformers may ask
+    code = {"AutoConfig": "configuration_own.C", "AutoModelForCausalLM": "modeling_own.M"}
+    plain = (folder / "config.json").read_text()
+    change(folder / "config.json", model_type=kind, auto_map=code)
+    with pytest.raises(UserError, match=rf"its model \({kind}\) is code that lies there, which is not run; .*{advice}"):
+        generate(folder, "the")
+    (folder / "config.json").write_text(plain)
+    (folder / "tokenizer.json").rename(folder / "own.tiktoken")
+    change(
+        folder / "tokenizer_config.json",
+        tokenizer_class="OwnTokenizer",
+        auto_map={"AutoTokenizer": ["tokenization_own.T", None]},
+    )
+    with pytest.raises(UserError, match=r"its tokenizer \(OwnTokenizer\) is code that lies there, which is not run"):
+        generate(folder, "the")
+    assert not marker.exists()
+
+
+def test_the_tokenizer_is_the_one_that_is_named(folder: Path) -> None:
+    """For Qwen2's models AutoTokenizer takes Qwen2's way with digits, whatever the configuration names."""
+    from tokenizers import Tokenizer
+
+    change(folder / "config.json", model_type="qwen2")
+    text = "in 1863, e\u0301"
+    expected = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    assert _open_tokenizer(folder, _config(folder))(text)["input_ids"] == expected
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_generation_does_not_import_what_takes_seconds_and_is_not_used(folder: Path) -> None:
+    program = f"""
+import sys
+from pathlib import Path
+from fm9g.infer.generate import generate
+generate(Path({str(folder)!r}), "the", max_new_tokens=2)
+assert "bitsandbytes" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_generation_refuses_broken_folders_and_odd_options(folder: Path) -> None:

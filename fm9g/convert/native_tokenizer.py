@@ -1,0 +1,154 @@
+"""Whether transformers reads a written tokenizer, by a class of its own, to the ids that a model was trained with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from fm9g.config.load import read_object
+from fm9g.data.tokenizer import TOKENIZER_CONFIG, load_tokenizer
+from fm9g.errors import UserError
+
+AUTO = "AutoTokenizer"
+# What tokenizers of several families read in different ways: spaces, line ends, digits, letters of several code points.
+TEXTS = (
+    "a",
+    "Four score and seven years ago, in 1863: it's 3.14 or 1234567.",
+    "九格大模型在 2024 年。 日本語 русский",
+    "def f(x):\n    return x ** 2  # two\n\n\n",
+    "  two spaces,\ttabs and  more \n\nat the end ",
+    "🙂 e\u0301 \u00e9 \u200b \ufb01",
+)
+
+Encode = Callable[[str], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How plain text becomes ids. number: the id of a token by its spelling; None: the settings alone know it."""
+
+    encode: Encode
+    number: Callable[[str], int | None] | None = None
+
+
+def make_native(source: Path, folder: Path) -> tuple[str, str]:
+    """Has transformers open the tokenizer in a folder, a copy of that of source, without code that came with it.
+
+    Its configuration is changed where that is needed. The folder holds the config.json of the model, which also decides
+    what AutoTokenizer takes. Returns the name of what opens it, empty where nothing of transformers reads it to the ids
+    of source, and what is wrong with that or with AutoTokenizer.
+    """
+    file = folder / TOKENIZER_CONFIG
+    settings = read_object(file) if file.is_file() else {}
+    reading = _reading(source)
+    if reading is None:
+        return "", "only its own code reads it"
+    own_code = settings.pop("auto_map", None) is not None
+    first, direct = "", None  # direct: settings whose class reads it right, where AutoTokenizer takes another
+    for changes in _candidates(folder, settings, own_code):
+        changed = settings | changes
+        if file.is_file() or changed:
+            _write(file, changed)
+        if not (problem := _problem(folder, reading, AUTO)):
+            return AUTO, ""
+        first = first or problem
+        name = changed.get("tokenizer_class")
+        if direct is None and name and not _problem(folder, reading, name):
+            direct = changed, problem
+    if direct is None:
+        return "", first or "transformers has no class for its files"
+    _write(file, direct[0])
+    return str(direct[0]["tokenizer_class"]), direct[1]
+
+
+def _reading(source: Path) -> Reading | None:
+    """How the tokenizer of a folder reads plain text: as in training, else as its file does without any settings."""
+    try:
+        known = load_tokenizer(source)
+        return Reading(known.encode, known.token_id)
+    except UserError:
+        pass
+    try:
+        if (source / "tokenizer.json").is_file():
+            import tokenizers
+
+            model = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
+            return Reading(lambda text: model.encode(text, add_special_tokens=False).ids, model.token_to_id)
+        if (source / "tokenizer.model").is_file():
+            import sentencepiece
+
+            return Reading(sentencepiece.SentencePieceProcessor(model_file=str(source / "tokenizer.model")).encode)
+    except Exception:  # these libraries raise bare ones for what is broken
+        pass
+    return None
+
+
+def _candidates(folder: Path, settings: dict[str, Any], own_code: bool) -> Iterator[dict[str, Any]]:
+    """Changes of the settings, the smallest first."""
+    import transformers
+
+    name = settings.get("tokenizer_class")
+    if hasattr(transformers, name) if name else not own_code and not (folder / "tokenizer.model").is_file():
+        yield {}
+    if (folder / "tokenizer.json").is_file():
+        yield {"tokenizer_class": "PreTrainedTokenizerFast"}
+    elif (folder / "tokenizer.model").is_file():
+        named = {
+            key: value for key, value in _named_by_model(folder / "tokenizer.model").items() if key not in settings
+        }
+        for prefix, legacy in product((False, True), (False, True)):
+            yield {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": prefix, "legacy": legacy, **named}
+
+
+def _named_by_model(file: Path) -> dict[str, Any]:
+    """What a SentencePiece model itself says of its special tokens, as settings."""
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    ids = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
+    named = {key: model.id_to_piece(number) for key, number in ids.items() if number >= 0}
+    return named | {"add_bos_token": model.bos_id() >= 0, "add_eos_token": False}
+
+
+def _problem(folder: Path, reading: Reading, name: str) -> str:
+    """Why a class of transformers does not read the tokenizer of a folder in this way; empty where it does."""
+    import transformers
+
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        kind = getattr(transformers, name)
+        found = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        texts = [found.encode(text, add_special_tokens=False) for text in TEXTS]
+        tokens = {text: found.convert_tokens_to_ids(text) for text in _added(folder)}
+    except Exception as error:  # transformers raises many kinds
+        return f"transformers cannot open it: {' '.join(str(error).split())[:200]}"
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    for text, ids in zip(TEXTS, texts):
+        if list(ids) != list(map(int, reading.encode(text))):
+            return f"transformers opens it as {type(found).__name__}, which reads {text!r} to other ids"
+    for text, number in _added(folder).items():
+        expected = reading.number(text) if reading.number else number
+        if tokens[text] != expected:
+            return f"transformers opens it as {type(found).__name__}, where {text} is {tokens[text]} and not {expected}"
+    return ""
+
+
+def _added(folder: Path) -> dict[str, int]:
+    """The tokens that a tokenizer's files add to its vocabulary, with their ids."""
+    found = {}
+    if (file := folder / TOKENIZER_CONFIG).is_file():
+        for number, token in (read_object(file).get("added_tokens_decoder") or {}).items():
+            found[token["content"] if isinstance(token, dict) else str(token)] = int(number)
+    if (file := folder / "added_tokens.json").is_file():
+        found |= read_object(file)
+    return found
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
