@@ -78,10 +78,12 @@ def save_checkpoint(root: Path, snapshot: Snapshot) -> Path:
             (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
         (folder / TOKENIZER).mkdir()
         for name, content in snapshot.tokenizer_files.items():
+            file = folder / TOKENIZER / name
+            file.parent.mkdir(exist_ok=True)  # additional_chat_templates/
             if isinstance(content, Path):
-                shutil.copyfile(content, folder / TOKENIZER / name)
+                shutil.copyfile(content, file)
             else:
-                (folder / TOKENIZER / name).write_text(content, encoding="utf-8")
+                file.write_text(content, encoding="utf-8")
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         sums = {str(file.relative_to(folder)): [file.stat().st_size, checksum(file)] for file in files}
         manifest = {"step": step, "files": sums}

@@ -221,3 +221,24 @@ def test_a_conversation_that_is_split_trains_a_text_for_each_turn(
         result = train(turns, turns=turns, train_iters=5, **settings)
         tokens.append(Checkpoint(result.checkpoint).counts()["global_token_pass"])
     assert tokens[0] < tokens[1] < 2 * tokens[0]
+
+
+def test_a_tokenizer_with_further_templates_is_kept_and_exported(
+    train: Callable, tokenizer_path: Path, make_mixture: Callable, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_path, folder)
+    (folder / "additional_chat_templates").mkdir()
+    plain = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    (folder / "chat_template.jinja").write_text(plain)
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools | tojson }}" + plain)
+    mixture = make_mixture({"chats": [{"messages": CHAT}]})
+    settings = {"dataset_config": mixture, "tokenizer_path": folder, "max_length": 256, "train_iters": 1}
+    result = train("out", **settings)
+    assert main(["ckpt", "verify", str(result.checkpoint)]) == 0
+    assert load_tokenizer(result.checkpoint / "tokenizer").chat_template.keys() == {"default", "tool_use"}
+    export_folder(result.checkpoint, tmp_path / "hf")
+    assert load_tokenizer(tmp_path / "hf").chat_template == load_tokenizer(folder).chat_template
+    # With a template that is named, that one alone is kept.
+    result = train("named", template="chatml", **settings)
+    assert isinstance(load_tokenizer(result.checkpoint / "tokenizer").chat_template, str)
