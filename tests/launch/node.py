@@ -1,6 +1,7 @@
 """An agent of the tests: run_agent with arguments from JSON, its workers run worker.py."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from fm9g.launch.place import Nodes
 
 def main(values: dict) -> int:
     nodes, argv = Nodes(**values.pop("nodes")), values.pop("argv")
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it is ignored, and stays so, where the tests run under nohup
     log_dir = Path(values.pop("log_dir")) if "log_dir" in values else None
     try:
         return run_agent(
