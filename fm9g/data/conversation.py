@@ -125,7 +125,9 @@ class _Chat:
         located = {}
         for number in candidates:
             written, start = self._answer(number)
-            stop = len(written.rstrip())  # the space after the end marker is no part of the answer
+            content = self._messages[number].get("content") or ""
+            # The space after an end marker is no part of the answer; without a marker it is the answer's own.
+            stop = len(written) if content and written.endswith(content) else len(written.rstrip())
             if text.startswith(written[:stop]):
                 located[number] = start, stop
         return text, located

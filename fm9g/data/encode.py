@@ -204,7 +204,8 @@ class Encoder:
 
     def _chat_tokens(self, chat: Rendered, literal: list[Span]) -> np.ndarray:
         """The template's own tokens up to the end of the last turn, and the eos token where no special one is there."""
-        text = chat.text.rstrip()
+        ends = [] if chat.in_blocks else [stop for _, stop in chat.targets]  # blocks may enclose a line end
+        text = chat.text[: max([len(chat.text.rstrip()), *ends])]
         ids, starts, indices = self.tokenizer.encode_chat(text, chat.starts, literal)
         first = dict(zip(chat.starts, indices))
         special = self.tokenizer.special_ids

@@ -185,7 +185,8 @@ class _View:
         if isinstance(texts, Chat) and len(tokens):
             trained = [pair for pair in zip(texts.samples, texts.literal) if pair[0].targets]
             chat, literal = trained[sample.number]
-            starts = self._tokenizer.encode_chat(chat.text.rstrip(), chat.starts, literal)[1]
+            starts = self._tokenizer.encode_chat(chat.text, chat.starts, literal)[1]
+            starts = starts[: len(states)]
             inside = np.searchsorted(np.array(chat.contents).ravel(), starts, side="right") % 2 == 1
             states[: len(starts)] |= np.where(inside, 0, _OWN)
         elif len(tokens) and self._mixture.encoders[dataset].loss != "all":

@@ -333,6 +333,7 @@ def test_a_turn_that_ends_in_white_space_has_the_end_of_a_turn(chat_tokenizer: P
     encoder = Encoder(tokenizer, Template("x", text, tokenizer.special_tokens))
     turns = [*CHAT["messages"][:1], {"role": "assistant", "content": "dogs \n"}, *CHAT["messages"]]
     assert weighted_text(encoder, {"messages": turns})[1] == "dogs \n<|im_start|>dogs<|endoftext|>"
+    assert weighted_text(encoder, {"messages": turns[:2]})[1] == "dogs \n<|endoftext|>"  # of the last one, too
 
 
 def test_borders_cost_no_more_than_the_text_is_long(chat_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,7 +217,9 @@ def generated(theirs: Any, template: str, record: dict[str, Any]) -> list[tuple[
             continue
         before, after = messages[:number], messages[: number + 1]
         prompt = theirs.apply_chat_template(before, add_generation_prompt=True, **options)
-        whole = theirs.apply_chat_template(after, **options).rstrip()
+        whole = theirs.apply_chat_template(after, **options)
+        if not (message["content"] and whole.endswith(message["content"])):
+            whole = whole.rstrip()  # the space after an end marker
         if not whole.startswith(prompt):
             return None
         # A model makes its answer from the ids of the prompt; the ids of the answer continue them.
