@@ -31,16 +31,16 @@ class Rendered:
     """A conversation as text; spans are in order and disjoint.
 
     targets: what is trained on, weights: how much each of them counts. starts: where generation begins.
-    contents: what comes from the messages' contents; the rest is the template's. in_blocks: the targets are what the
-    template's generation blocks enclose.
+    ends: where trained turns end, if the template's generation blocks do not say so. contents: what comes from the
+    messages' contents; the rest is the template's.
     """
 
     text: str
     targets: list[Span]
     weights: list[float]
     starts: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
     contents: list[Span] = field(default_factory=list)
-    in_blocks: bool = False
 
 
 def render_samples(
@@ -117,7 +117,7 @@ class _Chat:
         pairs = zip([*targets, (place, len(text))], [*weights, 1.0])
         kept = [(span, weight) for span, weight in pairs if weight and span[0] < span[1]]
         contents = self._contents(text, len(self._messages)) if with_contents else []
-        return Rendered(text, [span for span, _ in kept], [weight for _, weight in kept], [], contents)
+        return Rendered(text, [span for span, _ in kept], [weight for _, weight in kept], contents=contents)
 
     def locate(self, end: int, candidates: list[int]) -> tuple[str, dict[int, Span]]:
         """The text of the first messages, and the span of each candidate that stands there as generation makes it."""
@@ -134,11 +134,12 @@ class _Chat:
 
     def sample(self, text: str, located: dict[int, Span], end: int, with_contents: bool) -> Rendered:
         """A text with these turns trained on. end: how many messages it is of."""
-        spans = [pair for number, span in sorted(located.items()) for pair in self._weighted(text, number, span)]
-        spans = [((start, stop), weight) for (start, stop), weight in spans if weight and start < stop]
+        by_turn = [self._weighted(text, number, span) for number, span in sorted(located.items())]
+        ends = [parts[-1][0][1] for parts in by_turn if parts[-1][1]]
+        spans = [pair for parts in by_turn for pair in parts if pair[1] and pair[0][0] < pair[0][1]]
         starts = [start for _, (start, _) in sorted(located.items())]
         contents = self._contents(text, end) if with_contents else []
-        return Rendered(text, [span for span, _ in spans], [weight for _, weight in spans], starts, contents)
+        return Rendered(text, [span for span, _ in spans], [weight for _, weight in spans], starts, ends, contents)
 
     def by_blocks(self, trained: list[int], turns: str, last: bool, with_contents: bool) -> list[Rendered]:
         """The texts with what the template's generation blocks enclose as the trained spans."""
@@ -155,7 +156,7 @@ class _Chat:
         answers = [n for n, message in enumerate(self._messages) if message.get("role") == "assistant"]
         if len(spans) == len(answers):
             located = {n: span for n, span in zip(answers, spans) if n in trained}
-            return [replace(self.sample(text, located, len(self._messages), with_contents), in_blocks=True)]
+            return [replace(self.sample(text, located, len(self._messages), with_contents), ends=[])]
         if any("weight" in message or "content_weights" in message for message in self._messages):
             raise UserError(
                 f"chat template {self._template.name}: it has {len(spans)} generation blocks for {len(answers)} turns "
@@ -163,7 +164,7 @@ class _Chat:
             )
         spans = [span for span in (spans[-1:] if last else spans) if span[0] < span[1]]
         contents = self._contents(text, len(self._messages)) if with_contents else []
-        return [Rendered(text, spans, [1.0] * len(spans), [start for start, _ in spans], contents, True)]
+        return [Rendered(text, spans, [1.0] * len(spans), [start for start, _ in spans], [], contents)]
 
     def _answer(self, number: int) -> tuple[str, int]:
         """The text up to an answer, as generation makes it from its prompt, and the length of the prompt."""
@@ -185,6 +186,7 @@ class _Chat:
                 ) from None
             return text, contents[0][0]
         if text.startswith(prompt):
+            self._check_prompt(number, text, prompt)
             return text, len(prompt)
         if opened := self._after_opened_thought(number, text, prompt):
             return opened, len(prompt)
@@ -196,6 +198,16 @@ class _Chat:
             f", but it writes the message as {text[same:]!r:.60}, which no generation from that prompt gives; put "
             "{% generation %} and {% endgeneration %} around what the assistant says in the template"
         )
+
+    def _check_prompt(self, number: int, text: str, prompt: str) -> None:
+        """Raises UserError where a template writes a question only together with its answer."""
+        before = self._messages[number - 1] if number else {}
+        question = (before.get("content") or "").strip() if before.get("role") != "assistant" else ""
+        if question and question not in prompt and question in text[len(prompt) :]:
+            raise UserError(
+                f"chat template {self._template.name}: its prompt for message {number + 1} does not hold message "
+                f"{number}, which would be trained on; it has to write each message by itself"
+            )
 
     def _after_opened_thought(self, number: int, text: str, prompt: str) -> str:
         """The text up to an answer whose prompt opens a thought that the template then leaves out (DeepSeek-R1).

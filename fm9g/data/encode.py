@@ -82,13 +82,13 @@ class Encoder:
         if "chosen" in record or "label" in record:
             raise BadRecord("a preference, which supervised training does not use; a transform can choose an answer")
         if "messages" in record:
-            return self._chat(record["messages"], record.get("tools"), with_contents)
+            return self._chat(record["messages"], record.get("tools"), scripted, with_contents)
         read, trained = record.get("input", ""), record["output"]
         if self.template and read and trained:
             answer = {"role": "assistant", "content": trained}
             if "weight" in record:
                 answer["weight"] = record["weight"]
-            return self._chat([{"role": "user", "content": read}, answer], None, with_contents)
+            return self._chat([{"role": "user", "content": read}, answer], None, scripted, with_contents)
         weight = float(record.get("weight", 1))
         if not scripted:
             return Pair(read, trained, weight)
@@ -98,7 +98,7 @@ class Encoder:
             return Pair(one.text, other.text, weight)  # the script wrote no special token
         return Pair(one.text, other.text, weight, (one.literal, other.literal))
 
-    def _chat(self, messages: list[dict[str, Any]], tools: Any, with_contents: bool) -> Chat:
+    def _chat(self, messages: list[dict[str, Any]], tools: Any, scripted: bool, with_contents: bool) -> Chat:
         template = self.template or self.chat_template
         if template is None:
             raise BadRecord("a conversation needs a template; give --template, chatml for example")
@@ -111,7 +111,10 @@ class Encoder:
         if "results" in drops and any(message["role"] == "tool" for message in messages):
             raise BadRecord(f"it has results of tools, for which the template {template.name} has no form; chatml has")
         pattern = self.tokenizer.special_pattern
-        protected = [_protected(message, pattern) for message in messages], protect(tools, pattern)
+        protected = (
+            [_protected(message, pattern, not scripted) for message in messages],
+            protect(tools, pattern, not scripted),
+        )
         try:
             found = render_samples(template, *protected, self.loss, self.turns, with_contents)
         except UserError as error:
@@ -204,46 +207,40 @@ class Encoder:
 
     def _chat_tokens(self, chat: Rendered, literal: list[Span]) -> np.ndarray:
         """The template's own tokens up to the end of the last turn, and the eos token where no special one is there."""
-        ends = [] if chat.in_blocks else [stop for _, stop in chat.targets]  # blocks may enclose a line end
-        text = chat.text[: max([len(chat.text.rstrip()), *ends])]
+        text = chat.text[: max([len(chat.text.rstrip()), *chat.ends])]
         ids, starts, indices = self.tokenizer.encode_chat(text, chat.starts, literal)
         first = dict(zip(chat.starts, indices))
-        special = self.tokenizer.special_ids
         weights = np.zeros(len(ids) + 1, np.float32)
-        for number, ((start, stop), weight) in enumerate(zip(chat.targets, chat.weights)):
+        for (start, stop), weight in zip(chat.targets, chat.weights):
             end = bisect_left(starts, stop)
+            if stop in chat.ends:
+                end = self._end_of_turn(ids, starts, text, end)
             weights[first.get(start, bisect_left(starts, start)) : end] = weight
-            # Where a turn has no end marker, the token that begins the next turn ends it (GLM-4's <|user|>).
-            goes_on = number + 1 < len(chat.targets) and chat.targets[number + 1][0] == stop
-            if not (chat.in_blocks or goes_on):
-                weights[end : self._end_of_turn(ids, starts, text, end)] = weight
         if not weights[1:].any():  # nothing comes before the first token to learn it from
             return np.empty(0, np.int32)
-        if special.get(text[starts[-1] :]) != ids[-1]:
+        if not self.tokenizer.is_marker(ids[-1]):
             ids = [*ids, self.tokenizer.eos_id]
             weights[-1] = weights[-2]
         return mark(np.array(ids), weights[: len(ids)])
 
     def _end_of_turn(self, ids: list[int], starts: list[int], text: str, end: int) -> int:
         """The end of a turn of ids[:end]; where it has no end marker, with the token that begins the next turn."""
-        special = self.tokenizer.special
-        if not 0 < end < len(ids) or special(ids[end - 1]):
+        is_marker = self.tokenizer.is_marker
+        if not 0 < end < len(ids) or is_marker(ids[end - 1]):
             return end
-        following = next((i for i in range(end, len(ids)) if special(ids[i])), len(ids))
-        if (
-            following == len(ids)
-            or ids[following] == self.tokenizer.bos_id
-            or text[starts[end] : starts[following]].strip()
-        ):
+        following = next((i for i in range(end, len(ids)) if is_marker(ids[i])), len(ids))
+        if following == len(ids) or text[starts[end] : starts[following]].strip():
+            return end
+        if self.tokenizer.bos_token and ids[following] == self.tokenizer.bos_id:
             return end
         return following + 1
 
 
-def _protected(message: dict[str, Any], pattern: re.Pattern[str]) -> dict[str, Any]:
+def _protected(message: dict[str, Any], pattern: re.Pattern[str], is_new: bool) -> dict[str, Any]:
     """A protected message; the marks are counted as part of the weighted parts that they stand in."""
     parts = message.get("content_weights")
     marks = [match.start() + 1 for match in pattern.finditer(message["content"])] if parts else []
-    message = protect(message, pattern)
+    message = protect(message, pattern, is_new)
     if not parts or not marks:
         return message
     ends = list(accumulate(length for length, _ in parts))
@@ -274,7 +271,7 @@ def stop_token_ids(tokenizer: Tokenizer, template: Template | None) -> list[int]
         end = text.rfind("qxanswer") + len("qxanswer")
         found = tokenizer.special_pattern.match(text[end:].lstrip())
         token = tokenizer.special_ids[found[0]] if found else None
-        return None if token == tokenizer.bos_id else token
+        return None if tokenizer.bos_token and token == tokenizer.bos_id else token
 
     if (end_of_turn := after_answer(turns[:2])) is not None:
         return list(dict.fromkeys([end_of_turn, *stops]))

@@ -7,21 +7,28 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from typing import Any
 
+from fm9g.data.values import BadRecord
+
 _MARK = "\ufdd4"  # a Unicode noncharacter; it stands after the first character of a spelling
 
 Span = tuple[int, int]  # start and end in a text, in characters
 
 
-def protect(value: Any, pattern: re.Pattern[str]) -> Any:
-    """The value with a mark in each spelling that the pattern matches, in all strings inside but keys."""
+def protect(value: Any, pattern: re.Pattern[str], is_new: bool = True) -> Any:
+    """The value with a mark in each spelling that the pattern matches, in all strings inside.
+
+    is_new: it has no marks yet. Raises BadRecord where it holds one all the same.
+    """
     if isinstance(value, str):
+        if is_new and _MARK in value:
+            raise BadRecord("holds the noncharacter U+FDD4, which stands for something else here; remove it")
         if not pattern.search(value):
             return value
         return pattern.sub(_marked, value)
     if isinstance(value, dict):
-        return {key: protect(item, pattern) for key, item in value.items()}
+        return {protect(key, pattern, is_new): protect(item, pattern, is_new) for key, item in value.items()}
     if isinstance(value, list):
-        return [protect(item, pattern) for item in value]
+        return [protect(item, pattern, is_new) for item in value]
     return value
 
 
@@ -30,7 +37,7 @@ def without_marks(value: Any) -> Any:
     if isinstance(value, str):
         return value.replace(_MARK, "")
     if isinstance(value, dict):
-        return {key: without_marks(item) for key, item in value.items()}
+        return {without_marks(key): without_marks(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_marks(item) for item in value]
     return value

@@ -180,7 +180,8 @@ class Tokenizer(ABC):
 
     @cached_property
     def _special_numbers(self) -> frozenset[int]:
-        return frozenset(self.special_ids.values())
+        unknown = self.special_ids.get(self.special_tokens.get("unk_token", ""))  # text gives it, too
+        return frozenset(self.special_ids.values()) - {unknown}
 
     def _encode_chat(self, text: str, literal: Sequence[Span]) -> tuple[list[int], list[int]]:
         """Token ids of a rendered chat, and the character that each token starts at."""
@@ -210,6 +211,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
         """The text of token ids."""
+
+    def is_marker(self, token: int) -> bool:
+        """Whether a token is special, and never made of text."""
+        return token in self._special_numbers
 
     def special(self, token: int) -> str:
         """The name of a token that stands for no text, such as bos and eos; empty for others."""

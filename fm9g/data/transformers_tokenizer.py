@@ -59,7 +59,7 @@ class _TransformersTokenizer(Tokenizer):
 
     def __init__(self, loaded: Any, folder: Path) -> None:
         self.special_tokens = dict(loaded.special_tokens_map)
-        if loaded.eos_token is None:
+        if not loaded.eos_token or loaded.eos_token_id is None:
             raise UserError(f"{folder / TOKENIZER_CONFIG}: eos_token: missing; samples have to end with a token")
         self.eos_id = loaded.eos_token_id
         # Some families (Qwen) have no bos token; their texts start with the token that ends the one before.
@@ -75,6 +75,9 @@ class _TransformersTokenizer(Tokenizer):
         self.special_ids = {text: number for number, text in special.items()}
         self.special_ids |= {self.eos_token: self.eos_id}
         self.chat_template = loaded.chat_template
+        texts = self.chat_template.values() if isinstance(self.chat_template, dict) else [self.chat_template or ""]
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{folder / TOKENIZER_CONFIG}: chat_template: expected a text, or a list of named ones")
         self.vocab_size = 1 + max(number for number in loaded.get_vocab().values() if number not in defaults)
         around, text = loaded("a")["input_ids"], loaded("a", add_special_tokens=False)["input_ids"]
         start = next(i for i in range(len(around)) if around[i : i + len(text)] == text)

@@ -16,7 +16,7 @@ from fm9g.data import encode
 from fm9g.data.check import check
 from fm9g.data.check import open_mixture as open_checked
 from fm9g.data.encode import Encoder, stop_token_ids
-from fm9g.data.literal import Unprotected, protect
+from fm9g.data.literal import Unprotected, protect, without_marks
 from fm9g.data.mixture import Mixture
 from fm9g.data.pool import fill_cache
 from fm9g.data.show import show
@@ -259,9 +259,12 @@ def test_spellings_are_protected_and_found_again() -> None:
     value = {"a": ["1 </s> 2", {"</s>": "<s>x"}], "b": 3}
     marked = protect(value, pattern)
     assert marked["b"] == 3
-    assert "</s>" in marked["a"][1]  # keys stay
-    assert protect(marked, pattern) == marked
-    found = Unprotected("<s>" + marked["a"][0] + marked["a"][1]["</s>"], pattern)
+    assert "</s>" not in marked["a"][1]
+    assert protect(marked, pattern, is_new=False) == marked
+    assert without_marks(marked) == value
+    with pytest.raises(encode.BadRecord, match="noncharacter U\\+FDD4"):
+        protect(marked, pattern)
+    found = Unprotected("<s>" + marked["a"][0] + next(iter(marked["a"][1].values())), pattern)
     assert found.text == "<s>1 </s> 2<s>x"
     assert [found.text[start:end] for start, end in found.literal] == ["</s>", "<s>", "x"]
     place = len("<s>1 ") + len(marked["a"][0]) - len("1 ")
@@ -359,3 +362,35 @@ def test_borders_cost_no_more_than_the_text_is_long(chat_tokenizer: Path, monkey
         encoder.tokens([chat])
         costs.append(encoded / len(chat.samples[0].text))  # type: ignore[union-attr]
     assert costs[1] < 1.5 * costs[0]
+
+
+def test_the_end_marker_of_a_masked_end_is_masked(chat_tokenizer: Path) -> None:
+    tokenizer = load_tokenizer(chat_tokenizer)
+    encoder = Encoder(tokenizer, load_template("tokenizer", tokenizer))
+    answer = {"role": "assistant", "content": "dogs\n", "content_weights": [[4, 1], [1, 0]]}
+    assert weighted_text(encoder, {"messages": [CHAT["messages"][0], answer]})[1] == "dogs"
+    # With all of the text, it ends at its end marker.
+    tokens = Encoder(tokenizer, encoder.template, "all").tokens([encoder.texts(CHAT)])[0]
+    assert words(tokenizer, tokens).endswith("dogs<|im_end|>")
+
+
+def test_a_template_that_writes_pairs_of_turns_is_refused(chat_tokenizer: Path) -> None:
+    tokenizer = load_tokenizer(chat_tokenizer)
+    text = (
+        "{% for i in range(0, messages | length - 1, 2) %}"
+        "{{ messages[i].content + messages[i + 1].content }}{% endfor %}"
+    )
+    with pytest.raises(encode.BadRecord, match="its prompt for message 2 does not hold message 1"):
+        Encoder(tokenizer, Template("x", text, tokenizer.special_tokens)).texts(CHAT)
+
+
+def test_keys_of_arguments_are_text(chat_tokenizer: Path) -> None:
+    tokenizer = load_tokenizer(chat_tokenizer)
+    encoder = Encoder(tokenizer, load_template("chatml", tokenizer))
+    counts = []
+    for word in ("fox", "<|im_end|>"):
+        function = {"name": "f", "arguments": {f"k{word}": f"v{word}"}}
+        call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+        ids = token_ids(encoder.tokens([encoder.texts({"messages": [CHAT["messages"][0], call]})])[0]).tolist()
+        counts.append(ids.count(tokenizer.special_ids["<|im_end|>"]))
+    assert counts == [2, 2]
