@@ -21,6 +21,7 @@ from fm9g.convert.families import FAMILIES, Family, family_of, pack
 from fm9g.convert.folder import DTYPES, main_dtype, open_folder
 from fm9g.convert.native_tokenizer import AUTO
 from fm9g.convert.stream import Output, partial_folder, pt_output, safetensors_output, write_outputs
+from fm9g.data.tokenizer import listed_ids
 from fm9g.errors import UserError
 from fm9g.files import new_file, new_folder
 from fm9g.model.transformer import weight_shapes
@@ -265,17 +266,13 @@ def _write_native(model: Source, reference: Path | None, folder: Path, dtype: st
         if (reference / "generation_config.json").is_file():
             generation = read_object(reference / "generation_config.json")
     # Generation ends where the template that the model was trained with ends a turn, too.
-    known = _as_list(generation.get("eos_token_id")) or _as_list(hf["eos_token_id"])
+    known = listed_ids(generation.get("eos_token_id")) or listed_ids(hf["eos_token_id"])
     if missing := [stop for stop in stop_ids(written.tokenizer) if stop not in known]:
         both = [*missing, *known]
         generation["eos_token_id"] = both if len(both) > 1 else both[0]
     _write_json(folder / "config.json", hf)
     _write_json(folder / "generation_config.json", generation)
     return str(hf["architectures"][0]), written.opener
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _write_reference(reference: Path, checkpoint: Path | None, folder: Path, dtype: str) -> str:

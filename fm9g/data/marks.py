@@ -22,14 +22,15 @@ MARKS = frozenset(
     "train trainable training train_on_turn loss loss_mask weight loss_weight loss_scale mask".split()  # noqa: SIM905
 )
 INVERSE = "mask"  # true where the others say false
-_LIKE_A_MARK = re.compile(r"(^|_)(train|trainable|training|loss|mask|weight)s?(_|$)")
+_LIKE_A_MARK = re.compile(r"(^|_)(train|trainable|trained|training|loss|mask|masked|weight)s?(_|$)")
+_WORD_BORDER = re.compile(r"(?<=[a-z])(?=[A-Z])|-")  # lossMask, loss-mask
 # Columns of these names hold text of their own in many datasets.
 _WORDS = ("weight", "loss", "mask")
 
 
 def refuse_unknown(key: str, where: str) -> None:
     """Raises BadRecord for a key that looks like a mark and is none: what it marks would be trained on in silence."""
-    if _LIKE_A_MARK.search(str(key)):
+    if _LIKE_A_MARK.search(_WORD_BORDER.sub("_", str(key)).lower()):
         raise BadRecord(
             f"{where}{key}: looks like a mark of what is trained on, in a spelling that is not known; remove it, or "
             "call it weight, with a number from 0"

@@ -341,6 +341,11 @@ def _byte_word(byte: int) -> str:
     return f"<0x{byte:02X}>"
 
 
+def listed_ids(value: int | list[int] | None) -> list[int]:
+    """The token ids that a configuration names for one purpose (eos_token_id): one, several, or none."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files of a tokenizer in a folder."""
     return [file for pattern in TOKENIZER_FILES for file in sorted(folder.glob(pattern)) if file.is_file()]

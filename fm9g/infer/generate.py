@@ -11,7 +11,7 @@ from fm9g.config.load import read_object
 from fm9g.convert.families import FAMILIES
 from fm9g.data.encode import stop_token_ids
 from fm9g.data.template import load_template
-from fm9g.data.tokenizer import TOKENIZER_CONFIG, load_tokenizer
+from fm9g.data.tokenizer import TOKENIZER_CONFIG, listed_ids, load_tokenizer
 from fm9g.errors import UserError
 
 
@@ -64,7 +64,9 @@ def generate(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.eval().to(device)
     torch.manual_seed(seed)
-    stops = list(dict.fromkeys([*_as_list(model.generation_config.eos_token_id), *_as_list(model.config.eos_token_id)]))
+    stops = list(
+        dict.fromkeys([*listed_ids(model.generation_config.eos_token_id), *listed_ids(model.config.eos_token_id)])
+    )
     if chat:
         ours = load_tokenizer(folder)
         template = load_template("tokenizer", ours)
@@ -76,7 +78,7 @@ def generate(
         {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     )
     inputs = torch.tensor([ids], device=device)
-    pads = [tokenizer.pad_token_id, *_as_list(model.generation_config.pad_token_id), *stops, 0]
+    pads = [tokenizer.pad_token_id, *listed_ids(model.generation_config.pad_token_id), *stops, 0]
     output = model.generate(
         inputs,
         attention_mask=torch.ones_like(inputs),
@@ -164,7 +166,3 @@ def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     if not ids:
         raise UserError("prompt: it is empty, and the tokenizer has no token that begins a text; give a word at least")
     return ids
-
-
-def _as_list(value: Any) -> list[int]:
-    return value if isinstance(value, list) else [] if value is None else [value]

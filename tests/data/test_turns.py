@@ -450,3 +450,8 @@ def test_numbers_that_a_filter_has_measured_are_no_weights() -> None:
     assert canonical({"input": "q", "output": "a", "loss": 2.5})[1] == {"input": "q", "output": "a"}
     assert canonical({"text": "a", "loss": False})[1] == {"input": "", "output": "a", "weight": 0}
     assert canonical({"text": "a", "loss_weight": 0.5})[1] == {"input": "", "output": "a", "weight": 0.5}
+
+
+@pytest.mark.parametrize("key", ["lossMask", "loss-mask", "LOSS_WEIGHT", "Weight", "trainOnTurn", "masked", "trained"])
+def test_a_mark_in_another_form_is_refused(key: str) -> None:
+    assert f".{key}: looks like a mark of what is trained on" in complaint({**ANSWER, key: 0})
