@@ -23,10 +23,18 @@ def start_workers(count: int, prepare: Callable[..., None] | None = None, *argum
 def stop_workers(pool: ProcessPoolExecutor) -> None:
     """Ends the processes of a pool at once: they hold nothing that could be lost, and may be in an endless loop."""
     processes = list((pool._processes or {}).values())  # Python 3.14 has a method for this
+    manager, results = pool._executor_manager_thread, pool._result_queue  # which shutdown forgets
     pool.shutdown(wait=False, cancel_futures=True)
     for process in processes:
         process.kill()
-    pool.shutdown(wait=True)
+    for process in processes:
+        process.join()
+    # A worker that is killed in the middle of a result leaves the manager, and so the exit of Python, waiting for the
+    # rest. Nobody else can write it: where the writing end is closed, the manager reads the end of file.
+    if results is not None:
+        results._writer.close()
+    if manager is not None:
+        manager.join()
 
 
 def _start(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
