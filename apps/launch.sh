@@ -3,13 +3,14 @@
 #     bash run_bmtrain.sh [NAME=value ...] [--key value ...]
 #
 # NAME is one of those at the end of the script. A value written there comes first, then an argument, then a variable of
-# the shell. --key value goes to `fm9g train`: `fm9g config keys` lists the keys, train_configs/ has their values.
+# the shell. --key value goes to `fm9g train`: `fm9g config keys` lists the keys. args["key"]="value" in the script is a
+# default: the file of train_configs/ wins over it, as in the guide, and --key value wins over both.
 # Everything happens in the folder of the script, which is called fm9g_SIZE: data/ is written there, and paths are
 # relative to it.
 
 NAMES="GPUS_PER_NODE NNODES RANK MASTER_ENDPOINT MASTER_PORT"
 LAUNCH=$(readlink -f -- "${BASH_SOURCE[0]}")
-declare -A args=() # keys of the run as the guide writes them; on the command line a key wins over these
+declare -A args=() # keys of the run as the guide writes them
 
 fail() {
     echo "$0: $1" >&2
@@ -44,18 +45,18 @@ blank_after_equals() {
 shopt -s extdebug
 trap blank_after_equals DEBUG
 
-# train CONFIG [--key value ...]: does not return.
+# train SUFFIX [--key value ...]: does not return. SUFFIX: of the name in train_configs/, after the size.
 train() {
-    local config=$1 key name
+    local config=${args[config]:-$size} key name
     trap - DEBUG
+    config=${config%"$1"}$1
     shift
-    [[ ${args[config]:-$size} == "$size" ]] || fail "args[config]: the size is the folder's; copy the folder, or use --config"
-    unset "args[config]"
+    # A number of processes that was read from args is a default, too.
+    [[ ${args[n_gpus]:-} && $GPUS_PER_NODE == "${args[n_gpus]}" ]] && GPUS_PER_NODE=
+    [[ ${args[load]:-} ]] && args[pretrained_model]=${args[load]} # the guide has both names
+    unset "args[config]" "args[load]"
     for key in "${!args[@]}"; do
-        case " $* " in
-        *" --$key "* | *" --$key="*) ;;
-        *) set -- "--$key" "${args[$key]}" "$@" ;;
-        esac
+        set -- "--default.$key" "${args[$key]}" "$@"
     done
     for name in $NAMES; do
         if [[ ${!name} ]]; then export "${name?}"; else unset "$name"; fi

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on a SLURM cluster, one task a GPU:
 #
-#     cd apps/fm9g_7b && sbatch --nodes=4 ../slurm.sh --config 7b [--key value ...]
+#     cd apps/fm9g_7b && sbatch --nodes=4 ../slurm.sh --config 7b --dataset_config data_test --tokenizer_path ./ckpt
 #
 # To set: the lines below, and how the environment of fm9g is activated. Ask for GPUs by node, not by task: each process
 # takes the GPU of its number among those of its node, so it must see them all.

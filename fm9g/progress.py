@@ -6,8 +6,6 @@ import sys
 import time
 from types import TracebackType
 
-from tqdm import tqdm
-
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -15,6 +13,8 @@ class Progress:
     """Counts units of work up to `total` (None: unknown); use as a context manager."""
 
     def __init__(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
+        from tqdm import tqdm  # here: command lines are read without it
+
         self._terminal = sys.stderr.isatty()
         self._title, self._unit, self.done, self.total = title, unit, done, total
         self._of = "" if total is None else f" of {total}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,12 @@ def copy(tmp_path: Path) -> Path:
     return Path(shutil.copytree(APPS, tmp_path / "my apps", symlinks=True, ignore=made))
 
 
+def pairs(made: dict) -> dict[str, str]:
+    """The keys that `fm9g train` was given, with their values."""
+    words = made["argv"][1:]
+    return dict(zip(words[::2], words[1::2]))
+
+
 def change(script: Path, old: str, new: str) -> None:
     text = script.read_text()
     assert text.count(old) == 1
@@ -68,18 +75,29 @@ def test_bash_can_read_every_script() -> None:
 
 
 def test_folders_of_sizes_hold_links() -> None:
-    for folder in (f"fm9g_{size}" for size in SIZES):
-        for name in ("run_bmtrain.sh", "run_bmtrain_lora.sh", "launch.sh"):
-            assert os.readlink(APPS / folder / name) == f"../{name}"
-            assert (APPS / folder / name).resolve() == (APPS / name).resolve()
+    for folder in (APPS / f"fm9g_{size}" for size in SIZES):
+        for name in ("run_bmtrain.sh", "run_bmtrain_lora.sh", "launch.sh", "data_preprocess.sh"):
+            assert os.readlink(folder / name) == f"../{name}"
+        for name in ("train_configs", "model_configs", "dataset_configs"):
+            assert os.readlink(folder / name) == f"../../{name}"
+        for name in {file.name for file in (ROOT / "tools").glob("*.py")} - {"checkout.py"}:
+            assert os.readlink(folder / name) == f"../../tools/{name}"
+        assert all(link.exists() for link in folder.iterdir() if link.is_symlink())
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_guides_commands_train_the_size_of_the_folder(size: str, bash: Callable[..., dict]) -> None:
     folder = APPS / f"fm9g_{size}"
     made = bash(folder, "run_bmtrain.sh")
-    assert made == {"argv": ["train", "--config", size], "cwd": str(folder), "env": {}}
-    assert bash(folder, "run_bmtrain_lora.sh")["argv"] == ["train", "--config", f"{size}_lora"]
+    assert (made["cwd"], made["env"]) == (str(folder), {})
+    shared = {
+        "--default.resume_ckpt": "",
+        "--default.tokenizer_path": "./ckpt",
+        "--default.dataset_config": "data_test",
+    }
+    assert pairs(made) == {"--config": size, "--default.pretrained_model": "", **shared}
+    model = {"--default.pretrained_model": f"./9g_models/{size}.pt"}
+    assert pairs(bash(folder, "run_bmtrain_lora.sh")) == {"--config": f"{size}_lora", **model, **shared}
 
 
 def test_variables_and_arguments_reach_fm9g_and_arguments_win(bash: Callable[..., dict]) -> None:
@@ -89,7 +107,7 @@ def test_variables_and_arguments_reach_fm9g_and_arguments_win(bash: Callable[...
     words = " ".join(f"{name}={value}" for name, value in variables.items())
     made = bash(folder, f"run_bmtrain.sh {words} --lr 1e-5 --save=False --model_unique 'a b'", RANK="7", NNODES="9")
     assert made["env"] == variables
-    assert made["argv"][3:] == ["--lr", "1e-5", "--save=False", "--model_unique", "a b"]
+    assert made["argv"][-5:] == ["--lr", "1e-5", "--save=False", "--model_unique", "a b"]
 
 
 def test_an_empty_variable_is_none(bash: Callable[..., dict]) -> None:
@@ -105,37 +123,61 @@ def test_an_edited_copy_is_obeyed(kind: str, bash: Callable[..., dict], copy: Pa
     change(script, "\nMASTER_ENDPOINT=${MASTER_ENDPOINT:-} ", "\nMASTER_ENDPOINT=g3006 ")
     made = bash(folder, f"{script.name} RANK=5 MASTER_PORT=12345", NNODES="8")
     assert made["env"] == {"NNODES": "2", "RANK": "1", "MASTER_ENDPOINT": "g3006", "MASTER_PORT": "12345"}
-    assert made["argv"] == ["train", "--config", f"4b{kind}"]
+    assert made["argv"][:3] == ["train", "--config", f"4b{kind}"]
     assert made["cwd"] == str(folder)
 
 
 def test_a_renamed_link_works(bash: Callable[..., dict], copy: Path) -> None:
     (copy / "fm9g_8b" / "run_bmtrain.sh").rename(copy / "fm9g_8b" / "run_bmtrain_node_0.sh")
-    assert bash(copy / "fm9g_8b", "run_bmtrain_node_0.sh")["argv"] == ["train", "--config", "8b"]
+    assert bash(copy / "fm9g_8b", "run_bmtrain_node_0.sh")["argv"][:3] == ["train", "--config", "8b"]
 
 
 def test_keys_written_as_in_the_guide(bash: Callable[..., dict], copy: Path) -> None:
     script = Path(shutil.copy(copy / "fm9g_7b" / "run_bmtrain.sh", copy / "fm9g_7b" / "mine.sh"))
     lines = 'args["pretrained_model"]="./9g models/7b.pt"\nargs["lr"]="1e-5"\nargs["n_gpus"]=2\nargs["config"]="7b"\n'
-    change(script, "# Keys of the run", f"{lines}# Keys of the run")
+    change(script, "\n# All sizes share", f"{lines}\n# All sizes share")
     change(script, "GPUS_PER_NODE=${GPUS_PER_NODE:-} ", 'GPUS_PER_NODE=${args["n_gpus"]} ')
     made = bash(copy / "fm9g_7b", "mine.sh --lr 2e-5")
-    words = made["argv"][3:]
-    pairs = dict(zip(words[::2], words[1::2]))
-    assert pairs == {"--pretrained_model": "./9g models/7b.pt", "--lr": "2e-5", "--n_gpus": "2"}
-    assert made["env"] == {"GPUS_PER_NODE": "2"}
+    given = {key: pairs(made)[key] for key in ("--config", "--default.pretrained_model", "--default.lr", "--lr")}
+    assert list(given.values()) == ["7b", "./9g models/7b.pt", "1e-5", "2e-5"]
+    # The number of processes is a default as well: train_configs/ wins over it.
+    assert (made["env"], pairs(made)["--default.n_gpus"]) == ({}, "2")
+    assert bash(copy / "fm9g_7b", "run_bmtrain.sh GPUS_PER_NODE=2")["env"] == {"GPUS_PER_NODE": "2"}
+
+
+def test_the_guide_also_calls_pretrained_model_load(bash: Callable[..., dict], copy: Path) -> None:
+    script = Path(shutil.copy(copy / "fm9g_7b" / "run_bmtrain.sh", copy / "fm9g_7b" / "mine.sh"))
+    change(script, "\n# All sizes share", '\nargs["load"]="7b.pt"\n# All sizes share')
+    made = pairs(bash(copy / "fm9g_7b", "mine.sh"))
+    assert made["--default.pretrained_model"] == "7b.pt"
+    assert "--default.load" not in made
+
+
+def test_another_configuration_may_be_named(bash: Callable[..., dict], copy: Path) -> None:
+    for kind in ("", "_lora"):
+        script = Path(shutil.copy(copy / "fm9g_2b" / f"run_bmtrain{kind}.sh", copy / "fm9g_2b" / f"mine{kind}.sh"))
+        for name in ("2.4b", f"2.4b{kind}"):
+            change(script, "\n# All sizes share", f'\nargs["config"]="{name}"\n# All sizes share')
+            assert bash(copy / "fm9g_2b", script.name)["argv"][:3] == ["train", "--config", f"2.4b{kind}"]
+            change(script, f'args["config"]="{name}"\n', "")
 
 
 def test_any_folder_may_be_the_current_one(bash: Callable[..., dict], copy: Path, tmp_path: Path) -> None:
     made = bash(tmp_path, f"'{copy}/fm9g_70b/run_bmtrain.sh' NNODES=2")
-    assert made == {
-        "argv": ["train", "--config", "70b"],
-        "cwd": str(copy / "fm9g_70b"),
-        "env": {"NNODES": "2"},
-    }
-    assert bash(copy / "fm9g_2b", "../run_bmtrain_lora.sh")["argv"] == ["train", "--config", "2b_lora"]
+    assert (made["argv"][2], made["cwd"], made["env"]) == ("70b", str(copy / "fm9g_70b"), {"NNODES": "2"})
+    assert bash(copy / "fm9g_2b", "../run_bmtrain_lora.sh")["argv"][:3] == ["train", "--config", "2b_lora"]
     (tmp_path / "fm9g_mine").symlink_to(copy / "fm9g_7b")  # the name that the user sees counts
-    assert bash(tmp_path, "fm9g_mine/run_bmtrain.sh")["argv"] == ["train", "--config", "mine"]
+    assert bash(tmp_path, "fm9g_mine/run_bmtrain.sh")["argv"][:3] == ["train", "--config", "mine"]
+
+
+def test_tools_find_fm9g_where_it_is_not_installed_and_name_a_package_that_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text\n")
+    command = [sys.executable, "-S", "convert_json2index.py", "--path", str(tmp_path / "a.txt")]  # -S: no packages
+    command += ["--language", "en", "--output", str(tmp_path / "a")]
+    environment = {"PATH": os.environ["PATH"]}
+    done = subprocess.run(command, cwd=APPS / "fm9g_7b", capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert re.fullmatch(r"fm9g: the package \w+ is missing from .*\n", done.stderr)
 
 
 def test_without_a_size_or_fm9g_the_script_says_so(tmp_path: Path) -> None:
@@ -153,21 +195,22 @@ def test_without_a_size_or_fm9g_the_script_says_so(tmp_path: Path) -> None:
     assert "fm9g is not on PATH" in done.stderr
     python.write_text('#!/bin/sh\nif [ "$1" = -m ]; then echo "$PYTHONPATH: $@"; fi\n')  # has torch
     done = subprocess.run([tmp_path / "bash", script], capture_output=True, text=True, env={"PATH": str(tmp_path)})
-    assert done.stdout == f"{ROOT}: -m fm9g train --config 7b\n"
+    assert done.stdout.startswith(f"{ROOT}: -m fm9g train --config 7b --default.")
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_settings_of_a_size_are_of_its_model(size: str) -> None:
-    run = load_run(size, {})
+    run = load_run(size, {"dataset_config": "data_test", "tokenizer_path": "./ckpt"})
     assert run.notes == []
     assert (run.train.value.config, run.train.value.model_unique) == (size, size)
     assert run.model.value == load_model_config(ROOT / "model_configs" / f"{size}.json").value
     assert [item.value.task_name for item in run.mixture] == ["medical_o1_reasoning", "ralpaca_zh"]
     for replicas in (run.train.value.n_gpus, 8):
         assert run.train.value.packs_a_step(replicas) == run.train.value.global_batch > 0
-    lora = read_object(ROOT / "train_configs" / f"{size}_lora.json")["finetune"]
-    assert (lora["config"], lora["model_unique"]) == (size, f"{size}_lora")
-    assert {"lora_layer", "lora_r", "lora_alpha", "lora_dropout"} <= lora.keys()
+    lora = load_run(f"{size}_lora", {"pretrained_model": "m.pt"}, complete=False)
+    assert (lora.train.value.model_unique, lora.model.value) == (f"{size}_lora", run.model.value)
+    sections = read_object(ROOT / "train_configs" / f"{size}_lora.json")
+    assert sections["finetune"].keys() == {"lora_layer", "lora_r", "lora_alpha", "lora_dropout"}
 
 
 def test_the_guides_lora_block_works_as_typed(bash: Callable[..., dict], copy: Path, shared: Path) -> None:
@@ -179,11 +222,9 @@ def test_the_guides_lora_block_works_as_typed(bash: Callable[..., dict], copy: P
     script = copy / "fm9g_7b" / "run_bmtrain_lora.sh"
     text = script.read_text()
     script.unlink()  # a link to what all sizes share
-    script.write_text(text.replace("# Keys of the run may", f"{typed}\n# Keys of the run may"))
-    made = bash(copy / "fm9g_7b", "run_bmtrain_lora.sh")
-    words = made["argv"][3:]
-    given = dict(zip(words[::2], words[1::2]))
-    layers = json.loads(given["--lora_layer"])
+    script.write_text(text.replace("\n# All sizes share", f"\n{typed}\n# All sizes share"))
+    given = pairs(bash(copy / "fm9g_7b", "run_bmtrain_lora.sh"))
+    layers = json.loads(given["--default.lora_layer"])
     assert layers == ["project_q", "project_k", "project_v", "w_0", "w_1", "w_out"]
-    expected = {"--lora_r": "16", "--lora_alpha": "32", "--lora_dropout": "0.0", "--resume_ckpt": ""}
-    assert {key: value for key, value in given.items() if key != "--lora_layer"} == expected
+    values = [given[f"--default.{key}"] for key in ("lora_r", "lora_alpha", "lora_dropout", "resume_ckpt")]
+    assert values == ["16", "32", "0.0", ""]

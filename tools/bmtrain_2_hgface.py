@@ -6,6 +6,8 @@ With --lora-ckpt-path, the .pt file is the base of an adapter, and the folder ge
 import argparse
 import sys
 
+import checkout  # noqa: F401
+
 from fm9g.cli import main
 
 parser = argparse.ArgumentParser(

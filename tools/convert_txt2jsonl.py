@@ -2,6 +2,8 @@
 
 import sys
 
+import checkout  # noqa: F401
+
 from fm9g.cli import main
 
 sys.exit(main(["data", "txt2jsonl", *sys.argv[1:]]))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fm9g.data.findings import Findings, has_tools
+from fm9g.data.language import is_in_language, prompt_of
 from fm9g.data.order import mix
 from fm9g.data.readers import NUL, Record
 from fm9g.data.records import parse_record, to_line
@@ -33,7 +34,8 @@ class Settings:
 
     language: zh, en or code. columns: names of the keys, where they are not known ones. as_is: objects are kept as
     they are, whatever their keys. skip_bad: bad records are reported and left out, else the first ends the reading.
-    split: the share of records that goes to a second dataset; seed: of that choice.
+    split: the share of records that goes to a second dataset; seed: of that choice. language_filter: zh or en, which
+    the prompts of the records must be in; empty: any.
     """
 
     language: str
@@ -42,6 +44,7 @@ class Settings:
     skip_bad: bool = False
     split: float = 0.0
     seed: int = 0
+    language_filter: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,11 +93,12 @@ class Lines:
 @dataclass
 class Part:
     """What became of a part of a source. read: its lines or records, blank ones included. outputs: one, or the two
-    sides of a split. shapes: records by shape."""
+    sides of a split. shapes: records by shape. filtered: records in another language."""
 
     outputs: list[Lines]
     read: int = 0
     blank: int = 0
+    filtered: int = 0
     shapes: Counter[str] = field(default_factory=Counter)
     findings: Findings = field(default_factory=Findings)
     bad: list[Bad] = field(default_factory=list)
@@ -187,7 +191,8 @@ def _convert(
     block: bytearray, size: int, place: int, is_first: bool, text: bool, settings: Settings, part: Part
 ) -> None:
     """The lines block[MARGIN : MARGIN + size], which are at `place` of their file."""
-    if not (text or settings.split or settings.as_is or settings.columns) and (found := plain_pairs(block, size)):
+    by_record = text or settings.split or settings.as_is or settings.columns or settings.language_filter
+    if not by_record and (found := plain_pairs(block, size)):
         ends, empty = found
         lines = np.frombuffer(block, np.uint8)[MARGIN : MARGIN + size]
         part.outputs[0].add((place, place + size), lines, ends, empty, settings.language)
@@ -249,6 +254,9 @@ class _Collected:
             shape, kept = ("as it is", record) if settings.as_is else canonical(record, settings.columns, left_out)
         except RecursionError:
             raise BadRecord(TOO_DEEP) from None
+        if settings.language_filter and not is_in_language(prompt_of(kept), settings.language_filter):
+            self._part.filtered += 1
+            return
         # JSON's lines hold no number that is not finite; and pairs are of strings.
         if (line is None and settings.as_is) or ("messages" in kept and (line is None or has_tools(kept))):
             check_storable(kept)

@@ -1,0 +1,1 @@
+../../tools/hgface_2_bmtrain.py

@@ -1,0 +1,1 @@
+../../tools/bmtrain_2_hgface.py

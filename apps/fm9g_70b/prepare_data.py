@@ -1,0 +1,1 @@
+../../tools/prepare_data.py

@@ -1,0 +1,1 @@
+../../tools/convert_json2index.py

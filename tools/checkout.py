@@ -1,0 +1,8 @@
+"""Has the scripts beside it find fm9g where it is not installed: in the checkout that they belong to."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("fm9g") is None:
+    sys.path.append(str(Path(__file__).resolve().parents[1]))

@@ -1,0 +1,68 @@
+"""Records of any keys to jsonl of input and output, for training and for testing. Edit the values below.
+
+As it stands this is the example of the 9G guide: the Chinese records of medical-o1-reasoning-SFT. `fm9g data index`
+does as much on the way to a dataset: --columns, --language-filter, --split.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import checkout  # noqa: F401
+from datasets import Dataset, load_dataset
+
+from fm9g.data.language import is_in_language
+from fm9g.errors import UserError
+from fm9g.files import new_file
+from fm9g.progress import Progress
+
+data_path = "../../data_test/raw_data/medical_o1_sft_Chinese.json"  # .json or .jsonl
+output_path = "../../data_test/converted_data/medical"  # gets train.jsonl and test.jsonl
+input_key, output_key = "Question", "Response"
+language = "zh"  # of the inputs that are kept: zh, en, or "" for all
+test_size, seed = 0.05, 3014
+
+
+def convert(sample: dict[str, Any]) -> dict[str, str] | None:
+    """The record that a sample becomes; None to leave it out. Raises UserError."""
+    for key in (input_key, output_key):
+        if not isinstance(sample.get(key), str):
+            raise UserError(f"{key}: found {sample.get(key)!r}, expected a text; a sample has {', '.join(sample)}")
+    if language and not is_in_language(sample[input_key], language):
+        return None
+    return {"input": sample[input_key], "output": sample[output_key]}
+
+
+def write(samples: Dataset, file: Path) -> None:
+    with (
+        new_file(file) as temporary,
+        temporary.open("w", encoding="utf-8") as out,
+        Progress(file.name, len(samples), "samples") as bar,
+    ):
+        kept = 0
+        for sample in samples:
+            bar.advance()
+            if record := convert(sample):
+                out.write(json.dumps(record, ensure_ascii=False) + "\n")
+                kept += 1
+    print(f"{file}: {kept} of {len(samples)} samples")
+
+
+def main() -> None:
+    if not Path(data_path).is_file():
+        raise UserError(f"data_path: {data_path}: no such file; set data_path in {sys.argv[0]}")
+    try:
+        samples = load_dataset("json", data_files=data_path, split="train")
+    except Exception as error:  # datasets has no class for what it cannot read
+        raise UserError(f"data_path: {data_path}: {error}") from None
+    parts = samples.train_test_split(test_size=test_size, seed=seed)
+    for name in ("train", "test"):
+        write(parts[name], Path(output_path) / f"{name}.jsonl")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"prepare_data.py: {error}")
