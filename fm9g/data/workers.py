@@ -32,9 +32,9 @@ def stop_workers(pool: ProcessPoolExecutor) -> None:
     # A worker that is killed in the middle of a result leaves the manager, and so the exit of Python, waiting for the
     # rest. Nobody else can write it: where the writing end is closed, the manager reads the end of file.
     if results is not None:
-        results._writer.close()
+        results._writer.close()  # type: ignore[attr-defined]
     if manager is not None:
-        manager.join()
+        manager.join()  # type: ignore[attr-defined]
 
 
 def _start(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
