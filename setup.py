@@ -17,8 +17,8 @@ setup(
     data_files=[(f"share/fm9g/{name}", [str(file) for file in Path(name).glob("*.*")]) for name in CONFIG_FOLDERS],
     entry_points={"console_scripts": ["fm9g = fm9g.cli:main"]},
     install_requires=[
-        "torch>=2.9",
-        "transformers>=4.51",
+        "torch>=2.11",
+        "transformers>=4.56",
         "tokenizers",
         "sentencepiece",
         "safetensors",
@@ -42,7 +42,6 @@ setup(
         "flash-attn": ["flash-attn"],
         "opendelta": ["opendelta==0.3.2"],
         "quantization": ["bitsandbytes"],
-        "serving": ["vllm"],
         "tiktoken": ["tiktoken"],  # to read *.tiktoken files
         "tracking": ["wandb", "swanlab"],
         "dev": [

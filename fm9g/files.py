@@ -6,11 +6,15 @@ import errno
 import fcntl
 import mmap
 import os
+import resource
 import shutil
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import ClassVar
 
 from fm9g.errors import UserError
 
@@ -143,6 +147,82 @@ class AppendedFile:
             os.close(self._file)
 
 
+class ReadFile:
+    """A file that is read at any place.
+
+    Of all such files of a process the last ones that were read stay open: as many as a quarter of the limit on open
+    files, and 256 at most. A mixture may have more datasets than a process may have open files.
+    """
+
+    _opened: ClassVar[OrderedDict[ReadFile, int]] = OrderedDict()  # the one that was read last is the last one
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._status = self._identity(path.stat())
+
+    def read(self, count: int, place: int) -> bytes:
+        """Up to so many bytes from a place on. Raises UserError where another file has taken the place of this one."""
+        with self._lock:
+            return os.pread(self._descriptor(), count, place)
+
+    def _descriptor(self) -> int:
+        if self in self._opened:
+            self._opened.move_to_end(self)
+            return self._opened[self]
+        most = min(256, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+        while len(self._opened) >= most:
+            self._close_oldest()
+        while True:
+            try:
+                descriptor = os.open(self._path, os.O_RDONLY)
+                break
+            except OSError as error:
+                if not is_too_many_open(error) or not self._opened:
+                    raise
+                self._close_oldest()
+        self._opened[self] = descriptor
+        if self._identity(os.fstat(descriptor)) != self._status:
+            raise UserError(f"{self._path}: was changed or replaced while it was read; start again")
+        return descriptor
+
+    @staticmethod
+    def _identity(status: os.stat_result) -> tuple[int, ...]:
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+    @classmethod
+    def _close_oldest(cls) -> None:
+        os.close(cls._opened.popitem(last=False)[1])
+
+    def close(self) -> None:
+        with self._lock:
+            if self in self._opened:
+                os.close(self._opened.pop(self))
+
+
+def is_too_many_open(error: BaseException) -> bool:
+    """Whether an error says that a process has as many files open as it may."""
+    known = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+    return known or "Too many open files" in str(error)  # as h5py says it
+
+
+def too_many_open(target: Path | str) -> UserError:
+    """For the user who wanted `target`."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return UserError(
+        f"{target}: cannot be opened: a process may have {most} files open here, and no more. Raise that in the shell "
+        "that starts it: `ulimit -n 65536`; if it refuses, an administrator raises it in /etc/security/limits.conf"
+    )
+
+
+def allow_many_open() -> None:
+    """Raises this process's limit on open files to what the system allows it; its children inherit that."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):  # an infinite limit that the system does not grant
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _open_direct(path: Path) -> int:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
@@ -236,7 +316,8 @@ def _runs(pid: int, leftover: Path) -> bool:
     except PermissionError:
         pass
     with suppress(OSError, ValueError, IndexError):  # where there is no /proc, a process of that number is the one
-        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        ticks = int(status.rpartition(")")[2].split()[19])
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
         return time.time() - age < leftover.stat().st_mtime + _SKEW
     return True
@@ -293,4 +374,6 @@ def as_user_error(error: OSError, target: Path) -> UserError:
     """What an error of the system means for the user who wanted `target`."""
     if error.errno == errno.ENOSPC:
         return UserError(f"{target}: the disk is full; nothing was changed. Free some space and try again")
+    if is_too_many_open(error):
+        return too_many_open(target)
     return UserError(f"{target}: cannot be written: {error.strerror or error}")

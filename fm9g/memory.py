@@ -1,8 +1,12 @@
-"""How this process gets its memory from the system."""
+"""How this process gets its memory from the system, and what it says where there is not enough."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Iterator
+
+from fm9g.errors import UserError
 
 
 def keep_freed_memory() -> None:
@@ -16,3 +20,42 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
+
+
+# What the errors of torch, its libraries and the loader of libraries say. CPUs have no class of their own for it.
+_SIGNS = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "alloc_failed",
+    "failed to map segment",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory, of this machine or of a GPU, did not suffice."""
+    if isinstance(error, UserError):
+        return False
+    text = str(error).lower()
+    kinds = (RuntimeError, OSError, ImportError)  # torch.OutOfMemoryError is a RuntimeError
+    return isinstance(error, MemoryError) or (isinstance(error, kinds) and any(sign in text for sign in _SIGNS))
+
+
+@contextlib.contextmanager
+def memory_as_user_error(advice: str) -> Iterator[None]:
+    """Turns errors of a memory that does not suffice into one UserError. advice: what to do about it."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        said = " ".join(str(error).split("\n")[0].split())[:200]
+        raise UserError(f"out of memory{f' ({said})' if said else ''}: {advice}") from error
+
+
+TRAINING_ADVICE = (
+    "lower batch_size or max_length (grad_accum or global_batch keeps the tokens of a step), or set "
+    "activation_checkpoint full; `fm9g plan` tells what fits"
+)

@@ -136,3 +136,44 @@ def test_every_way_to_end_a_line_is_known(tmp_path: Path) -> None:
 def test_an_option_given_twice_is_refused(capsys: pytest.CaptureFixture) -> None:
     assert main(["train", "--config", "tiny", "--lr", "1", "--lr", "2"]) == 2
     assert "--lr is given twice" in capsys.readouterr().err
+
+
+def test_names_in_chinese_work_whatever_the_locale(tmp_path: Path, tokenizer_path: Path) -> None:
+    folder = tmp_path / "数据"
+    folder.mkdir()
+    (folder / "词表").symlink_to(tokenizer_path)
+    write_jsonl(folder / "原文.jsonl", [{"input": "问", "output": "答"}])
+    (folder / "混合.json").write_text('[{"task_name": "任务", "path": "索引"}]', encoding="utf-8")
+    plain = "PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 LC_ALL=C PYTHONIOENCODING="
+    for command, expected in (
+        ("fm9g data index --path 数据/原文.jsonl --language zh --output 数据/索引", "数据/索引: 1 records"),
+        (f"python {ROOT}/tools/convert_json2index.py --path 数据/原文.jsonl --language zh --output s", "s: 1 records"),
+        ("fm9g config show --config tiny --dataset_config 数据/混合.json", "[data.任务]"),
+        ("fm9g data show 数据/混合.json --tokenizer 数据/词表 --template none", "── 任务, line 1"),
+        ("fm9g ckpt ls 数据/没有; echo", ""),
+    ):
+        done = shell(f"env {plain} {command}", tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout
+    assert "数据/没有: no such file or folder" in done.stderr
+
+
+def test_a_memory_that_does_not_suffice_is_one_message_for_every_verb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory\nframe #0")
+
+    for target in ("fm9g.convert.hf.export_folder", "fm9g.infer.generate.generate", "fm9g.data.build.build_index"):
+        monkeypatch.setattr(target, fail)
+    source = write_jsonl(tmp_path / "s.jsonl", [{"input": "", "output": "a"}])
+    for words, advice in (
+        (["convert", str(tmp_path / "m.bin"), str(tmp_path / "hf")], "end other programs"),
+        (["generate", str(tmp_path), "--prompt", "a"], "lower max_new_tokens"),
+        (["data", "index", "--path", str(source), "--language", "en", "--output", str(tmp_path / "o")], "--workers"),
+    ):
+        assert main(words) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("fm9g: out of memory ([enforce fail")
+        assert advice in message
+        assert len(message.splitlines()) == 1

@@ -1,4 +1,7 @@
-"""docs/finetuning.md, end to end: its commands with tiny models of the same shapes, few steps and short rows."""
+"""docs/finetuning.md, end to end: its commands with tiny models of the same shapes, few steps and short rows.
+
+docs/guide.md: what it says of keys and versions.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import torch
 from support import ROOT, WORDS, records
 
 from fm9g.cli import main
+from fm9g.config.train import RETIRED, TrainConfig
 from fm9g.data.tokenizer import train_tokenizer
 
 TEMPLATE = (
@@ -106,7 +110,7 @@ def test_the_commands_of_the_page_on_finetuning_work(
     for name in ("qwen-chats", "llama-chats", "merged.pt", "merged.json", "both", "both-peft", "back"):
         assert (tmp_path / name).exists(), name
     assert "Qwen2ForCausalLM" in said
-    assert said.count("trained: ") == 2
+    assert said.count("trained: ") == 3
 
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -117,3 +121,42 @@ def test_the_commands_of_the_page_on_finetuning_work(
         before = base(ids).logits.clone()
         after = PeftModel.from_pretrained(base, tmp_path / "llama-chats")(ids).logits
     assert 0 < (before - after).abs().max() < 1
+
+
+def parameters(page: str) -> dict[str, list[str]]:
+    """The rows of the page's table of parameters: key -> the guide's value, the default, the remark."""
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.MULTILINE)
+    return {key: cells.split(" | ") for key, cells in rows}
+
+
+@pytest.mark.parametrize(("page", "none", "empty"), [("guide.md", "none", "empty"), ("guide.zh.md", "无", "空")])
+def test_the_pages_on_the_guide_give_the_defaults_of_keys(page: str, none: str, empty: str) -> None:
+    for key, (_, default, remark) in parameters(page).items():
+        if key in RETIRED:
+            assert (default, remark[:3]) in ((none, "no "), (none, "不起作")), key
+        elif key not in ("config", "model_unique"):  # where the default is not a value
+            value, text = getattr(TrainConfig(), key), default.strip("`")
+            found = type(value)() if text == empty else text if isinstance(value, str) else json.loads(text)
+            assert found == value, key
+
+
+def test_the_pages_on_the_guide_list_each_of_its_parameters(shared: Path) -> None:
+    guide = next((shared / "spec").glob("002*")).read_text(encoding="utf-8")
+    typed: dict[str, list[str]] = {}
+    for key, value in re.findall(r'^args\["(\w+)"\] *= *("[^"]*"|[\d.]+)', guide, re.MULTILINE):
+        typed.setdefault(key, []).append(value)
+    for page in ("guide.md", "guide.zh.md"):
+        rows = parameters(page)
+        assert rows.keys() == typed.keys()
+        for key, (value, _, _) in rows.items():
+            assert value.startswith(f"`{typed[key][0]}`") or key == "lora_layer", key
+
+
+def test_the_pages_on_the_guide_name_the_versions_that_are_asked_for() -> None:
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    for page in ("guide.md", "guide.zh.md"):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        for name in ("torch", "transformers"):
+            found = re.search(rf"^\| {name} [\d.]+ \| \*\*([\d.]+)", text, re.MULTILINE)
+            assert found
+            assert f'"{name}>={found[1]}"' in setup

@@ -26,17 +26,15 @@ from fm9g.model.transformer import FM9G
 from fm9g.report.files import read_metrics
 
 Run = Callable[..., subprocess.CompletedProcess]
-SCRIPT = """# script_cpmc.py
-def transform(data, num_sample: int, r):
-    return {"input": data.get("input", ""), "output": data.get("output", "")}
-"""
 
 
 @pytest.fixture
 def folder(tmp_path: Path, shared: Path) -> Path:
     """/FM9G4770B/apps/fm9g_7b with a tiny "7b": what a user has who followed the chapters before."""
     top = tmp_path / "FM9G4770B"
-    shutil.copytree(ROOT / "apps", top / "apps", symlinks=True)
+    made = shutil.ignore_patterns("data", "ckpt", "9g_models")
+    for name in ("apps", "tools", "train_configs", "model_configs", "dataset_configs"):
+        shutil.copytree(ROOT / name, top / name, symlinks=True, ignore=made)
     apps = top / "apps" / "fm9g_7b"
     config = small_model(vocab_size=2500, qkv_bias=True, max_length=512)
     model = FM9G(config)
@@ -61,8 +59,6 @@ def folder(tmp_path: Path, shared: Path) -> Path:
         for record in records:
             line = {"input": record["instruction"] + record["input"], "output": record["output"]}
             out.write(json.dumps(line, ensure_ascii=False) + "\n")
-    (apps / "dataset_configs").mkdir()
-    (apps / "dataset_configs" / "script_cpmc.py").write_text(SCRIPT)
     entry = {
         "dataset_name": "ralpaca_zh",
         "task_name": "ralpaca_zh",
@@ -99,33 +95,62 @@ def bash(folder: Path) -> Run:
 
 def prepare(folder: Path, bash: Run) -> None:
     """The chapters on data and on converting the model, which come first."""
-    tools = ROOT / "tools"
-    bash(
-        f"python {tools}/convert_json2index.py --path ../../data_test/converted_data/alpaca/alpaca_zh.jsonl"
-        " --language zh --output ../../data_test/indexed_data/data_ralpaca_zh"
-    )
-    bash(f"python {tools}/hgface_2_bmtrain.py")
-    (folder / "model_configs").mkdir()
+    bash("bash data_preprocess.sh")
+    bash("python hgface_2_bmtrain.py")
     shutil.copy(folder / "9g_models" / "7b.json", folder / "model_configs" / "7b.json")
+
+
+def test_the_chapter_on_data_as_typed(folder: Path, bash: Run, shared: Path) -> None:
+    """Text to jsonl, and the medical example: the guide's own script and ours write the same records."""
+    (folder / "pretrain.txt").write_text("中国的首都是北京。\n\n  two \n", encoding="utf-8")
+    bash("cat pretrain.txt | python convert_txt2jsonl.py > pretrain.jsonl")
+    lines = (folder / "pretrain.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"input": "", "output": "中国的首都是北京。"},
+        {"input": "", "output": "two"},
+    ]
+    questions = ["根据以下症状判断中医证型", "What is it?", "甲 is b", "甲乙丙丁 ab"]
+    samples = [
+        {"Question": f"{text} {i}", "Complex_CoT": "…", "Response": f"答{i}"} for i, text in enumerate(questions * 15)
+    ]
+    raw = folder / "../../data_test/raw_data/medical_o1_sft_Chinese.json"
+    raw.parent.mkdir()
+    raw.write_text(json.dumps(samples, ensure_ascii=False), encoding="utf-8")
+    said = bash("python prepare_data.py").stdout
+    guide = next((shared / "spec").glob("002*")).read_text(encoding="utf-8")
+    chapter = guide[guide.index("./prepare_data.py") :]
+    typed = chapter[chapter.index("```python\n") + 10 : chapter.index("\n```\n")]
+    (folder / "guides.py").write_text(
+        typed.replace("/FM9G4770B/data_test/converted_data/medical", "theirs").replace(
+            "/FM9G4770B", str(folder.parents[1])
+        )
+    )
+    bash("python guides.py")
+    for name in ("train", "test"):
+        ours, theirs = (
+            [json.loads(line) for line in (folder / place / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+            for place in ("../../data_test/converted_data/medical", "theirs")
+        )
+        assert ours == theirs
+        assert f"{name}.jsonl: {len(ours)} of " in said
 
 
 @pytest.mark.slow  # five commands, two of which start two processes each
 def test_full_finetuning_and_its_resume(folder: Path, bash: Run, shared: Path) -> None:
     guide = next((shared / "spec").glob("002*")).read_text(encoding="utf-8")
     prepare(folder, bash)
-    # The table of parameters as the guide types it, but for the sizes of this test: shorter rows, fewer steps.
+    # What a user sets in train_configs/ wins over the table of parameters, which stays as the guide types it.
+    settings = {"n_gpus": 2, "batch_size": 1, "max_length": 256, "train_iters": 8, "save_iters": 5}
+    (folder / "train_configs" / "7b.json").write_text(json.dumps({"pretrain": settings}))
     table = guide[guide.index("## 参数详细介绍") :]
     typed = table[table.index("``` python\n") + 11 : table.index("\n```\n")]
-    for key, value in (("max_length", "256"), ("train_iters", "8"), ("save_iters", "5")):
-        typed, count = re.subn(rf'(args\["{key}"\]=)"\d+"', rf'\1"{value}"', typed)
-        assert count == 1
     script = folder / "run_bmtrain.sh"
     text = script.read_text()
     script.unlink()  # a link to what all sizes share
 
     def write(*chapter: str) -> None:
         lines = "\n".join([typed, *chapter])
-        new = text.replace("# Keys of the run may", f"{lines}\n# Keys of the run may").replace(
+        new = text.replace("\n# All sizes share", f"\n{lines}\n# All sizes share").replace(
             "GPUS_PER_NODE=${GPUS_PER_NODE:-} ", 'GPUS_PER_NODE=${args["n_gpus"]} '
         )
         assert new.count(typed) == 1
@@ -140,12 +165,15 @@ def test_full_finetuning_and_its_resume(folder: Path, bash: Run, shared: Path) -
     done = bash("bash run_bmtrain.sh")
     assert "2 processes" in done.stdout
     assert "dataloader changes nothing: indexed datasets are the only kind" in done.stdout
+    assert "train_configs/7b.json wins over the launch script" in done.stdout
+    assert "train_iters is 8, not '10000'" in done.stdout
     checkpoints = folder / "data" / "checkpoints" / "7b"
     assert steps_in(checkpoints) == [5, 8]
     whole = Checkpoint(checkpoints / "8")
     expected = {name: tensor.clone() for name, tensor in whole.weights().items()}
     lines = read_metrics(folder / "data" / "logs" / "7b" / "metrics.jsonl")
-    assert lines[-1]["Loss/train/ralpaca_zh"] < lines[0]["Loss/train/ralpaca_zh"]
+    losses = [line["Loss/train/ralpaca_zh"] for line in lines]
+    assert sum(losses[4:]) < sum(losses[:4])  # one step's loss is that of its records more than of the model
     start = read_weights(folder / "9g_models" / "7b.pt")
     assert start.keys() == expected.keys()
 
@@ -157,7 +185,7 @@ def test_full_finetuning_and_its_resume(folder: Path, bash: Run, shared: Path) -
 
     # The chapter after it: to a Hugging Face folder.
     bash(
-        f"python {ROOT}/tools/bmtrain_2_hgface.py --huggingface-ref-dir ./ckpt --bmtrain-ckpt-path"
+        "python bmtrain_2_hgface.py --huggingface-ref-dir ./ckpt --bmtrain-ckpt-path"
         " data/checkpoints/7b/8/fm9g_live_checkpoint-8.pt --huggingface-save-dir 9g_models/hf-8"
     )
     assert json.loads((folder / "9g_models" / "hf-8" / "config.json").read_text())["model_type"] == "qwen2"
@@ -182,7 +210,7 @@ def test_the_guides_own_script_and_ours_convert_to_the_same_file(folder: Path, b
     guide = next((shared / "spec").glob("002*")).read_text(encoding="utf-8")
     chapter = guide[guide.index("## 模型转换") :]
     (folder / "guides.py").write_text(chapter[chapter.index("``` python\n") + 11 : chapter.index("\n```\n")])
-    bash(f"python {ROOT}/tools/hgface_2_bmtrain.py")
+    bash("python hgface_2_bmtrain.py")
     (folder / "9g_models" / "7b.pt").rename(folder / "ours.pt")
     bash("python guides.py")
     ours, theirs = read_weights(folder / "ours.pt"), read_weights(folder / "9g_models" / "7b.pt")
@@ -200,9 +228,8 @@ def test_lora_finetuning_its_resume_and_its_merge(
     prepare(folder, bash)
     shutil.copy(folder / "tokenizer" / "tokenizer.model", folder / "ckpt")
     # 1. its file of train_configs/, in which a user changes the sizes to those of this test
-    (folder / "train_configs").mkdir()
     settings = json.loads((ROOT / "train_configs" / "7b_lora.json").read_text())
-    settings["finetune"] |= {
+    settings["pretrain"] |= {
         "n_gpus": processes,
         "engine": engine,
         "global_batch": 2,
@@ -221,7 +248,7 @@ def test_lora_finetuning_its_resume_and_its_merge(
     script.unlink()  # a link to what all sizes share
 
     def write(block: str) -> None:
-        script.write_text(text.replace("# Keys of the run may", f"{block}\n# Keys of the run may"))
+        script.write_text(text.replace("\n# All sizes share", f"\n{block}\n# All sizes share"))
 
     variables = {}
     if engine == "bmtrain":
@@ -236,7 +263,8 @@ def test_lora_finetuning_its_resume_and_its_merge(
     assert steps_in(checkpoints) == [5, 10]
     expected = (checkpoints / "10" / "fm9g_live_checkpoint-10.pt").read_bytes()
     lines = read_metrics(folder / "data" / "logs" / "7b_lora" / "metrics.jsonl")
-    assert lines[-1]["Loss/train"] < lines[0]["Loss/train"]
+    losses = [line["Loss/train"] for line in lines]
+    assert sum(losses[5:]) < sum(losses[:5])
 
     # What the guide cannot: its resumption is that of full finetuning.
     shutil.rmtree(checkpoints / "10")
@@ -250,7 +278,6 @@ def test_lora_finetuning_its_resume_and_its_merge(
     for old, new in (
         ("/FM9G4770B/apps/fm9g_7b/data/checkpoints/7b_lora/5/", "/FM9G4770B/apps/fm9g_7b/data/checkpoints/7b_lora/10/"),
         ("/FM9G4770B", str(tmp_path / "FM9G4770B")),
-        ("python bmtrain_2_hgface.py", f"python {ROOT}/tools/bmtrain_2_hgface.py"),
     ):
         assert old in block
         block = block.replace(old, new)

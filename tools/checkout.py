@@ -1,4 +1,4 @@
-"""Has the scripts beside it find fm9g where it is not installed: in the checkout that they belong to."""
+"""Has the scripts beside it find fm9g where it is not installed: in the checkout that they belong to. Text is UTF-8."""
 
 import importlib.util
 import sys
@@ -6,3 +6,7 @@ from pathlib import Path
 
 if importlib.util.find_spec("fm9g") is None:
     sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from fm9g.utf8 import use_utf8
+
+use_utf8()

@@ -1,24 +1,40 @@
-"""Checkpoints by what a user types: a path, or a name below data/checkpoints; whole or not."""
+"""Checkpoints by what a user types: a path, or a name below data/checkpoints, RUN/best or RUN/last; whole or not."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from fm9g.checkpoint.folder import MANIFEST, file_name
+from fm9g.checkpoint.folder import BEST, LAST, MANIFEST, file_name, named_step
 from fm9g.config.fields import nearest
 from fm9g.errors import UserError
+from fm9g.kinds import CHECKPOINT, RUN, RUNS, check_kind
 
 BASE = Path("data") / "checkpoints"  # where a run's name is looked for
 _TENSORS = {"weights": "weights", "optimizer": "optimizer", "ema": "means"}  # as shown, and as Snapshot calls them
 _LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.(tmp|old)")  # as fm9g.files names them
 
 
+def named(path: Path) -> Path:
+    """What a path means where a checkpoint may be given: itself where it is there, else what data/checkpoints has of
+    that name, else the checkpoint that RUN/best or RUN/last stands for. A path to nothing stays as it is.
+
+    Raises UserError where a run has no best or no last checkpoint.
+    """
+    for there in (path, BASE / path):
+        if there.exists():
+            return there
+    if path.name not in (BEST, LAST):
+        return path
+    root = find(path.parent)
+    return root / str(named_step(root, path.name))
+
+
 def find(path: Path) -> Path:
     """What a path, or a path below data/checkpoints, names. Raises UserError that lists what is there instead."""
-    for there in (path, BASE / path):
-        if there.exists():  # a checkpoint is known by the name of its folder: `.` and links say less
-            return there if there.name == there.resolve().name else there.resolve()
+    there = named(path)
+    if there.exists():  # a checkpoint is known by the name of its folder: `.` and links say less
+        return there if there.name == there.resolve().name else there.resolve()
     for missing in (path, BASE / path):
         while not missing.parent.exists():
             missing = missing.parent
@@ -52,6 +68,7 @@ def checkpoints_at(path: Path) -> list[Path]:
         raise UserError(f"{folder}: a file; only checkpoint folders have checksums. See fm9g ckpt show --weights")
     if steps := [folder] if is_checkpoint(folder) else checkpoints_in(folder):
         return steps
+    check_kind(folder, CHECKPOINT, RUN, RUNS)
     runs = ", ".join(run.name for run in _runs_in(folder))
     more = f"; it holds the runs {runs}: give one of them" if runs else f": neither {MANIFEST} nor folders with one"
     raise UserError(f"{folder}: not a checkpoint{more}")

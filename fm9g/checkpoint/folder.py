@@ -7,22 +7,24 @@ Checkpoints are opened by their step or found by a path or a run's name.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
-from fm9g.checkpoint.weights import read_weights, write_weights
 from fm9g.config.load import read_json, read_object
 from fm9g.errors import UserError
 from fm9g.files import as_user_error, new_folder, remove_folder
 
+if TYPE_CHECKING:  # steps and manifests are read without torch
+    import torch
+
 MANIFEST, POSITION, MODEL_CONFIG, TOKENIZER = "manifest.json", "data_position.json", "config.json", "tokenizer"
 RUN_CONFIG = "run_config.json"
+BEST, LAST = "best", "last"  # the checkpoints of a run that can be named so
 _SUFFIXES = {"weights": ".pt", "optimizer": ".rank-0.opt", "means": ".ema.pt", "counts": ".log_ckpt"}
 
 Advance = Callable[[int], None]  # told of so many bytes more that are done
@@ -68,6 +70,8 @@ class Snapshot:
 
 def save_checkpoint(root: Path, snapshot: Snapshot) -> Path:
     """Writes root/<step>, in place of one that is there. Raises UserError for a full disk, which changes nothing."""
+    from fm9g.checkpoint.weights import write_weights
+
     step = snapshot.step
     target = root / str(step)
     with new_folder(target, overwrite=True) as folder:
@@ -94,8 +98,9 @@ def save_checkpoint(root: Path, snapshot: Snapshot) -> Path:
 class Checkpoint:
     """An existing checkpoint; opening it compares every file's size and checksum with the manifest."""
 
-    def __init__(self, folder: Path, checksums: bool = True) -> None:
-        """checksums: False compares the sizes alone, without reading the files.
+    def __init__(self, folder: Path, checksums: bool = True, needs_optimizer: bool = True) -> None:
+        """checksums: False compares the sizes alone, without reading the files. needs_optimizer: False does without the
+        file of the optimizer's state, which users delete to save space.
 
         Raises UserError where the folder is no checkpoint, or a file is missing, cut short or changed.
         """
@@ -103,8 +108,12 @@ class Checkpoint:
         self.step, files = read_manifest(folder)
         if folder.name != str(self.step):
             raise UserError(f"{folder}: holds step {self.step}; give the folder its name back")
+        optimizer = file_name(self.step, "optimizer")
+        if not needs_optimizer:
+            files.pop(optimizer, None)
         for name, damage in damaged_files(folder, files, checksums):
-            raise UserError(f"{folder / name}: {damage}; the checkpoint is damaged. Take another one")
+            more = ", or go on without it (--resume_no_optimze true)" if name == optimizer else ""
+            raise UserError(f"{folder / name}: {damage}; the checkpoint is damaged. Take another one{more}")
 
     @property
     def weight_file(self) -> Path:
@@ -116,7 +125,7 @@ class Checkpoint:
         return self.folder / TOKENIZER
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return read_weights(self.weight_file)
+        return _read(self.weight_file)
 
     def optimizer(self) -> dict[str, torch.Tensor]:
         """The optimizer's state, as engines take it. Raises UserError where the checkpoint has the model alone."""
@@ -126,12 +135,12 @@ class Checkpoint:
                 f"{self.folder}: holds no state of the optimizer (it was saved with save_model_only); "
                 "--resume_no_optimze true goes on without it"
             )
-        return read_weights(file)
+        return _read(file)
 
     def mean_weights(self) -> dict[str, torch.Tensor]:
         """The running means of weights; empty where there are none."""
         file = self.folder / file_name(self.step, "means")
-        return read_weights(file) if file.is_file() else {}
+        return _read(file) if file.is_file() else {}
 
     def run_config(self) -> dict[str, Any]:
         """The configuration it was made with, as RunConfig.to_json gives it; empty where it was not kept."""
@@ -143,6 +152,12 @@ class Checkpoint:
 
     def counts(self) -> dict[str, Any]:
         return read_object(self.folder / file_name(self.step, "counts"))
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    from fm9g.checkpoint.weights import read_weights
+
+    return read_weights(file)
 
 
 def read_manifest(folder: Path) -> tuple[int, dict[str, tuple[int, str]]]:
@@ -193,6 +208,43 @@ def steps_in(root: Path) -> list[int]:
     )
 
 
+def last_step(root: Path) -> int | None:
+    """The newest step whose files all have their sizes; None where there is none."""
+    return next((step for step in reversed(steps_in(root)) if _counts(root / str(step)) is not None), None)
+
+
+def best_step(root: Path) -> int | None:
+    """The step of the checkpoint with the lowest validation loss; None where none was evaluated."""
+    losses = {step: (_counts(root / str(step)) or {}).get("val_loss") for step in steps_in(root)}
+    known = {step: loss for step, loss in losses.items() if isinstance(loss, (int, float)) and math.isfinite(loss)}
+    return min(known, key=lambda step: known[step]) if known else None
+
+
+def _counts(folder: Path) -> dict[str, Any] | None:
+    """What is known of a checkpoint; None where it is damaged, or deleted in this moment."""
+    try:
+        return Checkpoint(folder, checksums=False).counts()
+    except UserError:
+        return None
+
+
+def named_step(root: Path, name: str) -> int:
+    """The step of the checkpoint that `best` or `last` names. Raises UserError where there is none."""
+    steps = steps_in(root)
+    if not steps:
+        raise UserError(f"{root}: holds no checkpoint, so none is the {name} one")
+    found = best_step(root) if name == BEST else last_step(root)
+    if found is not None:
+        return found
+    listed = f"its steps: {', '.join(map(str, steps))}"
+    if name == LAST:
+        raise UserError(f"{root}: no checkpoint is whole (`fm9g ckpt ls` says why); {listed}")
+    raise UserError(
+        f"{root}: no checkpoint holds a validation loss, so none is the best; {listed}. A run has one with "
+        "val_dataset, where eval_iters and save_iters meet"
+    )
+
+
 def _is_step(name: str) -> bool:
     return name.isascii() and name.isdecimal() and name == str(int(name))
 
@@ -214,9 +266,10 @@ def set_aside(root: Path, steps: list[int]) -> None:
             raise as_user_error(error, aside) from error
 
 
-def open_newest(root: Path, since: float = 0.0) -> tuple[Checkpoint | None, list[str]]:
+def open_newest(root: Path, since: float = 0.0, needs_optimizer: bool = True) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that is whole, and a line for each newer one that is not. since: seconds since the epoch;
-    older ones do not count. Raises UserError where there are checkpoints and none is whole."""
+    older ones do not count. needs_optimizer: see Checkpoint. Raises UserError where there are checkpoints and none is
+    whole."""
     notes: list[str] = []
     if root.is_dir():
         odd = [folder for folder in sorted(root.iterdir()) if folder.name.isdecimal() and folder.is_dir()]
@@ -227,7 +280,7 @@ def open_newest(root: Path, since: float = 0.0) -> tuple[Checkpoint | None, list
         if (root / str(step)).stat().st_mtime < since:
             continue
         try:
-            return Checkpoint(root / str(step)), notes
+            return Checkpoint(root / str(step), needs_optimizer=needs_optimizer), notes
         except UserError as error:
             notes.append(str(error))
     if steps_in(root) and notes and not since:
@@ -235,9 +288,9 @@ def open_newest(root: Path, since: float = 0.0) -> tuple[Checkpoint | None, list
     return None, []
 
 
-def open_step(root: Path, step: int) -> Checkpoint:
+def open_step(root: Path, step: int, needs_optimizer: bool = True) -> Checkpoint:
     """The checkpoint of a step. Raises UserError that lists those that are there."""
     steps = steps_in(root)
     if step not in steps:
         raise UserError(f"{root}: no checkpoint of step {step}; there are: {', '.join(map(str, steps)) or 'none'}")
-    return Checkpoint(root / str(step))
+    return Checkpoint(root / str(step), needs_optimizer=needs_optimizer)

@@ -1,19 +1,18 @@
-"""Looking at checkpoints without changing them: what is there, whether it is whole, what it holds, how two differ."""
+"""Looking into checkpoints without changing them: whether one is whole, what it holds, how two differ."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fm9g.checkpoint.find import checkpoints_at, checkpoints_in, find, is_checkpoint, leftovers_in, tensor_files
-from fm9g.checkpoint.folder import MANIFEST, MODEL_CONFIG, POSITION, Advance, Checkpoint, damaged_files, read_manifest
+from fm9g.checkpoint.find import checkpoints_at, checkpoints_in, find, is_checkpoint, tensor_files
+from fm9g.checkpoint.folder import MANIFEST, MODEL_CONFIG, POSITION, Advance, Checkpoint, read_manifest
+from fm9g.checkpoint.listing import damages_in, files_in, size_of, within, written_at
 from fm9g.checkpoint.tensors import (
     Statistics,
     TensorDifference,
@@ -31,36 +30,6 @@ from fm9g.config.model import ModelConfig, load_model_config
 from fm9g.config.train import TrainConfig
 from fm9g.errors import UserError
 from fm9g.model.transformer import weight_shapes
-
-
-@dataclass(frozen=True)
-class Listed:
-    """A row of a list of checkpoints.
-
-    written: seconds since 1970. size: bytes. tokens, loss, val_loss: None where they are not known. holds: some of
-    weights, optimizer, ema. damage: by the sizes of the files alone; empty: none.
-    """
-
-    folder: Path
-    written: float
-    size: int
-    tokens: int | None
-    loss: float | None
-    val_loss: float | None
-    holds: list[str]
-    damage: str
-
-
-@dataclass(frozen=True)
-class Run:
-    """The checkpoints of a run, in order. newest: the last whole one. best: the whole one of the least val_loss.
-    leftovers: folders that a save which has not ended left, and whose they are."""
-
-    folder: Path
-    checkpoints: list[Listed]
-    newest: Path | None
-    best: Path | None
-    leftovers: list[tuple[Path, str]]
 
 
 @dataclass
@@ -89,30 +58,20 @@ class Difference:
     tensors: dict[str, TensorDifference]
 
 
-def list_run(folder: Path) -> Run:
-    """Every checkpoint of a run, whole or not; none of their tensors is read."""
-    listed = []
-    for step in checkpoints_in(folder):
-        with suppress(FileNotFoundError):  # a run that goes on may be deleting it
-            listed.append(_listed(step))
-    whole = [item for item in listed if not item.damage]
-    scored = [(item.val_loss, item.folder) for item in whole if item.val_loss is not None]
-    best = min((row for row in scored if math.isfinite(row[0])), key=lambda row: row[0], default=(None, None))
-    return Run(folder, listed, whole[-1].folder if whole else None, best[1], leftovers_in(folder))
-
-
 def work_of(folder: Path) -> int:
     """About how many bytes `verify` reads: every file, and those of tensors twice."""
-    return sum(map(_size, [*_files(folder), *tensor_files(folder).values()]))
+    return sum(map(size_of, [*files_in(folder), *tensor_files(folder).values()]))
 
 
 def verify(folder: Path, advance: Advance) -> Verdict:
     """Reads all of a checkpoint and finds all that is wrong with it, values that are not finite among it."""
     verdict = Verdict()
-    bad = dict(_damaged_files(folder, verdict, advance))
+    bad = dict(damages_in(folder, advance))
     verdict.damages += [f"{name}: {damage}" for name, damage in bad.items()]
     if MANIFEST in bad:  # then nothing is known of the others
         return verdict
+    sizes = [size for size, _ in read_manifest(folder)[1].values()]
+    verdict.files, verdict.size = len(sizes), sum(sizes)
     files = tensor_files(folder)
     if "weights" not in files:
         verdict.damages.append("its weight file is missing")
@@ -129,7 +88,7 @@ def verify(folder: Path, advance: Advance) -> Verdict:
                 shapes = weight_shapes(load_model_config(folder / MODEL_CONFIG).value)
                 check_weights(tensors, shapes, str(file), strict=kind == "weights")
         except UserError as error:
-            verdict.damages.append(_within(folder, error))
+            verdict.damages.append(within(folder, error))
     return verdict
 
 
@@ -151,14 +110,14 @@ def describe(path: Path) -> dict[str, Any]:
         "step": checkpoint.step if checkpoint else None,
         "counts": checkpoint.counts() if checkpoint else {},
         "data": _data(_position(checkpoint)),
-        "written": datetime.fromtimestamp(_written(place)).astimezone().isoformat(timespec="seconds"),
+        "written": datetime.fromtimestamp(written_at(place)).astimezone().isoformat(timespec="seconds"),
         "model": load_model_config(config_file).value.to_json() if config_file else model_of(tensors),
         "model_from": str(config_file or "the shapes of the weights"),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "tensors": len(tensors),
         "dtypes": dict(Counter(map(dtype_of, tensors.values()))),
         "configuration": {section: _not_defaults(section, _object(keys)) for section, keys in configuration.items()},
-        "files": {str(part.relative_to(file.parent)): _size(part) for part in _files(place)},
+        "files": {str(part.relative_to(file.parent)): size_of(part) for part in files_in(place)},
     }
 
 
@@ -187,15 +146,10 @@ def compare(a: Path, b: Path, advance: Advance) -> Difference:
 
 def tensors_size(path: Path, *kinds: str) -> int:
     """Bytes of the files of tensors of a checkpoint folder, or of a .pt file. kinds: of these alone; none: of all."""
-    return sum(_size(file) for kind, file in _tensors_of(*_one(path)).items() if not kinds or kind in kinds)
+    return sum(size_of(file) for kind, file in _tensors_of(*_one(path)).items() if not kinds or kind in kinds)
 
 
 # ---- folders
-
-
-def _files(path: Path) -> list[Path]:
-    """All below a folder; or the file itself."""
-    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 
 def _tensors_of(checkpoint: Checkpoint | None, file: Path) -> dict[str, Path]:
@@ -220,65 +174,11 @@ def _config_file(file: Path) -> Path | None:
     return beside if beside.is_file() else None
 
 
-def _size(file: Path) -> int:
-    return file.stat().st_size
-
-
-def _written(path: Path) -> float:
-    manifest = path / MANIFEST  # written last, and only once
-    return (manifest if manifest.is_file() else path).stat().st_mtime
-
-
-def _listed(folder: Path) -> Listed:
-    damage = next((f"{name}: {damage}" for name, damage in _damaged_files(folder, Verdict(), None)), "")
-    counts: dict[str, Any] = {}
-    if not damage:
-        try:
-            counts = Checkpoint(folder, checksums=False).counts()
-        except UserError as error:
-            damage = _within(folder, error)
-    return Listed(
-        folder=folder,
-        written=_written(folder),
-        size=sum(map(_size, _files(folder))),
-        tokens=tokens if isinstance(tokens := counts.get("global_token_pass"), int) else None,
-        loss=_number(counts.get("loss")),
-        val_loss=_number(counts.get("val_loss")),
-        holds=list(tensor_files(folder)),
-        damage=damage,
-    )
-
-
-def _damaged_files(folder: Path, verdict: Verdict, advance: Advance | None) -> Iterator[tuple[str, str]]:
-    """The names of damaged files, and what is wrong. advance: None: the sizes alone are compared."""
-    if not (folder / MANIFEST).is_file():
-        yield MANIFEST, "is missing"
-        return
-    try:
-        step, files = read_manifest(folder)
-    except UserError as error:
-        yield MANIFEST, _within(folder, error).removeprefix(f"{MANIFEST}: ")
-        return
-    if folder.name != str(step):
-        yield MANIFEST, f"is that of step {step}; give the folder its name back"
-    verdict.files, verdict.size = len(files), sum(size for size, _ in files.values())
-    yield from damaged_files(folder, files, advance is not None, advance)
-
-
-def _within(folder: Path, error: UserError) -> str:
-    """An error's text without the folder, which the reader knows, on one line."""
-    return str(error).replace(f"{folder}/", "").replace("\n", "; ")
-
-
 # ---- what they hold
 
 
 def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _number(value: Any) -> float | None:
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def _position(checkpoint: Checkpoint | None) -> dict[str, Any] | None:

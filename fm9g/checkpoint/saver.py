@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fm9g.checkpoint.folder import Checkpoint, Snapshot, Tensors, save_checkpoint, set_aside, steps_in
+from fm9g.checkpoint.folder import Snapshot, Tensors, best_step, save_checkpoint, set_aside, steps_in
 from fm9g.errors import UserError
 from fm9g.files import remove_folder
 
@@ -119,15 +119,3 @@ class _Rest:
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         return self._iterator
-
-
-def best_step(root: Path) -> int | None:
-    """The step of the checkpoint with the lowest validation loss; None where none was evaluated."""
-    losses = {}
-    for step in steps_in(root):
-        try:
-            losses[step] = Checkpoint(root / str(step), checksums=False).counts().get("val_loss")
-        except UserError:  # a damaged one is not the best
-            continue
-    known = {step: loss for step, loss in losses.items() if loss is not None}
-    return min(known, key=lambda step: known[step]) if known else None

@@ -123,13 +123,12 @@ class Gathered:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def pieces(self, nbytes: int) -> Iterator[Stored | Gathered]:
-        """What it consists of, in order: ranges of files to copy as they are, and groups of rows to be read."""
-        for row, part in self._begun():
-            if self.change is None and part.dtype == self.dtype and part.is_range:
-                yield part
-            else:
-                yield from Gathered((part,), self.dtype, self.change, row).groups(nbytes)
+    @property
+    def file_range(self) -> Stored | None:
+        """The bytes of a file that are all of it, as they are; None where its values have to be made."""
+        part = self.parts[0]
+        same = len(self.parts) == 1 and self.change is None and part.dtype == self.dtype and part.is_range
+        return part if same else None
 
     def groups(self, nbytes: int) -> Iterator[Gathered]:
         """Its rows, some at a time.
@@ -162,7 +161,7 @@ class Gathered:
         values = self.change(values, row) if self.change else values
         if self.dtype == torch.float16 != part.dtype and values.numel():  # the one type whose largest others pass
             limit = torch.finfo(self.dtype).max
-            if any(float(end.abs()) > limit for end in values.aminmax()):
+            if any(limit < float(end.abs()) < math.inf for end in values.aminmax()):
                 raise UserError(f"{part.file}: holds values beyond {limit:g}, the largest of fp16; choose bf16 or fp32")
         return values.to(self.dtype)
 

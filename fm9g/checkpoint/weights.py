@@ -99,6 +99,8 @@ def load_flat(path: Path, device: str = "cpu", mapped: bool = False) -> dict[str
         weights = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises whatever zipfile, pickle and its own reader raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if "weights_only" in reason:  # there torch advises to trust the file
+            reason = "torch finds no tensors in it"
         raise UserError(f"{path}: not a whole weight file ({reason}); get or write it again") from None
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()

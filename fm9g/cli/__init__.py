@@ -20,28 +20,52 @@ from fm9g.cli.lora import add_lora_verbs
 from fm9g.cli.report import add_report_verbs
 from fm9g.cli.run import add_run_verbs
 from fm9g.errors import UserError
+from fm9g.files import allow_many_open, is_too_many_open, too_many_open
+from fm9g.memory import TRAINING_ADVICE, memory_as_user_error
+from fm9g.utf8 import use_utf8
+
+_LIGHTER = {  # what makes a verb take less memory
+    "train": TRAINING_ADVICE,
+    "data": "give fewer --workers, end other programs, or raise the limit (ulimit -v)",
+    "generate": "lower max_new_tokens, give a smaller model, or raise the limit (ulimit -v)",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line; returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
+    if argv is None:
+        use_utf8()
     for stream in (sys.stdout, sys.stderr):  # whatever a terminal cannot show must not end the command
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    allow_many_open()
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
     if rest and not options.takes_keys:
         parser.error(f"unknown arguments: {' '.join(rest)} (see fm9g {options.verb} --help)")
     try:
         options.rest = rest
-        return options.run(options) or 0
+        with memory_as_user_error(_LIGHTER.get(options.verb, "end other programs, or raise the limit (ulimit -v)")):
+            return options.run(options) or 0
     except UserError as error:
         print(f"fm9g: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.partition(".")[0] == "fm9g":
+            raise
+        print(
+            f"fm9g: the package {error.name} is missing from {sys.executable}; in the checkout of fm9g, "
+            "`pip install -c constraints.txt -e .` installs what it needs",
+            file=sys.stderr,
+        )
         return 2
     except OSError as error:  # what no room expected: the system's own words name the file
         if isinstance(error, BrokenPipeError):  # the reader of our output went away, as in `fm9g ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
-        print(f"fm9g: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        target = error.filename or "input or output"
+        known = too_many_open(target) if is_too_many_open(error) else f"{target}: {error.strerror or error}"
+        print(f"fm9g: {known}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fm9g: interrupted", file=sys.stderr)
@@ -106,4 +130,12 @@ def _generate(options: argparse.Namespace) -> None:
         key: getattr(options, key)
         for key in ("max_new_tokens", "temperature", "top_p", "repetition_penalty", "seed", "chat", "system")
     }
-    print(("" if options.chat else options.prompt) + generate(options.folder, options.prompt, **settings))
+    begun = False
+
+    def show(text: str) -> None:
+        nonlocal begun
+        print(text if begun or options.chat else options.prompt, end="", flush=True)
+        begun = True
+
+    generate(options.folder, options.prompt, on_text=show, **settings)
+    print()

@@ -17,7 +17,7 @@ _SHOWN = 10  # differences and names in a list that is not all of them
 def add_ckpt_verbs(verb: Any, group: Any) -> None:
     """verb, group: put a verb, or a group of them, on the command line."""
     ckpt = group("ckpt", "ls, verify, show, diff: look at checkpoints; nothing is changed")
-    where = "a folder, or RUN/STEP in data/checkpoints/"
+    where = "a folder, or RUN/STEP, RUN/best or RUN/last in data/checkpoints/"
     ls = verb("ls", _ls, "the checkpoints of runs: size, loss, what they hold, whether they are whole", under=ckpt)
     ls.add_argument(
         "runs", nargs="*", type=Path, metavar="RUN", help="a folder, or a name in data/checkpoints/; default: all there"
@@ -40,7 +40,7 @@ def add_ckpt_verbs(verb: Any, group: Any) -> None:
 
 def _ls(options: argparse.Namespace) -> None:
     from fm9g.checkpoint.find import runs_at
-    from fm9g.checkpoint.inspect import list_run
+    from fm9g.checkpoint.listing import list_run
 
     folders = [run for path in options.runs or [None] for run in runs_at(path)]
     rows: list[Sequence[str]] = [("run", "step", "written", "size", "tokens", "loss", "val_loss", "holds", "state")]

@@ -13,7 +13,9 @@ from fm9g.errors import UserError
 def add_convert_verb(verb: Any) -> None:
     """verb: puts a verb on the command line."""
     convert = verb("convert", _convert, "a Hugging Face folder to a 9G .pt file, or a 9G checkpoint to such a folder")
-    convert.add_argument("source", type=Path, help="a Hugging Face folder, a checkpoint folder, or a .pt file")
+    convert.add_argument(
+        "source", type=Path, help="a Hugging Face folder, a checkpoint (RUN/STEP, RUN/best, RUN/last), or a .pt file"
+    )
     convert.add_argument("target", type=Path, help="FILE.pt for a 9G file, else a new Hugging Face folder")
     convert.add_argument("--reference", type=Path, help="Hugging Face folder to take configuration and tokenizer from")
     convert.add_argument(
@@ -37,8 +39,12 @@ def add_convert_verb(verb: Any) -> None:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    from fm9g.checkpoint.find import named
     from fm9g.convert.hf import export_folder, import_folder
+    from fm9g.kinds import CHECKPOINT, MODEL, WEIGHTS, check_kind
 
+    options.source = named(options.source)
+    check_kind(options.source, MODEL, CHECKPOINT, WEIGHTS)
     try:
         if options.target.suffix == ".pt":
             if options.reference or options.keep_reference_config or options.format != "safetensors":

@@ -25,6 +25,7 @@ def add_data_verbs(verb: Any, group: Any) -> None:
 
 
 def _add_index(index: argparse.ArgumentParser) -> None:
+    from fm9g.data.language import LANGUAGES
     from fm9g.data.sources import FORMATS, TEXT_UNITS
 
     index.add_argument(
@@ -36,6 +37,12 @@ def _add_index(index: argparse.ArgumentParser) -> None:
     )
     index.add_argument("--language", required=True, choices=["zh", "en", "code"], help="for the estimate of its tokens")
     index.add_argument("--output", type=Path, required=True, help="folder of the new dataset")
+    index.add_argument(
+        "--language-filter",
+        default="",
+        choices=LANGUAGES,
+        help="keep records whose prompt is in it: more than half of the characters",
+    )
     index.add_argument("--overwrite", action="store_true", help="replace a folder that holds something")
     index.add_argument("--format", default="", choices=FORMATS, help="of all files; default: by their names")
     index.add_argument(
@@ -123,7 +130,15 @@ def _data_index(options: argparse.Namespace) -> None:
         is_file = "=" not in options.columns
         columns = columns_from_file(Path(options.columns)) if is_file else columns_from_text(options.columns)
     sources = without_companions(find_sources(paths, options.format, options.text_unit, options.output), paths)
-    settings = Settings(options.language, columns, options.as_is, options.skip_bad, options.split, options.seed)
+    settings = Settings(
+        options.language,
+        columns,
+        options.as_is,
+        options.skip_bad,
+        options.split,
+        options.seed,
+        options.language_filter,
+    )
     report = build_index(sources, options.output, settings, options.workers, options.overwrite)
     for folder, meta in report.metas.items():
         size = f"{meta['nlines']} records, {meta['nbytes']} bytes, about {meta['avg_token_per_line']:.0f} tokens each"
@@ -134,6 +149,8 @@ def _data_index(options: argparse.Namespace) -> None:
         print(f"note: {note}")
     if report.empty:
         print(f"note: {report.empty} records have no output; training skips them")
+    if report.filtered:
+        print(f"note: {report.filtered} records are not in {options.language_filter} and were left out")
     if report.rejected:
         print(f"note: {report.rejected} bad records were left out: {options.output / 'rejects.jsonl'}")
 

@@ -55,7 +55,8 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} [-h] --config NAME [--KEY VALUE ...]"
     parser.epilog = (
         "Also --KEY VALUE for every training key, --model.KEY VALUE for a key of the model, --data.TASK.KEY VALUE for "
-        "one of a dataset. `fm9g config keys` lists them. Training needs dataset_config and tokenizer_path, given here "
+        "one of a dataset, --default.KEY VALUE for a training key that the file of train_configs/ may overrule. "
+        "`fm9g config keys` lists them. Training needs dataset_config and tokenizer_path, given here "
         "or in the file of train_configs/."
     )
 
@@ -128,6 +129,9 @@ def _print_result(result: Any) -> None:
     if result.interrupted and result.checkpoint:
         print("stopped before the end; the same command with --resume auto goes on")
     print(f"checkpoint: {result.checkpoint or 'none (save is false)'}")
+    if result.best:
+        same = " (the last one)" if result.best == result.checkpoint else ""
+        print(f"best checkpoint, by validation loss: {result.best}{same}")
     print(f"figures: {result.metrics_file}")
     if result.tensorboard.is_dir():
         print(f"TensorBoard: {result.tensorboard}")
@@ -161,6 +165,10 @@ def _config_show(options: argparse.Namespace) -> None:
     from fm9g.config.run import load_run
 
     run = load_run(options.config, _overrides(options), complete=False)
+    if run.train.value.adapter:
+        from fm9g.convert.adapters import with_adapter
+
+        run = with_adapter(run)
     for section, values in run.to_json().items():
         print(f"[{section}]")
         for key, item in values.items():
@@ -170,6 +178,7 @@ def _config_show(options: argparse.Namespace) -> None:
 
 
 def _config_keys(options: argparse.Namespace) -> None:
+    from fm9g.config import model
     from fm9g.config.fields import describe, keys_of, schema_of
     from fm9g.config.mixture import DatasetConfig
     from fm9g.config.model import ModelConfig
@@ -188,6 +197,9 @@ def _config_keys(options: argparse.Namespace) -> None:
             print(f"  {key}: {describe(properties[key])}; {default}\n      {field.metadata['help']}")
     print("[names of the 9G guide that change nothing]")
     for key, why in RETIRED.items():
+        print(f"  {key}: {why}")
+    print("[keys of published models that change nothing]")
+    for key, (_, why) in model.RETIRED.items():
         print(f"  {key}: {why}")
 
 

@@ -30,6 +30,8 @@ def option(default: Any = dataclasses.MISSING, *, help: str, key: str = "", any_
     key: its name in files and on the command line when that differs from the attribute.
     any_case: the value is folded to lower case before it is checked.
     schema: further JSON schema keywords (minimum, enum, ...).
+
+    A class of options may name in ELSEWHERE what keys of other tools are called here: see fm9g.config.foreign.
     """
     metadata = {"help": help, "key": key, "any_case": any_case, "schema": schema}
     if isinstance(default, list):
@@ -105,7 +107,7 @@ def check(cls: type, values: dict[str, Any], origins: dict[str, str], prefix: st
     for error in jsonschema.Draft202012Validator(schema_of(cls)).iter_errors(values):
         if error.validator == "additionalProperties":
             for key in sorted(set(values) - set(known)):
-                hint = nearest(key, known) or f"; known keys: {', '.join(known)}"
+                hint = _elsewhere(cls, key) or nearest(key, known) or "; `fm9g config keys` lists the known ones"
                 complaints.append(f"{origins[key]}: {prefix}{key}: unknown key{hint}")
         elif error.validator == "required":
             missing = [key for key in error.validator_value if key not in values]
@@ -123,6 +125,17 @@ def check(cls: type, values: dict[str, Any], origins: dict[str, str], prefix: st
             complaints.append(f"{origins[key]}: {prefix}{key}: found {value!r}, expected a finite number")
     if complaints:
         raise UserError("\n".join(dict.fromkeys(complaints)))
+
+
+def _elsewhere(cls: type, key: str) -> str:
+    """A hint for a key of another tool, or an empty string."""
+    name, colon, remark = cls.__dict__.get("ELSEWHERE", {}).get(key, "").partition(":")
+    if not name:
+        return ""
+    if name == "nothing":
+        return f"; it is not needed here:{remark}"
+    called = f"it is called {name} here" if name.isidentifier() else f"write {name}"
+    return f"; {called}{colon}{remark}"
 
 
 def _is_finite(value: Any) -> bool:

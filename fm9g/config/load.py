@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from fm9g.config.fields import check, from_text, key_of, keys_of, nearest
 from fm9g.errors import UserError
+from fm9g.kinds import MIXTURE, MODEL, MODEL_CONFIG, TRAIN_CONFIG, check_kind
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"
@@ -29,13 +30,23 @@ class Layer:
 
 @dataclass(frozen=True)
 class Loaded(Generic[T]):
-    """A configuration and, for every key, where its value came from."""
+    """A configuration and, for every key, where its value came from.
+
+    notes: what the user should know about the given keys, a line each.
+    """
 
     value: T
     origins: dict[str, str]
+    notes: tuple[str, ...] = ()
 
     def rows(self) -> list[tuple[str, Any, str]]:
         return [(key_of(f), getattr(self.value, f.name), self.origins[key_of(f)]) for f in fields(self.value)]  # type: ignore[arg-type]
+
+    def changed(self, values: dict[str, Any], origin: str) -> Loaded[T]:
+        """The configuration with other values of some keys, from one origin. Raises UserError where they do not fit."""
+        names = keys_of(type(self.value))
+        value = replace(self.value, **{names[key].name: each for key, each in values.items()})  # type: ignore[type-var]
+        return replace(self, value=value, origins=self.origins | dict.fromkeys(values, origin))
 
 
 def build(cls: type[T], layers: list[Layer], prefix: str = "") -> Loaded[T]:
@@ -106,6 +117,11 @@ def config_folders(kind: str) -> list[Path]:
     return [Path(kind), checkout / kind, Path(sys.prefix) / "share" / "fm9g" / kind]
 
 
+def bare_name(name: str) -> str:
+    """The name of a configuration that is given by its name or its path; it may have dots ("2.4b")."""
+    return Path(name).name.removesuffix(".json")
+
+
 def find_config(kind: str, name: str) -> Path | None:
     """The file that NAME or a path stands for in a configuration folder, or None."""
     if name.endswith(".json") or "/" in name:
@@ -120,9 +136,16 @@ def require_config(kind: str, name: str) -> Path:
     """As find_config, but a name that is not there is a UserError that lists those that are."""
     path = find_config(kind, name)
     if path is None:
-        known = sorted({file.stem for folder in config_folders(kind) for file in folder.glob("*.json")})
+        check_kind(Path(name), *([MIXTURE] if kind == "dataset_configs" else [MODEL_CONFIG, TRAIN_CONFIG, MODEL]))
+        known = sorted({bare_name(file.name) for folder in config_folders(kind) for file in folder.glob("*.json")})
+        if (Path(name) / "config.json").is_file():
+            stem = Path(name).resolve().name
+            raise UserError(
+                f"{name!r} is a Hugging Face folder, and not a configuration. `fm9g convert {name} {stem}.pt` makes a "
+                f"9G model of it; then give --config {stem}.json --pretrained_model {stem}.pt --tokenizer_path {name}"
+            )
         raise UserError(
-            f"{name!r} is neither a file nor a name in {kind}/{nearest(name, known)}. "
-            f"Known names: {', '.join(known) or 'none'}"
+            f"{name!r} is neither a file nor a name in {kind}/, which has {', '.join(known) or 'none'}"
+            f"{nearest(name, known)}"
         )
     return path

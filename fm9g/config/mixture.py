@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from fm9g.config import foreign
 from fm9g.config.fields import nearest, option
 from fm9g.config.load import Layer, Loaded, build, read_json
 from fm9g.errors import UserError
+from fm9g.kinds import MIXTURE, check_kind
 
 LOSSES = ["assistant", "last", "all"]
 TURNS = ["auto", "split"]
+# Chat templates that have a name: those that come with fm9g, the tokenizer's own, and no template.
+TEMPLATE_FOLDER = Path(__file__).parents[1] / "data" / "templates"
+BUILT_IN = tuple(sorted(file.stem for file in TEMPLATE_FOLDER.glob("*.jinja")))
+OWN, NONE = "tokenizer", "none"
 UNUSED = "descriptive; nothing depends on it"
 
 
@@ -19,8 +25,13 @@ UNUSED = "descriptive; nothing depends on it"
 class DatasetConfig:
     """One dataset of a mixture."""
 
+    ELSEWHERE: ClassVar[dict[str, str]] = foreign.DATASET
+
     task_name: str = option(help="unique name; the loss is reported under it", minLength=1)
-    path: str = option(help="folder of an indexed dataset, relative to this JSON file", minLength=1)
+    path: str = option(
+        help="folder of an indexed dataset, relative to this JSON file or, if it is not there, to the current folder",
+        minLength=1,
+    )
     dataset_name: str = option("", help=UNUSED)
     abs_weight: float | None = option(None, help="share of the tokens of a run, relative to the others", minimum=0)
     weight: float = option(1.0, help="without abs_weight: the share is weight times the size in bytes", minimum=0)
@@ -59,6 +70,7 @@ class DatasetConfig:
     def __post_init__(self) -> None:
         if not self.task_name.isprintable():
             raise UserError(f"task_name: found {self.task_name!r}, expected printable characters")
+        check_template(self.template)
         if sum(self.incontext_weight) <= 0:
             raise UserError("incontext_weight: at least one weight must be above 0")
 
@@ -70,6 +82,7 @@ def load_mixture(path: Path, overrides: dict[str, dict[str, Any]] | None = None)
     Raises UserError that names the file, the entry and the key.
     """
     overrides = dict(overrides or {})
+    check_kind(path, MIXTURE)
     content = read_json(path)
     if not isinstance(content, list) or not content:
         raise UserError(f'{path}: expected a list of at least one dataset: [{{"task_name": ..., "path": ...}}]')
@@ -89,7 +102,7 @@ def load_mixture(path: Path, overrides: dict[str, dict[str, Any]] | None = None)
             raise UserError(f"{path}: task_name {task!r} is used {tasks.count(task)} times; give each its own")
     for task in overrides:
         raise UserError(
-            f"--data.{task}.: {path} has no such task_name{nearest(task, tasks)} It has: {', '.join(tasks)}"
+            f"--data.{task}.: {path} has no such task_name; it has {', '.join(tasks)}{nearest(task, tasks)}"
         )
     if not any(item.value.abs_weight or (item.value.abs_weight is None and item.value.weight) for item in loaded):
         raise UserError(f"{path}: every weight is 0; nothing to train on")
@@ -101,11 +114,24 @@ def load_mixture(path: Path, overrides: dict[str, dict[str, Any]] | None = None)
 
 
 def _absolute(config: DatasetConfig, file: Path) -> DatasetConfig:
-    base = file.resolve().parent
-    transforms = str((base / config.transforms).resolve()) if config.transforms else None
+    def absolute(path: str) -> str:
+        # Published mixtures have paths that are relative to the folder in which the run starts.
+        beside = file.resolve().parent / path
+        found = Path(path) if not beside.exists() and Path(path).exists() else beside
+        return str(found.resolve())
+
     # A template's name stands for itself; a file's, for the file.
-    template = str((base / config.template).resolve()) if is_file_name(config.template) else config.template
-    return replace(config, path=str((base / config.path).resolve()), transforms=transforms, template=template)
+    template = absolute(config.template) if is_file_name(config.template) else config.template
+    transforms = absolute(config.transforms) if config.transforms else None
+    return replace(config, path=absolute(config.path), transforms=transforms, template=template)
+
+
+def check_template(template: str) -> None:
+    """Raises UserError for a name that no template has. A file is looked for when it is read."""
+    known = [*BUILT_IN, OWN, NONE]
+    if template and template not in known and not is_file_name(template):
+        hint = nearest(template, known) or f"; give a file such as ./{template}.jinja, or one of {', '.join(known)}"
+        raise UserError(f"template: {template!r}: no such chat template{hint}")
 
 
 def is_file_name(template: str) -> bool:

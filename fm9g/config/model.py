@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from fm9g.config import foreign
 from fm9g.config.fields import key_of, option
 from fm9g.config.load import Layer, Loaded, build, read_object
 from fm9g.errors import UserError
 
+# Keys of published files that change nothing: key -> the values that they may have, and why they change nothing.
+RETIRED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "ffn_gated": ((True,), "every 9G model has gated feed-forward layers"),
+    "flash_attn_mask_shape": (("1d", "2d"), "attention stays within a document, whatever the shape of a mask"),
+}
+LAYER_TYPES = ("full_attention", "sliding_attention")
 ROPE_SCALINGS = ("", "linear", "ntk-aware", "dynamic ntk", "ntk-by-parts", "yarn", "llama3")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Attributes carry the field's names, `key` the names in 9G files."""
+
+    ELSEWHERE: ClassVar[dict[str, str]] = foreign.MODEL
 
     vocab_size: int = option(help="number of token ids", minimum=1)
     hidden_size: int = option(help="width of the hidden states", key="dim_model", minimum=1)
@@ -37,11 +46,13 @@ class ModelConfig:
     base_hidden_size: int = option(
         0, help="hidden states are divided by dim_model/this before the output", key="dim_model_base", minimum=0
     )
+    mup_lr: bool = option(
+        True, help="where scale is true: lr of linear layers is divided by dim_model / dim_model_base (muP)"
+    )
     qkv_bias: bool = option(False, help="biases on the query, key and value projections")
     qk_norm: bool = option(False, help="an RMSNorm on each query and key head, before the rotation (Qwen3)")
     attention_scale: float = option(0.0, help="queries times keys times this; 0: 1/sqrt(dim_head)", minimum=0)
     tie_word_embeddings: bool = option(False, help="output weights are the embedding's", key="tie_lm_head")
-    ffn_gated: bool = option(True, help="all 9G models have gated feed-forward layers", const=True)
     rope_theta: float = option(10000.0, help="base of the rotary embedding", key="base", exclusiveMinimum=1)
     rope_scaling: str = option(
         "",
@@ -57,6 +68,21 @@ class ModelConfig:
     rope_high_freq_factor: float = option(
         4.0, help="llama3: what turns more often within the original length stays", exclusiveMinimum=0
     )
+    rope_attention_factor: float = option(
+        0.0, help="yarn: cosines and sines times this; 0: 0.1 ln(rope_scaling_factor) + 1", minimum=0
+    )
+    rope_beta_fast: float = option(
+        32.0, help="yarn, ntk-by-parts: what turns more often within the original length stays", exclusiveMinimum=0
+    )
+    rope_beta_slow: float = option(
+        1.0, help="yarn, ntk-by-parts: what turns less often within the original length is divided", exclusiveMinimum=0
+    )
+    sliding_window: int = option(0, help="tokens that a token attends to, itself included; 0: all before it", minimum=0)
+    layer_types: list[str] = option(
+        [],
+        help="where sliding_window is set: full_attention or sliding_attention for each layer; empty: all slide",
+        items={"enum": list(LAYER_TYPES)},
+    )
     max_length: int = option(8192, help="longest text in tokens that the model is made for", minimum=1)
     orig_max_length: int = option(
         0, help="longest text before the stretch; 0: max_length / rope_scaling_factor", minimum=0
@@ -64,8 +90,7 @@ class ModelConfig:
     half: bool = option(True, help="false: compute in fp32 whatever half_type says")
     half_type: str = option("bf16", help="compute and export precision", enum=["bf16", "fp16", "fp32"])
     use_flash_attn: bool = option(True, help="false: never the flash-attn kernel")
-    flash_attn_mask_shape: str = option("1d", help="packed rows are the only mask", const="1d")
-    use_checkpoint: bool = option(False, help="recompute activations in the backward pass")
+    use_checkpoint: bool = option(False, help="the run's use_checkpoint, where the run says nothing of its own")
     model_type: str = option("fm9g", help="constant", const="fm9g")
 
     def __post_init__(self) -> None:
@@ -88,6 +113,10 @@ class ModelConfig:
                 f"rope_high_freq_factor {self.rope_high_freq_factor} is not above rope_low_freq_factor "
                 f"{self.rope_low_freq_factor}"
             )
+        if self.layer_types and len(self.layer_types) != self.num_layers:
+            raise UserError(f"layer_types names {len(self.layer_types)} layers, num_layers is {self.num_layers}")
+        if "sliding_attention" in self.layer_types and not self.sliding_window:
+            raise UserError("layer_types has sliding_attention and sliding_window is missing")
         if not self.orig_max_length:
             object.__setattr__(self, "orig_max_length", max(1, int(self.max_length / self.rope_factor)))
 
@@ -109,6 +138,19 @@ class ModelConfig:
         return self.attention_scale or self.head_dim**-0.5
 
     @property
+    def rotary_multiplier(self) -> float:
+        """Of cosines and sines. YaRN sharpens attention: queries and keys each grow (Peng et al. 2023, section 3.4)."""
+        if self.rope_scaling != "yarn":
+            return 1.0
+        return self.rope_attention_factor or 0.1 * math.log(self.rope_factor) + 1.0
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Of each layer: the tokens that a token attends to, itself included; 0: all before it."""
+        kinds = self.layer_types or ["sliding_attention"] * self.num_layers
+        return tuple(self.sliding_window if kind == "sliding_attention" else 0 for kind in kinds)
+
+    @property
     def dtype_name(self) -> str:
         """bf16, fp16 or fp32."""
         return self.half_type if self.half else "fp32"
@@ -120,7 +162,7 @@ class ModelConfig:
 
 
 # Keys that change no result of a trained model: how it is computed, how it starts, how long texts may be.
-_MANNER = ("dropout_p", "init_std", "half", "half_type", "use_flash_attn", "use_checkpoint", "max_length")
+_MANNER = ("dropout_p", "init_std", "mup_lr", "half", "half_type", "use_flash_attn", "use_checkpoint", "max_length")
 
 
 def arithmetic(config: ModelConfig) -> dict[str, Any]:
@@ -134,6 +176,12 @@ def arithmetic(config: ModelConfig) -> dict[str, Any]:
         values |= {"rope_scaling_factor": 1.0, "orig_max_length": 0}
     if config.rope_scaling != "llama3":
         values |= {"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0}
+    values["rope_attention_factor"] = config.rotary_multiplier
+    if config.rope_scaling not in ("yarn", "ntk-by-parts"):
+        values |= {"rope_beta_fast": 32.0, "rope_beta_slow": 1.0}
+    slides = [window > 0 for window in config.windows]
+    values |= {"sliding_window": config.sliding_window * any(slides)}
+    values |= {"layer_types": [LAYER_TYPES[slide] for slide in slides] if any(slides) else []}
     return values
 
 
@@ -155,4 +203,25 @@ def load_model_config(path: Path, overrides: dict[str, Any] | None = None) -> Lo
         raw.setdefault("orig_max_length", raw.pop("ori_max_length"))
     if raw.get("dim_model_base") is None:
         raw.pop("dim_model_base", None)
-    return build(ModelConfig, [Layer(str(path), raw), Layer("command line (--model.)", overrides or {}, text=True)])
+    layers = [Layer(str(path), raw), Layer("command line (--model.)", dict(overrides or {}), text=True)]
+    notes = [note for layer in layers for note in _without_retired(layer)]
+    loaded = build(ModelConfig, layers)
+    unscaled = {"scale_emb": 1.0, "dim_model_base": 0}  # what files that we write have
+    scaled = [key for key, value in unscaled.items() if raw.get(key, value) != value]
+    if scaled and not loaded.value.scale:
+        notes.append(f"{path}: {' and '.join(scaled)} change nothing: scale is false")
+    return replace(loaded, notes=tuple(notes))
+
+
+def _without_retired(layer: Layer) -> list[str]:
+    """Takes the keys that change nothing out of a layer; returns a line for each."""
+    notes = []
+    for key in sorted(RETIRED.keys() & layer.values.keys()):
+        allowed, why = RETIRED[key]
+        value = layer.values.pop(key)
+        if value not in allowed and str(value).lower() not in (str(each).lower() for each in allowed):
+            raise UserError(
+                f"{layer.origin}: {key}: found {value!r}, allowed: {' or '.join(map(repr, allowed))}; {why}"
+            )
+        notes.append(f"{layer.origin}: {key} changes nothing: {why}")
+    return notes

@@ -17,6 +17,7 @@ PLACES = (
     "val_dataset",
     "tokenizer_path",
     "pretrained_model",
+    "adapter",
     "output_dir",
     "token_cache",
     "template",
@@ -68,22 +69,27 @@ def with_defaults(item: Loaded[DatasetConfig], train: Loaded[TrainConfig]) -> Lo
 def load_run(name: str, overrides: dict[str, str], complete: bool = True) -> RunConfig:
     """The configuration that `fm9g train --config NAME --key value ...` names.
 
-    overrides: KEY, model.KEY or data.TASK.KEY -> text. complete: what a run cannot do without must be there; else it
-    is a note. Raises UserError.
+    overrides: KEY, default.KEY, model.KEY or data.TASK.KEY -> text. complete: what a run cannot do without must be
+    there; else it is a note. Raises UserError.
     """
     plain: dict[str, str] = {}
     model: dict[str, str] = {}
     data: dict[str, dict[str, str]] = {}
+    defaults: dict[str, str] = {}
     for key, value in overrides.items():
         section, _, rest = key.partition(".")
         if section == "model" and rest:
             model[rest] = value
+        elif section == "default" and rest:
+            defaults[rest] = value
         elif section == "data" and "." in rest:
             task, _, name_in_task = rest.rpartition(".")
             data.setdefault(task, {})[name_in_task] = value
         else:
             plain[key] = value
-    train, model_file, notes = load_train_config(name, plain)
+    train, model_file = load_train_config(name, plain, defaults)
+    loaded_model = load_model_config(model_file, model)
+    train = _with_checkpointing(train, loaded_model)
     missing = [
         f"{key}: missing; give --{key}, or set it in a file of train_configs/"
         for key in ("dataset_config", "tokenizer_path")
@@ -91,11 +97,20 @@ def load_run(name: str, overrides: dict[str, str], complete: bool = True) -> Run
     ]
     if missing and complete:
         raise UserError("\n".join(missing))
-    notes += missing
+    notes = [*train.notes, *loaded_model.notes, *missing]
 
     def datasets(name: str, overrides: dict[str, dict[str, str]]) -> list[Loaded[DatasetConfig]]:
         found = load_mixture(require_config("dataset_configs", name), overrides) if name else []
         return [with_defaults(item, train) for item in found]
 
     mixture, validation = datasets(train.value.dataset_config, data), datasets(train.value.val_dataset, {})
-    return RunConfig(train, load_model_config(model_file, model), mixture, validation, notes)
+    return RunConfig(train, loaded_model, mixture, validation, notes)
+
+
+def _with_checkpointing(train: Loaded[TrainConfig], model: Loaded[ModelConfig]) -> Loaded[TrainConfig]:
+    """The training configuration with the model's use_checkpoint, where it says nothing of its own."""
+    given = [key for key in ("use_checkpoint", "activation_checkpoint") if train.origins[key] != "default"]
+    if given or not model.value.use_checkpoint:
+        return train
+    origins = train.origins | {"use_checkpoint": model.origins["use_checkpoint"]}
+    return Loaded(replace(train.value, use_checkpoint=True), origins, train.notes)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from fm9g.config.fields import keys_of, option
-from fm9g.config.load import COMMAND_LINE, Layer, Loaded, build, find_config, read_object, require_config
-from fm9g.config.mixture import LOSSES, TURNS
+from fm9g.config import foreign
+from fm9g.config.fields import from_text, keys_of, option
+from fm9g.config.load import COMMAND_LINE, Layer, Loaded, bare_name, build, find_config, read_object, require_config
+from fm9g.config.mixture import LOSSES, TURNS, check_template
 from fm9g.errors import UserError
 
+DEFAULTS = "command line (--default.)"
 # Names of the 9G guide that have no meaning any more: name -> what replaces it.
 RETIRED = {
     "dataloader": "indexed datasets are the only kind",
@@ -34,12 +37,17 @@ ADAPTER_KEYS = (
     "quantization",
     "double_quant",
 )
-_SHORT = {"resume": "resume_ckpt"}  # other names of keys
+# The linear layers of each transformer block.
+LINEAR_LAYERS = ("project_q", "project_k", "project_v", "attention_out", "w_0", "w_1", "w_out")
+_ALL_LINEAR = ("all", "all-linear")  # how LLaMA-Factory and PEFT name them together
+_SHORT = {"resume": "resume_ckpt", "load": "pretrained_model"}  # other names of keys
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Attributes are the 9G guide's names where the guide has one."""
+
+    ELSEWHERE: ClassVar[dict[str, str]] = foreign.TRAIN
 
     config: str = option("", help="the model: a name in model_configs/, or a path")
     dataset_config: str = option("", help="name in dataset_configs/, or a path")
@@ -59,8 +67,8 @@ class TrainConfig:
     )
     resume_ckpt: str = option(
         "",
-        help="step of this run's checkpoint to go on from; auto: the newest whole one, if there is one. "
-        "--resume is the same",
+        help="step of this run's checkpoint to go on from; auto: the newest whole one, if there is one; last: the "
+        "newest whole one; best: the one of the lowest validation loss. --resume is the same",
     )
     resume_no_optimze: bool = option(False, help="resume without the optimizer's state")
 
@@ -101,7 +109,7 @@ class TrainConfig:
     )
     peak_tflops: float = option(
         0.0,
-        help="of one device, for the MFU; 0: the data sheet's of a known GPU, else measured at the start",
+        help="of one device, for the MFU; 0: the data sheet's of a known GPU in bf16 or fp16, else there is no MFU",
         minimum=0,
     )
     val_dataset: str = option("", help="what to evaluate on: name in dataset_configs/, or a path; empty: nothing")
@@ -113,7 +121,8 @@ class TrainConfig:
         minimum=1,
     )
     ignore_cuda_oom: bool = option(
-        True, help="skip a step that does not fit in memory, on one process; false: it ends the run"
+        True,
+        help="skip a step that does not fit in memory if an earlier one did, on one process; false: it ends the run",
     )
     spike: float = option(
         6.0, help="standard deviations above the last losses that mark a step's as a spike; 0: none", minimum=0
@@ -201,8 +210,15 @@ class TrainConfig:
     freeze: str = option(
         "", help="weights that are not trained: patterns of their names with commas, such as encoder.layers.[0-9].*"
     )
+    adapter: str = option(
+        "",
+        help="an adapter to train on, from step 0: a checkpoint, a folder of PEFT, or of fm9g lora import or combine; "
+        "layers, rank, alpha and kind are the adapter's",
+    )
     lora_layer: list[str] = option(
-        [], help="linear layers that get LoRA adapters, which alone are trained: a JSON list of names; empty: no LoRA"
+        [],
+        help="linear layers that get LoRA adapters, which alone are trained: a JSON list of names; all: every linear "
+        "layer but the output; empty: no LoRA",
     )
     lora_r: int = option(8, help="rank of the adapters", minimum=1, maximum=2**16)
     lora_alpha: float = option(16.0, help="what adapters add counts alpha / r times", exclusiveMinimum=0, maximum=1e6)
@@ -300,6 +316,10 @@ class TrainConfig:
             raise UserError(f"tp_size {self.tp_size} does not divide the number of processes, {world_size}")
         return world_size // self.tp_size
 
+    def iters_of_epochs(self, tokens: float, tokens_per_step: int) -> int:
+        """The steps that `epochs` take. tokens: of one epoch."""
+        return max(1, math.ceil(self.epochs * tokens / tokens_per_step))
+
     def packs_a_step(self, replicas: int) -> int:
         """Micro-batches a step over all processes. Raises UserError where they cannot be dealt to the replicas."""
         packs = self.global_batch or self.grad_accum * replicas
@@ -316,8 +336,9 @@ class TrainConfig:
         if (row := self.batch_size * self.max_length) >= 2**31:
             raise UserError(f"batch_size * max_length: {row} tokens are too many for a row")
         step = self.resume_ckpt
-        if step and step != "auto" and not (step.isascii() and step.isdecimal()):
-            raise UserError(f"resume_ckpt: found {step!r}, expected the number of a step, or auto")
+        if step and step not in ("auto", "last", "best") and not (step.isascii() and step.isdecimal()):
+            raise UserError(f"resume_ckpt: found {step!r}, expected the number of a step, auto, last or best")
+        check_template(self.template)
         if self.template_date and not _is_date(self.template_date):
             raise UserError(f"template_date: found {self.template_date!r}, expected a date such as 2026-07-26")
         if self.global_batch and self.grad_accum != 1:
@@ -330,8 +351,8 @@ class TrainConfig:
             raise UserError(f"tp_size {self.tp_size} does not divide batch_size * max_length, {row}")
         if self.resume_ckpt and self.overwrite:
             raise UserError("resume_ckpt and overwrite are both given; a run goes on or starts anew")
-        if self.resume_ckpt not in ("", "auto") and self.pretrained_model and not self.lora_layer:
-            raise UserError("resume_ckpt and pretrained_model are both given; a run starts from one of them")
+        if any(name in _ALL_LINEAR for name in self.lora_layer):
+            object.__setattr__(self, "lora_layer", list(LINEAR_LAYERS))
         self._check_adapters()
         if self.early_stop and not self.val_dataset:
             raise UserError("early_stop needs a val_dataset to evaluate on")
@@ -352,12 +373,16 @@ class TrainConfig:
             raise UserError(f"drop_iters {self.drop_iters} of train_iters {self.train_iters} is less than one step")
 
     def _check_adapters(self) -> None:
-        if not self.lora_layer:
-            defaults = keys_of(TrainConfig)
-            if given := [key for key in ADAPTER_KEYS if getattr(self, key) != defaults[key].default]:
-                raise UserError(f"{given[0]} is given and lora_layer is not: there are no adapters for it to act on")
+        if unknown := [name for name in self.lora_layer if name.rpartition(".")[2] not in LINEAR_LAYERS]:
+            raise UserError(
+                f"lora_layer: {unknown[0]!r} is not the name of a linear layer; these are: {', '.join(LINEAR_LAYERS)}, "
+                "or all for every one of them"
+            )
+        if not self.lora_layer and not self.adapter:
+            if not self.resume_ckpt:  # a checkpoint may hold adapters
+                self.refuse_adapter_keys()
             return
-        if not self.pretrained_model and not self.resume_ckpt:
+        if not self.pretrained_model and not self.resume_ckpt and not self.adapter:
             raise UserError("lora_layer needs a pretrained_model: adapters are trained on the weights of a model")
         if not self.strict_state_dict:
             raise UserError("strict_state_dict false does not go with lora_layer: adapters need the whole base")
@@ -367,7 +392,8 @@ class TrainConfig:
                 "an adapter's B begins as zero, and would stay there; use adamw8bit to save memory"
             )
         if self.freeze:
-            raise UserError("freeze and lora_layer are both given; with adapters nothing else is trained anyway")
+            key = "lora_layer" if self.lora_layer else "adapter"
+            raise UserError(f"freeze and {key} are both given; with adapters nothing else is trained anyway")
         if self.tp_size > 1:
             raise UserError(f"tp_size {self.tp_size} does not go with lora_layer; ZeRO shards adapters and model alike")
         if not self.only_load_model or self.load_dataloader_ckpt:
@@ -377,6 +403,12 @@ class TrainConfig:
         if self.lora_backend == "opendelta" and (self.use_dora or self.quantization != "none"):
             raise UserError("lora_backend opendelta has neither use_dora nor quantization; use peft")
 
+    def refuse_adapter_keys(self) -> None:
+        """Raises UserError if a key of adapters is given; for a run that trains none."""
+        defaults = keys_of(TrainConfig)
+        if given := [key for key in ADAPTER_KEYS if getattr(self, key) != defaults[key].default]:
+            raise UserError(f"{given[0]} is given and lora_layer is not: there are no adapters for it to act on")
+
 
 def _is_date(text: str) -> bool:
     try:
@@ -385,48 +417,76 @@ def _is_date(text: str) -> bool:
         return False
 
 
-def load_train_config(name: str, overrides: dict[str, Any]) -> tuple[Loaded[TrainConfig], Path, list[str]]:
-    """The configuration of a run: defaults < train_configs/NAME.json ("pretrain" or "finetune") < command line.
+def load_train_config(
+    name: str, overrides: dict[str, Any], defaults: dict[str, Any] | None = None
+) -> tuple[Loaded[TrainConfig], Path]:
+    """The configuration of a run: defaults < `--default.KEY` < train_configs/NAME.json < `--KEY`.
 
     name: of a file in train_configs/ or, where there is none, of a model in model_configs/.
-    overrides: `--key value` from the command line, as strings.
-    Returns the configuration, the path of its model configuration, and a line for each given name that changes
-    nothing. Raises UserError.
+    overrides, defaults: `--key value` and `--default.key value` from the command line, as strings.
+    Returns the configuration and the path of its model configuration. Raises UserError.
     """
-    layers = [Layer(COMMAND_LINE, {"config": name, "model_unique": Path(name).stem})]
-    file = find_config("train_configs", name)
-    if file is not None and "vocab_size" not in (content := read_object(file)):
-        # A training file that names no model means the one that is called as it is itself.
-        layers = [Layer(COMMAND_LINE, {"config": Path(name).stem, "model_unique": Path(name).stem})]
-        layers.append(_section(file, content))
-    layers.append(Layer(COMMAND_LINE, overrides, text=True))
+    bare = bare_name(name)
     notes: list[str] = []
+    file = find_config("train_configs", name)
+    sections: list[Layer] = []
+    if file is not None and "vocab_size" not in (content := read_object(file)):
+        sections = _sections(file, content)
+        # A training file that names no model means the one of its own name, "7b_lora" also the one of "7b".
+        known = find_config("model_configs", bare) or not bare.endswith("_lora")
+        name = bare if known else bare.removesuffix("_lora")
+    layers = [
+        Layer(COMMAND_LINE, {"config": name, "model_unique": bare}),
+        Layer(DEFAULTS, defaults or {}, text=True),
+        *sections,
+        Layer(COMMAND_LINE, overrides, text=True),
+    ]
     layers = [Layer(layer.origin, _acting(layer, notes), layer.text) for layer in layers]
     loaded = build(TrainConfig, layers)
-    return loaded, require_config("model_configs", loaded.value.config), notes
+    from_file = {key: value for key, value in layers[1].values.items() if loaded.origins[key] == str(file)}
+    if lost := _unlike(loaded.value, from_file):
+        notes.append(f"{file} wins over the launch script: {', '.join(lost)}")
+    return replace(loaded, notes=tuple(notes)), require_config("model_configs", loaded.value.config)
+
+
+def _unlike(config: TrainConfig, given: dict[str, Any]) -> list[str]:
+    """The given keys whose values are not those of the configuration, with both."""
+    found = []
+    for key, value in given.items():
+        field = keys_of(TrainConfig)[key]
+        mine = getattr(config, field.name)
+        text = value.lower() if field.metadata["any_case"] else value
+        if from_text(text, field) != mine:
+            found.append(f"{key} is {mine!r}, not {value!r}")
+    return found
 
 
 def load_adapter_keys(file: Path) -> TrainConfig:
     """What a file of train_configs/ says of adapters; all other keys have their defaults. Raises UserError."""
-    layer = _section(file, read_object(file))
-    values = {key: value for key, value in layer.values.items() if key in ("lora_layer", *ADAPTER_KEYS)}
-    return build(TrainConfig, [Layer(layer.origin, values | {"pretrained_model": str(file)}, layer.text)]).value
+    values = {"pretrained_model": str(file)}
+    for layer in _sections(file, read_object(file)):
+        values |= {key: value for key, value in layer.values.items() if key in ("lora_layer", *ADAPTER_KEYS)}
+    return build(TrainConfig, [Layer(str(file), values, text=True)]).value
 
 
-def _section(file: Path, content: dict[str, Any]) -> Layer:
-    """The one section of a training file: "pretrain", or for LoRA "finetune"."""
-    sections = [values for name, values in content.items() if name in ("pretrain", "finetune")]
-    if len(content) != 1 or not sections or not isinstance(sections[0], dict):
-        found = ", ".join(content)
-        raise UserError(f'{file}: expected one object {{"pretrain": {{...}}}} or {{"finetune": ...}}, found: {found}')
-    return Layer(str(file), sections[0], text=True)
+def _sections(file: Path, content: dict[str, Any]) -> list[Layer]:
+    """The sections of a training file: "pretrain" and, for LoRA, "finetune", which wins."""
+    for name, values in content.items():
+        if name not in ("pretrain", "finetune") or not isinstance(values, dict):
+            raise UserError(
+                f'{file}: {name}: expected "pretrain" or "finetune", such as {{"pretrain": {{"lr": 1e-5}}}}'
+            )
+    if not content:
+        raise UserError(f'{file}: is empty; expected {{"pretrain": {{...}}}}')
+    return [Layer(str(file), content[name], text=True) for name in ("pretrain", "finetune") if name in content]
 
 
 def _acting(layer: Layer, notes: list[str]) -> dict[str, Any]:
     """The layer's values, under their keys' own names, without those that change nothing; a note for each of these."""
     values = {_SHORT.get(key, key): value for key, value in layer.values.items()}
-    if len(values) < len(layer.values):
-        raise UserError(f"{layer.origin}: resume and resume_ckpt are both given; they are the same")
+    for short, key in _SHORT.items():
+        if short in layer.values and key in layer.values:
+            raise UserError(f"{layer.origin}: {short} and {key} are both given; they are the same")
     for key in sorted(RETIRED.keys() & values.keys()):
         notes.append(f"{layer.origin}: {key} changes nothing: {RETIRED[key]}")
         del values[key]

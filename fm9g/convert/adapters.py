@@ -10,29 +10,80 @@ from pathlib import Path
 
 import torch
 
+from fm9g.checkpoint.find import named
 from fm9g.checkpoint.folder import MANIFEST, TOKENIZER
 from fm9g.checkpoint.stored import Gathered
-from fm9g.config.adapter import AdapterConfig
+from fm9g.config.adapter import ADAPTER_CONFIG, AdapterConfig
+from fm9g.config.run import RunConfig
 from fm9g.convert.folder import open_folder
 from fm9g.convert.hf import Source, open_file, open_source, write_file, write_folder
 from fm9g.convert.logits import Change, streamed_logits
 from fm9g.convert.peft import is_peft, read_peft
 from fm9g.convert.verify import TOLERANCE, make_prompts
 from fm9g.errors import UserError
+from fm9g.kinds import ADAPTER, CHECKPOINT, MODEL, WEIGHTS, check_kind
 from fm9g.lora.base import base_hash
 from fm9g.lora.files import Adapter, open_adapter, save_adapter
-from fm9g.lora.inject import put_in
+from fm9g.lora.inject import chosen_layers, put_in
+from fm9g.model.transformer import weight_shapes
 
 _ROUNDING = 0.05  # of the largest logit: what weights in 16 bits may change
 
 
 def read_adapter(path: Path, train_config: Path | None = None) -> Adapter:
-    """As fm9g.lora.files.open_adapter, and PEFT's folders, too."""
+    """As fm9g.lora.files.open_adapter; also PEFT's folders, and RUN/best or RUN/last."""
+    path = named(path)
+    check_kind(path, ADAPTER, WEIGHTS, CHECKPOINT)
     if not path.is_dir() or not is_peft(path):
         return open_adapter(path, train_config)
     if train_config is not None:
         raise UserError(f"{path}: a folder of PEFT, which says its r and alpha itself; leave --train-config away")
     return read_peft(path)
+
+
+def with_adapter(run: RunConfig) -> RunConfig:
+    """The run with the layers, rank, alpha and kind of the adapter that it starts from, and with its base, if it names
+    one that is here and the run names none.
+
+    Raises UserError if the adapter is of another model, or if keys that are given say something else.
+    """
+    train, model = run.train, run.model.value
+    if not train.value.adapter:
+        return run
+    path = named(Path(train.value.adapter))
+    if path.is_file() and not (path.parent / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"adapter {path}: its r and alpha are not known, for {ADAPTER_CONFIG} is not beside it; "
+            f"`fm9g lora export {path} FOLDER --train-config FILE` makes a folder that says them"
+        )
+    adapter = read_adapter(path)
+    shapes = weight_shapes(model)
+    check_layers(adapter, shapes, f"the model of {run.model.origins['dim_model']}")
+    linear = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
+    names = adapter.config.layers
+    if set(chosen_layers(linear, names)) != set(adapter.layers):  # it leaves out some of the model's layers
+        names = adapter.layers
+    config = adapter.config
+    found = {
+        "lora_layer": names,
+        "lora_r": config.r,
+        "lora_alpha": config.alpha,
+        "use_rslora": config.rslora,
+        "use_dora": config.dora,
+        "init_lora_weights": "default",  # which acts on weights that are new
+    }
+    where = str((path if path.is_dir() else path.parent) / ADAPTER_CONFIG)
+    odd = []
+    for key, value in found.items():
+        given, origin = getattr(train.value, key), train.origins[key]
+        same = set(chosen_layers(linear, given)) == set(adapter.layers) if key == "lora_layer" else given == value
+        if origin != "default" and not same:
+            odd.append(f"{key} is {given!r} ({origin}), and {value!r} in {where}")
+    if odd:
+        raise UserError(f"adapter {path}: keys beside it describe another one: {'; '.join(odd)}; leave them away")
+    if not train.value.pretrained_model and config.base and Path(config.base).exists():
+        found["pretrained_model"] = config.base
+    return dataclasses.replace(run, train=train.changed(found, where))
 
 
 def import_peft(source: Path, target: Path, base: Path | None, overwrite: bool) -> AdapterConfig:
@@ -41,8 +92,11 @@ def import_peft(source: Path, target: Path, base: Path | None, overwrite: bool) 
         raise UserError(f"{source}: not a folder of PEFT (its adapter_config.json has no peft_type)")
     adapter = read_peft(source)
     if base is not None:
+        base = named(base)
+        if not base.exists():
+            raise UserError(f"--base {base}: not here, and its weights are read; give a folder or a file")
         _, weights = open_base(base, None)
-        _check_layers(adapter, weights, base)
+        check_layers(adapter, {name: weight.shape for name, weight in weights.items()}, str(base))
         found = base_hash(weights, lambda name: weights[name].read())
         config = dataclasses.replace(adapter.config, base=str(base), base_sha256=found)
         adapter = dataclasses.replace(adapter, config=config)
@@ -94,17 +148,16 @@ def merge(
     """
     if Path(os.path.realpath(adapter.where)).is_relative_to(target.resolve()):
         raise UserError(f"{target}: holds {adapter.where}, which is read; choose another name")
+    base = named(base)
+    check_kind(base, MODEL, CHECKPOINT, WEIGHTS)
     source, weights = open_base(base, reference)
-    _check_layers(adapter, weights, base)
+    check_layers(adapter, {name: weight.shape for name, weight in weights.items()}, str(base))
     _check_base(adapter, weights, base)
     merged = {name: _with_adapter(name, weight, adapter) for name, weight in weights.items()}
     # As the base, but with the facts and the tokenizer of the adapter's own checkpoint.
     trained = adapter.where.parent if (adapter.where.parent / MANIFEST).is_file() else source.folder
     tokenizer = source.tokenizer or (trained / TOKENIZER if trained else None)
-    config = adapter.config
-    made_from = f"{Path(config.base).name or base.name} with a LoRA adapter (rank {config.r}, alpha {config.alpha:g})"
-    made_from += " merged into its weights"
-    whole = dataclasses.replace(source, folder=trained, tokenizer=tokenizer, made_from=made_from)
+    whole = dataclasses.replace(source, folder=trained, tokenizer=tokenizer, adapter=adapter.config, base=base)
     if source.folder is None and base.is_dir():
         reference = reference or base
     prompts, _ = make_prompts(tokenizer, source.config.vocab_size)
@@ -143,9 +196,10 @@ def merge(
     return Merged(written, largest, change, exact, rounding) if verify else Merged(written)
 
 
-def _check_layers(adapter: Adapter, weights: Mapping[str, Gathered], base: Path) -> None:
+def check_layers(adapter: Adapter, shapes: Mapping[str, torch.Size], base: str) -> None:
+    """Raises UserError if weights of these shapes do not have the adapter's layers. base: what they are of."""
     for layer in adapter.layers:
-        shape = weights[f"{layer}.weight"].shape if f"{layer}.weight" in weights else None
+        shape = shapes.get(f"{layer}.weight")
         if shape != adapter.shape(layer):
             has = "has no such layer" if shape is None else f"has {list(shape)} there"
             raise UserError(

@@ -11,8 +11,8 @@ import math
 from typing import Any
 
 from fm9g.config.load import Layer, build
-from fm9g.config.model import ModelConfig, differ
-from fm9g.convert.families import UnfitError, family_of
+from fm9g.config.model import LAYER_TYPES, ModelConfig, differ
+from fm9g.convert.families import UnfitError, defaults_of, family_of
 from fm9g.errors import UserError
 
 CLASSES = {
@@ -23,18 +23,30 @@ CLASSES = {
     "granite": "GraniteForCausalLM",
 }
 _ROPE_OUT = {"linear": "linear", "dynamic ntk": "dynamic", "yarn": "yarn", "ntk-by-parts": "yarn", "llama3": "llama3"}
+_ORIGINAL = "original_max_position_embeddings"
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "expert_num")
 
 
 def native_type(config: ModelConfig) -> str:
     """The model_type of the transformers class with this arithmetic. Raises UserError where there is none."""
+    windows = set(config.windows)
     scaled = config.scale or config.scale_depth > 0 or differ(config.attention_multiplier, config.head_dim**-0.5)
     present = [word for word, there in (("qkv_bias", config.qkv_bias), ("qk_norm", config.qk_norm)) if there]
     if scaled:
         present.append("scaled arithmetic")
     if len(present) > 1:
         raise UserError(f"{' with '.join(present)}: no transformers class has both, so it cannot be exported")
-    return {"qkv_bias": "qwen2", "qk_norm": "qwen3", "scaled arithmetic": "granite"}[present[0]] if present else "llama"
+    if not present:
+        if windows == {0}:
+            return "llama"
+        if len(windows) == 1:
+            return "mistral"
+        raise UserError("sliding windows of some layers: no transformers class has them, without biases or norms")
+    if scaled and windows != {0}:
+        raise UserError(
+            "scaled arithmetic with sliding windows: no transformers class has both, so it cannot be exported"
+        )
+    return {"qkv_bias": "qwen2", "qk_norm": "qwen3", "scaled arithmetic": "granite"}[present[0]]
 
 
 def to_hf_config(
@@ -78,7 +90,11 @@ def to_hf_config(
     elif kind == "qwen3":
         hf["attention_bias"] = False
     elif kind == "mistral":
-        hf["sliding_window"] = None
+        hf["sliding_window"] = config.sliding_window or None
+    if kind in ("qwen2", "qwen3") and any(config.windows):
+        kinds = [LAYER_TYPES[window > 0] for window in config.windows]
+        hf |= {"use_sliding_window": True, "sliding_window": config.sliding_window, "layer_types": kinds}
+        hf["max_window_layers"] = kinds.index("sliding_attention")  # where layer_types is not known yet
     if kind == "granite":
         hf |= {
             "embedding_multiplier": config.embedding_multiplier,
@@ -93,8 +109,10 @@ def to_hf_config(
         if scaling["rope_type"] == "llama3":
             scaling["low_freq_factor"] = config.rope_low_freq_factor
             scaling["high_freq_factor"] = config.rope_high_freq_factor
-        if config.rope_scaling == "ntk-by-parts":
-            scaling["attention_factor"] = 1.0  # YaRN without its sharper attention
+        if scaling["rope_type"] == "yarn":
+            scaling |= {"beta_fast": config.rope_beta_fast, "beta_slow": config.rope_beta_slow}
+            if config.rope_scaling == "ntk-by-parts" or config.rope_attention_factor:
+                scaling["attention_factor"] = config.rotary_multiplier  # ntk-by-parts: without sharper attention
         hf["rope_scaling"] = scaling
         if config.rope_scaling == "dynamic ntk":
             # transformers stretches beyond this length, and takes no other for the original one
@@ -106,7 +124,7 @@ def from_hf_config(hf: dict[str, Any], where: str) -> ModelConfig:
     """The 9G configuration of a Hugging Face one. Raises UserError for arithmetic that 9G has not."""
     family = family_of(hf, where)
     try:
-        terms = {"tie_word_embeddings": family.tied} | family.terms(hf)
+        terms = family.terms(defaults_of(hf["model_type"]) | hf)
         return build(ModelConfig, [Layer(where, _values(terms))]).value
     except UserError:
         raise
@@ -122,7 +140,7 @@ def _values(hf: dict[str, Any]) -> dict[str, Any]:
     """The 9G keys of a configuration in Llama's terms. Raises UnfitError."""
     heads, layers, hidden = hf["num_attention_heads"], hf["num_hidden_layers"], hf["hidden_size"]
     head_dim = hf.get("head_dim") or hidden // heads
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    rope = _rope_parameters(hf)
     _check(hf, rope)
     values: dict[str, Any] = {
         "vocab_size": hf["vocab_size"],
@@ -132,17 +150,17 @@ def _values(hf: dict[str, Any]) -> dict[str, Any]:
         "num_heads": heads,
         "num_kv_heads": hf.get("num_key_value_heads") or heads,
         "dim_head": head_dim,
-        "activate_fn": {"swish": "silu"}.get(act := hf.get("hidden_act", "silu"), act),
-        "eps": hf.get("rms_norm_eps", 1e-6),
-        "init_std": hf.get("initializer_range", 0.02),
+        "activate_fn": {"swish": "silu"}.get(hf["hidden_act"], hf["hidden_act"]),
+        "eps": hf["rms_norm_eps"],
+        "init_std": hf["initializer_range"],
         "qkv_bias": bool(hf.get("qkv_bias")),
         "qk_norm": bool(hf.get("qk_norm")),
         "tie_lm_head": bool(hf["tie_word_embeddings"]),
-        "base": float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
-        "max_length": hf.get("max_position_embeddings", 8192),
+        "base": float(rope["rope_theta"]),
+        "max_length": hf["max_position_embeddings"],
         "half_type": {"bfloat16": "bf16", "float16": "fp16"}.get(str(hf.get("dtype") or hf.get("torch_dtype")), "fp32"),
     }
-    return values | _scaling(hf, head_dim, layers, hidden) | _rope(hf, rope)
+    return values | _scaling(hf, head_dim, layers, hidden) | _rope(hf, rope) | _windows(hf)
 
 
 def _check(hf: dict[str, Any], rope: dict[str, Any]) -> None:
@@ -153,7 +171,7 @@ def _check(hf: dict[str, Any], rope: dict[str, Any]) -> None:
         if hf.get(key):
             raise UnfitError(key, "is true: 9G has biases on queries, keys and values alone")
     for key in ("partial_rotary_factor", "rotary_pct"):
-        if float(rope.get(key, hf.get(key, 1.0))) != 1.0:
+        if float(rope.get(key, hf.get(key) or 1.0)) != 1.0:
             raise UnfitError(key, "is not 1: 9G turns whole heads by their positions")
     for key in ("alibi", "position_embedding"):
         if hf.get(key) is True or str(hf.get(key)).lower() == "alibi":
@@ -162,55 +180,97 @@ def _check(hf: dict[str, Any], rope: dict[str, Any]) -> None:
         raise UnfitError("quantization_config", "is there: take the folder that was quantized")
     if hf.get("sparse_config"):
         raise UnfitError("sparse_config", "is there: 9G has no sparse attention")
-    kind, longest = hf["model_type"], hf.get("max_position_embeddings", 8192)
-    window = hf.get("sliding_window", 4096)  # the default of all classes that have one
-    if window is None or window >= longest:
-        return
-    if kind == "mistral":
-        raise UnfitError("sliding_window", f"is {window}, of {longest} positions: 9G attends to all")
-    if kind in ("qwen2", "qwen3") and hf.get("use_sliding_window"):
-        kinds = hf.get("layer_types")
-        if "sliding_attention" in kinds if kinds else hf.get("max_window_layers", 28) < hf["num_hidden_layers"]:
-            raise UnfitError("use_sliding_window", f"is true, with {window} of {longest} positions: 9G attends to all")
+
+
+def _windows(hf: dict[str, Any]) -> dict[str, Any]:
+    """In Mistral all layers slide, in Qwen those of layer_types or, without these, those from max_window_layers on."""
+    if hf["model_type"] == "mistral":
+        return {"sliding_window": hf["sliding_window"] or 0}
+    if hf["model_type"] not in ("qwen2", "qwen3"):
+        return {}
+    window = (hf["sliding_window"] if hf["use_sliding_window"] else None) or 0
+    first = hf["max_window_layers"] if window else hf["num_hidden_layers"]
+    kinds = hf.get("layer_types") or [LAYER_TYPES[number >= first] for number in range(hf["num_hidden_layers"])]
+    if "sliding_attention" not in kinds:
+        return {}
+    if not window:
+        raise UnfitError("layer_types", "has sliding_attention, but use_sliding_window is false or there is no window")
+    return {"sliding_window": window, "layer_types": kinds if len(set(kinds)) > 1 else []}
 
 
 def _scaling(hf: dict[str, Any], head_dim: int, layers: int, hidden: int) -> dict[str, Any]:
     if hf["model_type"] == "granite":
-        base = hidden / hf.get("logits_scaling", 1.0)
+        base = hidden / hf["logits_scaling"]
         if differ(base, float(round(base))) or round(base) < 1:
             raise UnfitError("logits_scaling", f"does not divide hidden_size {hidden}")
-        multiplier = float(hf.get("attention_multiplier", 1.0))
+        multiplier = float(hf["attention_multiplier"])
         return {
             "scale": True,
-            "scale_emb": float(hf.get("embedding_multiplier", 1.0)),
-            "scale_depth": round(hf.get("residual_multiplier", 1.0) * math.sqrt(layers), 10),
+            "mup_lr": False,
+            "scale_emb": float(hf["embedding_multiplier"]),
+            "scale_depth": round(hf["residual_multiplier"] * math.sqrt(layers), 10),
             "dim_model_base": round(base),
             "attention_scale": multiplier if differ(multiplier, head_dim**-0.5) else 0.0,
         }
     if hf["model_type"] in ("minicpm", "fm9g") and hf.get("dim_model_base") and "scale_depth" in hf:
         scaled = hf["scale_depth"] > 0
         emb = {"scale_emb": float(hf.get("scale_emb", 1.0)), "dim_model_base": hf["dim_model_base"]} if scaled else {}
-        return {"scale": scaled, "scale_depth": float(hf["scale_depth"]), **emb}
+        # The guide's own scaled models are trained as muP has it.
+        own = {"mup_lr": hf["model_type"] == "fm9g"}
+        return {"scale": scaled, "scale_depth": float(hf["scale_depth"]), **emb, **own}
     return {}
 
 
+def _rope_parameters(hf: dict[str, Any]) -> dict[str, Any]:
+    """How positions turn, as the configuration classes of transformers 5 put it together.
+
+    rope_scaling counts before rope_parameters. What is in it counts before keys beside it, but for the original length
+    of yarn and llama3.
+    """
+    rope = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise UnfitError("rope_parameters", "differ from layer to layer: 9G turns all layers alike")
+    rope.setdefault("rope_type", rope.get("type", "default"))
+    rope.setdefault("rope_theta", hf["rope_theta"])
+    longest = hf["max_position_embeddings"]
+    if rope["rope_type"] in ("yarn", "llama3"):
+        rope.setdefault(_ORIGINAL, longest)
+        rope[_ORIGINAL] = hf.get(_ORIGINAL) or rope[_ORIGINAL]
+    elif rope["rope_type"] == "dynamic":  # beyond this length it stretches, and heeds no other
+        rope[_ORIGINAL] = longest
+    return rope
+
+
 def _rope(hf: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = rope["rope_type"]
     if kind == "default":
         return {}
-    longest = hf.get("max_position_embeddings", 8192)
-    original = rope.get("original_max_position_embeddings") or longest
-    factor = float(rope.get("factor", 1.0))
-    values: dict[str, Any] = {"rope_scaling_factor": factor, "orig_max_length": original}
-    plain_yarn = not any(rope.get(key) for key in ("mscale", "mscale_all_dim"))
-    plain_yarn &= (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1) == (32, 1) and rope.get("truncate", True)
-    if kind == "yarn" and plain_yarn and rope.get("attention_factor") in (None, 1.0):
-        return {"rope_scaling_type": "yarn" if rope.get("attention_factor") is None else "ntk-by-parts", **values}
-    if kind == "dynamic":
-        return {"rope_scaling_type": "dynamic ntk", **values, "max_length": max(original, int(original * factor))}
     if kind == "linear":
-        return {"rope_scaling_type": "linear", "rope_scaling_factor": factor}
+        return {"rope_scaling_type": kind, "rope_scaling_factor": float(rope["factor"])}
+    if kind not in ("dynamic", "yarn", "llama3"):
+        raise UnfitError("rope_scaling", f"is {rope}: the 9G arithmetic has no such positions")
+    longest, original = hf["max_position_embeddings"], rope[_ORIGINAL]
+    factor = float(longest / original if kind == "yarn" and rope["factor"] is None else rope["factor"])
+    values: dict[str, Any] = {"rope_scaling_type": kind, "rope_scaling_factor": factor, "orig_max_length": original}
+    if kind == "dynamic":
+        return values | {"rope_scaling_type": "dynamic ntk", "max_length": max(original, int(original * factor))}
     if kind == "llama3":
-        low, high = float(rope.get("low_freq_factor", 1.0)), float(rope.get("high_freq_factor", 4.0))
-        return {"rope_scaling_type": kind, **values, "rope_low_freq_factor": low, "rope_high_freq_factor": high}
-    raise UnfitError("rope_scaling", f"is {rope}: the 9G arithmetic has no such positions")
+        low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+        return values | {"rope_low_freq_factor": low, "rope_high_freq_factor": high}
+    if not rope.get("truncate", True):
+        raise UnfitError("rope_scaling", f"is {rope}: 9G rounds the borders of YaRN (truncate)")
+    values |= {
+        "rope_beta_fast": float(rope.get("beta_fast") or 32),
+        "rope_beta_slow": float(rope.get("beta_slow") or 1),
+    }
+    sharper = rope.get("attention_factor")
+    if sharper is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+        sharper = _mscale(factor, rope["mscale"]) / _mscale(factor, rope["mscale_all_dim"])
+    if sharper == 1.0:
+        return values | {"rope_scaling_type": "ntk-by-parts"}
+    return values | ({} if sharper is None else {"rope_attention_factor": float(sharper)})
+
+
+def _mscale(factor: float, weight: float) -> float:
+    """How much YaRN sharpens attention (DeepSeek's form of it)."""
+    return 0.1 * weight * math.log(factor) + 1.0

@@ -6,6 +6,7 @@ and values are one weight, in which rows each of them lies. Out of these come bo
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from fm9g.checkpoint.stored import Gathered, Stored
 from fm9g.config.model import ModelConfig
-from fm9g.convert.names import Names, Table, renamed
+from fm9g.convert.names import Names, Table, bare, renamed
 from fm9g.errors import UserError
 
 Blocks = list[tuple[str, int]]  # q, k or v, and how many of its rows come next
@@ -29,14 +30,15 @@ class UnfitError(Exception):
 class Family:
     """table: the names of weights. blocks: the rows of a packed weight. terms: a configuration in Llama's terms.
 
-    tied: what it means that tie_word_embeddings is not given. normed_head: whether the model of a configuration
-    normalizes the rows of its output weights before it multiplies with them.
+    defaults: what the published configuration class takes for keys that are not given; None: transformers has the
+    class. normed_head: whether the model of a configuration normalizes the rows of its output weights before it
+    multiplies with them.
     """
 
     table: Table = field(default_factory=renamed)
     blocks: Callable[[ModelConfig], Blocks] | None = None
     terms: Callable[[Values], Values] = dict
-    tied: bool = False
+    defaults: Values | None = None
     normed_head: Callable[[Values], bool] = lambda hf: False
 
     @property
@@ -62,10 +64,10 @@ def _qwen(hf: Values) -> Values:
         raise UnfitError("no_bias", "is false: 9G has biases on queries, keys and values alone")
     return hf | {
         "intermediate_size": hf["intermediate_size"] // 2,
-        "head_dim": hf.get("kv_channels"),
-        "rms_norm_eps": hf.get("layer_norm_epsilon", 1e-6),
-        "rope_theta": hf.get("rotary_emb_base", 10000),
-        "max_position_embeddings": hf.get("seq_length") or hf.get("max_position_embeddings", 8192),
+        "head_dim": hf["kv_channels"],
+        "rms_norm_eps": hf["layer_norm_epsilon"],
+        "rope_theta": hf["rotary_emb_base"],
+        "max_position_embeddings": hf.get("seq_length") or hf["max_position_embeddings"],
         "hidden_act": "silu",
         "qkv_bias": True,
     }
@@ -81,11 +83,6 @@ def _internlm2(hf: Values) -> Values:
     if hf.get("bias", True):
         raise UnfitError("bias", "is not false: 9G has no biases on the output projection and the feed-forward layers")
     return hf
-
-
-def _minicpm(hf: Values) -> Values:
-    """Its class always scales, with these values where none are given."""
-    return {"scale_emb": 1, "scale_depth": 1, "dim_model_base": 1} | hf
 
 
 def _is_baichuan2(hf: Values) -> bool:
@@ -116,6 +113,51 @@ _INTERNLM2_NAMES = renamed(
     ("mlp.down_proj", "feed_forward.w2"),
 )
 _BAICHUAN_NAMES = renamed(*((f"self_attn.{part}_proj", "self_attn.W_pack") for part in "qkv"))
+_COMMON = {
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+_COMMON_7B = _COMMON | {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+_MINICPM_DEFAULTS = _COMMON_7B | {
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "scale_emb": 1,
+    "scale_depth": 1,
+    "dim_model_base": 1,
+}
+_XVERSE_DEFAULTS = _COMMON | {  # those of its 13B
+    "vocab_size": 100278,
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "max_position_embeddings": 8192,
+}
+_YI_DEFAULTS = _COMMON_7B | {
+    "vocab_size": 64000,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 5000000.0,
+}
+_QWEN_DEFAULTS = _COMMON_7B | {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "kv_channels": 128,
+    "layer_norm_epsilon": 1e-6,
+    "rotary_emb_base": 10000,
+    "max_position_embeddings": 8192,
+}
+_INTERNLM2_DEFAULTS = _COMMON_7B | {"vocab_size": 103168, "max_position_embeddings": 2048}
 
 FAMILIES = {
     "llama": Family(),
@@ -123,13 +165,19 @@ FAMILIES = {
     "qwen2": Family(terms=lambda hf: hf | {"qkv_bias": True}),
     "qwen3": Family(terms=lambda hf: hf | {"qk_norm": True}),
     "granite": Family(),
-    "fm9g": Family(),
-    "minicpm": Family(terms=_minicpm, tied=True),
-    "xverse": Family(),
-    "Yi": Family(table=renamed(("input_layernorm", "ln1"), ("post_attention_layernorm", "ln2"))),
-    "qwen": Family(table=_QWEN_NAMES, blocks=one_after_the_other, terms=_qwen),
-    "baichuan": Family(table=_BAICHUAN_NAMES, blocks=one_after_the_other, terms=_baichuan, normed_head=_is_baichuan2),
-    "internlm2": Family(table=_INTERNLM2_NAMES, blocks=by_key_head, terms=_internlm2),
+    "fm9g": Family(defaults=_COMMON | {"max_position_embeddings": 8192}),
+    "minicpm": Family(defaults=_MINICPM_DEFAULTS),
+    "xverse": Family(defaults=_XVERSE_DEFAULTS),
+    "Yi": Family(table=renamed(("input_layernorm", "ln1"), ("post_attention_layernorm", "ln2")), defaults=_YI_DEFAULTS),
+    "qwen": Family(table=_QWEN_NAMES, blocks=one_after_the_other, terms=_qwen, defaults=_QWEN_DEFAULTS),
+    "baichuan": Family(
+        table=_BAICHUAN_NAMES,
+        blocks=one_after_the_other,
+        terms=_baichuan,
+        defaults=_COMMON_7B | {"vocab_size": 64000},
+        normed_head=_is_baichuan2,
+    ),
+    "internlm2": Family(table=_INTERNLM2_NAMES, blocks=by_key_head, terms=_internlm2, defaults=_INTERNLM2_DEFAULTS),
 }
 
 
@@ -141,15 +189,30 @@ def family_of(hf: Values, where: str) -> Family:
     return FAMILIES[kind]
 
 
+def defaults_of(kind: str) -> Values:
+    """What the configuration class of a model_type takes for keys that are not given."""
+    if (known := FAMILIES[kind].defaults) is not None:
+        return known
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    parameters = inspect.signature(CONFIG_MAPPING[kind].__init__).parameters.values()
+    given = {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
+    # From 5 on, rope_theta has its default apart.
+    return given | {"rope_theta": getattr(CONFIG_MAPPING[kind], "default_theta", given.get("rope_theta"))}
+
+
 def unpack(family: Family, config: ModelConfig, tensors: Mapping[str, Stored], where: str) -> dict[str, Gathered]:
     """The weights of a folder under their 9G names. Raises UserError where one has none."""
     names = family.names
     weights: dict[str, Gathered] = {}
     unknown = []
-    for name, tensor in tensors.items():
+    for stored_as, tensor in tensors.items():
+        name = bare(stored_as, lambda name: bool(names.ours(name)))
         ours = names.ours(name)
+        if doubled := weights.keys() & ours:
+            raise UserError(f"{where}: {stored_as}: is there twice, as {min(doubled)}; remove the one that is wrong")
         if not ours and not name.endswith("rotary_emb.inv_freq"):  # a constant that old folders hold
-            unknown.append(name)
+            unknown.append(stored_as)
         elif len(ours) == 1:
             weights[ours[0]] = Gathered((tensor,), tensor.dtype)
         elif ours:

@@ -14,6 +14,7 @@ from fm9g.config.load import read_object
 from fm9g.config.model import ModelConfig
 from fm9g.convert.architecture import from_hf_config
 from fm9g.convert.families import family_of, normalized, unpack
+from fm9g.convert.names import LLAMA, Names, bare
 from fm9g.errors import UserError
 from fm9g.model.transformer import weight_shapes
 
@@ -38,15 +39,30 @@ def open_folder(source: Path) -> tuple[ModelConfig, dict[str, Gathered]]:
     weights = unpack(family, config, stored_in(source), str(source))
     if family.normed_head(hf) and HEAD in weights:
         weights[HEAD] = dataclasses.replace(weights[HEAD], change=normalized)
-    if config.tie_word_embeddings:
-        head, embedding = weights.pop(HEAD, None), weights.get(EMBEDDING)
-        if head and embedding and not _equal(head, embedding):
-            raise UserError(f"{source}: tie_word_embeddings is true, but {HEAD} differs from the embedding")
+    if config.tie_word_embeddings and HEAD in weights:  # as transformers 5 does
+        if EMBEDDING not in weights:
+            weights[EMBEDDING] = weights.pop(HEAD)
+        elif _equal(weights[HEAD], weights[EMBEDDING]):
+            del weights[HEAD]
+        else:
+            config = dataclasses.replace(config, tie_word_embeddings=False)
     check_weights(weights, weight_shapes(config), str(source), strict=True)
     if not (hf.get("dtype") or hf.get("torch_dtype")):  # then the weights say it
         names = {dtype: name for name, dtype in DTYPES.items()}
         config = dataclasses.replace(config, half_type=names.get(main_dtype(weights), "fp32"))
     return config, weights
+
+
+def open_weights(file: Path) -> dict[str, Stored]:
+    """The weights of a 9G .pt file, under their names without what wrappers put in front. Raises UserError."""
+    names = Names(LLAMA)
+    weights: dict[str, Stored] = {}
+    for stored_as, tensor in open_pt(file).items():
+        name = bare(stored_as, lambda name: names.theirs(name) is not None)
+        if name in weights:
+            raise UserError(f"{file}: {stored_as}: is there twice, as {name}; remove the one that is wrong")
+        weights[name] = tensor
+    return weights
 
 
 def main_dtype(weights: Mapping[str, Described]) -> torch.dtype:

@@ -12,13 +12,14 @@ from typing import Any
 from fm9g.checkpoint.folder import MANIFEST, MODEL_CONFIG, Checkpoint
 from fm9g.checkpoint.stored import Gathered, open_pt
 from fm9g.checkpoint.weights import check_weights
+from fm9g.config.adapter import AdapterConfig
 from fm9g.config.load import read_object
 from fm9g.config.model import ModelConfig, arithmetic, differ, load_model_config
 from fm9g.convert.architecture import from_hf_config, to_hf_config
 from fm9g.convert.card import model_card
 from fm9g.convert.companions import copy_companions, stop_ids, write_tokenizer
 from fm9g.convert.families import FAMILIES, Family, family_of, pack
-from fm9g.convert.folder import DTYPES, main_dtype, open_folder
+from fm9g.convert.folder import DTYPES, main_dtype, open_folder, open_weights
 from fm9g.convert.native_tokenizer import AUTO
 from fm9g.convert.stream import Output, partial_folder, pt_output, safetensors_output, write_outputs
 from fm9g.data.tokenizer import listed_ids
@@ -34,13 +35,14 @@ Check = Callable[[Mapping[str, Gathered]], None]
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A 9G model to be exported. file: of its weights. folder: the checkpoint it is from, None for a bare .pt file.
-    tokenizer: the folder of its files, None where it is not known. made_from: for its card, what it was made from."""
+    tokenizer: the folder of its files, None where it is not known. adapter, base: of a merge, for its card."""
 
     file: Path
     config: ModelConfig
     folder: Path | None
     tokenizer: Path | None
-    made_from: str = ""
+    adapter: AdapterConfig | None = None
+    base: Path | None = None
 
 
 def import_folder(source: Path, target: Path, overwrite: bool = False, dtype: str = "") -> Path:
@@ -121,7 +123,7 @@ def export_folder(
 
 def open_file(model: Source) -> dict[str, Gathered]:
     """The weights of a 9G .pt file, to be read one at a time. Raises UserError where they are not the model's."""
-    stored = open_pt(model.file)
+    stored = open_weights(model.file)
     check_weights(stored, weight_shapes(model.config), str(model.file), strict=True)
     return {name: Gathered((tensor,), tensor.dtype) for name, tensor in stored.items()}
 
@@ -150,7 +152,7 @@ def write_folder(
             loads_as, opener = _write_reference(reference, model.folder, temporary, torch_dtype), ""
         else:
             loads_as, opener = _write_native(model, reference, temporary, torch_dtype)
-        card = model_card(model, target.name, loads_as, needs_code=keep_reference, opener=opener or AUTO)
+        card = model_card(model, temporary, target.name, loads_as, reference, keep_reference, opener or AUTO)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         _write_index(weights, format, temporary)
         outputs = _outputs(weights, format, folder)
@@ -169,12 +171,12 @@ def open_source(source: Path, reference: Path | None) -> Source:
         raise UserError(f"{reference}: no such folder; --reference is a Hugging Face folder")
     if (source / "config.json").is_file() and not (source / MANIFEST).is_file():
         raise UserError(f"{source}: a Hugging Face folder; what is made from it is a 9G file, whose name ends in .pt")
-    folder = Checkpoint(source) if source.is_dir() else None
+    folder = Checkpoint(source, needs_optimizer=False) if source.is_dir() else None
     file = folder.weight_file if folder else source
     if not file.is_file():
         raise UserError(f"{file}: no such file")
     if not folder and (file.parent / MANIFEST).is_file():  # another file of a checkpoint, such as its .ema.pt
-        folder = Checkpoint(file.parent)
+        folder = Checkpoint(file.parent, needs_optimizer=False)
     beside = folder.folder / MODEL_CONFIG if folder else file.with_suffix(".json")
     if reference is None:
         if not beside.is_file():

@@ -30,12 +30,13 @@ class _Embedding(nn.Module):
 
 @torch.no_grad()
 def streamed_logits(
-    config: ModelConfig, read: Read, prompts: list[list[int]], change: Change | None = None
+    config: ModelConfig, read: Read, prompts: list[list[int]], change: Change | None = None, last: int = 0
 ) -> list[torch.Tensor]:
     """The (tokens, V) logits of each prompt, which see nothing of each other.
 
     read: gives a weight by its 9G name, in any floating-point type; it is called once for each. change: is shown each
-    layer with its weights in fp32, and its number, before it is used, and may change it.
+    layer with its weights in fp32, and its number, before it is used, and may change it. last: so many tokens at the
+    end of each prompt have logits; 0: all.
     """
     with torch.device("meta"):
         model = FM9G(config).eval()
@@ -44,10 +45,12 @@ def streamed_logits(
         layer.register_forward_pre_hook(_filling(f"encoder.layers.{number}.", read, change, number))
         layer.register_forward_hook(_empty)
     model.encoder.output_layernorm.register_forward_pre_hook(_filling("encoder.output_layernorm.", read))
-    hidden = model.hidden_states(_batch(prompts))  # (T, C)
+    whole = model.hidden_states(_batch(prompts)).split([len(prompt) for prompt in prompts])
+    kept = [rows[-last:] for rows in whole]
+    hidden = torch.cat(kept)  # (tokens, C)
     head = read("input_embedding.weight" if config.tie_word_embeddings else "lm_head.weight")
     logits = torch.cat([F.linear(hidden, rows.float()) for rows in head.split(_ROWS)], dim=-1)
-    return list(logits.split([len(prompt) for prompt in prompts]))
+    return list(logits.split([len(rows) for rows in kept]))
 
 
 def _filling(prefix: str, read: Read, change: Change | None = None, number: int = 0) -> Callable[..., None]:

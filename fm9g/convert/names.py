@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 Table = dict[str, str]
+
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # anywhere in a name
+_PREFIXES = ("module.", "model.")
+_BASES = ("model.", "transformer.")
 
 _ATTENTION = "encoder.layers.{n}.self_att.self_attention."
 # {n} is the number of a layer, {p} ends in weight or bias. The right side is that of Llama and of most others.
@@ -33,6 +38,24 @@ def renamed(*changes: tuple[str, str]) -> Table:
         assert any(old in theirs for theirs in table.values()), old
         table = {ours: theirs.replace(old, new) for ours, theirs in table.items()}
     return table
+
+
+def bare(name: str, known: Callable[[str], bool]) -> str:
+    """A weight's name without what wrappers put in front of it, such as torch.compile and DistributedDataParallel.
+
+    known: whether a name is one of the model's. A name that is not known in any of these ways comes back as it is.
+    """
+    inner = name
+    for wrapper in _WRAPPERS:
+        inner = inner.replace(wrapper, "")
+    while True:
+        for base in ("", *_BASES):  # a model that was saved without its output layer has no base in front
+            if known(base + inner):
+                return base + inner
+        prefix = next((prefix for prefix in _PREFIXES if inner.startswith(prefix)), None)
+        if prefix is None:
+            return name
+        inner = inner.removeprefix(prefix)
 
 
 class Names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from fm9g.checkpoint.folder import MANIFEST
 from fm9g.checkpoint.stored import open_pt, open_safetensors
 from fm9g.config.adapter import ADAPTER_CONFIG, AdapterConfig
 from fm9g.config.load import Layer, build, read_object
-from fm9g.convert.folder import stored_in
+from fm9g.convert.card import peft_card
+from fm9g.convert.folder import open_folder, stored_in
 from fm9g.convert.names import LLAMA, Names
 from fm9g.errors import UserError
 from fm9g.files import new_folder
+from fm9g.lora.base import base_hash
 from fm9g.lora.files import Adapter, check_adapter
 from fm9g.lora.inject import MAGNITUDE, A, B
 
@@ -69,7 +72,7 @@ def write_peft(adapter: Adapter, target: Path, base: str = "", overwrite: bool =
     config, tensors = adapter.config, {}
     modules = {layer: _theirs(layer, adapter.where) for layer in adapter.layers}
     if base:
-        _check_base(base, sorted(modules.values()))
+        _check_base(base, adapter, modules)
     for name, weight in adapter.weights.items():
         layer, _, _ = name.rpartition(".lora.")
         part = name.removeprefix(layer)
@@ -95,10 +98,13 @@ def write_peft(adapter: Adapter, target: Path, base: str = "", overwrite: bool =
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_model.safetensors").chmod(folder.stat().st_mode & 0o666)
         (folder / ADAPTER_CONFIG).write_text(json.dumps(described, indent=2, ensure_ascii=False), encoding="utf-8")
+        card = peft_card(adapter, target.resolve().name, base or config.base, modules.values())
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _check_base(base: str, modules: list[str]) -> None:
-    """Raises UserError where a base does not hold the modules of an adapter, each as a weight of its own."""
+def _check_base(base: str, adapter: Adapter, modules: Mapping[str, str]) -> None:
+    """Raises UserError if a base is not there, does not hold the modules of an adapter, each as a weight of its own and
+    of its shape, or is not the one that the adapter was trained on. modules: layer of the adapter -> its name there."""
     folder = Path(base)
     if not folder.exists():
         if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base) and not folder.parent.exists():
@@ -108,13 +114,29 @@ def _check_base(base: str, modules: list[str]) -> None:
     if not folder.is_dir() or (folder / MANIFEST).is_file():
         what = "a 9G checkpoint" if folder.is_dir() else "a file"
         raise UserError(f"--base {base}: {what}; PEFT loads Hugging Face folders, which `fm9g convert` makes")
-    names = stored_in(folder)
-    if missing := [module for module in modules if f"{module}.weight" not in names]:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--base {base}: not a Hugging Face folder (config.json is missing)")
+    stored = stored_in(folder)
+    if missing := sorted(module for module in modules.values() if f"{module}.weight" not in stored):
         raise UserError(
             f"--base {base}: PEFT cannot put the adapter on it: it has no {missing[0]}.weight ({len(missing)} of "
             f"{len(modules)} modules are missing), but names or packs its weights in another way. Merge the adapter "
             "(fm9g lora merge), or name a folder in the native layout (fm9g convert to a .pt file and back)"
         )
+    for layer, module in modules.items():
+        if (shape := stored[f"{module}.weight"].shape) != adapter.shape(layer):
+            raise UserError(
+                f"--base {base}: {module}.weight is {list(shape)}, the adapter is for {list(adapter.shape(layer))}: it "
+                "is of another model"
+            )
+    wanted = adapter.config.base_sha256
+    if wanted:
+        _, weights = open_folder(folder)
+        if base_hash(weights, lambda name: weights[name].read()) != wanted:
+            raise UserError(
+                f"--base {base}: is not the base that the adapter was trained on ({adapter.config.base}, SHA-256 "
+                f"{wanted[:16]}): its values differ. A folder that holds the same values is fine"
+            )
 
 
 def _theirs(layer: str, where: Path) -> str:

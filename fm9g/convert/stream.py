@@ -10,6 +10,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import zlib
@@ -35,16 +36,18 @@ _PIECE = 1 << 22  # bytes of a tensor in memory at a time: few enough that the a
 _READERS = 4  # threads at most
 _AHEAD = 2 * _READERS  # pieces that are made before they are written
 _MARK = 1 << 29  # bytes after which what is written is brought to the disk, and noted
+_SHOWN = 5  # weights that are not finite, at most
 _TAIL = 1 << 16  # bytes before a mark whose checksum tells whether they are what was written
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
 
 
 @dataclass(frozen=True)
 class Output:
-    """A file to write: its bytes, literal ones and those of tensors, in order."""
+    """A file to write: its bytes, literal ones and those of tensors, in order. tensors: the same ones, by name."""
 
     name: str
     content: Sequence[bytes | Gathered]
+    tensors: Mapping[str, Gathered]
 
     @property
     def nbytes(self) -> int:
@@ -60,7 +63,7 @@ def safetensors_output(name: str, tensors: Mapping[str, Gathered]) -> Output:
         header[key] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return Output(name, [len(text).to_bytes(8, "little") + text, *tensors.values()])
+    return Output(name, [len(text).to_bytes(8, "little") + text, *tensors.values()], tensors)
 
 
 def pt_output(name: str, tensors: Mapping[str, Gathered], folder: Path) -> Output:
@@ -77,7 +80,7 @@ def pt_output(name: str, tensors: Mapping[str, Gathered], folder: Path) -> Outpu
             content.append(_between(file.fileno(), end, hollow.stat().st_size))
     finally:
         hollow.unlink(missing_ok=True)
-    return Output(name, content)
+    return Output(name, content, tensors)
 
 
 def _between(file: int, start: int, end: int) -> bytes:
@@ -126,7 +129,10 @@ def _lock(descriptor: int, target: Path) -> None:
 
 
 def write_outputs(folder: Path, outputs: Sequence[Output], title: str) -> None:
-    """Writes files in `folder`, or what an earlier call for the same ones left to do. They are on the disk then."""
+    """Writes files in `folder`, or what an earlier call for the same ones left to do. They are on the disk then.
+
+    Raises UserError for values that are not finite.
+    """
     journal = _Journal(folder, _identity(outputs))
     done = journal.usable([output.name for output in outputs])
     total, begun = sum(output.nbytes for output in outputs), sum(done)
@@ -145,6 +151,8 @@ def write_outputs(folder: Path, outputs: Sequence[Output], title: str) -> None:
             try:
                 _write(output, writer, readers)
                 writer.finish()
+            except _NotFiniteError:
+                raise UserError(_not_finite(outputs)) from None
             finally:
                 writer.close()
     sync(folder)
@@ -169,21 +177,21 @@ def _write(output: Output, writer: _Writer, readers: ThreadPoolExecutor) -> None
             writer.write(memoryview(piece)[skipped:])
 
 
-def _missing(output: Output, position: int) -> Iterator[tuple[bytes | Stored | Gathered, int]]:
+def _missing(output: Output, position: int) -> Iterator[tuple[bytes | Gathered, int]]:
     """The pieces of a file that are not all before a position, and how many bytes of each are."""
     end = 0
     for part in output.content:
-        for piece in [part] if isinstance(part, bytes) else part.pieces(_PIECE):
+        for piece in [part] if isinstance(part, bytes) else part.groups(_PIECE):
             start, end = end, end + (len(piece) if isinstance(piece, bytes) else piece.nbytes)
             if position < end:
                 yield piece, max(0, position - start)
 
 
 def _ahead(
-    pieces: Iterator[tuple[bytes | Stored | Gathered, int]], readers: ThreadPoolExecutor
+    pieces: Iterator[tuple[bytes | Gathered, int]], readers: ThreadPoolExecutor
 ) -> Iterator[tuple[bytes | Stored | memoryview, int]]:
-    """Pieces with the values of those that are to be made, which is done while the ones before are in use."""
-    waiting: deque[tuple[bytes | Stored | Future[memoryview], int]] = deque()
+    """Pieces as `_made` gives them, which is done while the ones before are in use."""
+    waiting: deque[tuple[bytes | Future[Stored | memoryview], int]] = deque()
     for piece, skipped in pieces:
         made = readers.submit(_made, piece) if isinstance(piece, Gathered) else piece
         waiting.append((made, skipped))
@@ -193,12 +201,41 @@ def _ahead(
         yield _result(*waiting.popleft())
 
 
-def _made(piece: Gathered) -> memoryview:
-    return bytes_of(piece.read())
+def _made(piece: Gathered) -> Stored | memoryview:
+    """The bytes of a piece, or the place of the same ones in a file, which the system copies: they were just read."""
+    values = piece.read()
+    if not _is_finite(values):
+        raise _NotFiniteError
+    return piece.file_range or bytes_of(values)
 
 
-def _result(piece: bytes | Stored | Future[memoryview], skipped: int) -> tuple[bytes | Stored | memoryview, int]:
+def _result(piece: bytes | Future[Stored | memoryview], skipped: int) -> tuple[bytes | Stored | memoryview, int]:
     return (piece.result() if isinstance(piece, Future) else piece), skipped
+
+
+class _NotFiniteError(Exception):
+    """A piece holds NaN or infinity."""
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    if not values.numel():
+        return True
+    values = values if values.dtype.itemsize > 1 else values.float()  # torch does not order numbers of 8 bits
+    return all(math.isfinite(end) for end in values.aminmax())  # one pass, which NaN outlasts
+
+
+def _not_finite(outputs: Sequence[Output]) -> str:
+    """A line for each weight that is not finite, the first ones, and what to do. Reads them all."""
+    found = []
+    for name, tensor in (item for output in outputs for item in output.tensors.items()):
+        bad = sum(int((~group.read().double().isfinite()).sum()) for group in tensor.groups(_PIECE))
+        if bad:
+            found.append(
+                f"{tensor.parts[0].file}: {name}: {bad:,} of {tensor.shape.numel():,} values are NaN or infinite"
+            )
+    more = [f"and {len(found) - _SHOWN} more weights"] if len(found) > _SHOWN else []
+    remedy = "Nothing was written: take a checkpoint from before they became so, or get the file again"
+    return "\n".join([*found[:_SHOWN], *more, remedy])
 
 
 class _Writer(GrowingFile):

@@ -28,6 +28,7 @@ from fm9g.data.sources import STDIN, Source, line_blocks
 from fm9g.data.workers import start_workers, stop_workers
 from fm9g.errors import UserError
 from fm9g.files import AppendedFile, new_folder
+from fm9g.kinds import DATASET, PART, kind_of
 from fm9g.progress import Progress
 
 REJECTS = "rejects.jsonl"
@@ -42,7 +43,7 @@ _SAMPLE_CHARACTERS = 50
 @dataclass
 class Report:
     """What an indexing found. metas: folder -> content of its meta.json. empty: records without output. rejected: bad
-    records, left out."""
+    records, left out. filtered: records in another language, left out."""
 
     sources: int = 0
     metas: dict[Path, dict[str, Any]] = field(default_factory=dict)
@@ -51,6 +52,7 @@ class Report:
     blank: int = 0
     empty: int = 0
     rejected: int = 0
+    filtered: int = 0
 
 
 def build_index(
@@ -68,6 +70,8 @@ def build_index(
         raise UserError(f"language: found {settings.language!r}, expected one of {', '.join(TOKENS_PER_UNIT)}")
     if workers is not None and workers < 0:
         raise UserError(f"workers: found {workers}, expected at least 0")
+    if settings.as_is and settings.language_filter:
+        raise UserError("--language-filter does not go with --as-is: only a known shape tells what the prompt is")
     if not 0 <= settings.split < 1:
         raise UserError(f"split: found {settings.split}, expected a share from 0 to below 1")
     size = sum(source.size for source in sources)
@@ -162,6 +166,7 @@ class _Run:
             self._report.shapes += part.shapes
             self._report.findings.add(part.findings)
             self._report.blank += part.blank
+            self._report.filtered += part.filtered
             read += part.read
             self.read += part.read
             yield size
@@ -188,6 +193,9 @@ class _Run:
         """Why a dataset has no record."""
         if self._first_bad:
             return f"no record is good; the first: {self._first_bad}"
+        if self._report.filtered and self._report.filtered + self._report.blank == self.read:
+            language = self._settings.language_filter
+            return f"language-filter: none of {self._report.filtered} records is in {language}"
         if name and self.read > self._report.blank:
             return f"split: no record of {self.read} fell into {name}; there are too few for this share"
         one = str(sources[0]) if len(sources) == 1 else f"{len(sources)} files"
@@ -279,10 +287,13 @@ def without_companions(sources: list[Source], paths: list[str]) -> list[Source]:
 
 def _is_companion(path: Path) -> bool:
     folders = [path.parent, *(path.parent / name for name in SPLITS)] if path.name == REJECTS else [path.parent]
-    return path.name in (META, REJECTS) and any(
-        (folder / DATA).is_file() and ((folder / INDEX).is_file() or (folder / INDEX_H5).is_file())
-        for folder in folders
-    )
+    return path.name in (META, REJECTS) and any(map(_is_dataset, folders))
+
+
+def _is_dataset(folder: Path) -> bool:
+    """Also one whose index is lost, or whose meta.json is."""
+    described = (folder / DATA).is_file() and kind_of(folder / META) == PART
+    return described or kind_of(folder) == DATASET
 
 
 def texts_of(sources: Iterable[Source], limit: int | None = None) -> Iterator[str]:

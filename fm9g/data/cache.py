@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fm9g.errors import UserError
-from fm9g.files import AppendedFile, new_folder
+from fm9g.files import AppendedFile, is_too_many_open, new_folder, too_many_open
 from fm9g.progress import Progress
 
 _TOKENS, _BOUNDS, _KEY = "tokens", "bounds", "cache.json"
@@ -29,6 +29,8 @@ class TokenCache:
         try:
             self._tokens, self._bounds = _mapped(folder / _TOKENS, np.int32), _mapped(folder / _BOUNDS, np.int64)
         except (OSError, ValueError) as error:
+            if is_too_many_open(error):
+                raise too_many_open(folder) from None
             raise UserError(f"{folder}: the token cache cannot be read: {error}; delete it") from None
         if len(self._bounds) != records + 1 or self._bounds[-1] != len(self._tokens):
             raise UserError(f"{folder}: the token cache is not whole; delete it")

@@ -21,6 +21,11 @@ from fm9g.errors import UserError
 
 IGNORED = -100  # a target that counts for no loss
 EMPTY, LONG_INPUT, OVERSIZE = "no output", "input longer than max_length", "longer than max_length"
+REMEDIES = {  # for a run in which no record gives a sample
+    EMPTY: "look at them with `fm9g data show`; what names their answers, a transform, or loss?",
+    LONG_INPUT: "raise max_length, or leave these records out; `fm9g data check` shows their lengths",
+    OVERSIZE: "raise max_length, or set the dataset's oversize_rule to head or segment",
+}
 
 # What a user should know of a record, see Encoder.findings.
 LOST_THOUGHT = "a thought that the template does not write"

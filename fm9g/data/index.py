@@ -6,7 +6,6 @@ such an index (its first value is not 0) is read as if a 0 stood in front.
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,8 @@ import numpy as np
 from fm9g.data.records import parse_object, quote
 from fm9g.data.shapes import BadRecord
 from fm9g.errors import UserError
+from fm9g.files import ReadFile, is_too_many_open, too_many_open
+from fm9g.kinds import DATASET, check_kind
 
 DATA, INDEX, INDEX_H5, META = "data.jsonl", "index", "index.h5", "meta.json"
 _PAGE, _PAGES = 4096, 64
@@ -33,13 +34,14 @@ class IndexedDataset:
         """
         self.folder = Path(folder)
         self._data = self.folder / DATA
+        check_kind(self.folder, DATASET)
         if not self._data.is_file():
             raise UserError(
                 f"{self.folder}: no indexed dataset here ({DATA} is missing); make one with `fm9g data index`"
             )
         status = self._data.stat()
         self.nbytes, self.modified = status.st_size, status.st_mtime_ns
-        self._files: list[int] = []
+        self._files: list[ReadFile] = []
         size, self._read_bounds = self._open_index()
         # Whether the first bound is written down, or is meant (the published converter's).
         self._from_0 = bool(size) and self._read_bounds(0, 1)[0] == 0
@@ -55,8 +57,8 @@ class IndexedDataset:
         self.size = self._size  # of all records
         self._size = min(most or self.size, self.size)
 
-    def _open(self, path: Path) -> int:
-        self._files.append(os.open(path, os.O_RDONLY))
+    def _open(self, path: Path) -> ReadFile:
+        self._files.append(ReadFile(path))
         return self._files[-1]
 
     def _open_index(self) -> tuple[int, Callable[[int, int], np.ndarray]]:
@@ -75,12 +77,16 @@ class IndexedDataset:
                 if numbers is None:
                     # Read where they are, not mapped: pages that random reads touch would pile up in memory.
                     index, width = self._open(h5), dtype.itemsize
-                    if os.fstat(index).st_size < offset + size * width:
+                    if h5.stat().st_size < offset + size * width:
                         raise ValueError("it is cut short")
-                    return size, lambda i, n: np.frombuffer(os.pread(index, n * width, offset + i * width), dtype)
+                    return size, lambda i, n: np.frombuffer(index.read(n * width, offset + i * width), dtype)
             else:
                 numbers = np.array(text.read_bytes().split(), dtype=np.int64)
-        except (OSError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        except OSError as error:
+            if is_too_many_open(error):
+                raise too_many_open(h5) from None
+            raise UserError(f"{self.folder}: the index cannot be read: {error}; index it again") from None
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
             raise UserError(f"{self.folder}: the index cannot be read: {error}; index it again") from None
         return len(numbers), lambda i, n: numbers[i : i + n]
 
@@ -89,7 +95,7 @@ class IndexedDataset:
         places = range(0, self.nbytes, max(_PAGE, self.nbytes // _PAGES))
         value = 0
         for place in places:
-            value = zlib.crc32(os.pread(self._file, _PAGE, place), value)
+            value = zlib.crc32(self._file.read(_PAGE, place), value)
         return f"{value:08x}"
 
     def __len__(self) -> int:
@@ -111,7 +117,7 @@ class IndexedDataset:
             start, end = self._read_bounds(number - (not self._from_0), 2).tolist()
         else:
             start, end = 0, int(self._read_bounds(0, 1)[0])
-        line = os.pread(self._file, end - start, start) if 0 <= start <= end <= self.nbytes else b""
+        line = self._file.read(end - start, start) if 0 <= start <= end <= self.nbytes else b""
         if not line or (line[-1:] != b"\n" and number + 1 < self.size) or line.count(b"\n", 0, -1):
             where = f"{self._data}, line {number + 1}"
             raise UserError(f"{where}: the index does not match the data; index it again with `fm9g data index`")
@@ -119,4 +125,4 @@ class IndexedDataset:
 
     def __del__(self) -> None:
         for file in getattr(self, "_files", ()):
-            os.close(file)
+            file.close()

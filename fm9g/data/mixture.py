@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fm9g.config.mixture import DatasetConfig
+from fm9g.config.mixture import NONE, OWN, DatasetConfig
 from fm9g.data import cache
 from fm9g.data.cache import TokenCache
 from fm9g.data.encode import Encoded, Encoder, Texts, cut
@@ -26,7 +26,7 @@ from fm9g.data.literal import protect
 from fm9g.data.order import Permutation, mix
 from fm9g.data.records import SHOWN
 from fm9g.data.shapes import BadRecord
-from fm9g.data.template import NONE, OWN, Template, load_template
+from fm9g.data.template import Template, load_template
 from fm9g.data.tokenizer import CHAT_TEMPLATE, CHAT_TEMPLATES, Tokenizer, load_tokenizer
 from fm9g.errors import UserError
 

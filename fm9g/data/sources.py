@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fm9g.errors import UserError
+from fm9g.kinds import DATA, DATASET, TOKENIZER, check_kind
 
 FORMATS = ("jsonl", "json", "txt", "md", "csv", "tsv", "parquet", "datasets")
 TEXT_UNITS = ("line", "paragraph", "file")
@@ -89,6 +90,8 @@ def find_sources(paths: list[str], format: str = "", text_unit: str = "", output
             raise UserError(f"{output}: lies in {path}, which is read; choose a folder elsewhere")
     sources: dict[Any, Source] = {}  # by what they really are: a file that is named twice is read once
     for path in paths:
+        if path != STDIN:
+            check_kind(Path(path), DATA, DATASET, TOKENIZER)
         for source in _find(path, format, text_unit):
             sources.setdefault(source.path if source.path == STDIN else _real(source.path), source)
     return list(sources.values())

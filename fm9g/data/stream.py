@@ -13,6 +13,7 @@ from a dataset that rest on its average length would be off by as much as that a
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from fm9g.data.encode import Encoded
+from fm9g.data.encode import REMEDIES, Encoded
 from fm9g.data.order import spread
 from fm9g.data.pack import Pack, Sample, collate
 from fm9g.errors import UserError
@@ -156,15 +157,22 @@ class Stream:
 
     def _begin_record(self, dataset: int) -> tuple[int, list[np.ndarray], int] | None:
         """The dataset's next record that has a sample; None when it is used up."""
+        reasons: Counter[str] = Counter()
         for barren, (place, encoded) in enumerate(self._records[dataset], 1):
             self._begun[dataset] += 1
             if not encoded.skipped:
                 return place, encoded.pieces, 0
             self.skipped[encoded.skipped] = self.skipped.get(encoded.skipped, 0) + 1
+            reasons[encoded.skipped] += 1
             if barren > max(1000, min(2 * self._plan.sizes[dataset], 100_000)):
+                counts = [
+                    f"of {count}: {reason}; {REMEDIES.get(reason, 'see its transforms')}"
+                    for reason, count in reasons.most_common()
+                ]
                 raise UserError(
-                    f"{self._plan.names[dataset]}: {barren} records in a row gave nothing to train on (the last one: "
-                    f"{encoded.skipped}); see its transforms, oversize_rule and max_length"
+                    "\n".join(
+                        [f"{self._plan.names[dataset]}: {barren} records in a row gave nothing to train on", *counts]
+                    )
                 )
         return None
 

@@ -15,13 +15,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fm9g.config.fields import nearest
+from fm9g.config.mixture import BUILT_IN, NONE, OWN, TEMPLATE_FOLDER, check_template
 from fm9g.data.jinja_environment import compile_template, date_writer, literal_text
 from fm9g.errors import UserError
-
-_FOLDER = Path(__file__).with_name("templates")
-BUILT_IN = tuple(sorted(file.stem for file in _FOLDER.glob("*.jinja")))
-OWN, NONE = "tokenizer", "none"  # the names of the tokenizer's own template, and of no template
 
 Messages = list[dict[str, Any]]
 
@@ -207,11 +203,10 @@ def load_template(spec: str, tokenizer: Any, date: str = "") -> Template:
         if not tokenizer.chat_template:
             raise UserError("the tokenizer has no chat template of its own; choose another, as in --template chatml")
         return Template(spec, tokenizer.chat_template, tokenizer.special_tokens, date)
-    file = _FOLDER / f"{spec}.jinja" if spec in BUILT_IN else Path(spec)
+    file = TEMPLATE_FOLDER / f"{spec}.jinja" if spec in BUILT_IN else Path(spec)
     if not file.is_file():
-        known = [*BUILT_IN, OWN, NONE]
-        hint = nearest(spec, known) or f"; give a file, or one of {', '.join(known)}"
-        raise UserError(f"{spec}: no such chat template{hint}")
+        check_template(spec)
+        raise UserError(f"template: {spec}: no such file; give a file, or one of {', '.join([*BUILT_IN, OWN, NONE])}")
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

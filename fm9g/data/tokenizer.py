@@ -22,6 +22,7 @@ from typing import Any
 from fm9g.data.literal import Span
 from fm9g.errors import UserError
 from fm9g.files import new_folder
+from fm9g.kinds import TOKENIZER, check_kind
 
 CHAT_TEMPLATE = "chat_template.jinja"  # the file that transformers looks for beside a tokenizer
 CHAT_TEMPLATES = "additional_chat_templates"  # the folder of further templates, NAME.jinja
@@ -361,6 +362,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"{path}: no such tokenizer; set tokenizer_path to a file or to a folder that holds one")
     folder = path if path.is_dir() else path.parent
     if path.is_dir() and not tokenizer_files(path):
+        check_kind(path, TOKENIZER)
         expected = ", ".join(name for name in TOKENIZER_FILES if name.startswith(("tokenizer.", "vocab")))
         raise UserError(f"{path}: no tokenizer here; expected one of {expected}")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fm9g.config.run import RunConfig
+from fm9g.doctor.fit import examine_memory
 from fm9g.doctor.machine import examine_machine, examine_output, examine_rendezvous
 from fm9g.doctor.packages import examine_packages
 from fm9g.doctor.report import ERROR, OK, WARNING, Line, show
@@ -21,17 +22,20 @@ def examine(
     nodes: int = 1,
     timeout: float = 5.0,
 ) -> list[Line]:
-    """Looks at this machine. Takes a few seconds, and at most about twenty.
+    """Looks at this machine. Takes ten seconds, and minutes where it is very busy.
 
-    run: also compares disk and processors with what it needs. master_addr, master_port: of node 0, tried from here as
-    node `node_rank` of `nodes`. timeout: seconds that node 0 has to answer.
+    run: also compares memory, disk and processors with what it needs. master_addr, master_port: of node 0, tried from
+    here as node `node_rank` of `nodes`. timeout: seconds that node 0 has to answer.
     """
-    lines, gpus = examine_packages()
-    lines += examine_machine(run, gpus)
+    lines, torch = examine_packages()
+    lines += examine_machine(run, len(torch.get("gpus", ())))
     if run:
         lines += examine_output(run, nodes)
     if master_addr:
         lines.append(examine_rendezvous(master_addr, master_port, node_rank, timeout))
+    if run:
+        bmtrain = any(line.name == "bmtrain" and line.status == OK for line in lines)
+        lines.append(examine_memory(run, nodes, torch, bmtrain))
     return lines
 
 
@@ -55,6 +59,14 @@ def run_doctor(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     if not 0 <= options.node_rank < options.nodes:
         raise UserError(f"--node-rank: found {options.node_rank}, expected 0 to {options.nodes - 1} (see --nodes)")
     run = load_run(options.config, overrides, complete=False) if options.config else None
+    if run and run.train.value.adapter:
+        from fm9g.convert.adapters import with_adapter
+
+        run = with_adapter(run)
+    if run and run.train.value.adapter:
+        from fm9g.convert.adapters import with_adapter
+
+        run = with_adapter(run)
     lines = examine(run, options.master_addr, options.master_port, options.node_rank, options.nodes)
     print(show(lines))
     return int(any(line.status == ERROR for line in lines))

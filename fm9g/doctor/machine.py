@@ -14,7 +14,9 @@ from fm9g.config.run import RunConfig
 from fm9g.doctor.report import ERROR, GIB, OK, WARNING, Line
 from fm9g.errors import UserError
 from fm9g.files import probe_writable
-from fm9g.plan.sizes import adapter_weights, count_weights
+from fm9g.launch.place import bare_address, with_port
+from fm9g.plan.setup import Setup
+from fm9g.plan.sizes import checkpoint_bytes
 
 _UNREACHABLE = "check that node 0 is up, that both are on one network, and that no firewall blocks the port"
 _REFUSALS = {
@@ -27,7 +29,7 @@ _REFUSALS = {
 
 def examine_machine(run: RunConfig | None, gpus: int) -> list[Line]:
     """Its limits, and whether its processors are enough for the processes of a run."""
-    return [_shared_memory(gpus > 0), _open_files(), _processors(run, gpus)]
+    return [_shared_memory(gpus > 0), _open_files(), _processors(run)]
 
 
 def _shared_memory(on_gpu: bool) -> Line:
@@ -47,14 +49,16 @@ def _open_files() -> Line:
     return Line(OK, "open files", f"at most {soft if soft >= 0 else 'any number'}")
 
 
-def _processors(run: RunConfig | None, gpus: int) -> Line:
+def _processors(run: RunConfig | None) -> Line:
     cores = len(os.sched_getaffinity(0))
     if run is None:
         return Line(OK, "processors", str(cores))
-    processes = max(1, gpus) * (1 + run.train.value.dataloader_num_workers)
-    found = f"{cores}; a run here has {processes} processes ({max(1, gpus)} that train, each with its data workers)"
-    if processes > cores:
-        return Line(WARNING, "processors", found, "lower dataloader_num_workers, or the workers slow the training down")
+    training, workers = run.train.value.n_gpus, run.train.value.dataloader_num_workers
+    found = f"{cores}; the run starts {training} process{'es' * (training > 1)} here (n_gpus)"
+    found += f" and {training * workers} to prepare data"
+    if training * (1 + workers) > cores:
+        advice = "lower dataloader_num_workers, or the workers slow the training down"
+        return Line(WARNING, "processors", found, advice if training <= cores else "lower n_gpus (or --nproc)")
     return Line(OK, "processors", found)
 
 
@@ -77,7 +81,10 @@ def examine_output(run: RunConfig, nodes: int) -> Iterator[Line]:
 
 def _file_system(folder: Path) -> str:
     """The type of the file system that holds a folder."""
-    kinds = {line.split()[1]: line.split()[2] for line in Path("/proc/mounts").read_text().splitlines()}
+    kinds = {
+        line.split()[1]: line.split()[2]
+        for line in Path("/proc/mounts").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    }
     real = folder.resolve()
     return next((kinds[str(parent)] for parent in (real, *real.parents) if str(parent) in kinds), "unknown")
 
@@ -85,11 +92,8 @@ def _file_system(folder: Path) -> str:
 def _disk(run: RunConfig) -> Line:
     config = run.train.value
     first = int(config.resume_ckpt) if config.resume_ckpt.isdecimal() else 0
-    free, model = shutil.disk_usage(config.output_dir).free, run.model.value
-    adapters = adapter_weights(model, config.lora_layer, config.lora_r) * model.num_layers
-    weights = adapters or count_weights(model)
-    size = (4 if config.save_model_only else 12) * weights
-    size += 4 * weights * bool(config.ema_decay)
+    free = shutil.disk_usage(config.output_dir).free
+    size = checkpoint_bytes(run.model.value, Setup.from_run(run, nodes=1, gpus=config.tp_size))
     steps = range(first, min(config.stop_iters or config.train_iters, config.train_iters))
     count = -(-len(steps) // config.save_iters) if config.save else 0
     if config.save_total_limit:  # an old one goes when the new one is whole
@@ -106,7 +110,8 @@ def _disk(run: RunConfig) -> Line:
 
 def examine_rendezvous(address: str, port: int, node_rank: int, timeout: float) -> Line:
     """Node 0 must be able to listen there, the others to reach it."""
-    name, first = f"node 0 at {address}:{port}", node_rank == 0
+    address = bare_address(address)
+    name, first = f"node 0 at {with_port(address, port)}", node_rank == 0
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:

@@ -6,20 +6,22 @@ Each package is tried in a process of its own, since a broken wheel can end the 
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from fm9g.doctor.report import ERROR, GIB, OK, WARNING, Line
+from fm9g.progress import Progress
 
-_TIMEOUT = 18.0  # seconds for an import; all run at once
+_TIMEOUT = 120.0  # seconds for an import, which on a busy machine takes many times what it takes alone
 _OPTIONAL = {
     "bmtrain": "import bmtrain",
     "flash-attn": "import flash_attn",
@@ -52,38 +54,49 @@ cuda = torch.cuda
 gpus = [(cuda.get_device_name(i), *cuda.mem_get_info(i), *cuda.get_device_capability(i))
         for i in range(cuda.device_count())] if cuda.is_available() else []
 nccl = cuda.nccl.version() if torch.version.cuda and torch.distributed.is_nccl_available() else ()
+bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "gpus": gpus, "arch": cuda.get_arch_list(),
-    "nccl": ".".join(map(str, nccl)), "gloo": torch.distributed.is_gloo_available(),
+    "bf16": bf16, "nccl": ".".join(map(str, nccl)), "gloo": torch.distributed.is_gloo_available(),
     "abi": torch._C._GLIBCXX_USE_CXX11_ABI}))
 """
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What became of an import. output: of the process; failure: why it ended badly, or empty; hung: it had no end."""
+    """What became of an import. output: of the process; failure: why it did not end well, or empty; hung: it was still
+    running when the time was up."""
 
     output: str
     failure: str = ""
     hung: bool = False
 
 
-def examine_packages() -> tuple[list[Line], int]:
-    """What is installed and can be imported; and the number of GPUs that torch sees."""
+def examine_packages() -> tuple[list[Line], dict[str, Any]]:
+    """What is installed and can be imported; and what torch says of itself and this machine, nothing where it cannot.
+
+    As many imports as there are processors run at once: more would slow each other down.
+    """
     codes = {"torch": _TORCH, "numpy": "import numpy", "transformers": "import transformers"}
     codes |= {name: code for name, code in _OPTIONAL.items() if _version(name)}
-    with ThreadPoolExecutor(len(codes)) as pool:
-        probes = dict(zip(codes, pool.map(probe, codes.values())))
+    probes: dict[str, Probe] = {}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, Progress("imports", len(codes), "packages") as bar:
+        running = {pool.submit(probe, code): name for name, code in codes.items()}
+        for done in as_completed(running):
+            probes[running[done]] = done.result()
+            bar.advance()
     torch = {} if probes["torch"].failure else json.loads(probes["torch"].output.splitlines()[-1])
     lines = [_python(), *_requirements(probes, torch), *_gpus(torch), _nccl(torch)]
-    return lines + [_optional(name, probes.get(name), torch) for name in _OPTIONAL], len(torch.get("gpus", ()))
+    return lines + [_optional(name, probes.get(name), torch) for name in _OPTIONAL], torch
 
 
 def probe(code: str, timeout: float = _TIMEOUT) -> Probe:
     """Runs Python code in a process of its own."""
     try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, encoding="utf-8", errors="replace", timeout=timeout
+        )
     except subprocess.TimeoutExpired:
-        return Probe("", f"cannot be imported within {timeout:.0f} s", hung=True)
+        return Probe("", f"slow: its import was not done after {timeout:.0f} s", hung=True)
     if done.returncode < 0:
         return Probe(done.stderr, f"ended the interpreter ({signal.Signals(-done.returncode).name})")
     last = (done.stderr.strip() or "unknown error").splitlines()[-1]
@@ -113,7 +126,7 @@ def _requirements(probes: dict[str, Probe], torch: dict[str, Any]) -> Iterator[L
     try:
         wanted = metadata.requires("fm9g") or []
     except metadata.PackageNotFoundError:
-        wanted = ["torch>=2.6", "transformers>=4.51", "numpy>=2"]
+        wanted = ["torch>=2.11", "transformers>=4.56", "numpy>=2"]
     others = 0
     for text in wanted:
         match = re.fullmatch(r"([\w.-]+)(?:>=([\d.]+))?", text)
@@ -137,12 +150,20 @@ def _requirements(probes: dict[str, Probe], torch: dict[str, Any]) -> Iterator[L
 def _driver() -> str:
     """The version of NVIDIA's kernel module, or an empty string."""
     file = Path("/proc/driver/nvidia/version")
-    match = re.search(r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)", file.read_text()) if file.is_file() else None
+    match = (
+        re.search(r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)", file.read_text("utf-8", "replace"))
+        if file.is_file()
+        else None
+    )
     return match[1] if match else ""
 
 
 def _gpus(torch: dict[str, Any]) -> Iterator[Line]:
     driver, cuda, gpus = _driver(), torch.get("cuda"), torch.get("gpus", [])
+    if not torch:
+        found = f"NVIDIA driver {driver}" if driver else "no NVIDIA driver"
+        yield Line(WARNING, "GPU", f"{found}; torch could not be asked", "see the line of torch")
+        return
     if not driver and not gpus:
         yield Line(OK, "GPU", f"none; training runs on the CPU (CUDA of torch: {cuda or 'none'})")
         return
@@ -181,7 +202,8 @@ def _gpus(torch: dict[str, Any]) -> Iterator[Line]:
 
 def _nccl(torch: dict[str, Any]) -> Line:
     wheels = [f"{name} {_version(name)}" for name in (f"nvidia-nccl-cu{n}" for n in (11, 12, 13)) if _version(name)]
-    found = torch.get("nccl") or ("none: gloo is used" if torch.get("gloo") else "none")
+    unknown = "none" if torch else "not known: torch could not be asked"
+    found = torch.get("nccl") or ("none: gloo is used" if torch.get("gloo") else unknown)
     if len(wheels) > 1:
         advice = "they write the same file: uninstall both, then install the one torch asks for; bmtrain with --no-deps"
         return Line(ERROR if torch.get("gpus") else WARNING, "NCCL", f"{found}; {', '.join(wheels)}", advice)
@@ -194,11 +216,11 @@ def _optional(name: str, found: Probe | None, torch: dict[str, Any]) -> Line:
     version, on_gpu = _version(name), bool(torch.get("gpus"))
     if found is None:
         if not on_gpu:
-            return Line(OK, name, "not needed here: no GPU")
+            return Line(OK, name, "not needed here: no GPU" if torch else "not there")
         return Line(WARNING if name in _OF_GPUS else OK, name, "missing", _MISSING[name])
     if found.hung:
         return Line(WARNING, name, f"{version}: {found.failure}", _slow(_OPTIONAL[name]))
-    if found.failure and name in _OF_GPUS and not on_gpu:
+    if found.failure and name in _OF_GPUS and torch and not on_gpu:
         return Line(OK, name, f"{version}, cannot be imported ({found.failure}); not needed here: no GPU")
     if found.failure:
         return Line(ERROR if on_gpu else WARNING, name, f"{version}: {found.failure}", _advice(name, found, torch))
@@ -210,7 +232,7 @@ def _optional(name: str, found: Probe | None, torch: dict[str, Any]) -> Line:
 
 
 def _slow(code: str) -> str:
-    return f"this machine is busy, or the import hangs: try it alone, python -c '{code}'"
+    return f"this machine is very busy, or the import hangs: try it alone, python -c '{code}'"
 
 
 def _advice(name: str, found: Probe, torch: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Line:
-    """One finding. advice: what to do where the status is not ok."""
+    """One finding. advice: what to do where the status is not ok, of several ways a line each."""
 
     status: str
     name: str
@@ -24,6 +24,6 @@ def show(lines: list[Line]) -> str:
     rows = []
     for line in lines:
         rows.append(f"{line.status:<8} {line.name:<{width}}  {line.found}")
-        rows += [f"{'':<8} {'':<{width}}  -> {line.advice}"] if line.advice else []
+        rows += [f"{'':<8} {'':<{width}}  -> {text}" for text in line.advice.splitlines()]
     counts = {status: sum(line.status == status for line in lines) for status in (ERROR, WARNING)}
     return "\n".join([*rows, ", ".join(f"{n} {status}{'s' * (n != 1)}" for status, n in counts.items())])

@@ -22,6 +22,7 @@ from fm9g.engine.rules import Layout, OptimizerSettings
 from fm9g.engine.statistics import Statistics, statistics
 from fm9g.engine.stopwatch import Stopwatch
 from fm9g.errors import UserError
+from fm9g.memory import is_out_of_memory
 
 Fill = Callable[[str, torch.Tensor], None]
 
@@ -145,10 +146,12 @@ class Engine(ABC):
                     master.copy_(part.region(self._spread(part.shape, functools.partial(fill, name))))
                     if name in self._optimizer.means:
                         self._optimizer.means[name].copy_(master)
-        except RuntimeError as error:
-            if "out of memory" not in str(error) and "not enough memory" not in str(error):
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
-            raise UserError(f"the model does not fit in the memory of {self.device}: {error}") from None
+            raise UserError(
+                f"the model does not fit in the memory of {self.device} ({error}); `fm9g plan` tells what it takes"
+            ) from None
 
     def _named(self, model: torch.nn.Module) -> list[tuple[str, Any]]:
         """The parameters of a model with the names by which they are known outside."""

@@ -17,7 +17,7 @@ from torch.optim._adafactor import adafactor
 from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.optim.adamw import adamw
 
-from fm9g.errors import UserError
+from fm9g.packages import import_bitsandbytes
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,7 @@ class AdamW8bit(Rule):
     def __init__(self, settings: OptimizerSettings, layout: Layout) -> None:
         """Raises UserError where bitsandbytes is not installed."""
         super().__init__(settings, layout)
-        try:
-            from bitsandbytes import functional
-        except ImportError as error:
-            raise UserError(f"optimizer adamw8bit: bitsandbytes cannot be used here ({error}); install it") from None
+        functional = import_bitsandbytes("optimizer adamw8bit").functional
         self._lib: Any = functional
         self._codes = {
             "exp_avg": functional.create_dynamic_map(signed=True),

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fm9g.checkpoint.folder import MANIFEST
+from fm9g.checkpoint.find import named
 from fm9g.config.load import read_object
 from fm9g.convert.families import FAMILIES
 from fm9g.data.encode import stop_token_ids
 from fm9g.data.template import load_template
 from fm9g.data.tokenizer import TOKENIZER_CONFIG, listed_ids, load_tokenizer
 from fm9g.errors import UserError
+from fm9g.kinds import MODEL, check_kind
 
 
 def generate(
@@ -25,12 +27,15 @@ def generate(
     seed: int = 1234,
     chat: bool = False,
     system: str = "",
+    on_text: Callable[[str], None] | None = None,
 ) -> str:
     """The continuation of a prompt. temperature 0 takes the likeliest token each time.
 
     chat: the prompt is what a user says, and is put into the folder's chat template; system: what is said before it.
+    on_text: gets the continuation as it is made, in pieces; before the first one an empty text.
     Raises UserError where the folder is not one that transformers loads.
     """
+    folder = named(folder)
     _check_folder(folder)
     for name, value, allowed in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
@@ -47,6 +52,8 @@ def generate(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from fm9g.engine.torch import has_fast_bf16
+
     if system and not chat:
         raise UserError("system: goes with a chat (--chat)")
     logging.disable_progress_bar()
@@ -62,6 +69,9 @@ def generate(
     if missing := report["missing_keys"]:
         raise UserError(f"{folder}: {min(missing)} is missing; config.json and the weights do not match")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fast = device.type == "cuda" or (model.dtype == torch.bfloat16 and has_fast_bf16(device))
+    if not fast:
+        model.float()
     model.eval().to(device)
     torch.manual_seed(seed)
     stops = list(
@@ -78,6 +88,7 @@ def generate(
         {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     )
     inputs = torch.tensor([ids], device=device)
+    pieces = _Pieces(tokenizer, on_text) if on_text else None
     pads = [tokenizer.pad_token_id, *listed_ids(model.generation_config.pad_token_id), *stops, 0]
     output = model.generate(
         inputs,
@@ -86,20 +97,52 @@ def generate(
         repetition_penalty=repetition_penalty,
         eos_token_id=stops or None,
         pad_token_id=next(pad for pad in pads if pad is not None and pad >= 0),
+        streamer=pieces,
         **sampling,
     )
     return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
 
 
+class _Pieces:
+    """A streamer of transformers: hands on the text of tokens as soon as it cannot change any more."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        self._tokenizer, self._on_text = tokenizer, on_text
+        self._ids: list[int] | None = None
+        self._start = self._told = 0  # the tokens before `_start` are forgotten; those before `_told` are told
+
+    def put(self, value: Any) -> None:
+        """value: at first the ids of the prompt, then a token at a time."""
+        if self._ids is None:
+            self._ids = []
+            self._on_text("")
+            return
+        self._ids += value.reshape(-1).tolist()
+        self._tell()
+
+    def end(self) -> None:
+        self._tell(last=True)
+
+    def _tell(self, last: bool = False) -> None:
+        # The text of a token depends on those before it (spaces), and a character may be several tokens.
+        ids = self._ids or []
+        before = self._decode(ids[self._start : self._told])
+        text = self._decode(ids[self._start :])
+        if len(text) > len(before) and (last or not text.endswith("\ufffd")):
+            self._on_text(text[len(before) :])
+            self._start, self._told = self._told, len(ids)
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+
 def _check_folder(folder: Path) -> None:
     """Raises UserError where transformers has no class for it, with what makes a folder that it has one for."""
-    convert = f"make a Hugging Face folder of it: fm9g convert {folder} FOLDER"
-    if folder.suffix == ".pt" and folder.is_file():
-        raise UserError(f"{folder}: the weights of a 9G model; {convert}")
+    if not folder.exists():
+        raise UserError(f"{folder}: no such folder; give a Hugging Face folder, which `fm9g convert` makes")
+    check_kind(folder, MODEL)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: not a Hugging Face folder (config.json is missing); make one with `fm9g convert`")
-    if (folder / MANIFEST).is_file():
-        raise UserError(f"{folder}: a 9G checkpoint; {convert}")
     config = read_object(folder / "config.json")
     kind = config.get("model_type")
     if kind is None or "dim_model" in config:

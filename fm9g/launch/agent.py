@@ -122,6 +122,7 @@ class _Agent:
             try:
                 meeting = Meeting(self._board, nodes, self._host, timing, same, self._signals.name)
                 self._started, self._hosts = meeting.hold()
+                self._say_where_the_log_is()
                 failure = self._attempts()
             except EndError as end:
                 failure = end.failure
@@ -129,6 +130,15 @@ class _Agent:
         except LostError as error:
             failure = self._failure(str(error))
         return failure
+
+    def _say_where_the_log_is(self) -> None:
+        if self._log_dir and not self._master:
+            first = self._me * self._nodes.nproc
+            print(
+                f"machine {self._me} of {self._nodes.nnodes} has joined; the log is shown on machine 0, "
+                f"{self._hosts[0]}. What is printed here is in {self._log_dir}/rank-{first}.log and so on",
+                flush=True,
+            )
 
     def _end_if_told(self) -> None:
         if name := self._signals.name():

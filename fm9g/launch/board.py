@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from fm9g.errors import UserError
+from fm9g.launch.place import with_port
 
 LONGEST = 1 << 25  # bytes of a line: the stacks of a rank are a few hundred kilobytes at most
 
@@ -109,7 +110,7 @@ def reach(addr: str, port: int, patience: float, limit: float, between: Callable
     between: called between two tries. Raises UserError that says what stands in the way.
     """
     deadline = time.monotonic() + patience
-    where = f"{addr}:{port}"
+    where = with_port(addr, port)
     while True:
         left = deadline - time.monotonic()
         try:

@@ -128,6 +128,7 @@ def find_nodes(
     nodes = choose(nnodes, "NNODES", int(slurm.get("nodes", 1)), 1)
     node = choose(node_rank, "RANK", int(slurm.get("node", 0)) if nodes > 1 and slurm else -1, 0)
     addr = master_addr or env.get("MASTER_ENDPOINT") or env.get("MASTER_ADDR") or str(slurm.get("master_addr", ""))
+    addr = bare_address(addr)
     port = choose(master_port, "MASTER_PORT", int(slurm.get("master_port", PORT)) if nodes > 1 else 0, 0)
     if processes < 1 or nodes < 1:
         raise UserError(f"--nproc {processes}, --nnodes {nodes}: both must be at least 1")
@@ -157,6 +158,16 @@ def expand_nodes(text: str) -> list[str]:
             made = [name + end for name in made for end in (_ranges(piece) if i % 2 else [piece])]
         names += made
     return names
+
+
+def bare_address(address: str) -> str:
+    """A name or an address without the brackets that IPv6 addresses may have, as in [::1]."""
+    return re.sub(r"^\[(.*)\]$", r"\1", address.strip())
+
+
+def with_port(address: str, port: int) -> str:
+    """How messages write an address with a port: node0:29500, [::1]:29500."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def host_name() -> str:
@@ -195,7 +206,7 @@ def _env_place(env: Mapping[str, str]) -> dict[str, Any]:
         "local_world_size": local_world,
         "node": node,
         "nodes": nodes,
-        "master_addr": env["MASTER_ADDR"],
+        "master_addr": bare_address(env["MASTER_ADDR"]),
         "master_port": _number(env, "MASTER_PORT", least=1),
     }
 
@@ -222,7 +233,7 @@ def _slurm_place(env: Mapping[str, str]) -> dict[str, Any]:
         "local_world_size": local_world,
         "node": node,
         "nodes": len(hosts),
-        "master_addr": env.get("MASTER_ADDR", hosts[0]),
+        "master_addr": bare_address(env.get("MASTER_ADDR", hosts[0])),
         "master_port": _number(env, "MASTER_PORT", default, 1),
     }
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fm9g.errors import UserError
 from fm9g.launch.board import Hub
-from fm9g.launch.place import Place
+from fm9g.launch.place import Place, with_port
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -50,5 +50,5 @@ def agree_on_port(place: Place) -> tuple[int, Hub | None, TCPStore]:
             store.set(key, str(hub.port))
         return int(store.get(key)), hub, store
     except DistError as error:
-        where = f"{place.master_addr}:{place.master_port}"
+        where = with_port(place.master_addr, place.master_port)
         raise UserError(f"the store of torchrun at {where}: {str(error).splitlines()[0]}") from None

@@ -66,7 +66,7 @@ def open_adapter(path: Path, train_config: Path | None = None) -> Adapter:
     """
     folder, file = (path, path / ADAPTER_FILE) if path.is_dir() else (path.parent, path)
     if (folder / MANIFEST).is_file():
-        checkpoint = Checkpoint(folder)  # which looks whether it is damaged
+        checkpoint = Checkpoint(folder, needs_optimizer=False)  # which looks whether it is damaged
         file = checkpoint.weight_file if path.is_dir() else path
     elif path.is_dir() and not file.is_file():
         raise UserError(f"{path}: neither a checkpoint nor an adapter's folder ({ADAPTER_FILE} is missing)")

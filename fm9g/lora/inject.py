@@ -10,7 +10,7 @@ import contextlib
 import re
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import nn
 
 from fm9g.config.adapter import AdapterConfig
 from fm9g.errors import UserError
+from fm9g.packages import without_bitsandbytes
 
 A, B, MAGNITUDE = ".lora.lora_A", ".lora.lora_B", ".lora.magnitude"
 _NAMES = (  # of PEFT's modules
@@ -33,6 +34,12 @@ def known_as(name: str) -> str:
     for pattern, template in _NAMES:
         name = pattern.sub(template, name)
     return name
+
+
+def chosen_layers(linear: Iterable[str], wanted: Iterable[str]) -> list[str]:
+    """Those of the full names of linear layers that end in one of the wanted names."""
+    names = list(wanted)
+    return [name for name in linear if any(_ends_in(name, end) for end in names)]
 
 
 def linear_layers(layers: nn.ModuleList, prefix: str = "encoder.layers") -> dict[str, nn.Linear]:
@@ -53,7 +60,7 @@ def inject(model: nn.Module, layers: nn.ModuleList, config: AdapterConfig, backe
         if not any(_ends_in(name, wanted) for name in linear):
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
             raise UserError(f"lora_layer: {wanted!r} is not the name of a linear layer; these are: {known}")
-    chosen = [name for name in linear if any(_ends_in(name, wanted) for wanted in config.layers)]
+    chosen = chosen_layers(linear, config.layers)
     for name in chosen if config.pissa else ():
         if config.r > (most := min(linear[name].in_features, linear[name].out_features)):
             raise UserError(f"lora_r {config.r}: {name} has {most} singular vectors; PiSSA cannot take more of them")
@@ -98,28 +105,16 @@ def _by_peft(model: nn.Module, names: list[str], config: AdapterConfig) -> None:
 
 @contextlib.contextmanager
 def import_peft() -> Iterator[Any]:
-    """PEFT, which does not see bitsandbytes where nothing has imported that.
+    """PEFT, which does not see bitsandbytes unless something has imported that.
 
-    It would import it for layers of bitsandbytes' own, which are not used here. That takes seconds, and on some CPUs
-    prints a warning. Raises UserError where PEFT is not installed.
+    Raises UserError where PEFT is not installed.
     """
-    modules: dict[str, Any] = sys.modules
-    hidden = "bitsandbytes" not in modules
-    if hidden:
-        modules["bitsandbytes"] = None
-    try:
+    with without_bitsandbytes():
         try:
             import peft
         except ImportError as error:
             raise UserError(f"lora_backend peft: the package cannot be used here ({error}); install peft") from None
         yield peft
-    finally:
-        if hidden:
-            del modules["bitsandbytes"]
-            for name in ("is_bnb_available", "is_bnb_4bit_available"):  # others in this process are to find it
-                known: Any = getattr(modules.get("peft.import_utils"), name, None)
-                if hasattr(known, "cache_clear"):
-                    known.cache_clear()
 
 
 def _by_opendelta(model: nn.Module, names: list[str], config: AdapterConfig) -> None:

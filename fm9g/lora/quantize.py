@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fm9g.errors import UserError
 from fm9g.lora.inject import linear_layers
+from fm9g.packages import import_bitsandbytes
 
 _BLOCK = 64  # values of a weight that share a scale, in 4 bits
 
@@ -88,10 +88,7 @@ def quantize_layers(layers: nn.ModuleList, kind: str, double: bool) -> None:
 
     Raises UserError where bitsandbytes is not installed.
     """
-    try:
-        import bitsandbytes  # noqa: F401
-    except Exception as error:  # it looks for CUDA when it is imported, and fails in many ways
-        raise UserError(f"quantization: bitsandbytes cannot be used here ({error}); install it") from None
+    import_bitsandbytes("quantization")
     for name, plain in linear_layers(layers, prefix="").items():
         owner, _, key = name.rpartition(".")
         setattr(layers.get_submodule(owner), key, QuantizedLinear(plain, kind, double))

@@ -11,10 +11,6 @@ import torch
 
 from fm9g.config.model import ModelConfig
 
-# Rotations within the original length above which a frequency is kept, and below which it is interpolated
-# (NTK-by-parts and YaRN: Peng et al. 2023, section 3.2).
-_FAST, _SLOW = 32, 1
-
 
 def _frequencies(theta: float | torch.Tensor, dim: int, device: torch.device) -> torch.Tensor:
     """theta^(-2i/D): (D/2,) for one theta, (T, D/2) for thetas of shape (T, 1)."""
@@ -23,13 +19,15 @@ def _frequencies(theta: float | torch.Tensor, dim: int, device: torch.device) ->
 
 
 def _by_parts(config: ModelConfig, inv_freq: torch.Tensor) -> torch.Tensor:
-    """Keeps fast frequencies, divides slow ones by the factor, blends those between."""
+    """Keeps fast frequencies, divides slow ones by the factor, blends those between: NTK-by-parts and YaRN (Peng et al.
+    2023, section 3.2)."""
     dim, theta = config.head_dim, config.rope_theta
 
     def index_of(rotations: float) -> float:  # of the frequency that turns so often within the original length
         return dim * math.log(config.orig_max_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = max(math.floor(index_of(_FAST)), 0), min(math.ceil(index_of(_SLOW)), dim - 1)
+    low = max(math.floor(index_of(config.rope_beta_fast)), 0)
+    high = min(math.ceil(index_of(config.rope_beta_slow)), dim - 1)
     steps = torch.arange(dim // 2, dtype=torch.float32, device=inv_freq.device)
     slow = ((steps - low) / max(high - low, 0.001)).clamp(0, 1)
     return inv_freq / config.rope_factor * slow + inv_freq * (1 - slow)
@@ -66,9 +64,7 @@ def cos_sin(
         inv_freq = _llama3(config, inv_freq)
     angles = positions[:, None].to(torch.float32) * inv_freq
     angles = torch.cat((angles, angles), dim=-1)  # (T, D)
-    # YaRN also sharpens attention: queries and keys each grow by this factor (section 3.4).
-    scale = 0.1 * math.log(factor) + 1.0 if kind == "yarn" and factor > 1 else 1.0
-    return angles.cos() * scale, angles.sin() * scale
+    return angles.cos() * config.rotary_multiplier, angles.sin() * config.rotary_multiplier
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

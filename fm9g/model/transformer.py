@@ -54,9 +54,11 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions, and norms of queries and keys where the model has them."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, window: int) -> None:
+        """window: the tokens that a token attends to, itself included; 0: all before it."""
         super().__init__()
         self.head_dim, self.flash, self.scale = config.head_dim, config.use_flash_attn, config.attention_scale or None
+        self.window = window
         query, shared = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.project_q = nn.Linear(config.hidden_size, query, bias=config.qkv_bias)
         self.project_k = nn.Linear(config.hidden_size, shared, bias=config.qkv_bias)
@@ -76,7 +78,7 @@ class Attention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         value = self.project_v(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
-        mixed = attend(query, key, value, cu_seqlens, lengths, self.flash, self.scale)
+        mixed = attend(query, key, value, cu_seqlens, lengths, self.flash, self.scale, self.window)
         return self.attention_out(mixed.flatten(-2))  # (T, C)
 
 
@@ -106,10 +108,10 @@ class FeedForward(nn.Module):
 
 
 class AttentionBranch(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, window: int) -> None:
         super().__init__()
         self.layernorm_before_attention = RMSNorm(config.hidden_size, config.norm_eps)
-        self.self_attention = Attention(config)
+        self.self_attention = Attention(config, window)
 
 
 class FeedForwardBranch(nn.Module):
@@ -122,9 +124,9 @@ class FeedForwardBranch(nn.Module):
 class Layer(nn.Module):
     """One pre-norm transformer layer: two residual branches."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, window: int) -> None:
         super().__init__()
-        self.self_att = AttentionBranch(config)
+        self.self_att = AttentionBranch(config, window)
         self.ffn = FeedForwardBranch(config)
         self.residual_multiplier, self.dropout = config.residual_multiplier, config.dropout
 
@@ -142,7 +144,7 @@ class Layer(nn.Module):
 class Encoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Layer(config, window) for window in config.windows)
         self.output_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
 
 
@@ -206,7 +208,7 @@ class FM9G(nn.Module):
 
 
 def is_width_scaled(name: str) -> bool:
-    """Whether a weight is that of a linear layer, whose learning rate is divided by scale_width."""
+    """Whether a weight is that of a linear layer, whose learning rate muP divides by scale_width."""
     return name.startswith("encoder.layers.") and name.endswith(".weight") and "norm" not in name
 
 

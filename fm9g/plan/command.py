@@ -8,12 +8,13 @@ import re
 from pathlib import Path
 
 from fm9g.config.fields import nearest
-from fm9g.config.run import load_run
+from fm9g.config.run import RunConfig, load_run
 from fm9g.errors import UserError
 from fm9g.files import new_file
 from fm9g.plan.estimate import Plan, plan, suggest
+from fm9g.plan.lighter import other_ways
 from fm9g.plan.setup import GPUS, Gpu, Setup
-from fm9g.plan.show import alternatives, draw, table
+from fm9g.plan.show import alternatives, draw, table, verdict
 
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
@@ -23,14 +24,16 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", required=True, metavar="NAME", help="a name in train_configs/ or model_configs/, or a path"
     )
     parser.add_argument("--nodes", type=int, default=1, help="machines (%(default)s)")
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs of each (%(default)s)")
+    parser.add_argument("--gpus", type=int, default=None, help="GPUs of each; default: the run's n_gpus")
     parser.add_argument("--gpu", default="A100", metavar="NAME", help=f"{', '.join(GPUS)} (%(default)s)")
     parser.add_argument("--gpu-memory", type=float, default=None, metavar="GIB", help="default: that of --gpu")
     parser.add_argument(
         "--gpu-flops", type=float, default=None, metavar="N", help="dense bf16 FLOPS; default: as --gpu"
     )
     parser.add_argument("--mfu", type=float, default=0.4, help="share of these that is reached (%(default)s)")
-    parser.add_argument("--tokens", default="1000B", help="of the whole training: 300M, 1000B, 2T (%(default)s)")
+    parser.add_argument(
+        "--tokens", default="", help="of the whole training: 300M, 1000B, 2T; default: those of train_iters or epochs"
+    )
     parser.add_argument("--json", action="store_true", help="figures in bytes and seconds, as JSON")
     parser.add_argument("--plot", type=Path, default=None, metavar="FILE", help="also a picture of the memory, a PNG")
     parser.usage = f"{parser.prog} [-h] --config NAME [--nodes N] [--gpus N] [--gpu NAME] ... [--KEY VALUE ...]"
@@ -42,14 +45,22 @@ def run_plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     gpu = _gpu(options.gpu, options.gpu_memory, options.gpu_flops)
     if not 0 < options.mfu <= 1:
         raise UserError(f"--mfu: found {options.mfu}, expected a share above 0 and at most 1")
-    tokens = parse_tokens(options.tokens)
+    given = parse_tokens(options.tokens) if options.tokens else None
     run = load_run(options.config, overrides, complete=False)
+    if run.train.value.adapter:
+        from fm9g.convert.adapters import with_adapter
+
+        run = with_adapter(run)
     model = run.model.value
-    setup = Setup.from_run(run, options.nodes, options.gpus)
+    gpus = run.train.value.n_gpus if options.gpus is None else options.gpus
+    setup = Setup.from_run(run, options.nodes, gpus)
     made = plan(model, setup, gpu, options.mfu)
+    tokens, why = (given, "--tokens") if given else _tokens_of(run, setup)
+    described = options.gpu_memory is not None or options.gpu_flops is not None
+    name = "GPU" if described else options.gpu.upper()
     found = [] if made.fits else suggest(model, setup, gpu, options.mfu)
     if run.train.value.global_batch:  # which sets grad_accum, and is what the user gives
-        found = [(_in_global_batch(changes, other), other) for changes, other in found]
+        found = [(in_global_batch(changes, other), other) for changes, other in found]
     if options.plot:
         better = found or suggest(model, setup, gpu, options.mfu)
         with new_file(options.plot) as temporary:
@@ -58,13 +69,30 @@ def run_plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         others = [{"changes": changes, **other.to_json(tokens)} for changes, other in found]
         print(json.dumps({**made.to_json(tokens), "suggestions": others}, indent=1))
     else:
-        print(table(made, tokens))
+        print(table(made))
         if not made.fits:
-            print(f"\nIt does not fit. {alternatives(made, found)}")
+            print(f"\n{alternatives(found, [] if found else other_ways(model, setup, gpu))}")
+        print(f"\n{verdict(made, name, tokens, why)}")
     return 0 if made.fits else 1
 
 
-def _in_global_batch(changes: str, other: Plan) -> str:
+def _tokens_of(run: RunConfig, setup: Setup) -> tuple[float | None, str]:
+    """The tokens of the configured run and the key that sets them; or None and why they are not known."""
+    config = run.train.value
+    if not config.epochs:
+        key = "stop_iters" if config.last_step < config.train_iters else "train_iters"
+        return config.last_step * setup.tokens_a_step, key
+    from fm9g.train.data import count_tokens
+
+    try:
+        tokens = count_tokens(run)
+    except UserError as error:
+        return None, f"the data of epochs {config.epochs:g} cannot be read here ({error}); --tokens gives its size"
+    return config.iters_of_epochs(tokens, setup.tokens_a_step) * setup.tokens_a_step, f"epochs {config.epochs:g}"
+
+
+def in_global_batch(changes: str, other: Plan) -> str:
+    """Changes that `suggest` found, for a run whose global_batch sets its grad_accum."""
     packs = other.setup.grad_accum * other.setup.data_parallel
     words = [word for word in changes.split("--") if word and not word.startswith("grad_accum")]
     more = [f"global_batch {packs}"] if "--batch_size" in changes else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,9 +14,7 @@ from fm9g.plan import sizes
 from fm9g.plan.memory import COMPONENTS, Moment, peak
 from fm9g.plan.setup import CHOICES, GIB, GPUS, Gpu, Setup
 
-# What no tensor is but a process needs, in bytes: CUDA's context and NCCL's buffers; and of all memory, what lies idle
-# between tensors. Assumptions, on the careful side.
-CONTEXT, IDLE = 2 * GIB, 0.04
+IDLE = 0.04  # of all memory, what lies between tensors; an assumption, on the careful side
 # For the order of suggestions alone: bytes a second between a GPU and the others of its node, those of other nodes, and
 # its host; and weights a second that a GPU's share of the host's processors updates.
 _NODE, _NETWORK, _HOST, _HOST_UPDATES = 200e9, 25e9, 20e9, 0.4e9
@@ -40,7 +39,12 @@ class Plan:
     @property
     def needed(self) -> float:
         """Bytes of GPU memory, with what is no tensor."""
-        return self.memory.total * (1 + IDLE) + CONTEXT
+        return self.memory.total + self.overhead
+
+    @property
+    def overhead(self) -> float:
+        """Bytes that no tensor holds."""
+        return IDLE * self.memory.total + self.gpu.context * GIB
 
     @property
     def free(self) -> float:
@@ -59,8 +63,8 @@ class Plan:
     def days(self, tokens: float) -> float:
         return tokens / self.tokens_a_second / 86400
 
-    def to_json(self, tokens: float) -> dict[str, Any]:
-        """Bytes, seconds and counts, under the names of the table."""
+    def to_json(self, tokens: float | None) -> dict[str, Any]:
+        """Bytes, seconds and counts. tokens: of the whole run; None: unknown."""
         return {
             "setup": asdict(self.setup),
             "gpu": asdict(self.gpu),
@@ -76,7 +80,9 @@ class Plan:
             "flops_a_token": self.flops_a_token,
             "mfu": self.mfu,
             "tokens_a_second": self.tokens_a_second,
-            "days": self.days(tokens),
+            "tokens": tokens,
+            "steps": None if tokens is None else math.ceil(tokens / self.setup.tokens_a_step),
+            "days": None if tokens is None else self.days(tokens),
         }
 
 

@@ -32,6 +32,7 @@ RUN_KEYS = (
     "grad_accum",
     "lora_r",
     "quantization",
+    "save_model_only",
 )
 # Bytes that bitsandbytes keeps for a weight: the bits, and their scales (Dettmers et al. 2023, section 3).
 QUANTIZED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "fp4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
@@ -39,10 +40,12 @@ QUANTIZED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "fp4": 0.5 + 1 / 64 + 4 / (64
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory: GiB. flops: peak of dense bf16 (fp16 where there is no bf16) a second, of the maker's data sheet."""
+    """memory: GiB. flops: peak of dense bf16 (fp16 where there is no bf16) per second, of the maker's data sheet.
+    context: GiB that a process needs beside tensors; of a GPU, for CUDA and NCCL, assumed on the careful side."""
 
     memory: float
     flops: float
+    context: float = 2.0
 
 
 GPUS = {
@@ -87,6 +90,7 @@ class Setup:
     lora_layer: tuple[str, ...] = ()
     lora_r: int = 8
     quantization: str = "none"
+    save_model_only: bool = False
     flash: bool = True
 
     def __post_init__(self) -> None:
@@ -138,21 +142,24 @@ class Setup:
 
         return adapter_weights(model, self.lora_layer, self.lora_r)
 
+    def trains(self, *names: str) -> bool:
+        """Whether one of these linear layers is trained, or has an adapter."""
+        return not self.lora_layer or any(name.rpartition(".")[2] in names for name in self.lora_layer)
+
     @property
     def split_tokens(self) -> int:
         """Ranks that share the tokens of norms and residual stream."""
         return self.tp_size if self.sequence_parallel else 1
 
     @classmethod
-    def from_run(cls, run: RunConfig, nodes: int, gpus: int) -> Setup:
-        """Of a run's configuration on `nodes` machines with `gpus` GPUs each."""
+    def from_run(cls, run: RunConfig, nodes: int, gpus: int, auto: str = "bmtrain") -> Setup:
+        """Of a run's configuration on `nodes` machines with `gpus` GPUs each. auto: what the engine `auto` is there."""
         train, model = run.train.value, run.model.value
         values = {key: getattr(train, key) for key in RUN_KEYS}
         values["lora_layer"] = tuple(train.lora_layer)
-        full = model.use_checkpoint and not train.activation_checkpoint
-        values["activation_checkpoint"] = "full" if full else train.checkpointing
-        if train.engine == "auto":  # as on a machine with GPUs
-            values["engine"] = "torch" if train.tp_size > 1 or train.zero_level == 0 else "bmtrain"
+        values["activation_checkpoint"] = train.checkpointing
+        if train.engine == "auto":
+            values["engine"] = "torch" if train.tp_size > 1 or train.zero_level == 0 else auto
         flash = model.use_flash_attn and train.flash != "none"
         setup = cls(nodes=nodes, gpus=gpus, half_type=model.dtype_name, flash=flash, **values)
         packs = train.packs_a_step(setup.data_parallel)

@@ -6,7 +6,7 @@ ids, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from fm9g.config.model import ModelConfig
@@ -50,17 +50,22 @@ def layer_weights(model: ModelConfig, ways: int = 1) -> int:
 
 def adapter_weights(model: ModelConfig, names: Collection[str], r: int) -> int:
     """Weights of a layer's LoRA adapters of rank r. names: of linear layers, dotted or not."""
+    return r * sum(map(sum, _adapter_widths(model, names)))
+
+
+def _adapter_widths(model: ModelConfig, names: Collection[str]) -> list[tuple[int, int]]:
+    """What the adapters of a layer take and give for a token."""
     w = Widths.of(model)
-    sizes = {
-        "project_q": w.c + w.q,
-        "project_k": w.c + w.k,
-        "project_v": w.c + w.k,
-        "attention_out": w.q + w.c,
-        "w_0": w.c + w.f,
-        "w_1": w.c + w.f,
-        "w_out": w.f + w.c,
+    widths = {
+        "project_q": (w.c, w.q),
+        "project_k": (w.c, w.k),
+        "project_v": (w.c, w.k),
+        "attention_out": (w.q, w.c),
+        "w_0": (w.c, w.f),
+        "w_1": (w.c, w.f),
+        "w_out": (w.f, w.c),
     }
-    return r * sum(sizes.get(name, 0) for name in {name.rpartition(".")[2] for name in names})
+    return [widths[name] for name in {name.rpartition(".")[2] for name in names} if name in widths]
 
 
 def matrix_weights(model: ModelConfig) -> tuple[int, int]:
@@ -84,23 +89,32 @@ def count_weights(model: ModelConfig) -> int:
     return model.num_layers * layer_weights(model) + root_weights(model)
 
 
+def trained_weights(model: ModelConfig, setup: Setup) -> int:
+    """The weights of all adapters, or of the model where there are none."""
+    return setup.adapters(model) * model.num_layers or count_weights(model)
+
+
 def checkpoint_bytes(model: ModelConfig, setup: Setup) -> int:
-    """Of a checkpoint on disk with AdamW: fp32 weights, where there are adapters theirs, and two moments of each."""
-    return 12 * (adapter_weights(model, setup.lora_layer, setup.lora_r) * model.num_layers or count_weights(model))
+    """Of a checkpoint on disk: the trained weights, their running mean, and the optimizer's state, all in fp32."""
+    state = 0.0 if setup.save_model_only else _fp32_state_bytes(model, setup)
+    return round((4 + 4 * bool(setup.ema_decay) + state) * trained_weights(model, setup))
 
 
 def state_bytes(model: ModelConfig, setup: Setup) -> float:
-    """What the optimizer keeps for a weight, on average over the model: moments, and the mean of weights."""
-    matrices = model.num_layers * layer_weights(model) / count_weights(model)
-    if setup.lora_layer:
-        matrices = 1.0  # adapters are
-    moments = {
-        "adamw": 8.0,
-        "adamw8bit": 2 * (1 + 4 / 256),  # a byte each, and an fp32 scale for 256
-        "adafactor": 0.0,  # a row and a column of each matrix
-        "muon": 4 * matrices + 8 * (1 - matrices),  # one mean of a matrix in layers
-    }
-    return moments[setup.optimizer] + 4 * bool(setup.ema_decay)
+    """What the optimizer keeps in memory for a weight, on average over the model: moments, and the mean of weights."""
+    in_8_bits = 2 * (1 + 4 / 256)  # a byte each, and an fp32 scale for 256
+    moments = in_8_bits if setup.optimizer == "adamw8bit" else _fp32_state_bytes(model, setup)
+    return moments + 4 * bool(setup.ema_decay)
+
+
+def _fp32_state_bytes(model: ModelConfig, setup: Setup) -> float:
+    """The optimizer's state for a weight, on average, in fp32: in checkpoints all of them are, adamw8bit too."""
+    if setup.optimizer == "adafactor":
+        return 0.0  # a row and a column of each matrix
+    if setup.optimizer == "muon":  # one mean of a matrix in layers; adapters are such
+        matrices = 1.0 if setup.lora_layer else model.num_layers * layer_weights(model) / count_weights(model)
+        return 4 * matrices + 8 * (1 - matrices)
+    return 8.0
 
 
 def flops_a_token(model: ModelConfig, max_length: int, adapters: int = 0) -> float:
@@ -110,11 +124,24 @@ def flops_a_token(model: ModelConfig, max_length: int, adapters: int = 0) -> flo
     2.1; Chowdhery et al. 2022, appendix B, who do not halve it). An input embedding is looked up and not multiplied.
     adapters: weights of a layer's; then no gradients of other weights are computed, which are a third.
     """
-    return flops_of(model, 1, max_length, adapters)
+    return flops_of(model, 1, attended(model.windows, [max_length]) / max(1, max_length), adapters)
+
+
+def attended(windows: Collection[int], lengths: Iterable[int]) -> float:
+    """The squared lengths of documents, added up, in the mean over layers; windows: of the layers, 0 for none.
+
+    Of a document of L tokens a window of W leaves W (2 L - W) of the square.
+    """
+    total, counts = 0, {window: list(windows).count(window) for window in set(windows)}
+    for length in lengths:
+        for window, layers in counts.items():
+            reach = min(length, window or length)
+            total += layers * reach * (2 * length - reach)
+    return total / len(windows)
 
 
 def flops_of(model: ModelConfig, tokens: float, squares: float, adapters: int = 0) -> float:
-    """As flops_a_token, of documents with so many tokens in all, whose squared lengths add up to `squares`."""
+    """As flops_a_token, of documents with so many tokens in all. squares: of their lengths, as `attended` adds up."""
     multiplied = model.num_layers * layer_weights(model) + head_weights(model)
     each = (4 if adapters else 6) * multiplied + 6 * model.num_layers * adapters
     return each * tokens + 6 * model.num_layers * Widths.of(model).q * squares
@@ -132,16 +159,20 @@ def layer_bytes(model: ModelConfig, setup: Setup) -> float:
     Attention: the output of the norm, rotated queries and keys, values, the output (once more where torch joins those
     of documents), and a statistic a head. Feed-forward: the output of the norm, the gate before and after its
     activation, the other factor, and the product. Rotation keeps its shared angles alone, residual additions nothing.
+    What is there for a matrix's own gradient alone is kept where the matrix is trained, or has an adapter: the outputs
+    of the norms, the joined output of attention, and the product.
     """
     w, e = Widths.of(model, setup.tp_size), setup.width
     norm, out = norm_bytes(w, setup), float(e * w.c)
     if setup.split_tokens > 1:
         norm, out = norm / setup.split_tokens, out + out / setup.split_tokens  # its share, and whole for the matrices
-    attention = e * (2 * w.q + 2 * w.k) + e * w.q * (not setup.flash) + 4 * w.heads
+    outs = out * (setup.trains("project_q", "project_k", "project_v") + setup.trains("w_0", "w_1"))
+    joined = e * w.q * (not setup.flash and setup.trains("attention_out"))
+    attention = e * (2 * w.q + 2 * w.k) + joined + 4 * w.heads
     if model.qk_norm:  # inputs in fp32, and the normed values
         attention += (4 + e) * (w.q + w.k)
     dropout = 2 * w.c * (model.dropout > 0)
-    return setup.row * (2 * (norm + out) + attention + 4 * e * w.f + dropout)
+    return setup.row * (2 * norm + outs + attention + e * w.f * (3 + setup.trains("w_out")) + dropout)
 
 
 def input_bytes(model: ModelConfig, setup: Setup) -> float:
@@ -150,19 +181,21 @@ def input_bytes(model: ModelConfig, setup: Setup) -> float:
 
 
 def selective_bytes(model: ModelConfig, setup: Setup) -> float:
-    """Kept of a layer by selective checkpointing: its input, and what matrices and attention give."""
+    """Kept of a layer by selective checkpointing: its input, and what attention and matrices give, those of adapters
+    among them."""
     w, e = Widths.of(model, setup.tp_size), setup.width
-    kept = e * (w.q + 2 * w.k) + e * w.q + 4 * w.heads + 2 * e * w.f + 2 * e * w.c
+    adapters = sum(setup.lora_r + out for _, out in _adapter_widths(model, setup.lora_layer))
+    kept = e * adapters + e * (w.q + 2 * w.k) + e * w.q + 4 * w.heads + 2 * e * w.f + 2 * e * w.c
     return setup.row * kept + input_bytes(model, setup)
 
 
 def feed_forward_bytes(model: ModelConfig, setup: Setup) -> float:
     """Above layer_bytes at the fullest moment of a layer's backward pass, which is that of the gate's product.
 
-    Then of the four kept there, the product has gone, and the gradients of product, gate and factor are there.
+    Then the product, where it was kept, has gone, and the gradients of product, gate and factor are there.
     """
     w, e = Widths.of(model, setup.tp_size), setup.width
-    return setup.row * 2 * e * w.f
+    return setup.row * e * w.f * (3 - setup.trains("w_out"))
 
 
 def norm_backward_bytes(model: ModelConfig, setup: Setup) -> float:

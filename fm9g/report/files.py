@@ -15,7 +15,7 @@ from fm9g.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"  # figures: a JSON object a logged step
 EVENTS_FILE = "events.jsonl"  # what happened: {"step", "time", "kind", "text"} a line
-RUN_FILE = "run.json"  # {"config", "data", "summary", "versions"}
+RUN_FILE = "run.json"  # {"config", "data", "validation", "summary", "versions"}
 LOGS = Path("data") / "logs"  # of runs that are given by name
 _LISTED = 30  # names in a message
 
@@ -25,7 +25,7 @@ class Run:
     """What is known of a run. Everything but `metrics` may be empty: of an old run, or one that just started.
 
     name: as short as it can be without being another's. metrics: a dict a step, in order, never empty.
-    config: section -> key -> {"value", "from"}. data: a dict a dataset. versions: package -> version.
+    config: section -> key -> {"value", "from"}. data, validation: a dict a dataset. versions: package -> version.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Run:
     events: list[dict[str, Any]]
     config: dict[str, dict[str, dict[str, Any]]]
     data: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
     summary: str
     versions: dict[str, str]
 
@@ -52,7 +53,10 @@ def open_run(folder: Path, name: str = "") -> Run:
     """Reads a logs folder. Raises UserError where it holds no figures."""
     metrics = read_metrics(folder / METRICS_FILE)
     if not metrics:
-        raise UserError(f"{folder / METRICS_FILE}: holds no figures yet; wait until the run has logged a step")
+        file = folder / METRICS_FILE
+        if file.read_bytes().strip():
+            raise UserError(f'{file}: none of its lines is of a run, such as {{"step": 1, "Loss/train": 9.5}}')
+        raise UserError(f"{file}: holds no figures yet; wait until the run has logged a step")
     run = read_run(folder / RUN_FILE)
     return Run(name or folder.resolve().name, folder, metrics, read_events(folder / EVENTS_FILE), **run)
 
@@ -81,17 +85,21 @@ def read_events(file: Path) -> list[dict[str, Any]]:
 
 
 def read_run(file: Path) -> dict[str, Any]:
-    """{"config", "data", "summary", "versions"} of a run, each empty where it is not known. Raises UserError."""
+    """{"config", "data", "validation", "summary", "versions"} of a run, each empty where it is not known.
+
+    Raises UserError.
+    """
     content = read_object(file) if file.is_file() else {}
     config = {
         section: {key: item for key, item in values.items() if isinstance(item, dict) and "value" in item}
         for section, values in _dict(content.get("config")).items()
         if isinstance(values, dict)
     }
-    data, summary = content.get("data"), content.get("summary")
+    summary = content.get("summary")
     return {
         "config": config,
-        "data": [item for item in data if isinstance(item, dict)] if isinstance(data, list) else [],
+        "data": _dicts(content.get("data")),
+        "validation": _dicts(content.get("validation")),
         "summary": summary if isinstance(summary, str) else "",
         "versions": {package: str(version) for package, version in _dict(content.get("versions")).items()},
     }
@@ -128,7 +136,7 @@ def find_run(name: str) -> Path:
     else:
         known = f"Runs in {inside}/: {', '.join(runs[:_LISTED])}"
         known += f" and {len(runs) - _LISTED} more" if len(runs) > _LISTED else ""
-    raise UserError(f"{name}: {what}{nearest(path.name, runs)}. {known}".replace("?.", "?"))
+    raise UserError(f"{name or path}: {what}{nearest(path.name, runs)}. {known}".replace("?.", "?"))
 
 
 def require_output(output: Path, suffixes: tuple[str, ...], overwrite: bool, runs: list[Run]) -> None:
@@ -172,6 +180,10 @@ def _short_names(places: list[Path]) -> list[str]:
         length += 1
         names = ["/".join(place.parts[-length:]) for place in places]
     return names
+
+
+def _dicts(value: Any) -> list[dict[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def _dict(value: Any) -> dict[str, Any]:

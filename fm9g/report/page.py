@@ -6,9 +6,10 @@ from pathlib import Path
 
 from fm9g import __version__
 from fm9g.files import new_file
+from fm9g.report.checkpoints import checkpoints
 from fm9g.report.files import Run
 from fm9g.report.panels import sections
-from fm9g.report.tables import NONE, configuration, datasets, events, results, versions
+from fm9g.report.tables import NONE, configuration, datasets, events, results, validation_datasets, versions
 
 _TEMPLATE = "page.html.jinja"
 
@@ -21,7 +22,7 @@ def write_page(runs: list[Run], output: Path) -> None:
 
 
 def render(runs: list[Run]) -> str:
-    """The page as HTML: the same text for the same runs, at any time and place."""
+    """The page as HTML: the same text for the same runs and checkpoints, at any time and place."""
     import jinja2
     from markupsafe import Markup
 
@@ -43,7 +44,9 @@ def render(runs: list[Run]) -> str:
         sections=sections(runs),
         events=events(runs, routine=False),
         routine=events(runs, routine=True),
+        checkpoints=[(run, found) for run in runs if (found := checkpoints(run))],
         datasets=[(run, rows) for run in runs if (rows := datasets(run))],
+        validation=[(run, rows) for run in runs if (rows := validation_datasets(run))],
         groups=groups,
         differing=[(group.title, row) for group in groups for row in group.rows if row.differs],
         versions=versions(runs),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fm9g.report.curves import Curve, blocks, curve, running_mean
+from fm9g.report.devices import memory_caption, mfu_caption
 from fm9g.report.draw import COLOURS, Line, Mark, draw_blocks, draw_lines
 from fm9g.report.files import Run
 
@@ -96,11 +97,19 @@ def sections(runs: list[Run]) -> list[Section]:
 
 
 def tasks_of(run: Run) -> list[str]:
-    """The names of a run's datasets, those of its mixture first."""
-    names = [str(item["task"]) for item in run.data if "task" in item]
+    """The names of the datasets that a run trains on, those of its mixture first."""
+    return _tasks_in(run, run.data, "Loss/train/", "Tokens/", "Epoch/")
+
+
+def validation_tasks_of(run: Run) -> list[str]:
+    """The names of the datasets that a run is evaluated on."""
+    return _tasks_in(run, run.validation, "Loss/val/")
+
+
+def _tasks_in(run: Run, described: list[dict[str, Any]], *starts: str) -> list[str]:
+    names = [str(item["task"]) for item in described if "task" in item]
     keys = dict.fromkeys(key for line in run.metrics for key in line)
-    for start in ("Loss/train/", "Loss/val/", "Tokens/", "Epoch/"):
-        names += [key.removeprefix(start) for key in keys if key.startswith(start) and key != "Run/tokens"]
+    names += [key.removeprefix(start) for start in starts for key in keys if key.startswith(start)]
     return list(dict.fromkeys(names))
 
 
@@ -118,10 +127,10 @@ def _loss(runs: list[Run]) -> Iterator[Panel]:
     marks, mark_keys = _marks(runs)
     caption = "Faint: the loss of each logged step; bold: its running mean."
     caption += " Signs at the upper edge: events, which are listed below." if mark_keys else ""
-    svg = draw_lines("loss", "Loss of the whole run", lines, "loss (nats a token)", marks, wide=True)
+    svg = draw_lines("loss", "Loss of the whole run", lines, "loss (nats per token)", marks, wide=True)
     yield Panel("The whole run", caption, svg, keys + mark_keys, wide=True)
     if focus := _close_up(lines):
-        svg = draw_lines("loss-late", "Loss, close up", lines, "loss (nats a token)", wide=True, focus=focus)
+        svg = draw_lines("loss-late", "Loss, close up", lines, "loss (nats per token)", wide=True, focus=focus)
         without = (
             f"The same without the first {focus[0]:,.0f} steps, and larger; what is far above the rest is cut off."
         )
@@ -182,7 +191,7 @@ def _marks(runs: list[Run]) -> tuple[list[Mark], list[Key]]:
 
 
 def _tasks(runs: list[Run]) -> Iterator[Panel]:
-    tasks = list(dict.fromkeys(task for run in runs for task in tasks_of(run)))
+    tasks = list(dict.fromkeys(task for run in runs for task in [*tasks_of(run), *validation_tasks_of(run)]))
     if len(runs) == 1 and len(tasks) <= COLOURS:  # few curves: in one figure
         lines, keys = [], []
         for number, task in enumerate(tasks):
@@ -194,7 +203,7 @@ def _tasks(runs: list[Run]) -> Iterator[Panel]:
         if any(line.dashed for line in lines):
             keys.append(Key("dash", "validation"))
         if lines:
-            svg = draw_lines("tasks", "Loss of each dataset", lines, "loss (nats a token)", wide=True)
+            svg = draw_lines("tasks", "Loss of each dataset", lines, "loss (nats per token)", wide=True)
             yield Panel("All datasets", "Faint: logged steps; bold: running mean.", svg, keys, wide=True)
         return
     for number, task in enumerate(tasks):
@@ -232,20 +241,20 @@ def _optimizer(runs: list[Run]) -> Iterator[Panel]:
 
 def _speed(runs: list[Run]) -> Iterator[Panel]:
     yield from _each(
-        runs, "Throughput/tokens_per_second", "Tokens a second", "Over all processes. Dips are saving or evaluation."
+        runs, "Throughput/tokens_per_second", "Tokens per second", "Over all processes. Dips are saving or evaluation."
     )
     yield from _each(
         runs,
         "Throughput/mfu",
         "Use of the hardware (MFU), %",
-        "Share of the arithmetic that the GPUs could do at best; 40 to 60 % is good for large models.",
+        mfu_caption(runs),
         change=lambda values: 100 * values,
     )
     yield from _each(
         runs,
         "Memory/peak_gb",
         "Peak memory, GB",
-        "The most that a GPU held at a time. Near the GPU's size, a run may fail.",
+        memory_caption(runs),
         smooth=False,
     )
     for number, run in enumerate(runs):
@@ -261,9 +270,9 @@ def _times(number: int, run: Run, several: bool) -> Iterator[Panel]:
     used = [place for place, share in enumerate(shares) if share > 0]
     labels = list(TIMES.values())
     title = f"Where the time goes: {run.name}" if several else "Where the time goes"
-    svg = draw_blocks(f"times{number}", title, edges, values[used], used, "seconds a step")
+    svg = draw_blocks(f"times{number}", title, edges, values[used], used, "seconds per step")
     keys = [Key("area", f"{labels[place]}, {_percent(shares[place])}", place) for place in used]
-    caption = "Seconds a step, by what they were spent on. The more of it is computing, the better."
+    caption = "Seconds per step, by what they were spent on. The more of it is computing, the better."
     yield Panel(title, caption, svg, keys, wide=True)
 
 

@@ -51,7 +51,7 @@ def _draw(runs: dict[str, list[dict[str, Any]]], picture: Path, marks: dict[int,
         warnings.simplefilter("ignore")  # of signs that no font of this machine has; they show as boxes
         figure = Figure(figsize=(9, 5), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss (nats a token)")
+        axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss (nats per token)")
         handles: list[Any] = []
         for number, (name, metrics) in enumerate(runs.items()):
             handles += _plot_run(axes, name, metrics, f"C{number}", several=len(runs) > 1)

@@ -13,8 +13,9 @@ from fm9g.config.mixture import DatasetConfig
 from fm9g.config.model import ModelConfig
 from fm9g.config.train import TrainConfig
 from fm9g.report.curves import curve, running_mean
+from fm9g.report.devices import describe_devices, memory_note
 from fm9g.report.files import Run, number
-from fm9g.report.panels import KINDS, is_routine, tasks_of
+from fm9g.report.panels import KINDS, is_routine, tasks_of, validation_tasks_of
 
 NONE = "\u2013"
 DEFAULT = "default"  # the origin of a value that nobody set
@@ -50,12 +51,13 @@ def results(runs: list[Run]) -> list[Row]:
         ("Validation loss at the end", "on text it does not learn from", lambda run: _last(run, "Loss/val")),
         ("Best validation loss", "where it did best on such text", lambda run: _best(run, "Loss/val")),
         ("Perplexity at the end", "e to the validation loss", lambda run: _last(run, "Perplexity/val")),
-        ("Tokens a second", "on average", lambda run: _figure(_mean_rate(run, "Throughput/tokens_per_second"), ",.0f")),
+        ("Tokens per second", "on average", _rate),
         ("MFU", "share of the hardware's arithmetic in use, on average", _mfu),
-        ("Peak memory", "the most that a GPU held", _memory),
+        ("Peak memory", memory_note(runs), _memory),
         ("Skipped steps", "left out as their numbers were not usable", lambda run: _last(run, "Run/skipped", ",.0f")),
+        ("Trained on", "the devices", lambda run: describe_devices(run) or NONE),
         ("Duration", "while it ran, without the pauses between sessions", lambda run: _duration(run.events)),
-        ("Started", "", lambda run: _clock(run.events[0]["time"]) if run.events else NONE),
+        ("Started", "UTC", lambda run: _clock(run.events[0]["time"]) if run.events else NONE),
     ]
     made = [Row(label, note, [(cell(run), "") for run in runs]) for label, note, cell in rows]
     return [row for row in made if any(value != NONE for value, _ in row.cells)]
@@ -84,7 +86,7 @@ def datasets(run: Run) -> list[dict[str, str]]:
             {
                 "dataset": task,
                 "records": _figure(number(item.get("records")), ",.0f"),
-                "tokens a sample": _figure(number(item.get("tokens_a_sample")), ",.1f"),
+                "tokens per sample": _figure(number(item.get("tokens_a_sample")), ",.1f"),
                 "share wanted": _figure(number(item.get("share")), ".1%"),
                 "share so far": _figure(tokens / total if tokens is not None and total else None, ".1%"),
                 "tokens so far": _count(tokens),
@@ -94,6 +96,30 @@ def datasets(run: Run) -> list[dict[str, str]]:
                 "path": str(item.get("path") or NONE),
             }
         )
+    return _without_empty_columns(rows)
+
+
+def validation_datasets(run: Run) -> list[dict[str, str]]:
+    """The datasets that a run is evaluated on, and how it did on each."""
+    known = {str(item.get("task")): item for item in run.validation}
+    rows = []
+    for task in validation_tasks_of(run):
+        item, loss = known.get(task, {}), f"Loss/val/{task}"
+        rows.append(
+            {
+                "dataset": task,
+                "records": _figure(number(item.get("records")), ",.0f"),
+                "loss at the end": _last(run, loss),
+                "best loss": _best(run, loss),
+                "perplexity at the end": _last(run, f"Perplexity/val/{task}"),
+                "template": str(item.get("template") or NONE),
+                "path": str(item.get("path") or NONE),
+            }
+        )
+    return _without_empty_columns(rows)
+
+
+def _without_empty_columns(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     used = [key for key in (rows[0] if rows else {}) if any(row[key] != NONE for row in rows)]
     return [{key: row[key] for key in used} for row in rows]
 
@@ -200,6 +226,10 @@ def _mean_rate(run: Run, key: str) -> float | None:
     """The harmonic mean: each logged rate is over about as many tokens, so this is all tokens by all time."""
     rates = [value for _, value in _values(run, key) if value > 0]
     return len(rates) / sum(1 / rate for rate in rates) if rates else None
+
+
+def _rate(run: Run) -> str:
+    return _figure(_mean_rate(run, "Throughput/tokens_per_second"), ",.0f")
 
 
 def _mfu(run: Run) -> str:

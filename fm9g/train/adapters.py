@@ -13,6 +13,7 @@ from fm9g.checkpoint.folder import Checkpoint
 from fm9g.checkpoint.stored import Gathered, Stored
 from fm9g.config.adapter import ADAPTER_CONFIG, AdapterConfig, load_adapter_config
 from fm9g.config.train import TrainConfig
+from fm9g.convert.adapters import read_adapter
 from fm9g.engine.base import Engine
 from fm9g.errors import UserError
 from fm9g.lora.base import base_hash
@@ -37,7 +38,13 @@ class Adapters:
         """Where the base is. checkpoint: what the run goes on from, which knows where it was."""
         if self._train.pretrained_model:
             return Path(self._train.pretrained_model)
-        if checkpoint is None:  # --resume auto, of a run that has none
+        if checkpoint is None:
+            if self._train.adapter:  # which does not name its base, or one that is not here
+                raise UserError(
+                    f"adapter {self._train.adapter}: its base is not here under the name that it gives; give the model "
+                    "that it was trained on as --pretrained_model"
+                )
+            # --resume auto, of a run that has no checkpoint
             raise UserError("lora_layer needs a pretrained_model: adapters are trained on the weights of a model")
         base = load_adapter_config(checkpoint.folder / ADAPTER_CONFIG).base
         if not Path(base).exists():
@@ -45,13 +52,20 @@ class Adapters:
         return Path(base)
 
     def start(self, base: Path, weights: Mapping[str, Stored | Gathered], checkpoint: Checkpoint | None) -> list[str]:
-        """Takes the weights of the base, and of the checkpoint those of the adapters; returns what there is to know.
+        """Takes the weights of the base, and those that the adapters have already: the checkpoint's, or those of the
+        adapter that the run starts from. Returns what there is to know.
 
-        Raises UserError where the checkpoint's adapters were trained on another base.
+        Raises UserError if these were trained on another base.
         """
         found = base_hash(weights, lambda name: weights[name].read())
+        notes = [f"base: {base}, SHA-256 {found[:16]}"]
         saved = open_adapter(checkpoint.folder) if checkpoint else None
-        if saved and saved.config.base_sha256 != found:
+        if saved is None and self._train.adapter:
+            saved = read_adapter(Path(self._train.adapter))
+            notes.append(f"adapter: training starts from {saved.where} with a new optimizer, at step 0")
+            if not saved.config.base_sha256:
+                notes.append(f"{saved.where}: does not say which base it is for; {base} is taken for it")
+        if saved and saved.config.base_sha256 not in ("", found):
             raise UserError(
                 f"{base}: is not the base that the adapters of {saved.where} were trained on ({saved.config.base}); "
                 "with another one they mean nothing. Give that one as --pretrained_model"
@@ -65,7 +79,7 @@ class Adapters:
             self._train.seed,
             saved.weights if saved else None,
         )
-        return [f"base: {base}, SHA-256 {found[:16]}"]
+        return notes
 
     def fill(self, name: str, weight: torch.Tensor) -> None:
         """Writes the values of the weight of that name into a tensor, on rank 0."""

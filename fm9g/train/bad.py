@@ -11,6 +11,7 @@ import torch
 from fm9g.data.pack import Pack
 from fm9g.engine.base import Engine
 from fm9g.errors import UserError
+from fm9g.memory import TRAINING_ADVICE
 
 SHORT = "it did not fit in memory"
 
@@ -53,7 +54,7 @@ class BadSteps:
         if self.in_a_row < self._most:
             return
         advice = (
-            "lower batch_size or max_length, or set activation_checkpoint full"
+            TRAINING_ADVICE
             if self._last == SHORT
             else "resume from an earlier checkpoint with a lower lr, or look at the batches that were kept"
         )

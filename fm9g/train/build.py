@@ -10,17 +10,18 @@ from pathlib import Path
 
 import torch
 
-from fm9g.checkpoint.folder import MANIFEST, Checkpoint, steps_in
+from fm9g.checkpoint.folder import MANIFEST, Checkpoint
 from fm9g.checkpoint.stored import Gathered, Stored, open_pt
 from fm9g.checkpoint.weights import check_weights
 from fm9g.config.model import ModelConfig, arithmetic, differ
 from fm9g.config.train import TrainConfig
-from fm9g.convert.folder import open_folder
+from fm9g.convert.folder import open_folder, open_weights
 from fm9g.engine.base import Engine, LossScale, Placement
 from fm9g.engine.processes import Processes
 from fm9g.engine.rules import OptimizerSettings
 from fm9g.engine.torch import TorchEngine, has_fast_bf16
 from fm9g.errors import UserError
+from fm9g.kinds import CHECKPOINT, MODEL, WEIGHTS, check_kind
 from fm9g.lora.inject import A, B, known_as
 from fm9g.model.loss import Objective
 from fm9g.model.transformer import FM9G, is_width_scaled, weight_shapes
@@ -83,7 +84,9 @@ def build_model(
         else:
             model.init_weight(name, weight, config.seed)
 
-    width = model_config.scale_width
+    width = model_config.scale_width if model_config.mup_lr else 1.0
+    if model_config.scale_width != 1.0 and not config.lora_layer:
+        notes.append(_learning_rates(model_config))
     weights = {known_as(name): weight for name, weight in model.named_parameters()}
     ratio = config.loraplus_lr_ratio
     optimizer = OptimizerSettings(
@@ -107,11 +110,10 @@ def build_model(
         for key, heads in (("num_heads", model_config.num_heads), ("num_kv_heads", model_config.num_kv_heads)):
             if heads % config.tp_size:
                 raise UserError(f"tp_size {config.tp_size} does not divide the model's {key}, {heads}")
-    checkpointing = "full" if model_config.use_checkpoint and not config.activation_checkpoint else config.checkpointing
     placement = Placement(
         dtype=dtype,
         zero_level=config.zero_level,
-        checkpointing=checkpointing,
+        checkpointing=config.checkpointing,
         checkpointed_layers=config.grad_ckpt_num,
         tp_size=config.tp_size,
         sequence_parallel=config.sequence_parallel,
@@ -122,6 +124,15 @@ def build_model(
     engine.prepare(model, model.encoder.layers, fill, optimizer, placement, scale, known_as)
     share = _trained_share(weights, weight_shapes(model_config))
     return notes + share + dtype_notes, adapters
+
+
+def _learning_rates(config: ModelConfig) -> str:
+    """A line on which of two learning rates the linear layers of a width-scaled model have."""
+    if config.mup_lr:
+        return (
+            f"lr of linear layers: lr / {config.scale_width:g} (muP: dim_model / dim_model_base; model.mup_lr is true)"
+        )
+    return f"lr of linear layers: lr (model.mup_lr is false; true divides it by {config.scale_width:g}, as muP does)"
 
 
 def _freeze(model: FM9G, patterns: str) -> None:
@@ -156,14 +167,13 @@ def _weights(path: Path, model_config: ModelConfig, strict: bool) -> tuple[Weigh
 
 
 def _pretrained(path: Path, model_config: ModelConfig) -> Weights:
+    check_kind(path, CHECKPOINT, WEIGHTS, MODEL)
     if not path.is_dir():
-        return open_pt(path)
+        return open_weights(path)
     if (path / MANIFEST).is_file():
-        return open_pt(Checkpoint(path).weight_file)
+        return open_pt(Checkpoint(path, needs_optimizer=False).weight_file)
     if not (path / "config.json").is_file():
-        steps = ", ".join(str(path / str(step)) for step in steps_in(path))
-        hint = f"; it holds the checkpoints {steps}" if steps else ""
-        raise UserError(f"pretrained_model: {path}: neither a checkpoint nor a Hugging Face folder{hint}")
+        raise UserError(f"pretrained_model: {path}: neither a checkpoint nor a Hugging Face folder")
     config, weights = open_folder(path)
     ours, theirs = (arithmetic(c) for c in (model_config, config))
     if odd := [f"{key} is {theirs[key]!r}, the run's {ours[key]!r}" for key in ours if differ(ours[key], theirs[key])]:

@@ -13,6 +13,7 @@ from fm9g.config.train import TrainConfig
 from fm9g.data.loader import Loader
 from fm9g.data.mixture import Mixture
 from fm9g.data.pool import fill_cache
+from fm9g.errors import UserError
 from fm9g.progress import Progress
 from fm9g.train.interrupt import Interrupt
 
@@ -23,20 +24,32 @@ def open_mixture(run: RunConfig, date: str = "") -> tuple[Mixture, list[str]]:
     date: what templates write as today's, where the configuration has none; empty: today.
     """
     config = run.train.value
-    mixture = Mixture(
-        [item.value for item in run.mixture],
-        config.tokenizer_path,
-        config.max_length,
-        config.seed,
-        config.batch_size * config.max_length,
-        config.token_cache,
-        config.template_date or date,
-    )
+    mixture = _mixture(run, config.token_cache, config.template_date or date)
     notes = run.notes + mixture.notes() + mixture.preview()
     if config.token_cache:
         mixture, about_caches = fill_cache(mixture, config.dataloader_num_workers)
         notes += about_caches
     return mixture, notes
+
+
+def count_tokens(run: RunConfig) -> float:
+    """About how many tokens an epoch has; nothing is written. Raises UserError where the data cannot be read."""
+    if not run.mixture or not run.train.value.tokenizer_path:
+        raise UserError("dataset_config and tokenizer_path are not both given")
+    return _mixture(run, token_cache="", date=run.train.value.template_date).count_tokens()
+
+
+def _mixture(run: RunConfig, token_cache: str, date: str) -> Mixture:
+    config = run.train.value
+    return Mixture(
+        [item.value for item in run.mixture],
+        config.tokenizer_path,
+        config.max_length,
+        config.seed,
+        config.batch_size * config.max_length,
+        token_cache,
+        date,
+    )
 
 
 def open_loader(

@@ -24,6 +24,7 @@ from fm9g.engine.statistics import Statistics
 from fm9g.errors import UserError
 from fm9g.files import new_file
 from fm9g.launch.monitor import Monitor
+from fm9g.memory import TRAINING_ADVICE
 from fm9g.plan.sizes import adapter_weights, flops_of
 from fm9g.train.adapters import Adapters
 from fm9g.train.clock import SPANS, Clock
@@ -54,11 +55,11 @@ class RunDesk:
         adapters: Adapters | None,
         monitor: Monitor,
         interrupt: Interrupt,
-        peak: float,
+        peak: float | None,
         log: Path,
     ) -> None:
-        """adapters: what is trained and saved in place of the model. peak: floating-point operations a second of one
-        device. log: the folder of the figures."""
+        """adapters: what is trained and saved in place of the model. peak: floating-point operations per second of
+        one device; None: unknown, and there is no MFU. log: the folder of the figures."""
         self._run, self._config, self._engine, self._mixture = run, run.train.value, engine, mixture
         self._loader, self._state, self._metrics, self._saver = loader, state, metrics, saver
         self._evaluation, self._monitor, self._interrupt = evaluation, monitor, interrupt
@@ -87,7 +88,7 @@ class RunDesk:
         remedy = ""
         if "memory" in why:
             size = len(packs[0].input_ids)
-            remedy = f" ({size} tokens a row; lower batch_size or max_length, or set activation_checkpoint full)"
+            remedy = f" ({size} tokens a row; {TRAINING_ADVICE})"
         self.event(step, "oom" if remedy else "skip", f"skipped: {why}{remedy}; {kept}")
 
     def _keep(self, packs: list[Pack], file: Path) -> None:
@@ -125,7 +126,8 @@ class RunDesk:
         model = self._run.model.value
         figures["Throughput/tokens_per_second"] = tokens / seconds
         adapters = adapter_weights(model, self._config.lora_layer, self._config.lora_r)
-        figures["Throughput/mfu"] = flops_of(model, tokens, squares, adapters) / seconds / (self._peak * len(ranks))
+        if self._peak:
+            figures["Throughput/mfu"] = flops_of(model, tokens, squares, adapters) / seconds / (self._peak * len(ranks))
         spans = {name: sum(rank[2][name] for rank in ranks) / len(ranks) for name in SPANS}
         figures["Time/compute"] = max(0.0, seconds - sum(spans.values())) / steps
         figures |= {f"Time/{name}": value / steps for name, value in spans.items()}

@@ -18,7 +18,7 @@ from fm9g.train.loop import to_batch
 
 
 class Evaluation:
-    """The validation data of a run, the same rows each time, dealt to the replicas."""
+    """The validation data of a run, the same rows each time, dealt to the replicas. mixture: the data itself."""
 
     def __init__(self, run: RunConfig, engine: Engine, training: Mixture) -> None:
         """training: the run's own data, which has the tokenizer and the date. Raises UserError where the data cannot be
@@ -29,7 +29,7 @@ class Evaluation:
         self._most = config.eval_batches // replicas
         if config.eval_batches and not self._most:
             raise UserError(f"eval_batches {config.eval_batches} is less than the processes, {replicas}")
-        self._mixture = Mixture(
+        self.mixture = Mixture(
             [replace(item.value, allow_repeat=False) for item in run.validation],
             training.tokenizer,
             config.max_length,
@@ -74,7 +74,7 @@ class Evaluation:
         if self._rows is None:
             engine = self._engine
             count_of = engine.replicas
-            with Loader(self._mixture, global_batch=count_of, rank=engine.replica, world_size=count_of) as loader:
+            with Loader(self.mixture, global_batch=count_of, rank=engine.replica, world_size=count_of) as loader:
                 self._rows = []
                 for number in count():
                     pack = loader.next_step()[0]

@@ -16,6 +16,7 @@ from fm9g.data.loader import Loader
 from fm9g.data.pack import Pack
 from fm9g.engine.base import Engine
 from fm9g.errors import UserError
+from fm9g.memory import TRAINING_ADVICE, is_out_of_memory
 from fm9g.model.transformer import Batch
 from fm9g.train.bad import BadSteps
 from fm9g.train.clock import Clock
@@ -71,7 +72,7 @@ def train(
     tasks: the names behind the packs' task ids. Raises UserError where too many steps in a row were skipped.
     """
     saved = evaluated = logged = state.step
-    stop = False
+    stop = fits = False
     bad = BadSteps(engine, config.max_bad_steps)
     while state.step < config.last_step and not stop:
         with clock.span("data"):
@@ -82,7 +83,8 @@ def train(
         if not loader.endless and targets == 0:
             break
         task_losses = torch.zeros(len(tasks), device=engine.device)
-        short = not _accumulate(config, engine, packs, state.step, targets, task_losses, clock)
+        short = not _accumulate(config, engine, packs, state.step, targets, task_losses, clock, may_skip=fits)
+        fits = fits or not short
         state.step += 1
         state.val_loss = None
         if config.inspect_iters and state.step % config.inspect_iters == 0 and not short:
@@ -156,9 +158,14 @@ def _accumulate(
     targets: float,
     task_losses: torch.Tensor,
     clock: Clock,
+    may_skip: bool,
 ) -> bool:
-    """Adds up the gradients of a step, and the losses of tasks. Returns False where the memory was short, which is let
-    pass where no other process waits for this one; then there are no gradients."""
+    """Adds up the gradients of a step, and the losses of tasks. Returns False where the memory was short; then there
+    are no gradients.
+
+    may_skip: a step before this one did fit; else no later one will. Raises UserError where the memory is short and the
+    step cannot be skipped: another process waits for this one, or ignore_cuda_oom is false.
+    """
     share = engine.processes.world_size / engine.replicas / (targets or 1)
     numbers = torch.arange(len(task_losses), device=engine.device)[:, None]
     try:
@@ -170,16 +177,15 @@ def _accumulate(
             # Not index_add_, which adds in no fixed order on a GPU.
             losses = losses if batch.target_weights is None else losses * batch.target_weights
             task_losses += torch.where(row_tasks == numbers, losses, 0.0).sum(1)
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; CPUs have no class of their own
-        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
-        if config.ignore_cuda_oom and engine.processes.world_size == 1:
+        if may_skip and config.ignore_cuda_oom and engine.processes.world_size == 1:
             engine.clear_gradients()
             return False
         raise UserError(
             f"step {step + 1}: a row of {len(packs[0].input_ids)} tokens does not fit in the memory of "
-            f"{engine.device}; lower batch_size or max_length, or set activation_checkpoint full; `fm9g plan` tells "
-            "what fits"
+            f"{engine.device}; {TRAINING_ADVICE}"
         ) from error
     return True
 

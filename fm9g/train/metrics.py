@@ -86,8 +86,12 @@ class Metrics:
 
     def event(self, step: int, kind: str, text: str) -> None:
         """Something that happened, in a sentence: to events.jsonl and the console. May be called in any thread."""
-        self._append(self._events, {"step": step, "time": round(time.time(), 3), "kind": kind, "text": text})
+        self.record(step, kind, text)
         self._progress.say(f"step {step}: {text}")
+
+    def record(self, step: int, kind: str, text: str, **more: Any) -> None:
+        """As event, but not to the console. more: further keys of its line."""
+        self._append(self._events, {"step": step, "time": round(time.time(), 3), "kind": kind, "text": text, **more})
 
     def say(self, text: str) -> None:
         """Prints text on the console."""

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fm9g.checkpoint.folder import MANIFEST, MODEL_CONFIG, Checkpoint, open_newest, open_step, steps_in
+from fm9g.checkpoint.find import named
+from fm9g.checkpoint.folder import (
+    BEST,
+    LAST,
+    MANIFEST,
+    MODEL_CONFIG,
+    Checkpoint,
+    named_step,
+    open_newest,
+    open_step,
+    steps_in,
+)
 from fm9g.config.model import arithmetic, differ, load_model_config
 from fm9g.config.run import PLACES, RunConfig
 from fm9g.config.train import TrainConfig
+from fm9g.convert.adapters import with_adapter
 from fm9g.engine.base import Engine
+from fm9g.engine.processes import Processes
 from fm9g.errors import UserError
 from fm9g.launch.place import Place
 from fm9g.train.adapters import Adapters
@@ -33,27 +47,74 @@ _OF_A_SESSION = (
 )
 
 
+def with_paths(run: RunConfig) -> RunConfig:
+    """The run with the paths of checkpoints that pretrained_model and adapter name as RUN/best or RUN/last.
+
+    Raises UserError where a run has no such checkpoint.
+    """
+    for key in ("pretrained_model", "adapter"):
+        given = getattr(run.train.value, key)
+        if given and (path := str(named(Path(given)))) != str(Path(given)):
+            run = replace(run, train=run.train.changed({key: path}, run.train.origins[key]))
+    return run
+
+
 def find_checkpoint(config: TrainConfig, place: Place, root: Path) -> tuple[Checkpoint | None, list[str]]:
     """What the run goes on from, and what there is to know, a line each.
 
     Raises UserError where it is not there, or others would be overwritten unasked.
     """
-    steps = steps_in(root)
+    steps, needed = steps_in(root), not config.resume_no_optimze
     restarted = place.attempt and place.started  # by our agent, which tells since when the run goes on
     if restarted:  # only what this run saved itself is newer than its start
         found, notes = open_newest(root, since=place.started)
         if found:
             return found, notes
-    if config.resume_ckpt == "auto":
-        return open_newest(root)
+    if config.resume_ckpt in ("auto", LAST):
+        found, notes = open_newest(root, needs_optimizer=needed)
+        if found is None and config.resume_ckpt == LAST:
+            raise UserError(f"{root}: holds no checkpoint to go on from; --resume auto starts at step 0 then")
+        return found, notes
+    if config.resume_ckpt == BEST:
+        return open_step(root, named_step(root, BEST), needed), []
     if config.resume_ckpt:
-        return open_step(root, int(config.resume_ckpt)), []
+        return open_step(root, int(config.resume_ckpt), needed), []
     if steps and config.save and not config.overwrite and not restarted:
         raise UserError(
             f"{root}: holds checkpoints of steps {', '.join(map(str, steps))}; go on with --resume auto, "
             "choose another --model_unique, or have them deleted with --overwrite true"
         )
     return None, []
+
+
+def settle_keys(run: RunConfig, checkpoint: Checkpoint | None) -> RunConfig:
+    """On rank 0, the run with the keys that come from its checkpoint, or from the adapter that it starts from.
+
+    These are the keys of adapters and where the weights came from, if they are not given. Raises UserError if given
+    keys contradict that adapter or that checkpoint.
+    """
+    if checkpoint is None:
+        run = with_adapter(run)
+    else:
+        saved = {key: row["value"] for key, row in checkpoint.run_config().get("train", {}).items()}
+        missing = [key for key in (*_OF_ADAPTERS, "adapter") if run.train.origins[key] == "default"]
+        if not saved.get("lora_layer"):
+            missing = [] if run.train.value.pretrained_model else ["pretrained_model"]
+            if run.train.value.pretrained_model and run.train.value.resume_ckpt not in ("", "auto"):
+                raise UserError("resume_ckpt and pretrained_model are both given; a run starts from one of them")
+        found = {key: saved[key] for key in missing if key in saved}
+        run = replace(run, train=run.train.changed(found, str(checkpoint.folder)))
+    train = run.train.value
+    if not train.lora_layer:
+        train.refuse_adapter_keys()
+    return run
+
+
+def share_keys(run: RunConfig, processes: Processes) -> RunConfig:
+    """The run with rank 0's keys of adapters."""
+    for key, value, origin in processes.from_first([row for row in run.train.rows() if row[0] in _OF_ADAPTERS]):
+        run = replace(run, train=run.train.changed({key: value}, origin))
+    return run
 
 
 def changes(run: RunConfig, checkpoint: Checkpoint) -> list[str]:
@@ -141,4 +202,4 @@ def _given(config: TrainConfig) -> Checkpoint | None:
     if not (folder / MANIFEST).is_file():
         key = "load_dataloader_ckpt true" if config.only_load_model else "only_load_model false"
         raise UserError(f"{key}: {path} is no checkpoint of a run, and holds weights alone")
-    return Checkpoint(folder)
+    return Checkpoint(folder, needs_optimizer=not config.only_load_model)

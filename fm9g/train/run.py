@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import math
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -14,9 +13,9 @@ from typing import Any
 
 import torch
 
-from fm9g.checkpoint.folder import Checkpoint, steps_in
+from fm9g.checkpoint.folder import Checkpoint, best_step, steps_in
 from fm9g.checkpoint.saver import Saver
-from fm9g.config.load import Loaded
+from fm9g.config.load import COMMAND_LINE, Loaded
 from fm9g.config.model import ModelConfig
 from fm9g.config.run import RunConfig
 from fm9g.config.train import TrainConfig
@@ -29,6 +28,7 @@ from fm9g.files import only_one, probe_writable, sweep
 from fm9g.launch.agree import check_same, code_identity
 from fm9g.launch.monitor import Monitor
 from fm9g.launch.place import Place, host_name
+from fm9g.memory import TRAINING_ADVICE, memory_as_user_error
 from fm9g.model.transformer import weight_shapes
 from fm9g.report.files import METRICS_FILE
 from fm9g.train.build import build_model, compute_dtype, engine_name, make_engine
@@ -39,8 +39,8 @@ from fm9g.train.evaluate import Evaluation
 from fm9g.train.interrupt import Interrupt
 from fm9g.train.loop import train
 from fm9g.train.metrics import Metrics
-from fm9g.train.peak import peak_flops
-from fm9g.train.resume import changes, find_checkpoint, restore
+from fm9g.train.peak import device_name, peak_flops
+from fm9g.train.resume import changes, find_checkpoint, restore, settle_keys, share_keys, with_paths
 from fm9g.train.sinks import open_sinks, require_sinks
 
 PACKAGES = ("torch", "numpy", "tokenizers")  # that must be the same in all processes
@@ -49,7 +49,8 @@ _LIKELY_OWN = 0.95  # a model's own tokenizer has at least this share of its tok
 
 @dataclass(frozen=True)
 class Result:
-    """What a run left behind. checkpoint: None where it was told not to save. interrupted: by a signal."""
+    """What a run left behind. checkpoint: None where it was told not to save. best: of its checkpoints the one with the
+    lowest validation loss; None where none was evaluated. interrupted: by a signal."""
 
     step: int
     tokens: int
@@ -57,6 +58,7 @@ class Result:
     metrics_file: Path
     tensorboard: Path
     checkpoint: Path | None
+    best: Path | None
     interrupted: bool
 
 
@@ -72,7 +74,8 @@ def run_training(run: RunConfig, place: Place | None = None) -> Result:
             root = Path(run.train.value.output_dir) / "checkpoints" / run.train.value.model_unique
             for folder in (root, log) if run.train.value.save else (log,):
                 held.enter_context(only_one(folder, patience=10.0))
-        return _train(run, place, monitor, make_engine(run.train.value, processes), log)
+        with memory_as_user_error(TRAINING_ADVICE):
+            return _train(run, place, monitor, make_engine(run.train.value, processes), log)
 
 
 def _join(run: RunConfig, place: Place, monitor: Monitor) -> Processes:
@@ -88,7 +91,9 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
     first = processes.rank == 0
     base, name = Path(config.output_dir), config.model_unique
     root, tensorboard = base / "checkpoints" / name, base / "tensorboard" / f"{config.exp_group}{name}"
-    checkpoint, notes = _look_around(run, place, root, log) if first else (None, [])
+    run, checkpoint, notes = _look_around(run, place, root, log) if first else (run, None, [])
+    run = share_keys(run, processes)
+    config = run.train.value
     replicas = config.replicas(processes.world_size)
     packs = config.packs_a_step(replicas)
 
@@ -117,6 +122,7 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
             probe_writable(root)
     dtype, _ = compute_dtype(run.model.value, engine.device)
     peak = config.peak_tflops * 1e12 or peak_flops(engine.device, dtype)
+    devices = Counter(processes.gather(device_name(engine.device)))
     with (
         open_loader(config, mixture, engine.replica, replicas, position) as loader,
         _open_metrics(run, tensorboard, log, state.step) if first else contextlib.nullcontext() as metrics,
@@ -125,8 +131,8 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
         if metrics:
             for note in loader.notes:
                 print(f"note: {note}")
-            metrics.describe(_description(run, mixture, summary))
-            metrics.event(state.step, "resume" if checkpoint else "start", start)
+            metrics.describe(_description(run, mixture, evaluation, summary))
+            metrics.record(state.step, "resume" if checkpoint else "start", start, devices=devices)
         saver = _make_saver(config, root, state.step, bool(checkpoint), metrics)
         desk = RunDesk(
             run,
@@ -145,7 +151,7 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
         )
         started, tokens_before = time.monotonic(), state.task_tokens.sum()
         try:
-            train(config, tasks, engine, loader, state, desk, Clock())
+            train(config, tasks, engine, loader, state, desk, Clock(run.model.value.windows))
             monitor.progress(state.step, "saving")
             saver.wait()
         except BaseException:
@@ -165,6 +171,7 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
     if saver.failure:
         last = f"{root / str(saver.written)}" if saver.written else "none of this session"
         raise UserError(f"the last checkpoint could not be written (the last good one: {last}): {saver.failure}")
+    best = processes.from_first(best_step(root) if first and config.save else None)
     return Result(
         step=state.step,
         tokens=tokens // config.tp_size,
@@ -172,17 +179,20 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
         metrics_file=log / METRICS_FILE,
         tensorboard=tensorboard,
         checkpoint=root / str(state.step) if config.save and state.step else None,
+        best=None if best is None else root / str(best),
         interrupted=bool(stopped),
     )
 
 
-def _look_around(run: RunConfig, place: Place, root: Path, log: Path) -> tuple[Checkpoint | None, list[str]]:
-    """On rank 0, what the run goes on from, and what there is to know, a line each. Leftovers of killed runs go."""
+def _look_around(run: RunConfig, place: Place, root: Path, log: Path) -> tuple[RunConfig, Checkpoint | None, list[str]]:
+    """On rank 0, the run with the keys of its adapters, what it goes on from, and what there is to know, a line each.
+    Leftovers of killed runs go."""
     require_sinks(run.train.value.sinks)
     for folder in (root, log):
         sweep(folder)
     checkpoint, notes = find_checkpoint(run.train.value, place, root)
-    return checkpoint, notes + (changes(run, checkpoint) if checkpoint else [])
+    run = settle_keys(with_paths(run), checkpoint)
+    return run, checkpoint, notes + (changes(run, checkpoint) if checkpoint else [])
 
 
 def _first_day(checkpoint: Checkpoint | None) -> str:
@@ -220,24 +230,29 @@ def _open_metrics(run: RunConfig, tensorboard: Path, log: Path, step: int) -> Me
     return Metrics(log, sinks, step, config.train_iters, config.tensorboard_all_tasks, config.spike)
 
 
-def _description(run: RunConfig, mixture: Mixture, summary: str) -> dict[str, Any]:
+def _description(run: RunConfig, mixture: Mixture, evaluation: Evaluation | None, summary: str) -> dict[str, Any]:
     """What reports say of a run."""
-    data = [
+    shares = [{"share": share, "tokens_a_sample": mean} for share, mean in zip(mixture.shares(), mixture.mean_tokens())]
+    return {
+        "config": run.to_json(),
+        "data": [{**about, **share} for about, share in zip(_datasets(mixture), shares)],
+        "validation": _datasets(evaluation.mixture) if evaluation else [],
+        "summary": summary,
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+def _datasets(mixture: Mixture) -> list[dict[str, Any]]:
+    return [
         {
             "task": config.task_name,
             "path": config.path,
             "records": len(dataset),
-            "share": share,
-            "tokens_a_sample": mean,
             "template": config.template,
             "loss": config.loss,
         }
-        for config, dataset, share, mean in zip(
-            mixture.configs, mixture.datasets, mixture.shares(), mixture.mean_tokens()
-        )
+        for config, dataset in zip(mixture.configs, mixture.datasets)
     ]
-    versions = {name: version(name) for name in PACKAGES}
-    return {"config": run.to_json(), "data": data, "summary": summary, "versions": versions}
 
 
 def _with_epochs(run: RunConfig, mixture: Mixture, packs: int) -> tuple[RunConfig, list[str]]:
@@ -246,7 +261,7 @@ def _with_epochs(run: RunConfig, mixture: Mixture, packs: int) -> tuple[RunConfi
     if not config.epochs:
         return run, []
     tokens = mixture.count_tokens()
-    iters = max(1, math.ceil(config.epochs * tokens / (config.batch_size * config.max_length * packs)))
+    iters = config.iters_of_epochs(tokens, config.batch_size * config.max_length * packs)
     origins = run.train.origins | {"train_iters": run.train.origins["epochs"]}
     train = Loaded(replace(config, train_iters=iters), origins)
     return replace(run, train=train), [
@@ -277,13 +292,26 @@ def _check_same(run: RunConfig, processes: Processes, data: dict[str, Any]) -> N
 def _summary(run: RunConfig, engine: Engine, mixture: Mixture, packs: int) -> str:
     config, model = run.train.value, run.model.value
     weights = sum(shape.numel() for shape in weight_shapes(model).values())
-    tokens = config.batch_size * config.max_length * packs
     data = ", ".join(f"{c.task_name} ({size} records)" for c, size in zip(mixture.configs, map(len, mixture.datasets)))
     dtype = str(compute_dtype(model, engine.device)[0]).removeprefix("torch.")
     count = engine.processes.world_size
     where = f"{engine.device.type}, {count} processes, {engine_name(config)}" if count > 1 else str(engine.device)
-    summary = f"{weights:,} parameters, {dtype} on {where}; {tokens} tokens a step; data: {data}"
-    return "\n".join([summary, *mixture.describe()])
+    summary = f"{weights:,} parameters, {dtype} on {where}; data: {data}"
+    return "\n".join([summary, _tokens_per_step(run, packs), *mixture.describe()])
+
+
+def _tokens_per_step(run: RunConfig, packs: int) -> str:
+    """How many there are and how they come about; where from, for what is not of the command line."""
+    config, origins = run.train.value, run.train.origins
+    replicas = packs // config.grad_accum
+    keys = ["batch_size", "max_length", "global_batch" if config.global_batch else "grad_accum"]
+    factors = []
+    for key in keys:
+        origin = "" if origins[key] == COMMAND_LINE else f" ({origins[key]})"
+        factors.append(f"{key} {getattr(config, key)}{origin}")
+    if replicas > 1 and not config.global_batch:
+        factors.append(f"{replicas} replicas of the model")
+    return f"{config.batch_size * config.max_length * packs} tokens per step: {' x '.join(factors)}"
 
 
 def _check_fit(config: TrainConfig, model: ModelConfig, mixture: Mixture) -> list[str]:

@@ -73,10 +73,10 @@ class WandB:
         """first_step: finished steps; a run that goes on does so in its curves there."""
         self._module = _find("wandb")
         kept = folder / "wandb_id"
-        known = kept.read_text().strip() if first_step and kept.is_file() else ""
+        known = kept.read_text(encoding="utf-8").strip() if first_step and kept.is_file() else ""
         identity = known or uuid.uuid4().hex[:12]
         with new_file(kept) as temporary:
-            temporary.write_text(identity)
+            temporary.write_text(identity, encoding="utf-8")
         self._run = self._module.init(
             project=project, name=name, id=identity, resume="allow", dir=str(folder), config=config
         )

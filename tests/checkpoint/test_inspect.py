@@ -14,7 +14,9 @@ from support import small_model
 
 from fm9g.checkpoint.find import runs_at
 from fm9g.checkpoint.folder import MANIFEST, Snapshot, save_checkpoint
-from fm9g.checkpoint.inspect import compare, describe, list_run, verify, weight_statistics, work_of
+from fm9g.checkpoint.inspect import compare, describe, verify, weight_statistics, work_of
+from fm9g.checkpoint.listing import list_run
+from fm9g.checkpoint.weights import read_weights
 from fm9g.cli import main
 from fm9g.errors import UserError
 from fm9g.model.transformer import weight_shapes
@@ -529,3 +531,10 @@ def test_a_checkpoint_may_be_named_from_inside_or_by_a_link(monkeypatch: pytest.
     assert describe(Path("latest"))["step"] == 12
     monkeypatch.chdir(folder)
     assert describe(Path("."))["step"] == 12
+
+
+def test_a_file_that_is_no_weights_is_not_to_be_trusted(tmp_path: Path) -> None:
+    """torch advises to load such a file with weights_only=False, which runs what it holds."""
+    (tmp_path / "a.pt").write_text('{"text": "no weights"}\n')
+    with pytest.raises(UserError, match=r"a\.pt: not a whole weight file \(torch finds no tensors in it\)"):
+        read_weights(tmp_path / "a.pt")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import fm9g.checkpoint.saver
-from fm9g.checkpoint.folder import Checkpoint, Snapshot, open_newest, set_aside, steps_in
-from fm9g.checkpoint.saver import Saver, best_step
+from fm9g.checkpoint.folder import Checkpoint, Snapshot, best_step, open_newest, set_aside, steps_in
+from fm9g.checkpoint.saver import Saver
 from fm9g.engine.collect import Collected, Held
 from fm9g.errors import UserError
 

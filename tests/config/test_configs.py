@@ -1,18 +1,21 @@
 """Configuration files and the command line: precedence, origins, and one clear message for each mistake."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
 from fm9g.config.fields import keys_of
-from fm9g.config.load import read_json, require_config
-from fm9g.config.mixture import load_mixture
+from fm9g.config.load import bare_name, read_json, require_config
+from fm9g.config.mixture import DatasetConfig, load_mixture
+from fm9g.config.model import RETIRED as RETIRED_MODEL
 from fm9g.config.model import ModelConfig, load_model_config
 from fm9g.config.run import load_run
-from fm9g.config.train import RETIRED, TrainConfig, load_train_config
+from fm9g.config.train import RETIRED, TrainConfig, load_adapter_keys, load_train_config
 from fm9g.errors import UserError
 
 GUIDE = """
@@ -66,8 +69,8 @@ def test_a_misspelt_key_is_named_with_file_and_nearest_key(tmp_path: Path, model
         ("num_layers", "four", "found 'four', allowed: integer >= 1"),
         ("dim_model", 0, "found 0, allowed: integer >= 1"),
         ("activate_fn", "sillu", "did you mean 'silu'?"),
-        ("ffn_gated", False, "found False, allowed: only True"),
-        ("flash_attn_mask_shape", "2d", "only '1d'"),
+        ("ffn_gated", False, "found False, allowed: True"),
+        ("flash_attn_mask_shape", "3d", "allowed: '1d' or '2d'"),
         ("rope_scaling_type", "yarm", "did you mean 'yarn'?"),
         ("half_type", "int8", "one of 'bf16', 'fp16', 'fp32'"),
         ("num_kv_heads", 3, "num_heads 8 is not a multiple of num_kv_heads 3"),
@@ -86,7 +89,8 @@ def test_wrong_values_of_a_model_are_refused(
 
 def test_a_model_configuration_survives_a_round_trip(tmp_path: Path, model_file: Path) -> None:
     config = load_model_config(model_file).value
-    assert load_model_config(write(tmp_path / "again.json", config.to_json())).value == config
+    again = load_model_config(write(tmp_path / "again.json", config.to_json()))
+    assert (again.value, again.notes) == (config, ())
 
 
 def test_the_other_spelling_of_the_original_length_is_read(tmp_path: Path, model_file: Path) -> None:
@@ -109,14 +113,14 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"did you mean 'tiny'.*Known names: 2b, 4b, 70b, 7b, 8b, tiny"):
+    with pytest.raises(UserError, match=r"model_configs/, which has 2b, 4b, 70b, 7b, 8b, tiny; did you mean 'tiny'\?$"):
         load_train_config("tyny", {})
 
 
 def test_precedence_is_defaults_then_file_then_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "train_configs" / "mine.json", {"pretrain": {"config": "tiny", "lr": "2e-3", "train_iters": 7}})
-    loaded, model, _ = load_train_config("mine", {"train_iters": "9"})
+    loaded, model = load_train_config("mine", {"train_iters": "9"})
     assert (loaded.value.lr, loaded.value.train_iters, loaded.value.eps) == (2e-3, 9, 1e-6)
     assert loaded.origins["lr"] == "train_configs/mine.json"
     assert loaded.origins["train_iters"] == "command line"
@@ -138,8 +142,8 @@ def test_every_parameter_of_the_guide_is_known_in_exactly_one_way(key: str) -> N
 
 
 def test_a_parameter_that_changes_nothing_says_so() -> None:
-    notes = load_train_config("tiny", {"local": "False", "tp_size": "2"})[2]
-    assert notes == ["command line: local changes nothing: paths are used as they are given"]
+    notes = load_train_config("tiny", {"local": "False", "tp_size": "2"})[0].notes
+    assert list(notes) == ["command line: local changes nothing: paths are used as they are given"]
 
 
 @pytest.mark.parametrize(
@@ -147,12 +151,17 @@ def test_a_parameter_that_changes_nothing_says_so() -> None:
     [
         ("tp_size", "0", "tp_size: found 0, allowed: integer >= 1"),
         ("zero_level", "1", "zero_level: found 1, allowed: one of 0, 2, 3"),
-        ("learning_rate", "1", "learning_rate: unknown key"),
+        ("learning_rate", "1", "learning_rate: unknown key; it is called lr here"),
+        ("cutoff_len", "1", "it is called max_length here"),
+        ("per_device_train_batch_size", "1", "it is called batch_size here: rows of max_length tokens"),
+        ("gradient_checkpointing", "1", "write activation_checkpoint full"),
+        ("packing", "1", "it is not needed here: rows are always packed"),
+        ("zzz", "1", "zzz: unknown key; `fm9g config keys` lists"),
         ("train_iter", "5", "did you mean 'train_iters'?"),
         ("batch_size", "two", "batch_size: found 'two', allowed: integer >= 1"),
         ("lr_scheduler", "cosin", "did you mean 'cosine'?"),
         ("lr", "-1", "lr: found -1"),
-        ("resume_ckpt", "last", "expected the number of a step"),
+        ("resume_ckpt", "newest", "expected the number of a step"),
     ],
 )
 def test_wrong_values_on_the_command_line_are_refused(key: str, value: str, expected: str) -> None:
@@ -160,6 +169,125 @@ def test_wrong_values_on_the_command_line_are_refused(key: str, value: str, expe
         load_train_config("tiny", {key: value})
     assert "command line" in str(error.value)
     assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, ModelConfig, DatasetConfig])
+def test_what_other_tools_call_a_key_leads_to_a_key(cls: type) -> None:
+    known = {f"model.{key}" for key in keys_of(ModelConfig)} | keys_of(cls).keys() | {"nothing"}
+    for theirs, ours in cls.ELSEWHERE.items():
+        assert theirs not in keys_of(cls)
+        assert re.split(r"[ :,]", ours)[0] in known, theirs
+
+
+def test_names_may_have_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "model_configs" / "2.4b.json", read_json(ROOT / "model_configs" / "tiny.json"))
+    write(tmp_path / "train_configs" / "2.4b.json", {"pretrain": {"lr": 0.5}})
+    write(tmp_path / "dataset_configs" / "v1.5.json", [{"task_name": "a", "path": "x"}])
+    for name in ("2.4b", "train_configs/2.4b.json"):
+        run = load_run(name, {"dataset_config": "v1.5", "tokenizer_path": "t"})
+        assert (run.train.value.config, run.train.value.model_unique, run.train.value.lr) == ("2.4b", "2.4b", 0.5)
+        assert [item.value.task_name for item in run.mixture] == ["a"]
+
+
+def test_finetune_wins_over_pretrain_and_a_lora_file_takes_the_model_of_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sections = {
+        "finetune": {"lora_layer": '["project_q", "w_0"]', "lora_r": 4, "lr": 0.1},
+        "pretrain": {"lr": 0.2, "pretrained_model": "m.pt"},
+    }
+    write(tmp_path / "train_configs" / "7b_lora.json", sections)
+    train, model = load_train_config("7b_lora", {})
+    assert (train.value.lora_layer, train.value.lr) == (["project_q", "w_0"], 0.1)
+    assert (train.value.model_unique, model.name) == ("7b_lora", "7b.json")
+    adapters = load_adapter_keys(tmp_path / "train_configs" / "7b_lora.json")
+    assert (adapters.lora_layer, adapters.lora_r, adapters.lr) == (["project_q", "w_0"], 4, 1e-2)
+    for wrong in ({"pretrain": {}, "train": {}}, {"finetune": 1}, {}):
+        write(tmp_path / "train_configs" / "7b_lora.json", wrong)
+        with pytest.raises(UserError, match=r"7b_lora\.json: (train|finetune|is empty)"):
+            load_train_config("7b_lora", {})
+
+
+def test_a_default_of_the_command_line_yields_to_the_file_which_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "train_configs" / "tiny.json", {"pretrain": {"lr": 1e-4, "lr_scheduler": "Cosine"}})
+    given = {"lr": "1e-2", "eps": "1e-5", "lr_scheduler": "cosine", "local": "False"}
+    train, _ = load_train_config("tiny", {"train_iters": "3"}, {**given, "train_iters": "2"})
+    assert (train.value.lr, train.value.eps, train.value.train_iters) == (1e-4, 1e-5, 3)
+    assert train.notes == (
+        "command line (--default.): local changes nothing: paths are used as they are given",
+        "train_configs/tiny.json wins over the launch script: lr is 0.0001, not '1e-2'",
+    )
+
+
+def test_the_guide_also_calls_pretrained_model_load() -> None:
+    assert load_train_config("tiny", {"load": "7b.pt"})[0].value.pretrained_model == "7b.pt"
+    with pytest.raises(UserError, match="load and pretrained_model are both given"):
+        load_train_config("tiny", {"load": "7b.pt", "pretrained_model": "7b.pt"})
+
+
+@pytest.mark.parametrize("key", ["use_checkpoint", "activation_checkpoint"])
+def test_a_models_use_checkpoint_acts_where_the_run_says_nothing(tmp_path: Path, model_file: Path, key: str) -> None:
+    path = write(tmp_path / "m.json", {**read_json(model_file), "use_checkpoint": True})
+    assert load_run(str(path), {}, complete=False).train.value.checkpointing == "full"
+    said = {"use_checkpoint": "0", "activation_checkpoint": "none"}[key]
+    assert load_run(str(path), {key: said}, complete=False).train.value.checkpointing == "none"
+
+
+def test_a_model_folder_as_configuration_is_told_what_to_do(tmp_path: Path) -> None:
+    write(tmp_path / "qwen" / "config.json", {})
+    with pytest.raises(UserError, match=r"`fm9g convert .*qwen qwen.pt`.*--config qwen.json"):
+        load_train_config(str(tmp_path / "qwen"), {})
+
+
+def published() -> list:
+    folder = ROOT.parent / "shared" / "data" / "published"
+    return sorted(folder.glob("*/*_configs/*.json")) or [pytest.param(None, marks=pytest.mark.skip("no ../shared"))]
+
+
+@pytest.mark.parametrize(
+    "file", published(), ids=lambda file: file and f"{file.parts[-3]}-{file.parts[-2]}-{file.stem}"
+)
+def test_every_published_file_loads(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(file.parents[1])
+    name = bare_name(file.name)
+    given = {"dataset_config": str(file)} if file.parent.name == "dataset_configs" else {}
+    if name.endswith("_lora"):
+        given["default.pretrained_model"] = "7b.pt"
+    config = "tiny" if given.get("dataset_config") else name
+    run = load_run(config, given, complete=False)
+    content = read_json(file)
+    if file.parent.name == "model_configs":
+        for key in ("flash_attn_mask_shape", "ffn_gated"):
+            assert any(f"{file.parent.name}/{file.name}: {key} changes nothing" in note for note in run.notes)
+        assert run.model.value.orig_max_length == content.get("ori_max_length", 8192)
+        assert run.train.value.checkpointing == ("full" if content.get("use_checkpoint") else "none")
+        acting = content.keys() - RETIRED_MODEL.keys() - {"architectures", "ori_max_length"}
+        assert {key: run.model.value.to_json()[key] for key in acting} == {key: content[key] for key in acting}
+    elif file.parent.name == "train_configs":
+        for key, value in {**content["pretrain"], **content.get("finetune", {})}.items():
+            assert getattr(run.train.value, key) == (json.loads(value) if key == "lora_layer" else value)
+    else:
+        assert [item.value.task_name for item in run.mixture] == [entry["task_name"] for entry in content]
+
+
+def test_paths_of_a_mixture_may_be_relative_to_where_the_run_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = tmp_path / "apps" / "fm9g_7b"
+    entry = {"task_name": "a", "path": "../../data_test/a", "transforms": "./t.py"}
+    mixture = write(app / "dataset_configs" / "m.json", [entry])
+    (tmp_path / "data_test" / "a").mkdir(parents=True)
+    (mixture.parent / "t.py").touch()
+    monkeypatch.chdir(app)
+    (item,) = load_mixture(mixture)
+    assert (item.value.path, item.value.transforms) == (str(tmp_path / "data_test" / "a"), str(mixture.parent / "t.py"))
+    (tmp_path / "apps" / "data_test" / "a").mkdir(parents=True)  # relative to the file, which comes first
+    assert load_mixture(mixture)[0].value.path == str(tmp_path / "apps" / "data_test" / "a")
 
 
 def test_mixture_keys_are_checked_and_paths_are_relative_to_the_file(tmp_path: Path) -> None:
@@ -210,6 +338,8 @@ def test_model_defaults_are_derived() -> None:
         ("model_unique", "", "expected a plain name"),
         ("model_unique", "..", "expected a plain name"),
         ("exp_group", "a/b", "expected a plain name"),
+        ("template", "chatm", "'chatm': no such chat template; did you mean 'chatml'"),
+        ("template", "mine", r"give a file such as ./mine.jinja, or one of .*, tokenizer, none"),
         ("resume_ckpt", "²", "expected the number of a step"),
         ("batch_size", "100000000000", "too many for a row"),
         ("seed", "99999999999", "seed: found"),

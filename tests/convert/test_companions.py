@@ -46,7 +46,12 @@ def checkpoint(tmp_path: Path, tokenizer_path: Path) -> Path:
 def make_checkpoint(run_folder: Path, tokenizer_path: Path, template: str, config: ModelConfig = CONFIG) -> Path:
     files: dict[str, Path | str] = {file.name: file for file in tokenizer_path.iterdir()}
     run = {
-        "train": {"lr": item(0.01), "optimizer": item("muon"), "template": item("chatml")},
+        "train": {
+            "pretrained_model": item(""),
+            "lr": item(0.01),
+            "optimizer": item("muon"),
+            "template": item("chatml"),
+        },
         "data.poems": {"template": item("chatml")},
     }
     counts = {

@@ -46,6 +46,7 @@ def run_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., o
 
     def run(name: str, *arguments: object) -> object:
         monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(str(ROOT / "tools"))  # as Python does for a script
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
@@ -162,7 +163,6 @@ def test_a_sentencepiece_model_is_exported_with_equal_ids(shared: Path, tmp_path
     ("changes", "expected"),
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not one that can be read"),
-        ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "use_sliding_window"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "rope_scaling is .*'longrope'"),
         ({"model_type": "llama", "attention_bias": True}, "attention_bias"),
@@ -180,15 +180,10 @@ def test_what_9g_cannot_represent_is_refused(folder: Path, tmp_path: Path, chang
     assert not (tmp_path / "no.pt").exists()
 
 
-def test_unknown_weights_and_untied_heads_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_unknown_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "model.extra": torch.ones(1)}, folder / "model.safetensors")
     with pytest.raises(UserError, match=r"model.extra and 0 more have no place"):
-        import_folder(folder, tmp_path / "no.pt")
-    save_file(weights, folder / "model.safetensors")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    with pytest.raises(UserError, match=r"tie_word_embeddings is true, but lm_head.weight differs"):
         import_folder(folder, tmp_path / "no.pt")
 
 
@@ -259,7 +254,7 @@ def test_broken_configurations_get_one_message(folder: Path, tmp_path: Path, cha
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises(UserError, match=expected):
         import_folder(folder, tmp_path / "no.pt")
-    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "config.json").write_text('{"model_type": "fm9g"}')
     with pytest.raises(UserError, match=r"config.json: num_attention_heads: missing"):
         import_folder(folder, tmp_path / "no.pt")
 

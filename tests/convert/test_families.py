@@ -298,17 +298,158 @@ def test_every_size_goes_there_and_back_bit_for_bit(size: str, tmp_path: Path) -
     assert (back.scale_width, back.embedding_multiplier) == (config.scale_width, config.embedding_multiplier)
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "granite"])
+def test_keys_that_are_not_given_are_as_in_the_class_of_transformers(kind: str) -> None:
+    from transformers import AutoConfig
+
+    for given in ({}, {"hidden_size": 2048, "num_attention_heads": 64}):
+        theirs = AutoConfig.for_model(kind, **given)
+        ours = from_hf_config({"model_type": kind, **given}, "config.json")
+        heads = theirs.num_attention_heads
+        expected = {
+            "vocab_size": theirs.vocab_size,
+            "hidden_size": theirs.hidden_size,
+            "intermediate_size": theirs.intermediate_size,
+            "num_layers": theirs.num_hidden_layers,
+            "num_heads": heads,
+            "num_kv_heads": theirs.num_key_value_heads,
+            "head_dim": getattr(theirs, "head_dim", theirs.hidden_size // heads),
+            "activation": theirs.hidden_act,
+            "norm_eps": theirs.rms_norm_eps,
+            "init_std": theirs.initializer_range,
+            "max_length": theirs.max_position_embeddings,
+            "rope_theta": theirs.rope_parameters["rope_theta"],
+            "tie_word_embeddings": theirs.tie_word_embeddings,
+            "sliding_window": theirs.sliding_window if kind == "mistral" else 0,
+            "qkv_bias": kind == "qwen2",
+            "qk_norm": kind == "qwen3",
+        }
+        assert {key: getattr(ours, key) for key in expected} == expected
+        if kind == "granite":
+            scales = (theirs.embedding_multiplier, theirs.attention_multiplier, theirs.logits_scaling)
+            assert (ours.embedding_multiplier, ours.attention_multiplier, ours.scale_width) == scales
+            assert ours.residual_multiplier == pytest.approx(theirs.residual_multiplier)
+
+
+def test_keys_that_are_not_given_are_as_in_the_published_classes() -> None:
+    def read(kind: str, **given: object) -> ModelConfig:
+        return from_hf_config({"model_type": kind, **given}, "config.json")
+
+    yi, minicpm, xverse = read("Yi"), read("minicpm"), read("xverse")
+    assert (yi.rope_theta, yi.norm_eps, yi.num_kv_heads, yi.max_length) == (5e6, 1e-5, 4, 4096)
+    assert (minicpm.tie_word_embeddings, minicpm.scale, minicpm.scale_depth, minicpm.max_length) == (
+        True,
+        True,
+        1,
+        2048,
+    )
+    assert (xverse.hidden_size, xverse.num_layers, xverse.vocab_size, xverse.norm_eps) == (5120, 40, 100278, 1e-6)
+    qwen, internlm2 = read("qwen"), read("internlm2", bias=False)
+    assert (qwen.intermediate_size, qwen.head_dim, qwen.qkv_bias, qwen.max_length) == (11008, 128, True, 8192)
+    assert (internlm2.vocab_size, internlm2.num_kv_heads, internlm2.max_length) == (103168, 32, 2048)
+    assert read("baichuan", max_position_embeddings=4096).intermediate_size == 11008
+    with pytest.raises(UserError, match="num_attention_heads: missing"):
+        read("fm9g")
+
+
+@pytest.mark.parametrize("kind", ["granite", "minicpm", "fm9g"])
+def test_only_scaled_models_of_9g_have_the_learning_rates_of_mup(kind: str) -> None:
+    scaled = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16, "logits_scaling": 2.0}
+    config = from_hf_config({**BASE, **scaled, "model_type": kind}, "config.json")
+    assert config.scale_width == 2.0
+    assert config.mup_lr == (kind == "fm9g")
+
+
+# ---- what wrappers and other ways of saving leave in a folder
+
+
+@pytest.mark.parametrize(
+    ("front", "inside"),
+    [("_orig_mod.", ""), ("module.", ""), ("model.", ""), ("module._orig_mod.", ""), ("", "_orig_mod.")],
+)
+@pytest.mark.parametrize("kind", ["llama", "qwen"])
+def test_names_with_a_wrapper_in_them_are_recognised(kind: str, front: str, inside: str, tmp_path: Path) -> None:
+    (native_folder if kind == "llama" else remote_folder)(kind, tmp_path / "hf")
+    expected = open_folder(tmp_path / "hf")[1]
+    expected = {name: weight.read() for name, weight in expected.items()}
+    file = tmp_path / "hf" / "model.safetensors"
+    wrapped = {front + name.replace("0.", f"0.{inside}", 1): tensor for name, tensor in load_file(file).items()}
+    save_file(wrapped, file)
+    found = open_folder(tmp_path / "hf")[1]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name].read(), expected[name]) for name in expected)
+
+
+def test_a_weight_that_is_there_with_and_without_a_wrapper_is_refused(tmp_path: Path) -> None:
+    native_folder("llama", tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    weights = load_file(file)
+    save_file({**weights, "module.model.norm.weight": torch.zeros(32)}, file)
+    with pytest.raises(UserError, match=r"is there twice, as encoder.output_layernorm.weight"):
+        open_folder(tmp_path / "hf")
+    save_file({**weights, "module.model.extra": torch.zeros(32)}, file)
+    with pytest.raises(UserError, match=r"module.model.extra and 0 more have no place"):
+        open_folder(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("front", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
+def test_9g_files_with_a_wrapper_in_their_names_are_recognised(front: str, tmp_path: Path) -> None:
+    native_folder("llama", tmp_path / "hf")
+    import_folder(tmp_path / "hf", tmp_path / "m.pt")
+    weights = {front + name: tensor.clone() for name, tensor in read_weights(tmp_path / "m.pt").items()}
+    write_weights(tmp_path / "m.pt", weights, weights.items())
+    export_folder(tmp_path / "m.pt", tmp_path / "out")
+    assert_equal_files(tmp_path / "hf", tmp_path / "out")
+    doubled = {**weights, "lm_head.weight": weights[front + "lm_head.weight"].clone()}
+    write_weights(tmp_path / "m.pt", doubled, doubled.items())
+    with pytest.raises(UserError, match=r"m.pt: .*lm_head.weight: is there twice"):
+        export_folder(tmp_path / "m.pt", tmp_path / "again")
+
+
+@pytest.mark.parametrize("case", ["head alone", "both differ", "both equal", "base model alone"])
+def test_tied_weights_are_read_as_transformers_reads_them(case: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    native_folder("llama-tied", tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    weights = load_file(file)
+    embedding = weights["model.embed_tokens.weight"]
+    if case == "head alone":
+        weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    elif case == "base model alone":
+        weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    else:
+        weights["lm_head.weight"] = embedding.clone() if case == "both equal" else torch.randn_like(embedding)
+    save_file(weights, file, metadata={"format": "pt"})
+    import_folder(tmp_path / "hf", tmp_path / "m.pt")
+    config = load_model_config(tmp_path / "m.json").value
+    assert config.tie_word_embeddings == (case != "both differ")
+    theirs = their_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval())
+    torch.testing.assert_close(our_logits(config, read_weights(tmp_path / "m.pt")), theirs, rtol=1e-5, atol=1e-5)
+    if case == "both differ":
+        return
+    for name in list(weights):
+        if "embed" in name or "lm_head" in name:
+            del weights[name]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"input_embedding.weight is missing"):
+        open_folder(tmp_path / "hf")
+
+
+def test_an_untied_model_needs_its_output_weights(tmp_path: Path) -> None:
+    native_folder("llama", tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    weights = load_file(file)
+    del weights["lm_head.weight"]
+    save_file(weights, file)
+    with pytest.raises(UserError, match=r"lm_head.weight is missing"):
+        open_folder(tmp_path / "hf")
+
+
 REFUSED = {
     "experts": ("llama", {"num_experts": 8}, "num_experts is above 1"),
     "local experts": ("minicpm", {"num_local_experts": 8}, "num_local_experts is above 1"),
     "routed experts": ("xverse", {"n_routed_experts": 64}, "n_routed_experts is above 1"),
-    "window": ("mistral", {"sliding_window": 64}, "sliding_window is 64, of 128"),
-    "no window given": ("mistral", {"max_position_embeddings": 32768}, "sliding_window is 4096, of 32768"),
-    "window of some layers": (
-        "qwen3",
-        {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["full_attention", "sliding_attention"]},
-        "use_sliding_window is true",
-    ),
     "part of a head": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is not 1"),
     "part of a head of qwen": ("qwen", {**QWEN_CONFIG, "rotary_pct": 0.25}, "rotary_pct is not 1"),
     "biases of qwen": ("qwen", {**QWEN_CONFIG, "no_bias": False}, "no_bias is false"),

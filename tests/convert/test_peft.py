@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from fm9g.convert.adapters import import_peft, read_adapter
 from fm9g.convert.hf import export_folder
 from fm9g.convert.peft import read_peft, write_peft
 from fm9g.errors import UserError
+from fm9g.lora.base import base_hash
 from fm9g.lora.files import open_adapter
 from fm9g.lora.inject import put_in
 
@@ -128,13 +131,16 @@ def test_a_base_that_peft_cannot_put_the_adapter_on_is_refused(
     adapter = make_adapter(make_model())
     packed = tmp_path / "packed"  # as InternLM2's and Baichuan's folders are
     packed.mkdir()
+    with pytest.raises(UserError, match=r"not a Hugging Face folder \(config.json is missing\)"):
+        write_peft(adapter, tmp_path / "no", base=str(packed))
+    shutil.copy(base / "config.json", packed)
     weights = load_file(base / "model.safetensors")
     weights["model.layers.0.self_attn.W_pack.weight"] = weights.pop("model.layers.0.self_attn.q_proj.weight")
     save_file(weights, packed / "model.safetensors")
     with pytest.raises(UserError, match=r"it has no model\.layers\.0\.self_attn\.q_proj\.weight \(1 of .*lora merge"):
         write_peft(adapter, tmp_path / "no", base=str(packed))
     monkeypatch.chdir(tmp_path)
-    for name in ("does/not/exist", "./nothing", "nothing", "hf/nothing"):
+    for name in ("does/not/exist", "./nothing", "../a/b", "/no/thing", "~/a", "nothing", "hf/nothing"):
         with pytest.raises(UserError, match="no such folder; give a Hugging Face folder, or a name on a hub"):
             write_peft(adapter, tmp_path / "no", base=name)
     with pytest.raises(UserError, match="a file; PEFT loads Hugging Face folders"):
@@ -149,3 +155,28 @@ def test_a_base_that_peft_cannot_put_the_adapter_on_is_refused(
         json.loads((tmp_path / "yes" / "adapter_config.json").read_text())["base_model_name_or_path"]
         == "Qwen/Qwen2.5-7B"
     )
+
+
+def test_a_base_of_other_shapes_or_values_is_refused(tmp_path: Path) -> None:
+    base, model = export(tmp_path), make_model()
+    weights = dict(model.named_parameters())
+    config = {"base": "m.pt", "base_sha256": base_hash(weights, weights.__getitem__)}
+    write_peft(make_adapter(model, **config), tmp_path / "same", base=str(base))
+    wider = make_adapter(make_model(intermediate_size=64))
+    with pytest.raises(UserError, match=r"gate_proj.weight is \[48, 32\], the adapter is for \[64, 32\]"):
+        write_peft(wider, tmp_path / "no", base=str(base))
+    other = make_adapter(model, **{**config, "base_sha256": "0" * 64})
+    with pytest.raises(UserError, match=r"is not the base that the adapter was trained on \(m.pt, SHA-256 0000"):
+        write_peft(other, tmp_path / "no", base=str(base))
+    assert not (tmp_path / "no").exists()
+    # The same values by another name are the same base; what PEFT wrote does not tell.
+    base.rename(tmp_path / "renamed")
+    write_peft(make_adapter(model, **config), tmp_path / "again", base=str(tmp_path / "renamed"))
+    write_peft(dataclasses.replace(other, config=make_adapter(model).config), tmp_path / "peft")
+    (tmp_path / "wide").mkdir()
+    for of, message in (
+        (tmp_path / "gone", "gone: not here, and its weights are read"),
+        (export(tmp_path / "wide", intermediate_size=64), r"ffn.* has .* there: it is of another model"),
+    ):
+        with pytest.raises(UserError, match=message):
+            import_peft(tmp_path / "peft", tmp_path / "no", of, overwrite=False)

@@ -242,6 +242,59 @@ def test_numbers_beyond_fp16_are_refused_and_the_partial_goes(folder: Path, tmp_
     assert leftovers(tmp_path) == []
 
 
+# ---- values that are not finite
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_that_are_not_finite_end_a_conversion(way: Way, value: float, folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "m.pt"
+    weights = {name: tensor.clone() for name, tensor in read_weights(file).items()}
+    weights["lm_head.weight"][3, 4:6] = value
+    weights["encoder.output_layernorm.weight"][1] = value
+    write_weights(file, weights, weights.items())
+    head, norm = "lm_head.weight", "model.norm.weight"
+    if way in (to_pt, to_pt_fp32):
+        for file in folder.glob("*.safetensors"):
+            tensors = load_file(file)
+            if norm in tensors:
+                tensors[norm][1] = value
+            if head in tensors:
+                tensors[head][3, 4:6] = value
+            save_file(tensors, file)
+        norm = "encoder.output_layernorm.weight"
+    (tmp_path / "x.pt").write_text("whole")
+    (tmp_path / "x").mkdir()
+    with pytest.raises(UserError) as error:
+        way(folder, tmp_path / "x") if way not in (to_pt, to_pt_fp32) else import_folder(
+            folder, tmp_path / "x.pt", overwrite=True, dtype="fp32" if way is to_pt_fp32 else ""
+        )
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3
+    assert any(f"{head}: 2 of 10,240 values are NaN or infinite" in line for line in lines)
+    assert any(f"{norm}: 1 of 32 values are NaN or infinite" in line for line in lines)
+    assert "Nothing was written" in lines[-1]
+    assert leftovers(tmp_path) == []
+    assert (tmp_path / "x.pt").read_text() == "whole"
+    assert list((tmp_path / "x").iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_every_type_of_weight_is_checked(dtype: torch.dtype) -> None:
+    values = torch.randn(7, 5).to(dtype)
+    assert stream._is_finite(values)
+    assert stream._is_finite(values[:0])
+    values[3, 2] = float("nan")
+    assert not stream._is_finite(values)
+
+
+def test_many_weights_that_are_not_finite_are_counted(folder: Path, tmp_path: Path) -> None:
+    weights = {name: torch.full_like(tensor, float("nan")) for name, tensor in read_weights(tmp_path / "m.pt").items()}
+    write_weights(tmp_path / "m.pt", weights, weights.items())
+    with pytest.raises(UserError, match=f"and {len(weights) - 5} more weights"):
+        to_folder(folder, tmp_path / "x")
+
+
 # ---- verification
 
 
@@ -332,7 +385,7 @@ def damage(name: str, folder: Path) -> None:
         ("twice", r"is in model-00001-of-0000\d.safetensors too"),
         ("integers", r"found torch.int8, expected floating-point weights"),
         ("config", "not JSON"),
-        ("no weights", "num_attention_heads: missing"),
+        ("no weights", r"neither model\*.safetensors nor pytorch_model\*.bin is there"),
     ],
 )
 def test_damaged_folders_get_one_message(name: str, expected: str, folder: Path, tmp_path: Path) -> None:

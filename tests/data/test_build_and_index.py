@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -287,13 +289,42 @@ def test_a_dataset_is_read_by_its_data_alone(tmp_path: Path, dataset: Path, caps
     )
     assert len(IndexedDataset(tmp_path / "b")) == 3
     capsys.readouterr()
-    meta = str(dataset / "meta.json")  # what is named itself is read
-    assert main(["data", "index", "--path", meta, "--language", "zh", "--output", str(tmp_path / "c")]) == 2
-    assert "meta.json, line 1: no known shape" in capsys.readouterr().err
+    for name in ("meta.json", "index", "index.h5"):  # as a shell names them for *
+        part = str(dataset / name)
+        assert main(["data", "index", "--path", part, "--language", "zh", "--output", str(tmp_path / "c")]) == 2
+        assert f"{name}: found a part of an indexed dataset, expected data" in capsys.readouterr().err
     for name in ("index", "index.h5"):
         (dataset / name).unlink()
-    assert main(["data", "index", "--path", str(dataset), "--language", "zh", "--output", str(tmp_path / "c")]) == 2
-    assert "meta.json, line 1: no known shape" in capsys.readouterr().err
+    assert main(["data", "index", "--path", str(dataset), "--language", "zh", "--output", str(tmp_path / "c")]) == 0
+    assert (tmp_path / "c" / "data.jsonl").read_bytes() == (dataset / "data.jsonl").read_bytes()
+
+
+def test_records_in_another_language_are_left_out_and_counted(tmp_path: Path, capsys) -> None:
+    chat = {"messages": [{"role": "user", "content": "你好吗"}, {"role": "assistant", "content": "fine"}]}
+    records = [
+        {"input": "问题 ab", "output": "x"},  # less than half
+        {"input": "问题问题 ab", "output": "x"},
+        {"input": "", "output": "文字"},
+        {"input": "Why is it so?", "output": "文字"},
+        chat,
+    ]
+
+    def read(folder: Path) -> list[dict]:
+        dataset = IndexedDataset(folder)
+        return [dataset[number] for number in range(len(dataset))]
+
+    source = write_jsonl(tmp_path / "a.jsonl", records)
+    command = ["data", "index", "--path", str(source), "--language", "zh", "--language-filter"]
+    assert main([*command, "zh", "--output", str(tmp_path / "zh")]) == 0
+    assert "note: 2 records are not in zh and were left out" in capsys.readouterr().out
+    assert read(tmp_path / "zh") == [records[1], records[2], chat]
+    assert main([*command, "en", "--output", str(tmp_path / "en")]) == 0
+    assert read(tmp_path / "en") == [records[3]]
+    assert main([*command, "en", "--output", str(tmp_path / "as is"), "--as-is"]) == 2
+    assert "does not go with --as-is" in capsys.readouterr().err
+    write_jsonl(source, records[:1])
+    assert main([*command, "zh", "--output", str(tmp_path / "none")]) == 2
+    assert "language-filter: none of 1 records is in zh" in capsys.readouterr().err
 
 
 def test_a_tokenizer_is_not_trained_on_ids(tmp_path: Path) -> None:
@@ -307,3 +338,55 @@ def test_a_tokenizer_is_not_trained_on_ids(tmp_path: Path) -> None:
     ]
     source = write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}])
     assert list(texts_of(find_sources([str(source)]))) == ["f", "y", "t", "3"]
+
+
+_MANY_FILES = """
+import os, resource, sys
+from pathlib import Path
+from fm9g.data.index import IndexedDataset
+from fm9g.errors import UserError
+
+folders = sorted(Path(sys.argv[1]).iterdir())
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+datasets = [IndexedDataset(folder) for folder in folders]
+for dataset in datasets * 2:
+    assert dataset[1]["output"] == "2"
+print(len(datasets), len(os.listdir("/proc/self/fd")) < 40)
+del dataset, datasets
+print(len(os.listdir("/proc/self/fd")) < 8)
+taken = []
+try:
+    while True:
+        taken.append(os.open("/dev/null", os.O_RDONLY))
+except OSError:
+    pass
+try:
+    IndexedDataset(folders[0])
+except UserError as error:
+    print(error)
+"""
+
+
+def test_there_may_be_more_datasets_than_open_files(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "s.jsonl", [{"input": "", "output": str(i)} for i in (1, 2)])
+    index(source, tmp_path / "dataset", "en")
+    (tmp_path / "many").mkdir()
+    for number in range(100):
+        (tmp_path / "many" / str(number)).symlink_to(tmp_path / "dataset")
+    words = [sys.executable, "-c", _MANY_FILES, str(tmp_path / "many")]
+    done = subprocess.run(words, capture_output=True, encoding="utf-8")
+    assert done.stderr == ""
+    counted, closed, message = done.stdout.splitlines()
+    assert (counted, closed) == ("100 True", "True")
+    assert "a process may have 64 files open here" in message
+    assert "`ulimit -n 65536`" in message
+    assert "index it again" not in message
+
+
+def test_a_dataset_that_is_replaced_while_it_is_read_is_noticed(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "s.jsonl", [{"input": "", "output": "a"}])
+    index(source, tmp_path / "dataset", "en")
+    dataset = IndexedDataset(tmp_path / "dataset")
+    index(source, tmp_path / "dataset", "en", overwrite=True)
+    with pytest.raises(UserError, match="was changed or replaced while it was read"):
+        dataset[0]

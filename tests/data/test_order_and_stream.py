@@ -1,12 +1,13 @@
 """The order of samples: each of the five properties that must hold, without any file."""
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import numpy as np
 import pytest
 
-from fm9g.data.encode import Encoded
+from fm9g.data.encode import LONG_INPUT, OVERSIZE, Encoded
 from fm9g.data.order import Permutation, mix, spread
 from fm9g.data.stream import OPEN, WINDOW, Plan, Stream
 from fm9g.errors import UserError
@@ -186,5 +187,18 @@ def test_the_last_partial_pack_is_given() -> None:
 def test_records_that_never_give_a_sample_end_the_run() -> None:
     of = plan([5], 1)
     barren = Stream(0, of, 100, encode, lambda _, places: ((place, Encoded([], "no output")) for place in places))
-    with pytest.raises(UserError, match=r"task0: 1001 records in a row gave nothing to train on.*no output"):
+    with pytest.raises(UserError, match=r"task0: 1001 records in a row gave nothing to train on\nof 1001: no output"):
         barren.next_pack()
+
+    def reasons(places: Iterable[int]) -> Iterator[tuple[int, Encoded]]:
+        for place in places:
+            yield place, Encoded([], OVERSIZE if place % 4 == 0 else LONG_INPUT)
+
+    barren = Stream(0, of, 100, encode, lambda _, places: reasons(places))
+    with pytest.raises(UserError) as raised:
+        barren.next_pack()
+    assert [line.partition(", or leave")[0] for line in str(raised.value).splitlines()] == [
+        "task0: 1001 records in a row gave nothing to train on",
+        "of 750: input longer than max_length; raise max_length",
+        "of 251: longer than max_length; raise max_length, or set the dataset's oversize_rule to head or segment",
+    ]

@@ -502,7 +502,7 @@ def test_load_template_knows_built_in_names_files_and_the_tokenizers_own(tmp_pat
     file.write_bytes("文件".encode("gbk"))
     with pytest.raises(UserError, match=r"九\.jinja: not UTF-8"):
         load_template(str(file), TOKENIZER)
-    with pytest.raises(UserError, match="chatm: no such chat template; did you mean 'chatml'"):
+    with pytest.raises(UserError, match="'chatm': no such chat template; did you mean 'chatml'"):
         load_template("chatm", TOKENIZER)
     with pytest.raises(UserError, match=r"give a file, or one of add_template, .*chatml, .*tokenizer, none"):
         load_template(str(tmp_path), TOKENIZER)

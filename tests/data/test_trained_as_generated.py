@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fm9g.config.mixture import BUILT_IN, TEMPLATE_FOLDER
 from fm9g.data.conversation import TURNS
 from fm9g.data.encode import Encoder
 from fm9g.data.shapes import BadRecord
-from fm9g.data.template import _FOLDER, BUILT_IN, Template, load_template
+from fm9g.data.template import Template, load_template
 from fm9g.data.tokenizer import load_tokenizer
 from fm9g.data.tokens import split_samples, token_ids
 
@@ -152,7 +153,7 @@ def published() -> dict[str, str]:
 
 PUBLISHED = published()
 # Each template has its markers as tokens.
-TEXTS = [*PUBLISHED.values(), *(Path(file).read_text(encoding="utf-8") for file in _FOLDER.glob("*.jinja"))]
+TEXTS = [*PUBLISHED.values(), *(Path(file).read_text(encoding="utf-8") for file in TEMPLATE_FOLDER.glob("*.jinja"))]
 SPECIAL = list(dict.fromkeys([*SPECIAL, *(marker for text in TEXTS for marker in Template("x", text).markers)]))
 
 

@@ -112,6 +112,22 @@ def test_tensor_parallelism_of_a_tied_model_with_an_uneven_vocabulary_and_frozen
     assert weight < WEIGHT
 
 
+def test_sliding_windows_by_every_engine() -> None:
+    """Documents have up to 30 tokens, the window of the second layer 6."""
+    windows = (("sliding_window", 6), ("layer_types", ["full_attention", "sliding_attention"]))
+    setup = Setup(steps=STEPS, model=windows)
+    whole = run_ranks(1, run_all, [setup])[0][0]
+    assert distance(whole, alone(""))[0] > 10 * LOSS  # the window does something
+    placements = [Placement(tp_size=2, checkpointing="selective"), Placement(zero_level=3, checkpointing="full")]
+    setups = [replace(setup, placement=placement) for placement in placements]
+    setups += [replace(setup, engine="bmtrain")] if find_spec("bmtrain") else []
+    for run in run_ranks(2, run_all, setups)[0]:
+        loss, norm, weight = distance(whole, run)
+        assert loss < LOSS
+        assert norm < NORM
+        assert weight < WEIGHT
+
+
 @needs_bmtrain
 @pytest.mark.parametrize(
     ("processes", "frozen"),

@@ -118,11 +118,57 @@ def test_what_a_generation_starts_from(folder: Path, tokenizer_path: Path) -> No
 
 
 def test_what_is_no_hugging_face_folder_says_how_to_make_one(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"m.pt: the weights of a 9G model; make a .*: fm9g convert .*m.pt FOLDER"):
-        generate(tmp_path / "m.pt", "the")
-    (folder / "manifest.json").write_text("{}")
-    with pytest.raises(UserError, match=r"hf: a 9G checkpoint; make a Hugging Face folder of it: fm9g convert"):
-        generate(folder, "the")
+    dataset = tmp_path / "dataset"
+    dataset.mkdir()
+    for name in ("data.jsonl", "index"):
+        (dataset / name).touch()
+    run = tmp_path / "run"
+    for step in (2, 10):
+        (run / str(step)).mkdir(parents=True)
+        (run / str(step) / "manifest.json").write_text("{}")
+    (run / "10" / "adapter_config.json").write_text("{}")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(folder / "config.json", bare)
+    for path, message in {
+        tmp_path
+        / "m.pt": "m.pt: found the weights of a 9G model, expected a Hugging Face .*`fm9g convert .*m.pt FOLDER`",
+        run / "2": r"2: found a 9G checkpoint, expected a Hugging Face folder.*`fm9g convert .*/2 FOLDER`",
+        run / "10": r"10: found an adapter, .*`fm9g lora merge BASE .*/10 FOLDER`",
+        run: r"run: found the checkpoints of a run.* Give one of them: .*/2, .*/10, .*/last",
+        dataset: r"dataset: found an indexed dataset, expected a Hugging Face folder\. A mixture",
+        tmp_path / "none": "none: no such folder",
+        bare: "bare: transformers cannot load it",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            generate(path, "the")
+
+
+def test_text_comes_in_pieces_as_it_is_made(folder: Path) -> None:
+    pieces: list[str] = []
+    whole = generate(folder, "the", max_new_tokens=12, temperature=1.0, on_text=pieces.append)
+    assert pieces[0] == ""
+    assert len(pieces) > 5
+    assert "".join(pieces) == whole
+
+
+def test_weights_of_half_precision_are_computed_in_what_is_fast_here(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    used = []
+    own = LlamaForCausalLM.generate
+    monkeypatch.setattr(
+        LlamaForCausalLM, "generate", lambda self, *a, **k: used.append(self.dtype) or own(self, *a, **k)
+    )
+    for fast in (True, False):
+        monkeypatch.setattr("fm9g.engine.torch.has_fast_bf16", lambda device, fast=fast: fast)
+        generate(folder, "the", max_new_tokens=2)
+    if not torch.cuda.is_available():
+        assert used == [torch.bfloat16, torch.float32]
 
 
 def test_a_9g_configuration_is_not_taken_for_one_of_transformers(folder: Path) -> None:

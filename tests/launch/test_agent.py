@@ -102,7 +102,10 @@ def message(err: str) -> str:
 def test_nodes_run_together_and_node_0_shows_the_log(start, port, tmp_path):
     nodes = [start("late", node, nproc=2, port=port, log_dir=str(tmp_path / "log")) for node in (1, 0)][::-1]
     assert nodes[0].end() == (0, "rank 0 done, attempt 0, resumes: False\n", "")
-    assert nodes[1].end() == (0, "", "")
+    code, said, errors = nodes[1].end()
+    assert (code, errors) == (0, "")
+    assert said.startswith(f"machine 1 of 2 has joined; the log is shown on machine 0, {socket.gethostname()}. ")
+    assert f"{tmp_path / 'log'}/rank-2.log" in said
     assert "rank 3 done" in (tmp_path / "log" / "rank-3.log").read_text()
 
 

@@ -1,7 +1,8 @@
 import pytest
 
 from fm9g.errors import UserError
-from fm9g.launch.place import Nodes, Place, expand_nodes, find_launcher, find_nodes, find_place
+from fm9g.launch.board import Hub, reach
+from fm9g.launch.place import Nodes, Place, expand_nodes, find_launcher, find_nodes, find_place, with_port
 
 TORCHRUN = {
     "RANK": "5",
@@ -122,6 +123,25 @@ def test_arguments_come_before_variables():
     )
     assert find_nodes(environ).master_port == 29500
     assert find_nodes({}, nproc=4) == Nodes(4, 1, 0, "127.0.0.1", 0)
+
+
+@pytest.mark.parametrize("address", ["[::1]", "::1", " [::1] "])
+def test_an_ipv6_address_may_have_brackets(address: str) -> None:
+    environ = {"NNODES": "2", "RANK": "0", "MASTER_ENDPOINT": address}
+    assert find_nodes(environ).master_addr == "::1"
+    assert find_nodes({"NNODES": "2", "RANK": "0"}, master_addr=address).master_addr == "::1"
+    assert find_place({**TORCHRUN, "MASTER_ADDR": address}).master_addr == "::1"
+    assert find_place({**SLURM, "MASTER_ADDR": address}).master_addr == "::1"
+    assert (with_port("::1", 29500), with_port("node0", 29500)) == ("[::1]:29500", "node0:29500")
+    hub = Hub(0)
+    try:
+        reach(find_nodes(environ).master_addr, hub.port, patience=5.0, limit=5.0)
+    except UserError as error:
+        if "Address family not supported" not in str(error) and "Cannot assign" not in str(error):
+            raise
+        pytest.skip("this machine has no IPv6")
+    finally:
+        hub.close()
 
 
 def test_one_agent_a_task_of_slurm():

@@ -15,7 +15,7 @@ from fm9g.convert.hf import export_folder, import_folder
 from fm9g.model.loss import linear_cross_entropy
 from fm9g.model.transformer import FM9G, Batch, is_width_scaled
 
-SCALED = {"scale": True, "scale_emb": 12.0, "scale_depth": 1.4, "base_hidden_size": 16}
+SCALED = {"scale": True, "scale_emb": 12.0, "scale_depth": 1.4, "base_hidden_size": 16, "mup_lr": False}
 KINDS = {
     "llama": {},
     "llama-mha-wide-heads": {"num_kv_heads": 4, "head_dim": 16},
@@ -24,6 +24,13 @@ KINDS = {
     "qwen2-tied": {"qkv_bias": True, "tie_word_embeddings": True},
     "granite-tied": {**SCALED, "tie_word_embeddings": True},
     "granite": {**SCALED, "num_kv_heads": 1, "norm_eps": 1e-6},
+    "mistral": {"sliding_window": 10},
+    "qwen2-window": {"qkv_bias": True, "sliding_window": 10},
+    "qwen3-window": {
+        "qk_norm": True,
+        "sliding_window": 10,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
 }
 
 
@@ -89,6 +96,43 @@ def test_a_document_does_not_see_its_neighbours() -> None:
         before = model.logits(batch)[LENGTHS[0] :]
         after = model.logits(dataclasses.replace(batch, input_ids=changed))[LENGTHS[0] :]
     assert torch.equal(before, after)
+
+
+def test_a_position_sees_its_window_and_nothing_of_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer, so that nothing comes through from further away. In blocks of several sizes the values are equal."""
+    model, batch = make_model(small_model(num_layers=1, sliding_window=8)), make_batch()
+    changed = batch.input_ids.clone()
+    changed[20] = (changed[20] + 1) % 320
+    with torch.no_grad():
+        before = model.logits(batch)
+        after = model.logits(dataclasses.replace(batch, input_ids=changed))
+    moved = ((before - after).abs().amax(-1) > 0).nonzero().flatten().tolist()
+    assert moved == list(range(20, 28))
+    for queries in (1, 5, 8, 13):
+        monkeypatch.setattr("fm9g.model.attention._QUERIES", queries)
+        with torch.no_grad():
+            torch.testing.assert_close(model.logits(batch), before, rtol=0, atol=1e-5)
+
+
+def test_the_cost_of_a_window_grows_with_the_length_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fm9g.model import attention
+
+    monkeypatch.setattr(attention, "_QUERIES", 16)
+    pairs: list[int] = []
+    plain = F.scaled_dot_product_attention
+
+    def counted(query: torch.Tensor, key: torch.Tensor, *rest: object, **named: object) -> torch.Tensor:
+        pairs.append(query.shape[-2] * key.shape[-2])
+        return plain(query, key, *rest, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    costs = []
+    for length in (320, 640, 1280):
+        pairs.clear()
+        q = torch.randn(length, 2, 8)
+        attention.attend(q, q, q, torch.tensor([0, length]), [length], flash=False, window=24)
+        costs.append(sum(pairs))
+    assert costs[2] - costs[1] == pytest.approx(2 * (costs[1] - costs[0]))
 
 
 def test_a_position_does_not_see_what_comes_later() -> None:
@@ -206,5 +250,6 @@ def test_flash_attention_equals_the_plain_one() -> None:
         pytest.skip("flash-attn is not installed")
     query, key, value = (torch.randn(88, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
     cu_seqlens = make_batch().cu_seqlens.cuda()
-    flash = attend(query, key, value, cu_seqlens, LENGTHS, flash=True)
-    torch.testing.assert_close(flash, attend(query, key, value, cu_seqlens, LENGTHS, flash=False), rtol=2e-2, atol=2e-2)
+    for window in (0, 9):
+        flash, plain = (attend(query, key, value, cu_seqlens, LENGTHS, which, window=window) for which in (True, False))
+        torch.testing.assert_close(flash, plain, rtol=2e-2, atol=2e-2)

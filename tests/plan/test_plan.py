@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from support import ROOT
+from support import ROOT, records
 
 from fm9g.config.load import require_config
 from fm9g.config.model import ModelConfig, load_model_config
@@ -33,6 +33,7 @@ from fm9g.plan import (
 )
 from fm9g.plan.command import parse_tokens
 from fm9g.plan.setup import GIB
+from fm9g.train.data import open_mixture
 
 SMALL = ModelConfig(
     vocab_size=512, hidden_size=128, intermediate_size=352, num_layers=4, num_heads=4, use_flash_attn=False
@@ -64,9 +65,9 @@ def benchmark() -> ModuleType:
         ),
         ({"vocab_size": 6000}, {"half_type": "fp32", "activation_checkpoint": "full", "grad_ckpt_num": 2}),
         ({"vocab_size": 6000, "tie_word_embeddings": True}, {"half_type": "bf16", "max_length": 64, "zero_level": 0}),
-        ({}, {"half_type": "bf16", "lora_layer": ("project_q", "w_0", "w_1", "w_out"), "lora_r": 8}),
+        ({}, {"half_type": "bf16", "lora_layer": ("project_q", "project_v"), "lora_r": 8}),
         ({}, {"half_type": "fp32", "lora_layer": ("project_q", "w_0", "w_1", "w_out"), "quantization": "nf4"}),
-        ({"vocab_size": 6000}, {"half_type": "bf16", "lora_layer": ("w_out",), "activation_checkpoint": "full"}),
+        ({}, {"half_type": "bf16", "lora_layer": ("w_0", "w_out"), "activation_checkpoint": "selective"}),
     ],
 )
 def test_memory_is_what_is_measured_within_15_percent(benchmark: ModuleType, model: dict, setup: dict) -> None:
@@ -225,7 +226,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert command("--config", "70b", "--nodes", "8", "--gpu", "h100", "--tokens", "2T", **keys) == 0
     text = capsys.readouterr().out
     assert "80.815 B" in text
-    assert "2000 B tokens" in text
+    assert text.splitlines()[-1].startswith("It fits: ")
+    assert "(--tokens, 2 T tokens)" in text
     assert f"{12 * 80_814_546_944 / GIB:.1f} GiB" in text
     picture = tmp_path / "memory.png"
     assert command("--config", SEVEN, "--json", "--plot", str(picture), batch_size="8", engine="torch") == 1
@@ -260,10 +262,96 @@ def test_mistakes_on_the_command_line(words: tuple[str, ...]) -> None:
 
 def test_every_component_is_in_the_table() -> None:
     made = plan(shipped("7b"), Setup(gpus=8), GPUS["H200"])
-    text = table(made, 1e12)
+    text = table(made)
     assert f"{made.memory.total / GIB:.2f} GiB" in text
     assert f"{made.memory.activations / GIB:.2f} GiB" in text
     assert "free" in text
+
+
+@pytest.mark.parametrize(
+    ("keys", "steps", "words"),
+    [
+        ({}, 10_000, "10,000 steps of 393,216 tokens (train_iters, 3.93 B tokens) take about 2.1 days on 8 x A100"),
+        ({"stop_iters": "100"}, 100, "100 steps of 393,216 tokens (stop_iters, 39.3 M tokens) take about 30.8 minutes"),
+        ({"epochs": "2"}, None, "How long the run takes is not known: the data of epochs 2 cannot be read here"),
+        ({"train_iters": "1", "max_length": "16"}, 1, "1 step of 1,536 tokens (train_iters, 1,536 tokens) take"),
+    ],
+)
+def test_the_last_line_says_whether_it_fits_and_how_long_it_takes(
+    keys: dict, steps: int | None, words: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert command("--config", "7b", "--gpus", "8", **keys) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("It fits: ")
+    assert " of the 80 GiB of each A100 (assumed, not measured). " in last
+    assert words in last
+    assert command("--config", "7b", "--gpus", "8", "--json", **keys) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["steps"] == steps
+    assert (figures["days"] is None) == (steps is None)
+
+
+def test_epochs_are_as_long_as_the_data(make_mixture, tokenizer_path: Path, capsys: pytest.CaptureFixture) -> None:
+    mixture = make_mixture({"few": records(50, 1)})
+    keys = {"dataset_config": str(mixture), "tokenizer_path": str(tokenizer_path), "max_length": "64"}
+    tokens = []
+    for epochs in (4, 8):
+        assert command("--config", "tiny", "--json", **keys, epochs=str(epochs)) == 0
+        tokens.append(json.loads(capsys.readouterr().out)["tokens"])
+    assert tokens[1] == pytest.approx(2 * tokens[0], rel=0.1)
+    run = load_run("tiny", {**keys, "epochs": "4"})
+    assert tokens[0] / (4 * 64) == run.train.value.iters_of_epochs(open_mixture(run)[0].count_tokens(), 4 * 64)
+
+
+def test_without_gpus_the_run_has_as_many_as_its_n_gpus(capsys: pytest.CaptureFixture) -> None:
+    command("--config", "7b", "--json")
+    assert json.loads(capsys.readouterr().out)["setup"]["gpus"] == 4
+
+
+def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture) -> None:
+    assert command("--config", "7b", "--gpus", "1", "--gpu", "4090", engine="torch") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith(
+        "It does not fit: 125.9 of the 24 GiB of each 4090 (assumed, not measured). 10,000 steps"
+    )
+    ways = lines[lines.index("What would fit:") + 1 : -2]
+    assert [way.split(",")[0] for way in ways] == [
+        "  LoRA on a pretrained model",
+        "  QLoRA on a pretrained model",
+        "  as it is",
+    ]
+    for way in ways[:2]:  # each is what it says
+        size = way.rpartition(": ")[2].removesuffix(" GiB")
+        words = way.rpartition(": ")[0].split(",", 1)[1].split()
+        keys = {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2])}
+        command("--config", "7b", "--gpus", "1", "--gpu", "4090", engine="torch", pretrained_model="x", **keys)
+        assert f"It fits: {size} of the 24 GiB" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_checkpoint_on_disk_is_as_large_as_its_optimizer_makes_it() -> None:
+    """Beside the elements of what each rule of the engine saves."""
+    import torch
+
+    from fm9g.engine.rules import Layout, OptimizerSettings, rules_for
+    from fm9g.model.transformer import is_width_scaled, weight_shapes
+
+    shapes = weight_shapes(SMALL)
+    weights = sum(shape.numel() for shape in shapes.values())
+    for name in ("adamw", "adamw8bit", "adafactor", "muon"):
+        matrices = frozenset(filter(is_width_scaled, shapes))
+        settings = OptimizerSettings(dict.fromkeys(shapes, 1.0), (0.9, 0.95), 1e-6, 0.1, name, matrices, 0.95, 0.0)
+        rules = rules_for(shapes, settings, Layout(shapes.__getitem__, lambda n, t: t, lambda n, t: t))
+        count = weights
+        for weight, shape in shapes.items():
+            rules[weight].add(weight, lambda shape=shape, **kind: torch.zeros(kind.pop("shape", shape), **kind))
+            keys = [key for key in rules[weight].state[weight] if not key.endswith(".scales")]
+            count += sum(rules[weight].saved(weight, key).numel() for key in keys)
+        assert checkpoint_bytes(SMALL, Setup(optimizer=name)) == pytest.approx(4 * count, rel=0.02), name
+    lora = Setup(lora_layer=("project_q",), lora_r=4, optimizer="muon")
+    adapters = 4 * 2 * 128 * 4  # layers, A and B of C columns and rows, rank
+    assert checkpoint_bytes(SMALL, lora) == 8 * adapters
+    assert checkpoint_bytes(SMALL, replace(lora, save_model_only=True, ema_decay=0.9)) == 8 * adapters
+    assert "the state of muon" in table(plan(SMALL, lora))
 
 
 def test_what_optimizers_keep(tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ def test_lines_of_one_step_become_one_and_broken_ones_are_passed_over(tmp_path: 
 
 def test_events_and_run_files_may_be_missing_or_odd(tmp_path: Path) -> None:
     assert read_events(tmp_path / "events.jsonl") == []
-    assert read_run(tmp_path / "run.json") == {"config": {}, "data": [], "summary": "", "versions": {}}
+    nothing = {"config": {}, "data": [], "validation": [], "summary": "", "versions": {}}
+    assert read_run(tmp_path / "run.json") == nothing
     (tmp_path / "events.jsonl").write_text('{"step": 1, "time": "x", "kind": "save"}\n{"kind": "end"}\n{"st')
     assert read_events(tmp_path / "events.jsonl") == [{"step": 1, "time": None, "kind": "save", "text": ""}]
     (tmp_path / "run.json").write_text('{"config": {"train": {"lr": {"value": 1}, "bad": 3}, "x": 4}, "data": [5, {}]}')
@@ -58,12 +59,16 @@ def test_a_run_is_found_by_name_folder_and_file(make_run) -> None:
             "report tny",
             "tny: is neither a folder with a metrics.jsonl nor the name of a run in data/logs/; did you mean ",
         ),
-        ("report tny", "did you mean 'tiny'? Runs in data/logs/: empty, other, tiny"),
-        ("plot data/logs", "data/logs: the folder holds no metrics.jsonl. Runs in data/logs/: empty, other, tiny"),
+        ("report tny", "did you mean 'tiny'? Runs in data/logs/: empty, junk, other, tiny"),
+        (
+            "plot data/logs",
+            "data/logs: the folder holds no metrics.jsonl. Runs in data/logs/: empty, junk, other, tiny",
+        ),
         ("plot data/logs/oter", "did you mean 'other'?"),
         ("report setup.txt", "setup.txt: is not the metrics.jsonl of a run"),
         ("report tiny data/logs/tiny", "data/logs/tiny: is given twice, also as tiny"),
         ("report tiny empty", "data/logs/empty/metrics.jsonl: holds no figures yet"),
+        ("plot junk", "data/logs/junk/metrics.jsonl: none of its lines is of a run, such as"),
         ("plot tiny --output x.jpg", "--output: found 'x.jpg', expected a name that ends in .png or .svg or .pdf"),
         ("report tiny --output x.png", "--output: found 'x.png', expected a name that ends in .html or .htm"),
         ("report tiny --output old.html", "old.html: is already there; choose another --output, or replace it with"),
@@ -75,6 +80,7 @@ def test_mistakes_are_told_in_a_line(make_run, capsys: pytest.CaptureFixture, co
     folder = make_run("tiny")
     make_run("other")
     make_run("empty", metrics=[])
+    make_run("junk", metrics=[{"step": "one"}, [], "text"])
     Path("setup.txt").touch()
     Path("old.html").write_text("old")
     Path("dir.html").mkdir()

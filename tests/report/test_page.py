@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fm9g.checkpoint.folder import file_name
 from fm9g.cli import main
 from fm9g.report.curves import MOST_POINTS, Curve, blocks, curve, running_mean, thin
 from fm9g.report.files import open_runs
@@ -66,7 +68,7 @@ class Page(HTMLParser):
 
     def row(self, first: str) -> tuple[str, list[str]]:
         """Class and cells of the line whose first cell this is."""
-        return next((kind, cells) for kind, cells in self.rows if cells and cells[0] == first)
+        return next((kind, cells) for kind, cells in self.rows if cells and cells[0].split("\n")[0] == first)
 
 
 def page_of(*names: str) -> tuple[Page, str]:
@@ -89,12 +91,12 @@ def test_one_run(make_run, settings) -> None:
     make_run("tiny", run=run_json(settings, train_iters=10))
     page, text = page_of("tiny")
     assert set(page.within) == {"", "results", "loss", "tasks", "optimizer", "speed", "events", "data", "configuration"}
-    cells = {cells[0]: cells[1] for _, cells in page.rows if len(cells) > 1}
+    cells = {cells[0].split("\n")[0]: cells[1] for _, cells in page.rows if len(cells) > 1}
     assert cells["Steps"] == "10 of 10"
     assert cells["Tokens"] == "1,000"
     assert cells["Loss at the end"] == "2.8000"
     assert cells["Best loss"] == "2.8000 at step 10"
-    assert cells["Tokens a second"] == "1,000"
+    assert cells["Tokens per second"] == "1,000"
     assert cells["MFU"] == "40.0%"
     assert cells["Peak memory"] == "20.0 GB"
     assert cells["Skipped steps"] == "2"
@@ -201,7 +203,7 @@ def test_curves_show_the_figures(make_run, line) -> None:
     assert corner[1] == pytest.approx(points[:, 1].min(), abs=0.02)
     assert points[-1, 1] == pytest.approx(corner[1], abs=0.02)
     assert points[0, 1] > corner[1] + 50
-    for title in ("Loss of the whole run", "Loss of each dataset", "Gradient norm", "Tokens a second"):
+    for title in ("Loss of the whole run", "Loss of each dataset", "Gradient norm", "Tokens per second"):
         assert len(paths_of(text, title)[0]) >= 2, title
 
 
@@ -287,3 +289,107 @@ def test_the_verb_writes_the_page_and_replaces_it_when_told(make_run, capsys: py
     second = Path("report.html").read_text(encoding="utf-8")
     assert "1.5000" in second
     assert "1.5000" not in first
+
+
+def started(step: int, **devices: int) -> dict:
+    return {"step": step, "time": 0, "kind": "resume" if step else "start", "text": "", "devices": devices}
+
+
+@pytest.mark.parametrize(
+    ("events", "shown", "memory", "never"),
+    [
+        ([started(0, CPU=1)], "CPU", "the most of the machine's memory that a process held", "GPU"),
+        ([started(0, CPU=2)], "CPU, 2 processes", "the system may end the run", "GPU"),
+        ([started(0, H100=8)], "8 x H100", "Near the GPU's size", "CPU"),
+        ([started(0, H100=8), started(5, H100=8)], "8 x H100", "the most that a GPU held", "from step"),
+        (
+            [started(0, CPU=2), started(5, H100=1, A100=1), started(7, CPU=2)],
+            "CPU, 2 processes; from step 5: 1 x H100 and 1 x A100; from step 7: CPU, 2 processes",
+            "in the memory of a GPU or of the machine",
+            "",
+        ),
+        ([{"step": 0, "time": 0, "kind": "start", "text": "", "devices": [1]}], None, "that a process held", "CPU"),
+    ],
+)
+def test_the_page_speaks_of_the_devices_that_were_there(
+    make_run, events: list, shown: str | None, memory: str, never: str
+) -> None:
+    make_run("tiny", events=events)
+    page, _ = page_of("tiny")
+    cells = {cells[0].split("\n")[0]: cells[1] for _, cells in page.rows if len(cells) > 1}
+    assert cells.get("Trained on") == shown
+    text = page.within["results"] + page.within["speed"]
+    assert memory in text
+    assert not never or never not in text
+
+
+def checkpoint(root: Path, step: int, val_loss: float | None) -> None:
+    """A whole checkpoint, as far as its manifest and its counts go."""
+    folder = root / str(step)
+    folder.mkdir(parents=True)
+    counts = folder / file_name(step, "counts")
+    counts.write_text(json.dumps({"val_loss": val_loss}))
+    manifest = {"step": step, "files": {counts.name: [counts.stat().st_size, "0"]}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_the_page_says_which_checkpoint_to_use(make_run, settings) -> None:
+    root = Path("data/checkpoints/my run")
+    losses = {2: 3.0, 4: 2.5, 5: 2.25, 6: 4.0}
+    metrics = [{"step": step, "Loss/train": 2.0, "Loss/val": loss, "Loss/val/v": loss} for step, loss in losses.items()]
+    run = run_json(settings, model_unique="my run", save=True, lora_layer=[], pretrained_model="")
+    make_run("group_my run", metrics=metrics, run=run)
+
+    def advice() -> str:
+        return " ".join(page_of("group_my run")[0].within["checkpoints"].split())
+
+    assert "No checkpoint of this run is in data/checkpoints/my run." in advice()
+    checkpoint(root, 1, 9.0)
+    (root / "1" / file_name(1, "counts")).write_text("cut")
+    assert "No checkpoint in data/checkpoints/my run is whole" in advice()
+    shutil.rmtree(root)
+    for step in (2, 4, 6):
+        checkpoint(root, step, losses[step])
+    text = advice()
+    assert "Step 4, the best, validation loss 2.5000: data/checkpoints/my run/4." in text
+    assert "fm9g convert 'data/checkpoints/my run/4' 'hf-my run-4'" in text
+    assert "Step 6, the last, validation loss 4.0000" in text
+    assert "lower still at step 5 (2.2500), which has no checkpoint" in text
+    checkpoint(root, 5, 2.25)
+    shutil.rmtree(root / "6")
+    text = advice()
+    assert "Step 5, the best, and the last" in text
+    assert "lower still" not in text
+
+
+def test_without_validation_the_last_checkpoint_is_named(make_run, settings) -> None:
+    adapters = {"lora_layer": ["project_q"], "pretrained_model": "base"}
+    make_run("lora", metrics=LOSSES, run=run_json(settings, model_unique="lora", **adapters))
+    checkpoint(Path("data/checkpoints/lora"), 4, None)
+    text = page_of("lora")[0].within["checkpoints"]
+    assert "Use the last one: the run had no validation data" in text
+    assert "fm9g lora merge base data/checkpoints/lora/4 hf-lora-4" in text
+    make_run("old", metrics=LOSSES)
+    assert "checkpoints" not in page_of("old")[0].within
+
+
+def test_validation_data_has_its_figures(make_run, settings) -> None:
+    metrics = [{"step": step, "Loss/train": 2.0, "Loss/train/wiki": 2.0, "Loss/val/v": 9.0 - step} for step in (1, 2)]
+    run = run_json(settings) | {"validation": [{"task": "v", "path": "d/v", "records": 77, "loss": "all"}]}
+    make_run("tiny", metrics=[*metrics, {"step": 2, "Perplexity/val/v": 1096.6}], run=run)
+    page, _ = page_of("tiny")
+    assert page.row("v")[1] == ["v", "77", "7.0000", "7.0000 at step 2", "1,096.6000", "d/v"]
+    assert [cells[0] for _, cells in page.rows].count("v") == 1
+
+
+def test_nothing_on_the_page_is_wider_than_a_phone(make_run, settings) -> None:
+    """Explanations wrap: no rule but those of numbers and times keeps text in one line."""
+    make_run("tiny", run=run_json(settings))
+    page, _ = page_of("tiny")
+    styles, narrow = page.styles.split("@media (max-width: 640px)")
+    kept = [line for line in styles.splitlines() if "nowrap" in line]
+    assert kept == [".time, .kind { white-space: nowrap; }"]
+    assert ".time, .kind { white-space: normal; }" in narrow
+    assert page.row("Tokens")[1] == ["Tokens\npieces of text it was trained on", "1,000"]  # below, not beside
+    wide = [line for line in styles.splitlines() if re.search(r"min-width: (?!0)\d", line)]
+    assert [line.split()[0] for line in wide] == [".wide", ".settings"]  # figures, and runs side by side, which scroll

@@ -12,10 +12,13 @@ import torch
 from support import small_model
 
 from fm9g.checkpoint.weights import read_weights, write_weights
+from fm9g.cli import main
 from fm9g.config.adapter import ADAPTER_CONFIG
+from fm9g.config.train import LINEAR_LAYERS
 from fm9g.convert.hf import export_folder
 from fm9g.errors import UserError
 from fm9g.lora.files import open_adapter
+from fm9g.lora.inject import linear_layers
 from fm9g.model.transformer import FM9G
 from fm9g.report.files import read_metrics
 from fm9g.train.run import Result
@@ -113,7 +116,7 @@ def test_a_checkpoint_is_the_adapter_and_says_what_it_is(tune: Callable[..., Res
 def test_an_adapter_is_not_taken_for_a_model(tune: Callable[..., Result], train: Callable[..., Result]) -> None:
     checkpoint = tune("out", train_iters=1).checkpoint
     assert checkpoint is not None
-    with pytest.raises(UserError, match=r"holds an adapter, not a model: `fm9g lora merge`"):
+    with pytest.raises(UserError, match=r"an adapter.* expected .* `fm9g lora merge BASE "):
         train("full", pretrained_model=checkpoint)
     with pytest.raises(UserError, match=r"holds an adapter, not a model"):
         export_folder(checkpoint, checkpoint.parent / "hf")
@@ -153,6 +156,7 @@ def test_another_base_or_another_adapter_is_refused_on_resume(
         ({"lora_layer": '["lm_head"]'}, "'lm_head' is not the name of a linear layer; these are: project_q"),
         ({"lora_layer": "[]"}, "lora_r is given and lora_layer is not"),
         ({"lora_layer": "__import__('os')"}, "not the name of a linear layer"),
+        ({"lora_layer": "layers.9.ffn.ffn.w_out"}, "not the name of a linear layer"),
         ({"pretrained_model": ""}, "needs a pretrained_model"),
         ({"pretrained_model": "", "resume_ckpt": "auto"}, "needs a pretrained_model"),
         ({"strict_state_dict": False}, "adapters need the whole base"),
@@ -171,6 +175,24 @@ def test_another_base_or_another_adapter_is_refused_on_resume(
 def test_what_cannot_be_meant_is_refused(tune: Callable[..., Result], changes: dict, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         tune("no", **changes)
+
+
+def test_names_of_layers_are_checked_where_the_configuration_is_read(capsys: pytest.CaptureFixture) -> None:
+    for name in ("q_proj", "lm_head", "every"):
+        words = ["--pretrained_model", "m.pt", "--lora_layer", f"project_q,{name}"]
+        assert main(["config", "show", "--config", "tiny", *words]) == 2
+        error = capsys.readouterr().err
+        assert f"lora_layer: {name!r} is not the name of a linear layer; these are: project_q, project_k," in error
+        assert "or all for every one of them" in error
+
+
+@pytest.mark.parametrize("name", ["all", "all-linear"])
+def test_all_is_every_linear_layer_but_the_output(tune: Callable[..., Result], name: str) -> None:
+    result = tune("out", train_iters=1, lora_layer=name)
+    every = set(linear_layers(FM9G(small_model()).encoder.layers))
+    assert {key.rpartition(".lora.")[0] for key in read_weights(weight_file(result))} == every
+    described = json.loads((result.checkpoint / ADAPTER_CONFIG).read_text())  # type: ignore[operator]
+    assert described["target_modules"] == list(LINEAR_LAYERS)
 
 
 def test_the_ratio_of_lora_plus_is_on_b(tune: Callable[..., Result]) -> None:

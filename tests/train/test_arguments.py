@@ -405,6 +405,7 @@ ELSEWHERE = {
     "loss_scale": "tests/engine/test_torch_engine.py",
     "loss_scale_steps": "tests/engine/test_torch_engine.py",
     "n_gpus": "tests/test_apps.py",
+    "adapter": "tests/train/test_from_adapter.py",
     **dict.fromkeys(["lora_layer", *ADAPTER_KEYS], "tests/train/test_adapters.py"),
     "timeout": "tests/launch/test_agent.py",
     "step_timeout": "tests/launch/test_agent.py",
@@ -445,7 +446,7 @@ def test_short_names_and_contradictions(train: Train) -> None:
         ({"report_to": "wandbee"}, "report_to: found 'wandbee', expected tensorboard, wandb"),
         ({"freeze": "nothing*"}, "freeze: 'nothing\\*' matches no weight"),
         ({"freeze": "*"}, "freeze: nothing is left to train"),
-        ({"resume_ckpt": "newest"}, "expected the number of a step, or auto"),
+        ({"resume_ckpt": "newest"}, "expected the number of a step, auto"),
     ):
         with pytest.raises(UserError, match=message):
             train("out", **changes)

@@ -174,7 +174,7 @@ def test_pretrained_weights_are_the_start(
     for name, message in (("hf.pt", "holds no weight of the model"), ("empty.pt", "the file is empty")):
         with pytest.raises(UserError, match=message):
             train("none", pretrained_model=tmp_path / name, strict_state_dict=0)
-    with pytest.raises(UserError, match=r"neither a checkpoint nor a Hugging Face folder; .*/m/12"):
+    with pytest.raises(UserError, match=r"found the checkpoints of a run, .*Give one of them: .*/m/12"):
         train("none", pretrained_model=whole.checkpoint.parent)
     train("lenient", pretrained_model=tmp_path / "part.pt", strict_state_dict=0, train_iters=1)
     assert "odd is not part of the model" in capsys.readouterr().out

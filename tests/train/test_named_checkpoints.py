@@ -1,0 +1,157 @@
+"""`best` and `last` where a checkpoint is meant, and checkpoints without what is not needed of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fm9g.checkpoint.find import find, named
+from fm9g.checkpoint.folder import Checkpoint, file_name
+from fm9g.cli import main
+from fm9g.cli.run import _print_result
+from fm9g.errors import UserError
+from fm9g.train.run import Result
+
+Train = Callable[..., Result]
+
+
+@pytest.fixture
+def stopped(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Result:
+    """A run that early_stop ended: its best checkpoint is 2, and of the others the last one is kept."""
+    losses = iter([1.0, 2.0, 2.0, 3.0])
+    with monkeypatch.context() as patch:
+        patch.setattr("fm9g.train.evaluate.Evaluation.run", lambda self: {"Loss/val": next(losses)})
+        validation = {"val_dataset": tmp_path / "mixture.json", "eval_iters": 2, "early_stop": 3}
+        return train("out", **validation, save_iters=2, save_total_limit=2)
+
+
+def test_the_last_lines_of_a_run_that_stopped_early_name_the_best_checkpoint(
+    stopped: Result, capsys: pytest.CaptureFixture
+) -> None:
+    root = stopped.metrics_file.parents[2] / "checkpoints" / "m"
+    assert (stopped.checkpoint, stopped.best) == (root / "8", root / "2")
+    assert sorted(int(step.name) for step in root.iterdir()) == [2, 8]
+    _print_result(stopped)
+    lines = capsys.readouterr().out.splitlines()
+    assert f"checkpoint: {root / '8'}" in lines
+    assert f"best checkpoint, by validation loss: {root / '2'}" in lines
+    shutil.rmtree(root / "2")
+    assert named(root / "best") == root / "8"  # what is deleted is never named
+
+
+def test_best_and_last_are_paths_wherever_a_checkpoint_is_meant(
+    stopped: Result, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    root = stopped.metrics_file.parents[2] / "checkpoints" / "m"
+    assert (find(root / "best"), find(root / "last")) == (root / "2", root / "8")
+    for words, expected in (
+        (["convert", root / "best", tmp_path / "hf"], "hf: "),
+        (["ckpt", "show", root / "best"], f"{root / '2'}\n"),
+        (["ckpt", "verify", root / "last"], f"{root / '8'}: whole"),
+    ):
+        assert main([str(word) for word in words]) == 0
+        assert expected in capsys.readouterr().out
+    assert main(["ckpt", "diff", str(root / "2"), str(root / "best")]) == 0
+    assert "equal, bit for bit" in capsys.readouterr().out
+    assert main(["generate", str(root / "best"), "--prompt", "the"]) == 2
+    assert f"{root / '2'}: found a 9G checkpoint" in capsys.readouterr().err
+
+    adapters = {"lora_layer": '["project_q"]', "train_iters": 2, "save_iters": 1}
+    lora = train("lora", pretrained_model=root / "best", **adapters)
+    assert lora.checkpoint is not None
+    saved = Checkpoint(lora.checkpoint).run_config()["train"]["pretrained_model"]["value"]
+    assert saved == str(root / "2")
+    merged = ["lora", "merge", str(root / "best"), str(lora.checkpoint.parent / "last"), str(tmp_path / "m.pt")]
+    assert main(merged) == 0
+    more = train("more", pretrained_model=root / "best", adapter=lora.checkpoint.parent / "last", train_iters=1)
+    assert more.checkpoint is not None
+    assert Checkpoint(more.checkpoint).run_config()["train"]["adapter"]["value"] == str(lora.checkpoint)
+    # By its name in data/checkpoints.
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "checkpoints").symlink_to(root.parent)
+    monkeypatch.chdir(tmp_path)
+    assert named(Path("m/best")) == Path("data/checkpoints/m/2")
+    assert named(Path("m/8")) == Path("data/checkpoints/m/8")
+
+
+def test_a_run_resumes_from_its_best_or_its_last_checkpoint(stopped: Result, train: Train, tmp_path: Path) -> None:
+    assert stopped.checkpoint is not None
+    for name, step in (("last", 8), ("best", 2)):
+        shutil.copytree(tmp_path / "out", tmp_path / name)
+        result = train(name, resume_ckpt=name, train_iters=step + 1, lr=0.01)
+        assert result.step == step + 1
+    for name, message in (("last", "holds no checkpoint to go on from"), ("best", "holds no checkpoint")):
+        with pytest.raises(UserError, match=message):
+            train("empty", resume_ckpt=name)
+    with pytest.raises(UserError, match="no checkpoint of step 3; there are: 2, 8"):
+        train("out", resume_ckpt=3)
+
+
+def test_a_run_without_evaluations_has_no_best_checkpoint(train: Train) -> None:
+    result = train("out", train_iters=2)
+    assert result.best is None
+    assert result.checkpoint is not None
+    with pytest.raises(UserError, match=r"no checkpoint holds a validation loss.*its steps: 2.*val_dataset"):
+        named(result.checkpoint.parent / "best")
+
+
+def test_last_passes_over_what_is_cut_short(train: Train) -> None:
+    result = train("out", train_iters=2, save_iters=1)
+    assert result.checkpoint is not None
+    root = result.checkpoint.parent
+    (root / "2" / file_name(2, "weights")).write_bytes(b"")
+    assert named(root / "last") == root / "1"
+    (root / "1" / "manifest.json").write_text(json.dumps({"step": 1, "files": {"none": [1, "0"]}}), encoding="utf-8")
+    with pytest.raises(UserError, match="no checkpoint is whole"):
+        named(root / "last")
+
+
+def test_a_deleted_optimizer_is_missed_only_where_it_is_needed(train: Train, tmp_path: Path) -> None:
+    result = train("out", train_iters=2)
+    assert result.checkpoint is not None
+    (result.checkpoint / file_name(2, "optimizer")).unlink()
+    for resume in (2, "auto"):
+        with pytest.raises(UserError, match="or go on without it \\(--resume_no_optimze true\\)"):
+            train("out", resume_ckpt=resume, train_iters=3)
+    assert main(["convert", str(result.checkpoint), str(tmp_path / "hf")]) == 0
+    assert train("other", pretrained_model=result.checkpoint, train_iters=1).step == 1
+    assert train("out", resume_ckpt="auto", resume_no_optimze=1, train_iters=3).step == 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+        RuntimeError("std::bad_alloc"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    ],
+)
+@pytest.mark.parametrize("where", ["forward", "evaluate", "prepare", "step"])
+def test_a_memory_that_does_not_suffice_is_one_message_that_says_what_to_lower(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    if where == "prepare":
+        monkeypatch.setattr("fm9g.engine.torch.TorchEngine._place", fail)
+    else:
+        monkeypatch.setattr(f"fm9g.engine.base.Engine.{where}", fail)
+    expected = "fm9g plan" if where == "prepare" else "lower batch_size or max_length .*activation_checkpoint full"
+    with pytest.raises(UserError, match=f"memory.*{expected}") as raised:
+        train("out", train_iters=1, val_dataset=tmp_path / "mixture.json", eval_iters=1)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_start_says_how_the_tokens_of_a_step_come_about(train: Train, capsys: pytest.CaptureFixture) -> None:
+    train("out", train_iters=1, grad_accum=3)
+    assert "384 tokens per step: batch_size 2 x max_length 64 x grad_accum 3\n" in capsys.readouterr().out
+    train("other", train_iters=1, grad_accum=1, global_batch=5)
+    assert "640 tokens per step: batch_size 2 x max_length 64 x global_batch 5\n" in capsys.readouterr().out
