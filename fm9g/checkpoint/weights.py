@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import mmap
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from fm9g.checkpoint.checksums import write_checksums
 from fm9g.errors import UserError
 from fm9g.files import new_file
 
@@ -31,19 +33,21 @@ def write_weights(path: Path, like: Mapping[str, torch.Tensor], values: Iterable
     """
     with new_file(path) as temporary:
         offsets = write_hollow(temporary, like)
-        missing = set(like)
+        missing, sums = set(like), {}
         with temporary.open("r+b") as file:
             for name, tensor in values:
                 missing.remove(name)
                 assert (tensor.shape, tensor.dtype) == (like[name].shape, like[name].dtype), name
                 if tensor.numel():
                     file.seek(offsets[name])
-                    file.write(bytes_of(tensor))
+                    file.write(data := bytes_of(tensor))
+                    sums[offsets[name]] = zlib.crc32(data)
         assert not missing, missing
+        write_checksums(temporary, sums)
 
 
 def write_hollow(path: Path, like: Mapping[str, Described]) -> dict[str, int]:
-    """Writes a .pt file of full length without the values of its tensors.
+    """Writes a .pt file of full length without the values of its tensors, whose checksums write_checksums sets.
 
     Returns where those of each belong, in the order of the file; tensors without elements have no place.
     """

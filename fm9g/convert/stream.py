@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from fm9g.checkpoint.stored import SAFETENSORS_TYPES, Gathered, Stored
+from fm9g.checkpoint.checksums import checksum_of, write_checksums
+from fm9g.checkpoint.stored import SAFETENSORS_TYPES, Gathered
 from fm9g.checkpoint.weights import bytes_of, write_hollow
 from fm9g.convert.growing import GrowingFile
 from fm9g.errors import UserError
@@ -43,11 +44,13 @@ _NAMES = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
 
 @dataclass(frozen=True)
 class Output:
-    """A file to write: its bytes, literal ones and those of tensors, in order. tensors: the same ones, by name."""
+    """A file to write: its bytes, literal ones and those of tensors, in order. tensors: the same ones, by name.
+    is_archive: whether it holds checksums of the tensors."""
 
     name: str
     content: Sequence[bytes | Gathered]
     tensors: Mapping[str, Gathered]
+    is_archive: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -80,7 +83,7 @@ def pt_output(name: str, tensors: Mapping[str, Gathered], folder: Path) -> Outpu
             content.append(_between(file.fileno(), end, hollow.stat().st_size))
     finally:
         hollow.unlink(missing_ok=True)
-    return Output(name, content, tensors)
+    return Output(name, content, tensors, is_archive=True)
 
 
 def _between(file: int, start: int, end: int) -> bytes:
@@ -149,7 +152,10 @@ def write_outputs(folder: Path, outputs: Sequence[Output], title: str) -> None:
                 continue
             writer = _Writer(folder / output.name, start, disk, journal, progress)
             try:
-                _write(output, writer, readers)
+                sums = _write(output, writer, readers)
+                writer.flush()
+                if output.is_archive:
+                    write_checksums(folder / output.name, sums)
                 writer.finish()
             except _NotFiniteError:
                 raise UserError(_not_finite(outputs)) from None
@@ -168,49 +174,76 @@ def _readers() -> Iterator[ThreadPoolExecutor]:
     torch.set_num_threads(threads)  # for threads that are begun from here on
 
 
-def _write(output: Output, writer: _Writer, readers: ThreadPoolExecutor) -> None:
-    """Gives a writer all that it does not have yet. readers: make the next values meanwhile."""
-    for piece, skipped in _ahead(_missing(output, writer.position), readers):
-        if isinstance(piece, Stored):
-            writer.copy(piece.file, piece.offset + skipped, piece.nbytes - skipped)
+@dataclass(frozen=True)
+class _Piece:
+    """Bytes to write. part: where the literal bytes or the tensor begins of which they are a piece. skipped: how many
+    are there already."""
+
+    content: bytes | Gathered
+    part: int
+    skipped: int
+
+
+def _write(output: Output, writer: _Writer, readers: ThreadPoolExecutor) -> dict[int, int]:
+    """Gives a writer all that it does not have yet. readers: make the next values meanwhile.
+
+    Returns where the tensors of an archive begin, and the CRC-32 of each.
+    """
+    sums = _written_sums(output, writer) if output.is_archive else {}
+    for piece, values in _ahead(_missing(output, writer.position), readers):
+        missing = values[piece.skipped :]
+        source = piece.content.file_range if isinstance(piece.content, Gathered) else None
+        if source:  # the system copies what was just read
+            writer.copy(source.file, source.offset + piece.skipped, len(missing))
         else:
-            writer.write(memoryview(piece)[skipped:])
+            writer.write(missing)
+        if output.is_archive and isinstance(piece.content, Gathered):
+            sums[piece.part] = zlib.crc32(missing, sums.get(piece.part, 0))
+    return sums
 
 
-def _missing(output: Output, position: int) -> Iterator[tuple[bytes | Gathered, int]]:
-    """The pieces of a file that are not all before a position, and how many bytes of each are."""
+def _written_sums(output: Output, writer: _Writer) -> dict[int, int]:
+    """The CRC-32 of what an earlier call wrote of each tensor."""
+    sums, end = {}, 0
+    for part in output.content:
+        start, end = end, end + (len(part) if isinstance(part, bytes) else part.nbytes)
+        if isinstance(part, Gathered) and start < writer.position:
+            sums[start] = checksum_of(writer.path, start, min(end, writer.position))
+    return sums
+
+
+def _missing(output: Output, position: int) -> Iterator[_Piece]:
+    """The pieces of a file that are not all before a position."""
     end = 0
     for part in output.content:
+        begin = end
         for piece in [part] if isinstance(part, bytes) else part.groups(_PIECE):
             start, end = end, end + (len(piece) if isinstance(piece, bytes) else piece.nbytes)
             if position < end:
-                yield piece, max(0, position - start)
+                yield _Piece(piece, begin, max(0, position - start))
 
 
-def _ahead(
-    pieces: Iterator[tuple[bytes | Gathered, int]], readers: ThreadPoolExecutor
-) -> Iterator[tuple[bytes | Stored | memoryview, int]]:
-    """Pieces as `_made` gives them, which is done while the ones before are in use."""
-    waiting: deque[tuple[bytes | Future[Stored | memoryview], int]] = deque()
-    for piece, skipped in pieces:
-        made = readers.submit(_made, piece) if isinstance(piece, Gathered) else piece
-        waiting.append((made, skipped))
+def _ahead(pieces: Iterator[_Piece], readers: ThreadPoolExecutor) -> Iterator[tuple[_Piece, memoryview]]:
+    """Pieces with their bytes, which are made while the ones before are in use."""
+    waiting: deque[tuple[_Piece, Future[memoryview]]] = deque()
+    for piece in pieces:
+        waiting.append((piece, readers.submit(_made, piece.content)))
         if len(waiting) > _AHEAD:
-            yield _result(*waiting.popleft())
+            done, values = waiting.popleft()
+            yield done, values.result()
     while waiting:
-        yield _result(*waiting.popleft())
+        done, values = waiting.popleft()
+        yield done, values.result()
 
 
-def _made(piece: Gathered) -> Stored | memoryview:
-    """The bytes of a piece, or the place of the same ones in a file, which the system copies: they were just read."""
-    values = piece.read()
+def _made(content: bytes | Gathered) -> memoryview:
+    """Raises _NotFiniteError."""
+    if isinstance(content, bytes):
+        return memoryview(content)
+    values = content.read()
     if not _is_finite(values):
         raise _NotFiniteError
-    return piece.file_range or bytes_of(values)
-
-
-def _result(piece: bytes | Future[Stored | memoryview], skipped: int) -> tuple[bytes | Stored | memoryview, int]:
-    return (piece.result() if isinstance(piece, Future) else piece), skipped
+    return bytes_of(values)
 
 
 class _NotFiniteError(Exception):
@@ -244,7 +277,7 @@ class _Writer(GrowingFile):
     def __init__(self, path: Path, start: int, disk: ThreadPoolExecutor, journal: _Journal, progress: Progress) -> None:
         """start: bytes that are there. disk: a thread that waits for the disk."""
         super().__init__(path, start)
-        self._path, self._disk, self._journal, self._progress = path, disk, journal, progress
+        self.path, self._disk, self._journal, self._progress = path, disk, journal, progress
         self._marked = start
         self._mark: Future[None] | None = None
 
@@ -262,7 +295,7 @@ class _Writer(GrowingFile):
 
     def _note(self, position: int) -> None:
         self.to_disk()
-        self._journal.note(self._path.name, position, _tail(self._path, position))
+        self._journal.note(self.path.name, position, _tail(self.path, position))
 
     def finish(self) -> None:
         """Returns when all is on the disk."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import fm9g.checkpoint.saver
 from fm9g.checkpoint.folder import Checkpoint, Snapshot, best_step, open_newest, set_aside, steps_in
 from fm9g.checkpoint.saver import Saver
+from fm9g.checkpoint.weights import write_weights
 from fm9g.engine.collect import Collected, Held
 from fm9g.errors import UserError
 
@@ -58,6 +60,21 @@ def test_in_the_background_a_checkpoint_holds_the_moment_it_was_asked_for(
     keeper.wait()
     assert [value(tmp_path, 1), value(tmp_path, 2)] == [1.0, 2.0]
     assert [event[:2] for event in events] == [(1, "save"), (2, "save")]
+
+
+def test_files_have_the_checksums_that_torch_writes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = {"a": torch.randn(700, 3), "none": torch.zeros(0, 2), "b": torch.arange(5)}
+    write_weights(tmp_path / "ours.pt", weights, reversed(weights.items()))
+    torch.save(weights, tmp_path / "theirs.pt")
+    sums = []
+    for name in ("ours", "theirs"):
+        with zipfile.ZipFile(tmp_path / f"{name}.pt") as archive:
+            assert archive.testzip() is None
+            sums.append([record.CRC for record in archive.infolist() if "/data/" in record.filename])
+            assert len(set(sums[-1])) == 3
+    assert sums[0] == sums[1]
+    assert all(torch.equal(value, weights[name]) for name, value in torch.load(tmp_path / "ours.pt").items())
 
 
 def test_the_limit_keeps_the_last_and_the_best(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,6 +131,16 @@ def test_the_same_call_goes_on_where_it_was_cut_off(
     assert content(target) == whole
     assert leftovers(tmp_path / "b") == []
     assert total - written <= counter.bytes <= total - written + 4096 + 8192  # what was not noted yet
+
+
+@pytest.mark.parametrize("way", [to_pt, to_pt_fp32, to_bin])
+def test_archives_have_right_checksums(way: Way, folder: Path, tmp_path: Path) -> None:
+    way(folder, tmp_path / "out" / "m")
+    archives = [file for file in (tmp_path / "out").rglob("*") if file.suffix in (".pt", ".bin")]
+    assert archives
+    for file in archives:
+        with zipfile.ZipFile(file) as archive:
+            assert archive.testzip() is None, file
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -305,14 +316,15 @@ def test_verification_finds_a_changed_weight(
         arguments = ["convert", str(tmp_path / "m.pt"), str(tmp_path / dtype), "--dtype", dtype, "--verify"]
         assert main(arguments) == 0
         assert "read by Qwen2ForCausalLM" in capsys.readouterr().out
-    to_hollow = stream._made
+    make = stream._made
 
-    def wrong(piece: Gathered) -> memoryview:
-        made = to_hollow(piece)
-        return made if piece.parts[0].shape[-1:] != (48,) else memoryview(bytes(len(made)))
+    def wrong(content: bytes | Gathered) -> memoryview:
+        made = make(content)
+        changed = isinstance(content, Gathered) and content.parts[0].shape[-1:] == (48,)
+        return memoryview(bytes(len(made))) if changed else made
 
     monkeypatch.setattr(stream, "_made", wrong)
-    assert main(["convert", str(tmp_path / "m.pt"), str(tmp_path / "x"), "--dtype", "fp32", "--verify"]) == 2
+    assert main(["convert", str(tmp_path / "m.pt"), str(tmp_path / "x"), "--dtype", "fp16", "--verify"]) == 2
     assert "NOT within the tolerated" in capsys.readouterr().out
 
 
