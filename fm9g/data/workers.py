@@ -11,6 +11,9 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from fm9g.memory import keep_freed_memory
+from fm9g.safe_path import protect_children
+
+protect_children()  # as soon as there may be any: multiprocessing starts one for a lock already
 
 
 def start_workers(count: int, prepare: Callable[..., None] | None = None, *arguments: Any) -> ProcessPoolExecutor:

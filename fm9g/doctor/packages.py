@@ -20,6 +20,7 @@ from typing import Any
 
 from fm9g.doctor.report import ERROR, GIB, OK, WARNING, Line
 from fm9g.progress import Progress
+from fm9g.safe_path import python_command
 
 _TIMEOUT = 120.0  # seconds for an import, which on a busy machine takes many times what it takes alone
 _OPTIONAL = {
@@ -93,7 +94,7 @@ def probe(code: str, timeout: float = _TIMEOUT) -> Probe:
     """Runs Python code in a process of its own."""
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, encoding="utf-8", errors="replace", timeout=timeout
+            python_command(code), capture_output=True, encoding="utf-8", errors="replace", timeout=timeout
         )
     except subprocess.TimeoutExpired:
         return Probe("", f"slow: its import was not done after {timeout:.0f} s", hung=True)

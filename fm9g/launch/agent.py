@@ -19,8 +19,7 @@ from fm9g.launch.failure import INTERRUPTED, LOST, OTHER, USER, EndError, Failur
 from fm9g.launch.meeting import POLL, Meeting
 from fm9g.launch.place import STEP_TIMEOUT, TIMEOUT, Nodes, host_name
 from fm9g.launch.team import Team
-
-COMMAND = (sys.executable, "-m", "fm9g")
+from fm9g.safe_path import fm9g_command
 
 
 def run_agent(
@@ -32,10 +31,11 @@ def run_agent(
     max_restarts: int = 0,
     identity: Mapping[str, Any] | None = None,
     log_dir: Path | None = None,
-    command: Sequence[str] = COMMAND,
+    command: Sequence[str] = (),
 ) -> int:
     """Runs `command` with `argv` in nodes.nproc processes of this machine, together with the agents of the others.
 
+    command: empty for fm9g itself.
     timeout: seconds for all nodes to appear, and within which all end when one cannot go on. step_timeout: seconds
     that a step may take (see Monitor). max_restarts: how often all processes are started again after a failure that
     is no user's mistake. identity: what must be the same on all nodes, nested dictionaries; compared before anything
@@ -45,7 +45,7 @@ def run_agent(
     UserError where the agents cannot even meet.
     """
     same = {"max_restarts": max_restarts, **(identity or {})}
-    agent = _Agent([*command, *argv], nodes, Timing(timeout), step_timeout, max_restarts, log_dir)
+    agent = _Agent([*(command or fm9g_command()), *argv], nodes, Timing(timeout), step_timeout, max_restarts, log_dir)
     with _Signals() as signals:
         return agent.run(signals, same)
 
