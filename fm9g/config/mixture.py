@@ -36,6 +36,7 @@ class DatasetConfig:
     abs_weight: float | None = option(None, help="share of the tokens of a run, relative to the others", minimum=0)
     weight: float = option(1.0, help="without abs_weight: the share is weight times the size in bytes", minimum=0)
     transforms: str | None = option(None, help="Python file with transform(data, num_sample, r), relative to this file")
+    transform_timeout: float = option(60.0, help="seconds that transforms may take per record; 0: any", minimum=0)
     allow_repeat: bool = option(True, help="start again, in a new order, when used up; false: leave the mixture")
     nlines: int | None = option(None, help="number of records; a figure that does not match is reported", minimum=0)
     ave_tokens_per_line: float | None = option(None, help="average tokens of a record", exclusiveMinimum=0)

@@ -6,8 +6,6 @@ A place is a position in a dataset's endless sequence of epochs; every epoch is 
 from __future__ import annotations
 
 import datetime
-import importlib.util
-import random
 import re
 import zlib
 from collections import Counter
@@ -24,13 +22,11 @@ from fm9g.data.encode import Encoded, Encoder, Texts, cut
 from fm9g.data.index import IndexedDataset
 from fm9g.data.literal import protect
 from fm9g.data.order import Permutation, mix
-from fm9g.data.records import SHOWN
 from fm9g.data.shapes import BadRecord
 from fm9g.data.template import Template, load_template
 from fm9g.data.tokenizer import CHAT_TEMPLATE, CHAT_TEMPLATES, Tokenizer, load_tokenizer
+from fm9g.data.transform import Source, Transform, guarded, load_transform, shown
 from fm9g.errors import UserError
-
-Transform = Callable[[dict[str, Any], int, random.Random], dict[str, Any]]
 
 _SHUFFLE, _TRANSFORM, _MEAN = 1, 2, 3  # what a random number is for
 _MEAN_RECORDS = 256  # records that an unknown average length is measured on
@@ -81,7 +77,7 @@ class Mixture:
         self.recipe = Recipe(configs, self.tokenizer, max_length, seed, self.capacity, token_cache, date, with_findings)
         self.with_findings = with_findings
         self.datasets = [IndexedDataset(config.path, config.max_samples) for config in configs]
-        self.transforms = [_load_transform(config) for config in configs]
+        self.transforms = [_transform(config) for config in configs]
         self.encoders = [self._encoder(config, date) for config in configs]
         templates = [item for encoder in self.encoders for item in (encoder.template, encoder.chat_template) if item]
         self.date = date if any(template.uses_date for template in templates) else ""  # the samples depend on it
@@ -163,17 +159,13 @@ class Mixture:
             raise UserError(f"{where}: {error}") from None
 
     def _transformed(self, record: dict, transform: Transform, dataset: int, place: int, where: str) -> dict[str, Any]:
-        source = _Random(mix(self.seed, _TRANSFORM, self.keys[dataset], place))
+        source = Source(mix(self.seed, _TRANSFORM, self.keys[dataset], place))
         weights = self.configs[dataset].incontext_weight
         shots = source.choices(range(len(weights)), weights)[0] if len(weights) > 1 else 0
-        try:
+        with guarded(where, self.configs[dataset].transform_timeout):
             record = transform(protect(record, self.tokenizer.special_pattern), shots, source)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            raise UserError(f"{where}: {type(error).__name__}: {error}") from error
-        if not isinstance(record, dict) or not all(isinstance(key, str) for key in record):
-            raise UserError(f'{where}: returned {repr(record)[:SHOWN]}, expected {{"input": str, "output": str}}')
+            if not isinstance(record, dict) or not all(isinstance(key, str) for key in record):
+                raise UserError(f'{where}: returned {shown(record)}, expected {{"input": str, "output": str}}')
         self.drew[dataset] |= source.drew
         return record
 
@@ -335,38 +327,9 @@ def _template_in_words(encoder: Encoder) -> str:
     return "pairs are as they are; there is no template for conversations"
 
 
-class _Random(random.Random):
-    """Knows whether a number was drawn from it: if not, what was made with it does not depend on it."""
-
-    drew = False
-
-    def random(self) -> float:
-        self.drew = True
-        return super().random()
-
-    def getrandbits(self, k: int) -> int:
-        self.drew = True
-        return super().getrandbits(k)
-
-
-def _load_transform(config: DatasetConfig) -> Transform | None:
-    if not config.transforms:
-        return None
-    path = Path(config.transforms)
-    where = f"{config.task_name}: transforms: {path}"
-    if not path.is_file():
-        raise UserError(f"{where}: no such file")
-    spec = importlib.util.spec_from_file_location(f"fm9g_transform_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{where}: not a Python file (.py)")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{where}: {type(error).__name__}: {error}") from error
-    if not callable(getattr(module, "transform", None)):
-        raise UserError(f"{where}: it defines no function transform(data, num_sample, r)")
-    return module.transform
+def _transform(config: DatasetConfig) -> Transform | None:
+    where = f"{config.task_name}: transforms: {config.transforms}"
+    return load_transform(Path(config.transforms), where, config.transform_timeout) if config.transforms else None
 
 
 def _checksum(files: Iterable[Path]) -> str:

@@ -25,6 +25,7 @@ MOST = 64  # records of a chunk, the unit of work
 _MEMORY = 128 << 20  # bytes of records that may be encoded ahead, about
 
 _worker: _Worker  # of a worker process
+_exit = os._exit  # which is refused while a transform runs
 
 
 class Tokens(NamedTuple):
@@ -128,7 +129,7 @@ class _Worker:
 
     def _end(self, *_: object) -> None:
         self._doing[self._start] = 0
-        os._exit(1)
+        _exit(1)
 
     def encode(self, dataset: int, chunk: list[int], in_file: bool) -> Tokens:
         mixture = self.mixture

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 import threading
 import time
 from collections import Counter
@@ -135,14 +136,50 @@ def test_a_transform_shapes_the_record_and_draws_from_its_own_generator(
         ),
         ("def other(): pass\n", r"defines no function transform"),
         ("def transform(:\n", r"bad.py: SyntaxError"),
+        ("import os\nos._exit(0)\n", r"transforms: .*bad.py: calls os._exit\(0\)"),
+        (
+            "import os\ndef transform(data, num_sample, r):\n    os._exit(0)\n",
+            r"line 1 of .*bad.py: calls os._exit\(0\)",
+        ),
+        ("import sys\ndef transform(data, num_sample, r):\n    sys.exit()\n", r"line 1 of .*bad.py: SystemExit"),
+        (
+            "def transform(data, num_sample, r):\n    raise KeyboardInterrupt\n",
+            r"line 1 of .*bad.py: KeyboardInterrupt",
+        ),
+        (
+            "class E(Exception):\n    def __str__(self): raise ValueError\n"
+            "def transform(data, num_sample, r):\n    raise E\n",
+            r"line 1 of .*bad.py: E: \(its text cannot be made: ValueError\)",
+        ),
+        (
+            "class D(dict):\n    def __repr__(self): raise ValueError\n"
+            "def transform(data, num_sample, r):\n    return D({1: 2})\n",
+            r"line 1 of .*bad.py: returned \(its text cannot be made: ValueError\)",
+        ),
+        ("while True: pass\n", r"transforms: .*bad.py: takes more than 0.2 seconds \(transform_timeout\)"),
+        (
+            "def transform(data, num_sample, r):\n    while True: pass\n",
+            r"line 1 of .*bad.py: takes more than 0.2 seconds",
+        ),
     ],
 )
 def test_a_transform_that_fails_is_named_with_dataset_and_line(
     make_mixture: Make, tokenizer_path: Path, tmp_path: Path, script: str, expected: str
 ) -> None:
     (tmp_path / "bad.py").write_text(script)
-    path = make_mixture({"a": records(1)}, a={"transforms": "bad.py"})
+    path = make_mixture({"a": records(1)}, a={"transforms": "bad.py", "transform_timeout": 0.2})
     with pytest.raises(UserError, match=expected):
+        open_mixture(path, tokenizer_path).encode(0, [0])
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_ctrl_c_in_a_transform_is_no_mistake_of_its_own(
+    make_mixture: Make, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    script = "import os\ndef transform(data, num_sample, r):\n    os.kill(os.getpid(), 2)\n    while True: pass\n"
+    (tmp_path / "t.py").write_text(script)
+    path = make_mixture({"a": records(1)}, a={"transforms": "t.py"})
+    with pytest.raises(KeyboardInterrupt):
         open_mixture(path, tokenizer_path).encode(0, [0])
 
 
@@ -154,7 +191,8 @@ def test_an_error_in_a_worker_reaches_the_user(make_mixture: Make, tokenizer_pat
 
 
 def test_a_worker_that_is_killed_is_reported(make_mixture: Make, tokenizer_path: Path, tmp_path: Path) -> None:
-    (tmp_path / "kill.py").write_text("import os\ndef transform(data, num_sample, r):\n    os._exit(9)\n")
+    script = "import os\ndef transform(data, num_sample, r):\n    os.kill(os.getpid(), 9)\n"
+    (tmp_path / "kill.py").write_text(script)
     path = make_mixture({"a": records(5)}, a={"transforms": "kill.py", "ave_tokens_per_line": 10})
     with pytest.raises(
         UserError, match=r"a worker that encodes records was killed while it was at a, line \d of .*/a\."

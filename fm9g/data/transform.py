@@ -1,0 +1,146 @@
+"""The user's Python files that shape records, and what keeps their mistakes from ending or stopping a run unsaid."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from fm9g.errors import UserError
+
+SHOWN = 200  # characters of what a transform returned or raised
+
+Transform = Callable[[dict[str, Any], int, random.Random], dict[str, Any]]
+
+
+def load_transform(path: Path, where: str, seconds: float) -> Transform:
+    """The function `transform` of a Python file. where: what messages call the file. seconds: see guarded.
+
+    Raises UserError where there is none, or where the file cannot be executed.
+    """
+    if not path.is_file():
+        raise UserError(f"{where}: no such file")
+    spec = importlib.util.spec_from_file_location(f"fm9g_transform_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{where}: not a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    with guarded(where, seconds):
+        spec.loader.exec_module(module)
+    if not callable(getattr(module, "transform", None)):
+        raise UserError(f"{where}: it defines no function transform(data, num_sample, r)")
+    return module.transform
+
+
+class guarded:  # noqa: N801 - used like a function of contextlib
+    """Whatever the user's code in the block does becomes a UserError: an error of any class, an exit of the process,
+    more than so many seconds (0: any number; code that waits in C is not reached). Ctrl-C stays what it is.
+    """
+
+    def __init__(self, where: str, seconds: float) -> None:
+        self._where, self._seconds = where, seconds
+
+    def __enter__(self) -> None:
+        _Watch.start(self._seconds)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        was_pressed = _Watch.stop()
+        if error is None or isinstance(error, UserError):
+            return
+        if was_pressed:
+            raise KeyboardInterrupt from None
+        raise UserError(f"{self._where}: {described(error)}") from error
+
+
+class _Watch:
+    """What is installed once for all blocks: handlers of two signals, and the refusal to end the process."""
+
+    _place: tuple[int, int] | None = None  # process and thread of the block that runs
+    _seconds = 0.0
+    _was_pressed = False
+    _process = 0  # in which the handlers are installed
+    _is_timed = False
+
+    @classmethod
+    def start(cls, seconds: float) -> None:
+        cls._install()
+        cls._was_pressed, cls._seconds = False, seconds
+        cls._place = os.getpid(), threading.get_ident()
+        if cls._is_timed and seconds:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    @classmethod
+    def stop(cls) -> bool:
+        """Returns whether Ctrl-C was pressed in the block."""
+        if cls._is_timed and cls._seconds:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        cls._place = None
+        return cls._was_pressed
+
+    @classmethod
+    def _install(cls) -> None:
+        if cls._process == os.getpid():
+            return
+        cls._process = os.getpid()
+        cls._is_timed = threading.current_thread() is threading.main_thread()
+        if cls._is_timed:
+            signal.signal(signal.SIGALRM, cls._expire)
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                signal.signal(signal.SIGINT, cls._press)
+        os._exit = cls._refuse  # type: ignore[assignment]
+
+    @classmethod
+    def _press(cls, number: int, frame: FrameType | None) -> NoReturn:
+        cls._was_pressed = True
+        raise KeyboardInterrupt
+
+    @classmethod
+    def _expire(cls, number: int, frame: FrameType | None) -> None:
+        if cls._place:
+            raise _EndError(f"takes more than {cls._seconds:g} seconds (transform_timeout)")
+
+    @classmethod
+    def _refuse(cls, status: int) -> NoReturn:
+        if cls._place == (os.getpid(), threading.get_ident()):  # else a thread of ours, or a child process
+            raise _EndError(f"calls os._exit({status!r}); return a record instead")
+        _exit(status)
+
+
+_exit = os._exit
+
+
+class _EndError(BaseException):
+    """Not an Exception, which the user's code might catch."""
+
+
+def described(error: BaseException) -> str:
+    """The class of an error, and its text, which a class of the user's may fail to make."""
+    text = shown(error, str)
+    return text if isinstance(error, _EndError) else f"{type(error).__name__}: {text}"
+
+
+def shown(value: Any, make: Callable[[Any], str] = repr) -> str:
+    """The beginning of a value as text."""
+    try:
+        return make(value)[:SHOWN]
+    except BaseException as error:
+        return f"(its text cannot be made: {type(error).__name__})"
+
+
+class Source(random.Random):
+    """Knows whether a number was drawn from it: if not, what was made with it does not depend on it."""
+
+    drew = False
+
+    def random(self) -> float:
+        self.drew = True
+        return super().random()
+
+    def getrandbits(self, k: int) -> int:
+        self.drew = True
+        return super().getrandbits(k)
