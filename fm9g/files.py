@@ -147,6 +147,11 @@ class AppendedFile:
             os.close(self._file)
 
 
+def identity(status: os.stat_result) -> tuple[int, ...]:
+    """What tells a file from another one, and from itself after a change."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 class ReadFile:
     """A file that is read at any place.
 
@@ -159,12 +164,16 @@ class ReadFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._status = self._identity(path.stat())
+        self._status = identity(path.stat())
 
     def read(self, count: int, place: int) -> bytes:
-        """Up to so many bytes from a place on. Raises UserError where another file has taken the place of this one."""
+        """Up to so many bytes from a place on. Raises UserError where the file was changed or replaced."""
         with self._lock:
-            return os.pread(self._descriptor(), count, place)
+            descriptor = self._descriptor()
+            data = os.pread(descriptor, count, place)
+            if identity(os.fstat(descriptor)) != self._status:
+                raise UserError(f"{self._path}: was changed or replaced while it was read; start again")
+            return data
 
     def _descriptor(self) -> int:
         if self in self._opened:
@@ -182,13 +191,7 @@ class ReadFile:
                     raise
                 self._close_oldest()
         self._opened[self] = descriptor
-        if self._identity(os.fstat(descriptor)) != self._status:
-            raise UserError(f"{self._path}: was changed or replaced while it was read; start again")
         return descriptor
-
-    @staticmethod
-    def _identity(status: os.stat_result) -> tuple[int, ...]:
-        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
     @classmethod
     def _close_oldest(cls) -> None:

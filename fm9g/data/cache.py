@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fm9g.errors import UserError
-from fm9g.files import AppendedFile, is_too_many_open, new_folder, too_many_open
+from fm9g.files import AppendedFile, identity, is_too_many_open, new_folder, too_many_open
 from fm9g.progress import Progress
 
 _TOKENS, _BOUNDS, _KEY = "tokens", "bounds", "cache.json"
@@ -22,11 +22,16 @@ _FILES = {_TOKENS, _BOUNDS, _KEY}
 
 
 class TokenCache:
-    """The marked tokens of each record of a dataset, memory-mapped."""
+    """The marked tokens of each record of a dataset, memory-mapped, and copied when they are read.
+
+    Python dies without a word where a mapped file has become shorter.
+    """
 
     def __init__(self, folder: Path, records: int) -> None:
         """Raises UserError for a folder that is not whole."""
+        self._folder, self._files = folder, (folder / _TOKENS, folder / _BOUNDS)
         try:
+            self._status = [identity(file.stat()) for file in self._files]
             self._tokens, self._bounds = _mapped(folder / _TOKENS, np.int32), _mapped(folder / _BOUNDS, np.int64)
         except (OSError, ValueError) as error:
             if is_too_many_open(error):
@@ -36,10 +41,16 @@ class TokenCache:
             raise UserError(f"{folder}: the token cache is not whole; delete it")
 
     def read(self, numbers: np.ndarray) -> list[np.ndarray]:
-        """The marked tokens of records."""
+        """The marked tokens of records. Raises UserError where the files were changed."""
+        try:
+            changed = [identity(file.stat()) for file in self._files] != self._status
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}; the run was reading it") from None
+        if changed:
+            raise UserError(f"{self._folder}: the token cache was changed while it was read; start again")
         tokens = self._tokens
         starts, ends = self._bounds[numbers].tolist(), self._bounds[numbers + 1].tolist()
-        return [tokens[start:end] for start, end in zip(starts, ends)]
+        return [tokens[start:end].copy() for start, end in zip(starts, ends)]
 
 
 def _mapped(file: Path, dtype: type) -> np.ndarray:

@@ -1,6 +1,8 @@
 """Going on with other data, and encoded datasets that are kept on disk."""
 
 import json
+import os
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -204,6 +206,24 @@ def test_a_stale_cache_is_noticed_and_made_anew(path: Path, tokenizer_path: Path
     for content in ("[]", "5", "junk"):
         (made.cache_folder(2) / "cache.json").write_text(content)
         assert not open_mixture(path, tokenizer_path, token_cache=cache).caches[2]
+
+
+def test_a_cache_and_a_dataset_that_change_meanwhile_are_noticed(
+    path: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    mixture, _ = fill_cache(open_mixture(path, tokenizer_path, token_cache=str(tmp_path / "cache")), 0)
+    for file in ("tokens", "bounds"):
+        os.truncate(mixture.cache_folder(0) / file, 4)
+        with pytest.raises(UserError, match="cache was changed while it was read"):
+            mixture.encode(0, range(4))
+    shutil.rmtree(mixture.cache_folder(1))
+    with pytest.raises(UserError, match="No such file or directory; the run was reading it"):
+        mixture.encode(1, range(4))
+    data = mixture.datasets[2].folder / "data.jsonl"
+    mixture.datasets[2].line(0)
+    data.write_bytes(data.read_bytes()[::-1])  # of the same length
+    with pytest.raises(UserError, match=r"data.jsonl: was changed or replaced while it was read"):
+        mixture.datasets[2].line(0)
 
 
 def test_a_cache_replaces_nothing_but_a_cache(path: Path, tokenizer_path: Path, tmp_path: Path) -> None:
