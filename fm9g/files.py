@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import mmap
 import os
 import resource
+import secrets
 import shutil
+import sys
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
 from fm9g.errors import UserError
 
+_KINDS = ("tmp", "old", "new")  # of what is beside a name while it is written: see _beside and _made
 _SKEW = 60.0  # seconds that the clock of a file system may be off
 _FULL = 64 * 1024  # bytes free below which a failed write means a full disk
 
@@ -38,16 +42,18 @@ def new_folder(target: Path, overwrite: bool = False, sources: tuple[Path, ...] 
         raise UserError(f"{target}: a file is in the way; remove it or choose another name")
     recover(target)
     _check_replaceable(target, overwrite)
-    temporary, old = _beside(target, "tmp"), _beside(target, "old")
+    temporary, old = _beside(target)
     try:
-        with _as_user_error(target):
-            temporary.mkdir(parents=True)
+        with _as_user_error(target), ExitStack() as locks:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            locks.enter_context(_made(temporary, is_folder=True))
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
                     sync(file)
             _check_replaceable(target, overwrite)  # again: another process may have been quicker
             if target.exists():
+                locks.enter_context(_locked(target))
                 target.rename(old)
             temporary.rename(target)
             sync(target.parent)
@@ -72,13 +78,14 @@ def new_file(target: Path) -> Iterator[Path]:
     target = target.resolve()
     if target.exists() and not target.is_file():  # a device, say, which must not become a file
         raise UserError(f"{target}: something that is no file is in the way; remove it or choose another name")
-    temporary = _beside(target, "tmp")
+    temporary, _ = _beside(target)
     try:
         with _as_user_error(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            sync(temporary)
-            temporary.replace(target)
+            with _made(temporary, is_folder=False):
+                yield temporary
+                sync(temporary)
+                temporary.replace(target)
             sync(target.parent)
     finally:
         with suppress(OSError):
@@ -246,9 +253,9 @@ def recover(target: Path) -> None:
 
     What it had moved aside comes back where nothing took its place; what it left half-written is deleted.
     """
-    for leftover in target.parent.glob(f".{target.name}.*"):
-        pid, _, kind = leftover.name.removeprefix(f".{target.name}.").partition(".")
-        if not pid.isdecimal() or kind not in ("tmp", "old") or _runs(int(pid), leftover):
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        number, _, kind = leftover.name.removeprefix(f".{target.name}.").partition(".")
+        if not number.isdecimal() or kind not in _KINDS or _is_held(leftover):
             continue
         if kind == "old" and not target.exists():
             leftover.rename(target)
@@ -278,7 +285,10 @@ def only_one(folder: Path, patience: float) -> Iterator[None]:
                         "--model_unique"
                     ) from None
                 time.sleep(0.2)
-            except OSError:  # a file system without locks
+            except OSError:
+                print(
+                    f"note: {folder}: this file system has no locks: start no second run of this name", file=sys.stderr
+                )
                 break
         yield
     finally:
@@ -288,8 +298,8 @@ def only_one(folder: Path, patience: float) -> Iterator[None]:
 def sweep(folder: Path) -> None:
     """Cleans up after killed processes that wrote in a folder: see `recover`, for all that is there."""
     for leftover in folder.glob(".*.*.*"):
-        name, pid, kind = leftover.name[1:].rsplit(".", 2)
-        if not pid.isdecimal() or kind not in ("tmp", "old") or _runs(int(pid), leftover):
+        name, number, kind = leftover.name[1:].rsplit(".", 2)
+        if not number.isdecimal() or kind not in _KINDS or _is_held(leftover):
             continue
         if leftover.is_dir():
             recover(folder / name)
@@ -299,31 +309,62 @@ def sweep(folder: Path) -> None:
 
 def remove_folder(folder: Path) -> None:
     """Deletes a folder so that it is never there in part under its name."""
-    gone = _beside(folder, "tmp")
-    folder.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    gone, _ = _beside(folder)
+    with _locked(folder):
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
-def _beside(target: Path, kind: str) -> Path:
-    return target.parent / f".{target.name}.{os.getpid()}.{kind}"
+def _beside(target: Path) -> tuple[Path, Path]:
+    """Names for what becomes `target`, and for what was there; no other process, on any machine, has the same."""
+    number = secrets.randbelow(10**9)
+    return target.parent / f".{target.name}.{number}.tmp", target.parent / f".{target.name}.{number}.old"
 
 
-def _runs(pid: int, leftover: Path) -> bool:
-    """Whether the process that made it still runs, and not another one that has its number now."""
-    if pid == os.getpid():  # what this process writes, it does not sweep
-        return False
+@contextmanager
+def _made(path: Path, is_folder: bool) -> Iterator[None]:
+    """Makes an empty folder or file that is locked from the moment when it has its name."""
+    new = path.with_suffix(".new")
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    with suppress(OSError, ValueError, IndexError):  # where there is no /proc, a process of that number is the one
-        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        ticks = int(status.rpartition(")")[2].split()[19])
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-        return time.time() - age < leftover.stat().st_mtime + _SKEW
-    return True
+        new.mkdir() if is_folder else new.touch(exist_ok=False)
+        with _locked(new):
+            new.rename(path)
+            yield
+    finally:
+        with suppress(OSError):
+            new.rmdir() if is_folder else new.unlink()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a lock, which ends with this process at the latest. What is locked may get another name meanwhile."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_held(leftover: Path) -> bool:
+    """Whether a process, here or on another machine, is at work on it. Where nobody can tell, the user is told."""
+    try:
+        if leftover.suffix == ".new" and time.time() - leftover.stat().st_mtime < _SKEW:  # it is about to be locked
+            return True
+        descriptor = os.open(leftover, os.O_RDONLY)
+    except OSError:  # it has just gone
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        print(f"note: {leftover}: this file system has no locks; delete it if nothing writes there", file=sys.stderr)
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def probe_writable(folder: Path) -> None:

@@ -1,5 +1,7 @@
 """A name on disk holds something whole or what it held before."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -17,10 +19,25 @@ def write(target: Path, text: str, overwrite: bool = False, sources: tuple[Path,
         (folder / "file").write_text(text)
 
 
-def dead_pid() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
+# Writes a folder and a file beside it, says so, and goes on until it is killed.
+WRITER = """
+import pathlib, sys, time
+from fm9g.files import new_file, new_folder
+target = pathlib.Path(sys.argv[1])
+with new_folder(target, overwrite=True) as folder, new_file(target.with_name("b")) as file:
+    (folder / "file").write_text("half")
+    file.write_text("half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def start_writer(target: Path, *prefix: str) -> subprocess.Popen[str]:
+    command = [*prefix, sys.executable, "-c", WRITER, str(target)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "writing\n"
+    return process
 
 
 def test_a_folder_appears_when_the_block_is_done(tmp_path: Path) -> None:
@@ -60,15 +77,52 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
 
 def test_what_a_killed_process_left_is_put_right(tmp_path: Path) -> None:
     """Killed between the two renames, and killed while it wrote."""
-    pid = dead_pid()
-    (tmp_path / f".a.{pid}.old").mkdir()
-    (tmp_path / f".a.{pid}.old" / "file").write_text("old")
-    (tmp_path / f".a.{pid}.tmp").mkdir()
-    (tmp_path / f".a.{os.getppid()}.tmp").mkdir()  # of a process that still writes
+    (tmp_path / ".a.7.old").mkdir()
+    (tmp_path / ".a.7.old" / "file").write_text("old")
+    (tmp_path / ".a.7.tmp").mkdir()
     (tmp_path / ".a.mine.tmp").mkdir()
+    (tmp_path / ".a.8.new").mkdir()  # is about to be locked
+    (tmp_path / ".a.9.new").mkdir()
+    os.utime(tmp_path / ".a.9.new", (0, 0))
     recover(tmp_path / "a")
     assert (tmp_path / "a" / "file").read_text() == "old"
-    assert sorted(os.listdir(tmp_path)) == sorted(["a", f".a.{os.getppid()}.tmp", ".a.mine.tmp"])
+    assert sorted(os.listdir(tmp_path)) == [".a.8.new", ".a.mine.tmp", "a"]
+
+
+@pytest.mark.parametrize("container", [False, True])
+def test_what_another_process_writes_is_left_alone_until_it_is_killed(tmp_path: Path, container: bool) -> None:
+    """Also one whose number nobody here knows, as in another container on the same volume."""
+    prefix = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"] if container else []
+    if container and subprocess.run([*prefix, "true"], capture_output=True).returncode:
+        pytest.skip("unshare --pid does not work here")
+    process = start_writer(tmp_path / "a", *prefix)
+    try:
+        there = sorted(os.listdir(tmp_path))
+        assert len(there) == 2
+        sweep(tmp_path)
+        recover(tmp_path / "a")
+        assert sorted(os.listdir(tmp_path)) == there
+    finally:
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 10
+    while os.listdir(tmp_path) and time.monotonic() < deadline:  # the child of unshare ends after it
+        sweep(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_where_locks_do_not_work_nothing_is_swept_and_the_user_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    write(tmp_path / "a", "x")
+    (tmp_path / ".a.7.tmp").mkdir()
+    sweep(tmp_path)
+    assert (tmp_path / ".a.7.tmp").is_dir()
+    assert f"note: {tmp_path / '.a.7.tmp'}: this file system has no locks" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_told_whatever_class_it_comes_in(tmp_path: Path) -> None:
@@ -89,19 +143,6 @@ def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
         probe_writable(tmp_path / "file" / "sub")
     probe_writable(tmp_path / "new")
     assert os.listdir(tmp_path / "new") == []
-
-
-def test_a_number_that_another_process_has_now_protects_no_leftover(tmp_path: Path) -> None:
-    with subprocess.Popen(["sleep", "60"]) as process:
-        leftover = tmp_path / f".7.{process.pid}.tmp"
-        leftover.mkdir()
-        sweep(tmp_path)
-        assert leftover.exists()  # it may be that process that is writing
-        old = time.time() - 3600
-        os.utime(leftover, (old, old))
-        sweep(tmp_path)
-        assert not leftover.exists()  # it began long after
-        process.kill()
 
 
 def test_a_folder_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from fm9g.kinds import CHECKPOINT, RUN, RUNS, check_kind
 
 BASE = Path("data") / "checkpoints"  # where a run's name is looked for
 _TENSORS = {"weights": "weights", "optimizer": "optimizer", "ema": "means"}  # as shown, and as Snapshot calls them
-_LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.(tmp|old)")  # as fm9g.files names them
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+\.(?P<kind>tmp|old)")  # as fm9g.files names them
 
 
 def named(path: Path) -> Path:
@@ -99,9 +99,9 @@ def leftovers_in(folder: Path) -> list[tuple[Path, str]]:
     for leftover in sorted(folder.glob(".*")):
         match = _LEFTOVER.fullmatch(leftover.name)
         if match and leftover.is_dir():
-            name, process, kind = match.groups()
+            name, kind = match["name"], match["kind"]
             what = "unfinished" if kind == "tmp" else f"the old {name}, moved aside"
-            found.append((leftover, f"{what}: process {process} is writing {name}, or ended before it had"))
+            found.append((leftover, f"{what}: a process is writing {name}, or ended before it had"))
     return found
 
 

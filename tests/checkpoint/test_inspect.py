@@ -167,7 +167,7 @@ def test_ls_mentions_what_an_interrupted_save_left_and_leaves_it(capsys: pytest.
         folder.mkdir(parents=True)
     (BASE / "m" / ".cache").mkdir()
     out = run(capsys, "ls")[1]
-    assert "m/.7.4242.tmp: unfinished: process 4242 is writing 7, or ended before it had" in out
+    assert "m/.7.4242.tmp: unfinished: a process is writing 7, or ended before it had" in out
     assert "m/.5.4242.old: the old 5, moved aside" in out
     assert "new/.1.4242.tmp: unfinished" in out
     assert ".cache" not in out
