@@ -26,10 +26,11 @@ fm9g_?*) size=${folder##*/fm9g_} ;;
 *) fail "which size? Run it in a folder such as apps/fm9g_7b, or as apps/fm9g_7b/${0##*/}" ;;
 esac
 
-others=()
+others=() given=()
 for word in "$@"; do
     if [[ $word == *=* && " $NAMES " == *" ${word%%=*} "* ]]; then
         declare "$word"
+        given+=("${word%%=*}")
     else
         others+=("$word")
     fi
@@ -49,10 +50,11 @@ trap blank_after_equals DEBUG
 train() {
     local config=${args[config]:-$size} key name
     trap - DEBUG
-    config=${config%"$1"}$1
+    case $config in */* | *.json) ;; *) config=${config%"$1"}$1 ;; esac
     shift
     # A number of processes that was read from args is a default, too.
-    [[ ${args[n_gpus]:-} && $GPUS_PER_NODE == "${args[n_gpus]}" ]] && GPUS_PER_NODE=
+    [[ ${args[n_gpus]:-} && $GPUS_PER_NODE == "${args[n_gpus]}" && " ${given[*]} " != *" GPUS_PER_NODE "* ]] &&
+        GPUS_PER_NODE=
     [[ ${args[load]:-} ]] && args[pretrained_model]=${args[load]} # the guide has both names
     unset "args[config]" "args[load]"
     for key in "${!args[@]}"; do

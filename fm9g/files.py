@@ -167,7 +167,8 @@ class ReadFile:
     """
 
     _opened: ClassVar[OrderedDict[ReadFile, int]] = OrderedDict()  # the one that was read last is the last one
-    _lock: ClassVar[threading.Lock] = threading.Lock()
+    # Reentrant: garbage collection may close a file while this one is opened.
+    _lock: ClassVar[threading.RLock] = threading.RLock()
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -194,7 +195,9 @@ class ReadFile:
                 descriptor = os.open(self._path, os.O_RDONLY)
                 break
             except OSError as error:
-                if not is_too_many_open(error) or not self._opened:
+                if not is_too_many_open(error):
+                    raise UserError(f"{self._path}: {error.strerror}; it was being read") from None
+                if not self._opened:
                     raise
                 self._close_oldest()
         self._opened[self] = descriptor

@@ -18,13 +18,17 @@ _INDEXES = ("index", "index.h5")
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
 _DATA = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".md")
+_OF_RECORDS = {"input", "output", "instruction", "messages", "conversations", "text", "prompt", "response"}
 _MOST = 1 << 20  # bytes of a .json file that are looked at
 
 
-def check_kind(path: Path, *wanted: str) -> None:
-    """Raises UserError if the path is known to hold something else; it says what that is, and what to do with it."""
+def check_kind(path: Path, *wanted: str, also: str = "") -> None:
+    """Raises UserError if the path is known to hold something else; it says what that is, and what to do with it.
+
+    also: a kind that may be meant, which the message does not name.
+    """
     kind = kind_of(path)
-    if kind and kind not in wanted:
+    if kind and kind not in (*wanted, also):
         raise UserError(f"{path}: found {kind}, expected {' or '.join(wanted)}. {_advice(path, kind)}")
 
 
@@ -47,9 +51,9 @@ def _kind_of_folder(folder: Path) -> str:
         return CHECKPOINT
     if has("metrics.jsonl") and has("events.jsonl"):
         return LOG
-    if next(folder.glob("*/manifest.json"), None):
+    if any(file.parent.name.isdecimal() for file in folder.glob("*/manifest.json")):
         return RUN
-    if next(folder.glob("*/*/manifest.json"), None):
+    if any(file.parent.name.isdecimal() for file in folder.glob("*/*/manifest.json")):
         return RUNS
     tokenizer = any(next(folder.glob(pattern), None) for pattern in _TOKENIZERS)
     return TOKENIZER if tokenizer and not has("config.json") else ""  # that of a model whose weights are not there
@@ -74,13 +78,16 @@ def _kind_of_json(file: Path) -> str:
         return ""
     if not isinstance(first, dict) or not first:
         return ""
+    keys = set(first)
+    if keys & _OF_RECORDS:
+        return DATA
     if text.startswith("["):
-        return {0: DATA, 1: "", 2: MIXTURE}[("task_name" in first) + ("path" in first)]
-    if {"nlines", "nbytes"} <= set(first):
+        return {0: DATA, 1: "", 2: MIXTURE}[("task_name" in keys) + ("path" in keys)]
+    if {"nlines", "nbytes"} <= keys:
         return PART  # meta.json
-    if "vocab_size" in first:
+    if {"vocab_size", "dim_model"} <= keys:
         return MODEL_CONFIG
-    return TRAIN_CONFIG if {"pretrain", "finetune"} & set(first) else ""
+    return TRAIN_CONFIG if keys <= {"pretrain", "finetune"} else ""
 
 
 def _advice(path: Path, kind: str) -> str:

@@ -1,4 +1,4 @@
-"""Text is UTF-8 here, whatever the locale says."""
+"""Names and output are UTF-8 where the locale says nothing."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 
 
 def use_utf8() -> None:
-    """Starts this program anew in Python's UTF-8 mode, where the locale has names of files in another encoding.
+    """Starts this program anew in Python's UTF-8 mode, where the locale has no names of files but ASCII ones.
 
-    Python fixes the encoding of names, arguments and streams when it starts.
+    Python fixes the encoding of names, arguments and streams when it starts. A locale such as zh_CN.GBK stays.
     """
-    if sys.flags.utf8_mode or codecs.lookup(sys.getfilesystemencoding()).name == "utf-8":
+    if sys.flags.utf8_mode or codecs.lookup(sys.getfilesystemencoding()).name != "ascii":
         return
     os.environ["PYTHONUTF8"] = "1"  # for the processes that this one starts
     os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])

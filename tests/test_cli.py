@@ -138,6 +138,14 @@ def test_an_option_given_twice_is_refused(capsys: pytest.CaptureFixture) -> None
     assert "--lr is given twice" in capsys.readouterr().err
 
 
+def test_a_locale_with_names_of_its_own_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fm9g.utf8 import use_utf8
+
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "gbk")
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("started anew"))
+    use_utf8()
+
+
 def test_names_in_chinese_work_whatever_the_locale(tmp_path: Path, tokenizer_path: Path) -> None:
     folder = tmp_path / "数据"
     folder.mkdir()

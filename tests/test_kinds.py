@@ -30,6 +30,18 @@ from fm9g.kinds import (
 )
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"task_name": "qa", "path": "a.png", "input": "x", "output": "y"},
+        {"input": "x", "output": "y", "pretrain": True},
+    ],
+)
+def test_records_with_keys_of_configurations_are_records(tmp_path: Path, record: dict) -> None:
+    for content in (record, [record]):
+        assert kind_of(write(tmp_path / "a.json", content)) == DATA
+
+
 def write(file: Path, content: object = None) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content) if content is not None else "", encoding="utf-8")

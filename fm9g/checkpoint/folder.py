@@ -223,7 +223,7 @@ def best_step(root: Path) -> int | None:
 def _counts(folder: Path) -> dict[str, Any] | None:
     """What is known of a checkpoint; None where it is damaged, or deleted in this moment."""
     try:
-        return Checkpoint(folder, checksums=False).counts()
+        return Checkpoint(folder, checksums=False, needs_optimizer=False).counts()
     except UserError:
         return None
 

@@ -65,7 +65,7 @@ def _listed(folder: Path) -> Listed:
     counts: dict[str, Any] = {}
     if not damage:
         try:
-            counts = Checkpoint(folder, checksums=False).counts()
+            counts = Checkpoint(folder, checksums=False, needs_optimizer=False).counts()
         except UserError as error:
             damage = within(folder, error)
     return Listed(

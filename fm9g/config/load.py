@@ -138,7 +138,7 @@ def require_config(kind: str, name: str) -> Path:
     if path is None:
         check_kind(Path(name), *([MIXTURE] if kind == "dataset_configs" else [MODEL_CONFIG, TRAIN_CONFIG, MODEL]))
         known = sorted({bare_name(file.name) for folder in config_folders(kind) for file in folder.glob("*.json")})
-        if (Path(name) / "config.json").is_file():
+        if kind == "model_configs" and (Path(name) / "config.json").is_file():
             stem = Path(name).resolve().name
             raise UserError(
                 f"{name!r} is a Hugging Face folder, and not a configuration. `fm9g convert {name} {stem}.pt` makes a "

@@ -176,7 +176,11 @@ def arithmetic(config: ModelConfig) -> dict[str, Any]:
         values |= {"rope_scaling_factor": 1.0, "orig_max_length": 0}
     if config.rope_scaling != "llama3":
         values |= {"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0}
+    if config.rope_scaling == "linear":
+        values["orig_max_length"] = 0
     values["rope_attention_factor"] = config.rotary_multiplier
+    if config.rope_scaling == "yarn" and config.rotary_multiplier == 1.0:
+        values["rope_scaling_type"] = "ntk-by-parts"
     if config.rope_scaling not in ("yarn", "ntk-by-parts"):
         values |= {"rope_beta_fast": 32.0, "rope_beta_slow": 1.0}
     slides = [window > 0 for window in config.windows]
@@ -209,7 +213,7 @@ def load_model_config(path: Path, overrides: dict[str, Any] | None = None) -> Lo
     unscaled = {"scale_emb": 1.0, "dim_model_base": 0}  # what files that we write have
     scaled = [key for key, value in unscaled.items() if raw.get(key, value) != value]
     if scaled and not loaded.value.scale:
-        notes.append(f"{path}: {' and '.join(scaled)} change nothing: scale is false")
+        notes.append(f"{path}: {' and '.join(scaled)} {'change' if scaled[1:] else 'changes'} nothing: scale is false")
     return replace(loaded, notes=tuple(notes))
 
 

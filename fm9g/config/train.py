@@ -351,9 +351,8 @@ class TrainConfig:
             raise UserError(f"tp_size {self.tp_size} does not divide batch_size * max_length, {row}")
         if self.resume_ckpt and self.overwrite:
             raise UserError("resume_ckpt and overwrite are both given; a run goes on or starts anew")
-        if any(name in _ALL_LINEAR for name in self.lora_layer):
-            object.__setattr__(self, "lora_layer", list(LINEAR_LAYERS))
         self._check_adapters()
+        object.__setattr__(self, "lora_layer", _expanded(self.lora_layer))
         if self.early_stop and not self.val_dataset:
             raise UserError("early_stop needs a val_dataset to evaluate on")
         if self.tp_size > 1 and self.neftune_alpha:
@@ -373,7 +372,8 @@ class TrainConfig:
             raise UserError(f"drop_iters {self.drop_iters} of train_iters {self.train_iters} is less than one step")
 
     def _check_adapters(self) -> None:
-        if unknown := [name for name in self.lora_layer if name.rpartition(".")[2] not in LINEAR_LAYERS]:
+        known = (*LINEAR_LAYERS, *_ALL_LINEAR)
+        if unknown := [name for name in self.lora_layer if name.rpartition(".")[2] not in known]:
             raise UserError(
                 f"lora_layer: {unknown[0]!r} is not the name of a linear layer; these are: {', '.join(LINEAR_LAYERS)}, "
                 "or all for every one of them"
@@ -408,6 +408,10 @@ class TrainConfig:
         defaults = keys_of(TrainConfig)
         if given := [key for key in ADAPTER_KEYS if getattr(self, key) != defaults[key].default]:
             raise UserError(f"{given[0]} is given and lora_layer is not: there are no adapters for it to act on")
+
+
+def _expanded(layers: list[str]) -> list[str]:
+    return list(LINEAR_LAYERS) if set(layers) & set(_ALL_LINEAR) else layers
 
 
 def _is_date(text: str) -> bool:
@@ -455,8 +459,8 @@ def _unlike(config: TrainConfig, given: dict[str, Any]) -> list[str]:
     for key, value in given.items():
         field = keys_of(TrainConfig)[key]
         mine = getattr(config, field.name)
-        text = value.lower() if field.metadata["any_case"] else value
-        if from_text(text, field) != mine:
+        read = from_text(value.lower() if field.metadata["any_case"] else value, field)
+        if (_expanded(read) if key == "lora_layer" and isinstance(read, list) else read) != mine:
             found.append(f"{key} is {mine!r}, not {value!r}")
     return found
 

@@ -17,7 +17,7 @@ from fm9g.config.adapter import ADAPTER_CONFIG, AdapterConfig
 from fm9g.config.load import Layer, build, read_object
 from fm9g.convert.card import peft_card
 from fm9g.convert.folder import open_folder, stored_in
-from fm9g.convert.names import LLAMA, Names
+from fm9g.convert.names import LLAMA, Names, bare
 from fm9g.errors import UserError
 from fm9g.files import new_folder
 from fm9g.lora.base import base_hash
@@ -184,9 +184,10 @@ def _why(key: str) -> str:
 
 def _ours(name: str) -> str | None:
     for part, theirs in _PARTS.items():
-        layer = name.removeprefix(_PREFIX).removesuffix(theirs)
-        if name.startswith(_PREFIX) and name.endswith(theirs) and (found := _NAMES.ours(f"{layer}.weight")):
-            return found[0].removesuffix(".weight") + part
+        if _PREFIX in name and name.endswith(theirs):
+            weight = name.partition(_PREFIX)[2].removesuffix(theirs) + ".weight"
+            if found := _NAMES.ours(bare(weight, lambda name: bool(_NAMES.ours(name)))):
+                return found[0].removesuffix(".weight") + part
     return None
 
 

@@ -15,8 +15,10 @@ from fm9g.checkpoint.weights import check_weights
 from fm9g.config.load import read_object
 from fm9g.config.model import ModelConfig
 from fm9g.convert.architecture import CLASSES
-from fm9g.convert.folder import DTYPES, open_folder, open_weights
+from fm9g.convert.families import family_of
+from fm9g.convert.folder import DTYPES, open_folder, open_weights, stored_in
 from fm9g.convert.logits import Read, streamed_logits
+from fm9g.convert.names import bare
 from fm9g.data.tokenizer import load_tokenizer
 from fm9g.errors import UserError
 from fm9g.model.transformer import weight_shapes
@@ -125,9 +127,13 @@ def _reading(weights: Mapping[str, Stored | Gathered], dtype: torch.dtype | None
 
 def _why_not_transformers(folder: Path, weights: Mapping[str, Gathered]) -> str:
     """Why fm9g itself has to read a folder; empty where transformers does."""
-    kind = read_object(folder / "config.json")["model_type"]
+    hf = read_object(folder / "config.json")
+    kind = hf["model_type"]
     if kind not in CLASSES:
         return f"fm9g itself ({kind} needs its own code)"
+    names = family_of(hf, str(folder)).names
+    if any(bare(name, lambda name: bool(names.ours(name))) != name for name in stored_in(folder)):
+        return "fm9g itself (its weights have names that transformers does not know)"
     if 4 * sum(weight.shape.numel() for weight in weights.values()) > 0.8 * _free_memory():
         return f"fm9g itself ({CLASSES[kind]} in fp32 is larger than the memory)"
     return ""

@@ -91,7 +91,7 @@ def find_sources(paths: list[str], format: str = "", text_unit: str = "", output
     sources: dict[Any, Source] = {}  # by what they really are: a file that is named twice is read once
     for path in paths:
         if path != STDIN:
-            check_kind(Path(path), DATA, DATASET, TOKENIZER)
+            check_kind(Path(path), DATA, DATASET, also=TOKENIZER)
         for source in _find(path, format, text_unit):
             sources.setdefault(source.path if source.path == STDIN else _real(source.path), source)
     return list(sources.values())

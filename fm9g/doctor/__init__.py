@@ -63,10 +63,6 @@ def run_doctor(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         from fm9g.convert.adapters import with_adapter
 
         run = with_adapter(run)
-    if run and run.train.value.adapter:
-        from fm9g.convert.adapters import with_adapter
-
-        run = with_adapter(run)
     lines = examine(run, options.master_addr, options.master_port, options.node_rank, options.nodes)
     print(show(lines))
     return int(any(line.status == ERROR for line in lines))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ def checkpoints(run: Run) -> Checkpoints | None:
     name = _setting(run, "model_unique")
     if not isinstance(name, str) or not name:
         return None
-    root = run.folder.parent.parent / "checkpoints" / name
+    root = Path(os.path.relpath(run.folder.resolve().parent.parent / "checkpoints" / name))
     losses = {line["step"]: loss for line in run.metrics if (loss := number(line.get("Loss/val"))) is not None}
     best, last = best_step(root), last_step(root)
     if last is None:

@@ -72,7 +72,7 @@ def train(
     tasks: the names behind the packs' task ids. Raises UserError where too many steps in a row were skipped.
     """
     saved = evaluated = logged = state.step
-    stop = fits = False
+    stop, fits = False, state.step > 0  # a step of the session before did
     bad = BadSteps(engine, config.max_bad_steps)
     while state.step < config.last_step and not stop:
         with clock.span("data"):

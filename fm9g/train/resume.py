@@ -22,7 +22,7 @@ from fm9g.checkpoint.folder import (
 )
 from fm9g.config.model import arithmetic, differ, load_model_config
 from fm9g.config.run import PLACES, RunConfig
-from fm9g.config.train import TrainConfig
+from fm9g.config.train import ADAPTER_KEYS, TrainConfig
 from fm9g.convert.adapters import with_adapter
 from fm9g.engine.base import Engine
 from fm9g.engine.processes import Processes
@@ -32,7 +32,8 @@ from fm9g.train.adapters import Adapters
 from fm9g.train.loop import TrainState
 
 _SAME_STATE = {"adamw", "adamw8bit"}  # optimizers that go on from one another
-# Keys that say which weights are trained, and what they mean.
+_ADAPTERS = ("lora_layer", *ADAPTER_KEYS)  # keys that a resumed run has from its checkpoint where they are not given
+# Those of them that say which weights are trained, and what they mean.
 _OF_ADAPTERS = ("lora_layer", "lora_r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights")
 # Keys that say how a session starts; that they differ from those of the one before is their nature.
 _OF_A_SESSION = (
@@ -87,32 +88,37 @@ def find_checkpoint(config: TrainConfig, place: Place, root: Path) -> tuple[Chec
     return None, []
 
 
-def settle_keys(run: RunConfig, checkpoint: Checkpoint | None) -> RunConfig:
+def settle_keys(run: RunConfig, checkpoint: Checkpoint | None) -> tuple[RunConfig, list[str]]:
     """On rank 0, the run with the keys that come from its checkpoint, or from the adapter that it starts from.
 
-    These are the keys of adapters and where the weights came from, if they are not given. Raises UserError if given
-    keys contradict that adapter or that checkpoint.
+    These are the keys of adapters and where the weights came from, if they are not given. Also returns a line for each
+    given key that a resume makes useless. Raises UserError if given keys contradict that adapter or that checkpoint.
     """
+    notes = []
     if checkpoint is None:
         run = with_adapter(run)
     else:
         saved = {key: row["value"] for key, row in checkpoint.run_config().get("train", {}).items()}
-        missing = [key for key in (*_OF_ADAPTERS, "adapter") if run.train.origins[key] == "default"]
-        if not saved.get("lora_layer"):
-            missing = [] if run.train.value.pretrained_model else ["pretrained_model"]
-            if run.train.value.pretrained_model and run.train.value.resume_ckpt not in ("", "auto"):
-                raise UserError("resume_ckpt and pretrained_model are both given; a run starts from one of them")
-        found = {key: saved[key] for key in missing if key in saved}
+        train = run.train.value
+        if train.adapter and not saved.get("lora_layer"):
+            raise UserError(
+                f"adapter {train.adapter}: {checkpoint.folder} is of a run that trains all weights; give the new run "
+                "another --model_unique"
+            )
+        keys = [*_ADAPTERS, "adapter"] if saved.get("lora_layer") else ["pretrained_model"]
+        if not saved.get("lora_layer") or train.adapter != saved.get("adapter"):
+            given = [key for key in ("pretrained_model", "adapter") if key in keys and getattr(train, key)]
+            notes = [f"{key} changes nothing: the run goes on from {checkpoint.folder}" for key in given]
+        found = {key: saved[key] for key in keys if key in saved and run.train.origins[key] == "default"}
         run = replace(run, train=run.train.changed(found, str(checkpoint.folder)))
-    train = run.train.value
-    if not train.lora_layer:
-        train.refuse_adapter_keys()
-    return run
+    if not run.train.value.lora_layer:
+        run.train.value.refuse_adapter_keys()
+    return run, notes
 
 
 def share_keys(run: RunConfig, processes: Processes) -> RunConfig:
     """The run with rank 0's keys of adapters."""
-    for key, value, origin in processes.from_first([row for row in run.train.rows() if row[0] in _OF_ADAPTERS]):
+    for key, value, origin in processes.from_first([row for row in run.train.rows() if row[0] in _ADAPTERS]):
         run = replace(run, train=run.train.changed({key: value}, origin))
     return run
 

@@ -191,8 +191,8 @@ def _look_around(run: RunConfig, place: Place, root: Path, log: Path) -> tuple[R
     for folder in (root, log):
         sweep(folder)
     checkpoint, notes = find_checkpoint(run.train.value, place, root)
-    run = settle_keys(with_paths(run), checkpoint)
-    return run, checkpoint, notes + (changes(run, checkpoint) if checkpoint else [])
+    run, about_keys = settle_keys(with_paths(run), checkpoint)
+    return run, checkpoint, notes + about_keys + (changes(run, checkpoint) if checkpoint else [])
 
 
 def _first_day(checkpoint: Checkpoint | None) -> str:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from support import make_batch, small_model
 
 from fm9g.checkpoint.weights import read_weights, write_weights
+from fm9g.cli import main
 from fm9g.config.load import Layer, build
 from fm9g.config.model import ModelConfig, load_model_config
 from fm9g.convert.architecture import from_hf_config
@@ -378,6 +379,8 @@ def test_names_with_a_wrapper_in_them_are_recognised(kind: str, front: str, insi
     found = open_folder(tmp_path / "hf")[1]
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name].read(), expected[name]) for name in expected)
+    # transformers knows none of these names, and would make new weights.
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "m.pt"), "--verify"]) == 0
 
 
 def test_a_weight_that_is_there_with_and_without_a_wrapper_is_refused(tmp_path: Path) -> None:

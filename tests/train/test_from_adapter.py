@@ -139,7 +139,10 @@ def test_no_step_leaves_the_adapter_as_it_was(
     assert all(torch.equal(weight, other[name]) for name, weight in one.items())
 
 
-@pytest.mark.parametrize("changes", [{}, {"quantization": "nf4", "lora_dropout": 0.2}], ids=["plain", "nf4"])
+_KINDS = {"quantization": "nf4", "lora_dropout": 0.2, "loraplus_lr_ratio": 4.0}
+
+
+@pytest.mark.parametrize("changes", [{}, _KINDS], ids=["plain", "nf4"])
 def test_it_resumes_exactly_without_the_adapter(
     first: Callable[..., Path],
     go_on: Callable[..., Result],
@@ -152,8 +155,8 @@ def test_it_resumes_exactly_without_the_adapter(
     whole = go_on("whole", tmp_path / "peft", **changes)
     go_on("parts", tmp_path / "peft", stop_iters=2, **changes)
     shutil.rmtree(tmp_path / "peft")
-    # Neither the adapter, nor its layers, nor its base need be given.
-    settings = {"lr": 0.02, "train_iters": 4, "seed": 9, "resume_ckpt": "auto", **changes}
+    # Neither the adapter, nor its base, nor what it is like need be given.
+    settings = {"lr": 0.02, "train_iters": 4, "seed": 9, "resume_ckpt": "auto"}
     parts = train("parts", **settings)
     assert losses(parts) == losses(whole)
     assert content(parts) == content(whole)
@@ -165,10 +168,25 @@ def test_it_resumes_exactly_without_the_adapter(
         train("parts", **{**settings, "train_iters": 5, "lora_r": 8})
 
 
-def test_a_resumed_run_without_adapters_refuses_their_keys(train: Callable[..., Result]) -> None:
+def test_a_resumed_run_without_adapters_refuses_their_keys(
+    first: Callable[..., Path], train: Callable[..., Result]
+) -> None:
     train("out", stop_iters=2)
     with pytest.raises(UserError, match="quantization is given and lora_layer is not"):
         train("out", resume_ckpt="auto", quantization="nf4")
+    with pytest.raises(UserError, match=r"adapter .*: .*out/checkpoints/m/2 is of a run that trains all weights"):
+        train("out", resume_ckpt="auto", adapter=first())
+
+
+def test_another_adapter_changes_nothing_on_resume_and_the_run_says_so(
+    first: Callable[..., Path], go_on: Callable[..., Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = first()
+    go_on("out", checkpoint, stop_iters=2)
+    write_peft(read_adapter(checkpoint), tmp_path / "other")
+    capsys.readouterr()
+    go_on("out", tmp_path / "other", resume_ckpt="auto")
+    assert "note: adapter changes nothing: the run goes on from " in capsys.readouterr().out
 
 
 @pytest.mark.skipif(find_spec("opendelta") is None, reason="opendelta is installed with --no-deps where it is wanted")

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fm9g.checkpoint.find import find, named
 from fm9g.checkpoint.folder import Checkpoint, file_name
 from fm9g.cli import main
 from fm9g.cli.run import _print_result
+from fm9g.engine.torch import TorchEngine
 from fm9g.errors import UserError
 from fm9g.train.run import Result
 
@@ -119,6 +121,7 @@ def test_a_deleted_optimizer_is_missed_only_where_it_is_needed(train: Train, tmp
         with pytest.raises(UserError, match="or go on without it \\(--resume_no_optimze true\\)"):
             train("out", resume_ckpt=resume, train_iters=3)
     assert main(["convert", str(result.checkpoint), str(tmp_path / "hf")]) == 0
+    assert named(result.checkpoint.parent / "last") == result.checkpoint
     assert train("other", pretrained_model=result.checkpoint, train_iters=1).step == 1
     assert train("out", resume_ckpt="auto", resume_no_optimze=1, train_iters=3).step == 3
 
@@ -148,6 +151,21 @@ def test_a_memory_that_does_not_suffice_is_one_message_that_says_what_to_lower(
     with pytest.raises(UserError, match=f"memory.*{expected}") as raised:
         train("out", train_iters=1, val_dataset=tmp_path / "mixture.json", eval_iters=1)
     assert "\n" not in str(raised.value)
+
+
+def test_a_resumed_run_skips_a_batch_that_does_not_fit_as_a_whole_one_does(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train("out", train_iters=2)
+    forward, calls = TorchEngine.forward, iter(range(100))
+
+    def short(self: TorchEngine, *given: Any) -> Any:
+        if next(calls) == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, *given)
+
+    monkeypatch.setattr(TorchEngine, "forward", short)
+    assert train("out", resume_ckpt="auto", train_iters=4).step == 4
 
 
 def test_the_start_says_how_the_tokens_of_a_step_come_about(train: Train, capsys: pytest.CaptureFixture) -> None:
