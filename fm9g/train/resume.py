@@ -148,10 +148,14 @@ def changes(run: RunConfig, checkpoint: Checkpoint) -> list[str]:
         raise UserError(
             f"{checkpoint.folder}: its adapters are others, which a run cannot change on its way:\n" + "\n".join(odd)
         )
+    model = {key: (before.to_json()[key], run.model.value.to_json()[key]) for key in ("dropout_p", "mup_lr")}
     return [
-        f"{key}: was {saved[key]['value']!r}, is {value!r}"
-        for key, value, _ in run.train.rows()
-        if key in saved and key not in _OF_A_SESSION and differ(saved[key]["value"], value)
+        *(
+            f"{key}: was {saved[key]['value']!r}, is {value!r}"
+            for key, value, _ in run.train.rows()
+            if key in saved and key not in _OF_A_SESSION and differ(saved[key]["value"], value)
+        ),
+        *(f"model.{key}: was {old!r}, is {now!r}" for key, (old, now) in model.items() if old != now),
     ]
 
 
