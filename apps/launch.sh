@@ -26,22 +26,31 @@ fm9g_?*) size=${folder##*/fm9g_} ;;
 *) fail "which size? Run it in a folder such as apps/fm9g_7b, or as apps/fm9g_7b/${0##*/}" ;;
 esac
 
-others=() given=()
+others=() given=() before=""
 for word in "$@"; do
-    if [[ $word == *=* && " $NAMES " == *" ${word%%=*} "* ]]; then
+    # What follows --key is its value.
+    if [[ $word == *=* && " $NAMES " == *" ${word%%=*} "* && ! $before =~ ^--[^=]+$ ]]; then
         declare "$word"
         given+=("${word%%=*}")
     else
         others+=("$word")
     fi
+    before=$word
 done
 set -- "${others[@]}"
 
 # The guide has a blank after one "=" (args["lora_layer"]= "..."), where for bash the assignment ends: it is made here.
 blank_after_equals() {
-    [[ $BASH_COMMAND =~ ^args\[\"?([A-Za-z_]+)\"?\]=\ +[\"\'](.*)[\"\']$ ]] || return 0
-    args[${BASH_REMATCH[1]}]=${BASH_REMATCH[2]//\\\"/\"}
-    return 1 # the command as bash reads it is left out
+    [[ $BASH_COMMAND =~ ^args\[ ]] || return 0
+    if [[ $BASH_COMMAND =~ ^args\[[\"\']?([A-Za-z_]+)[\"\']?\]\ *=\ +([\"\']?)(.*)$ ]]; then
+        local key=${BASH_REMATCH[1]} quote=${BASH_REMATCH[2]} value=${BASH_REMATCH[3]}
+        [[ ! $quote || $value == *"$quote" ]] && value=${value%"$quote"} || fail "cannot be read: $BASH_COMMAND"
+        [[ $quote == "'" || $value != *[\$\`]* ]] || fail "write it without a blank after the =: $BASH_COMMAND"
+        args[$key]=${value//\\\"/\"}
+        return 1 # the command as bash reads it is left out
+    fi
+    [[ $BASH_COMMAND =~ ^args\[[^]]+\]\+?=[^\ ] || $BASH_COMMAND =~ ^args\[[^]]+\]=$ ]] && return 0
+    fail "cannot be read: $BASH_COMMAND; write args[\"key\"]=\"value\""
 }
 shopt -s extdebug
 trap blank_after_equals DEBUG

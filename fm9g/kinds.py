@@ -29,7 +29,7 @@ def check_kind(path: Path, *wanted: str, also: str = "") -> None:
     """
     kind = kind_of(path)
     if kind and kind not in (*wanted, also):
-        raise UserError(f"{path}: found {kind}, expected {' or '.join(wanted)}. {_advice(path, kind)}")
+        raise UserError(f"{path}: found {kind}, expected {' or '.join(wanted)}. {_advice(path, kind, wanted)}")
 
 
 def kind_of(path: Path) -> str:
@@ -90,11 +90,13 @@ def _kind_of_json(file: Path) -> str:
     return TRAIN_CONFIG if keys <= {"pretrain", "finetune"} else ""
 
 
-def _advice(path: Path, kind: str) -> str:
+def _advice(path: Path, kind: str, wanted: tuple[str, ...]) -> str:
     """What to do with it."""
+    if kind == RUN and CHECKPOINT not in wanted:
+        return f"`fm9g convert {path / 'last'} FOLDER` makes a Hugging Face folder of its last checkpoint"
     if kind == RUN:
         steps = sorted((step.parent.name for step in path.glob("*/manifest.json")), key=lambda name: (len(name), name))
-        return f"Give one of them: {', '.join(str(path / name) for name in (*steps[-3:], 'last'))}"
+        return f"Give one of them: {', '.join(str(path / name) for name in (*steps[-3:], 'last', 'best'))}"
     if kind == RUNS:
         names = sorted({run.parent.parent.name for run in path.glob("*/*/manifest.json")})
         return f"Give a checkpoint of one of them, such as {path / names[0] / 'last'}; the runs: {', '.join(names)}"

@@ -31,6 +31,7 @@ _SIGNS = (
     "bad_alloc",
     "alloc_failed",
     "failed to map segment",
+    "can't start new thread",
 )
 
 

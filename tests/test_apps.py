@@ -145,6 +145,43 @@ def test_keys_written_as_in_the_guide(bash: Callable[..., dict], copy: Path) -> 
     assert bash(copy / "fm9g_7b", "run_bmtrain.sh GPUS_PER_NODE=2")["env"] == {"GPUS_PER_NODE": "2"}
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('args["lr"]= 1e-5', "1e-5"),
+        ('args["lr"] = "1e-5"', "1e-5"),
+        ("args['lr']= '1e-5'", "1e-5"),
+        ("args[lr]=1e-5", "1e-5"),
+        ('args["x-y"]= "x"', None),
+        ('args["lr"]= "$size"', None),
+        ('args["lr"] ="1"', None),
+    ],
+)
+def test_a_setting_with_blanks_counts_or_ends_the_script(
+    line: str, expected: str | None, bash: Callable[..., dict], copy: Path
+) -> None:
+    script = Path(shutil.copy(copy / "fm9g_7b" / "run_bmtrain.sh", copy / "fm9g_7b" / "mine.sh"))
+    change(script, "\n# All sizes share", f"\n{line}\n# All sizes share")
+    if expected:
+        assert pairs(bash(copy / "fm9g_7b", "mine.sh"))["--default.lr"] == expected
+        return
+    done = subprocess.run(["bash", "mine.sh"], cwd=copy / "fm9g_7b", capture_output=True, text=True)
+    assert done.returncode == 2
+    assert line in done.stderr
+
+
+def test_what_follows_a_key_is_its_value(bash: Callable[..., dict]) -> None:
+    made = bash(APPS / "fm9g_7b", "run_bmtrain.sh --model_unique NNODES=4")
+    assert (pairs(made)["--model_unique"], made["env"]) == ("NNODES=4", {})
+
+
+def test_a_copy_of_a_script_works_elsewhere(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "tools" / "convert_txt2jsonl.py", tmp_path)
+    command = [sys.executable, "convert_txt2jsonl.py"]
+    done = subprocess.run(command, cwd=tmp_path, input="a\n", capture_output=True, text=True)
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"input": "", "output": "a"})
+
+
 def test_the_guide_also_calls_pretrained_model_load(bash: Callable[..., dict], copy: Path) -> None:
     script = Path(shutil.copy(copy / "fm9g_7b" / "run_bmtrain.sh", copy / "fm9g_7b" / "mine.sh"))
     change(script, "\n# All sizes share", '\nargs["load"]="7b.pt"\n# All sizes share')

@@ -1,9 +1,13 @@
 """Plain text to jsonl: cat pretrain.txt | python convert_txt2jsonl.py > pretrain.jsonl"""
 
+import contextlib
 import sys
 
-import checkout  # noqa: F401
+with contextlib.suppress(ImportError):  # a copy of this file elsewhere needs fm9g installed
+    import checkout  # noqa: F401
 
 from fm9g.cli import main
 
+if len(sys.argv) > 1:
+    sys.exit("it reads standard input: cat pretrain.txt | python convert_txt2jsonl.py > pretrain.jsonl")
 sys.exit(main(["data", "txt2jsonl", *sys.argv[1:]]))

@@ -1,10 +1,12 @@
 """A Hugging Face folder to a 9G .pt file, with the paths of the 9G guide as defaults."""
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
-import checkout  # noqa: F401
+with contextlib.suppress(ImportError):  # a copy of this file elsewhere needs fm9g installed
+    import checkout  # noqa: F401
 
 from fm9g.cli import main
 

@@ -35,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command line; returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
     if argv is None:
         use_utf8()
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # a closed one is none
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - for as long as the process
     for stream in (sys.stdout, sys.stderr):  # whatever a terminal cannot show must not end the command
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ def _overrides(options: argparse.Namespace) -> dict[str, str]:
         word = rest.pop(0)
         key, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not key:
-            raise UserError(f"command line: found {word!r}, expected --key value")
+            hint = f"; did you mean --{key} {value}?" if equals and key else ""
+            raise UserError(f"command line: found {word!r}, expected --key value{hint}")
         if not equals:
             if not rest:
                 raise UserError(f"command line: --{key}: its value is missing")
@@ -100,6 +102,10 @@ def _train(options: argparse.Namespace) -> int:
         nproc = options.nproc if several else config.n_gpus
         nodes = find_nodes(os.environ, nproc, *(getattr(options, key) for key in _NODE_OPTIONS))
         config.packs_a_step(config.replicas(nodes.nnodes * nodes.nproc))  # a mistake is told before anything starts
+        from fm9g.doctor.fit import unfit_on_this_cpu
+
+        if unfit := unfit_on_this_cpu(run, nodes.nnodes, nodes.nproc):
+            print(f"warning: {unfit}. See fm9g doctor --config {options.config}", file=sys.stderr)
         if nodes.nnodes * nodes.nproc > 1 or options.max_restarts:
             from fm9g.launch.agent import run_agent
             from fm9g.launch.agree import code_identity

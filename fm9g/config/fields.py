@@ -123,6 +123,9 @@ def check(cls: type, values: dict[str, Any], origins: dict[str, str], prefix: st
         numbers = value if isinstance(value, list) else [value]
         if not all(_is_finite(number) for number in numbers):
             complaints.append(f"{origins[key]}: {prefix}{key}: found {value!r}, expected a finite number")
+    for key, value in values.items():
+        if isinstance(value, str) and any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in value):
+            complaints.append(f"{origins[key]}: {prefix}{key}: found {value!r}, which holds what no text has")
     if complaints:
         raise UserError("\n".join(dict.fromkeys(complaints)))
 

@@ -134,3 +134,15 @@ DATASET = {
     "probability": "abs_weight",
     "transform": "transforms",
 }
+LAYERS = {
+    "c_attn": "project_q,project_k,project_v",
+    "down_proj": "w_out",
+    "gate_proj": "w_0",
+    "k_proj": "project_k",
+    "o_proj": "attention_out",
+    "q_proj": "project_q",
+    "query_key_value": "project_q,project_k,project_v",
+    "up_proj": "w_1",
+    "v_proj": "project_v",
+    "W_pack": "project_q,project_k,project_v",
+}

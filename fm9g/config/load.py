@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -127,8 +128,11 @@ def find_config(kind: str, name: str) -> Path | None:
     if name.endswith(".json") or "/" in name:
         return Path(name) if Path(name).is_file() else None
     for folder in config_folders(kind):
-        if (folder / f"{name}.json").is_file():
-            return folder / f"{name}.json"
+        file = folder / f"{name}.json"
+        if file.is_file():
+            return file
+        if os.path.lexists(file):
+            raise UserError(f"{file}: not a file but a folder, a link that leads nowhere, or the like; remove it")
     return None
 
 
@@ -146,6 +150,6 @@ def require_config(kind: str, name: str) -> Path:
             )
         raise UserError(
             f"{name!r} is neither a file nor a name in {kind}/, which has {', '.join(known) or 'none'}"
-            f"{nearest(name, known)}"
+            f"{nearest(bare_name(name), known)}"
         )
     return path

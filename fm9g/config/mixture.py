@@ -117,9 +117,9 @@ def load_mixture(path: Path, overrides: dict[str, dict[str, Any]] | None = None)
 def _absolute(config: DatasetConfig, file: Path) -> DatasetConfig:
     def absolute(path: str) -> str:
         # Published mixtures have paths that are relative to the folder in which the run starts.
-        beside = file.resolve().parent / path
-        found = Path(path) if not beside.exists() and Path(path).exists() else beside
-        return str(found.resolve())
+        places = [file.resolve().parent / path, Path(path)]
+        there = [place for place in places if place.exists()] or [place for place in places if place.parent.exists()]
+        return str((there or places)[0].resolve())
 
     # A template's name stands for itself; a file's, for the file.
     template = absolute(config.template) if is_file_name(config.template) else config.template

@@ -14,7 +14,7 @@ from fm9g.config.load import COMMAND_LINE, Layer, Loaded, bare_name, build, find
 from fm9g.config.mixture import LOSSES, TURNS, check_template
 from fm9g.errors import UserError
 
-DEFAULTS = "command line (--default.)"
+DEFAULTS = "launch script (--default.)"
 # Names of the 9G guide that have no meaning any more: name -> what replaces it.
 RETIRED = {
     "dataloader": "indexed datasets are the only kind",
@@ -137,7 +137,9 @@ class TrainConfig:
         help="micro-batches a step over all processes, whose number sets grad_accum then; 0: grad_accum on each",
         minimum=0,
     )
-    dataloader_num_workers: int = option(1, help="processes that encode; 0: the training process itself", minimum=0)
+    dataloader_num_workers: int = option(
+        1, help="processes that encode; 0: the training process itself", minimum=0, maximum=1024
+    )
     template: str = option(
         "",
         help="chat template of pairs and conversations, in the datasets that name none: a built-in one (docs/data.md "
@@ -171,7 +173,9 @@ class TrainConfig:
         "refuse it, or carry the epochs on as well as can be. Datasets may always come, go and change their share",
         enum=["refuse", "carry"],
     )
-    dataloader_prefetch_factor: int = option(2, help="chunks of records each worker prepares ahead", minimum=1)
+    dataloader_prefetch_factor: int = option(
+        2, help="chunks of records each worker prepares ahead", minimum=1, maximum=1024
+    )
 
     lr: float = option(1e-2, help="learning rate at the top of the schedule", minimum=0)
     lr_scheduler: str = option(
@@ -287,7 +291,9 @@ class TrainConfig:
     )
     loss_scale: float = option(32768, help="of fp16: what losses are multiplied by at first", minimum=1)
     loss_scale_steps: int = option(1024, help="of fp16: steps without overflow after which that doubles", minimum=1)
-    n_gpus: int = option(1, help="processes that `fm9g train` starts on each machine; --nproc wins", minimum=1)
+    n_gpus: int = option(
+        1, help="processes that `fm9g train` starts on each machine; --nproc wins", minimum=1, maximum=1024
+    )
     timeout: float = option(
         60, help="seconds after which a process or machine that does not answer ends the run", minimum=1
     )
@@ -374,9 +380,11 @@ class TrainConfig:
     def _check_adapters(self) -> None:
         known = (*LINEAR_LAYERS, *_ALL_LINEAR)
         if unknown := [name for name in self.lora_layer if name.rpartition(".")[2] not in known]:
+            here = foreign.LAYERS.get(unknown[0].rpartition(".")[2])
             raise UserError(
-                f"lora_layer: {unknown[0]!r} is not the name of a linear layer; these are: {', '.join(LINEAR_LAYERS)}, "
-                "or all for every one of them"
+                f"lora_layer: {unknown[0]!r} is not the name of a linear layer"
+                + (f"; it is called {here} here" if here else f"; these are: {', '.join(LINEAR_LAYERS)}")
+                + ", or all for every one of them"
             )
         if not self.lora_layer and not self.adapter:
             if not self.resume_ckpt:  # a checkpoint may hold adapters
@@ -431,6 +439,10 @@ def load_train_config(
     Returns the configuration and the path of its model configuration. Raises UserError.
     """
     bare = bare_name(name)
+    if not bare:
+        raise UserError(f"--config: found {name!r}, expected a name in train_configs/ or model_configs/, or a file")
+    if "config" in (defaults or {}):
+        raise UserError("--default.config: give it as --config")
     notes: list[str] = []
     file = find_config("train_configs", name)
     sections: list[Layer] = []

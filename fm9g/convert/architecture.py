@@ -183,14 +183,21 @@ def _check(hf: dict[str, Any], rope: dict[str, Any]) -> None:
 
 
 def _windows(hf: dict[str, Any]) -> dict[str, Any]:
-    """In Mistral all layers slide, in Qwen those of layer_types or, without these, those from max_window_layers on."""
-    if hf["model_type"] == "mistral":
-        return {"sliding_window": hf["sliding_window"] or 0}
-    if hf["model_type"] not in ("qwen2", "qwen3"):
+    """The layers of layer_types slide; without these in Mistral all, in Qwen those from max_window_layers on."""
+    if hf["model_type"] not in ("mistral", "qwen2", "qwen3"):
         return {}
-    window = (hf["sliding_window"] if hf["use_sliding_window"] else None) or 0
-    first = hf["max_window_layers"] if window else hf["num_hidden_layers"]
-    kinds = hf.get("layer_types") or [LAYER_TYPES[number >= first] for number in range(hf["num_hidden_layers"])]
+    layers, window, first = hf["num_hidden_layers"], hf["sliding_window"], 0
+    if hf["model_type"] != "mistral":
+        if not isinstance(hf["use_sliding_window"], bool):
+            raise UnfitError("use_sliding_window", "is neither true nor false")
+        window = window if hf["use_sliding_window"] else None
+        first = layers if window is None else hf["max_window_layers"]
+    if window is not None and (type(window) is not int or window < 1):
+        raise UnfitError("sliding_window", f"is {window!r}, and not a number of tokens")
+    given = hf.get("layer_types")
+    if given is not None and (len(given) != layers or not set(given) <= set(LAYER_TYPES)):
+        raise UnfitError("layer_types", f"is not a list of {layers} times {' or '.join(LAYER_TYPES)}")
+    kinds = given or [LAYER_TYPES[window is not None and number >= first] for number in range(layers)]
     if "sliding_attention" not in kinds:
         return {}
     if not window:
@@ -266,6 +273,8 @@ def _rope(hf: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
     sharper = rope.get("attention_factor")
     if sharper is None and rope.get("mscale") and rope.get("mscale_all_dim"):
         sharper = _mscale(factor, rope["mscale"]) / _mscale(factor, rope["mscale_all_dim"])
+    if sharper is not None and not sharper > 0:
+        raise UnfitError("rope_scaling", f"is {rope}: attention_factor is not above 0")
     if sharper == 1.0:
         return values | {"rope_scaling_type": "ntk-by-parts"}
     return values | ({} if sharper is None else {"rope_attention_factor": float(sharper)})

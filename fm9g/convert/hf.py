@@ -25,6 +25,7 @@ from fm9g.convert.stream import Output, partial_folder, pt_output, safetensors_o
 from fm9g.data.tokenizer import listed_ids
 from fm9g.errors import UserError
 from fm9g.files import new_file, new_folder
+from fm9g.kinds import MODEL, TOKENIZER, check_kind
 from fm9g.model.transformer import weight_shapes
 
 SHARD_BYTES = 5 * 1000**3
@@ -168,7 +169,9 @@ def write_folder(
 def open_source(source: Path, reference: Path | None) -> Source:
     """What is known of a checkpoint folder or .pt file. Raises UserError where that is not enough."""
     if reference is not None and not reference.is_dir():
-        raise UserError(f"{reference}: no such folder; --reference is a Hugging Face folder")
+        raise UserError(f"{reference}: no such folder; expected the Hugging Face folder that the model came from")
+    if reference is not None:
+        check_kind(reference, MODEL, TOKENIZER)
     if (source / "config.json").is_file() and not (source / MANIFEST).is_file():
         raise UserError(f"{source}: a Hugging Face folder; what is made from it is a 9G file, whose name ends in .pt")
     folder = Checkpoint(source, needs_optimizer=False) if source.is_dir() else None

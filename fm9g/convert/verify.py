@@ -151,7 +151,13 @@ def _folder_logits(
 
     logging.disable_progress_bar()
     # Not "eager", which keeps the square of a row's length for every head.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False, local_files_only=True
+        ).eval()
+    except Exception as error:  # transformers raises whatever it meets
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{folder}: cannot be verified, for transformers refuses it: {said}") from None
     for weight in model.parameters():
         weight.data = weight.data.to(dtype or torch.float32).float()
     with torch.no_grad():  # the short ones first: after a long one, dynamic rope stays stretched

@@ -14,6 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from fm9g.config.fields import nearest
 from fm9g.data.records import parse_object, quote
 from fm9g.data.shapes import BadRecord
 from fm9g.errors import UserError
@@ -22,6 +23,10 @@ from fm9g.kinds import DATASET, check_kind
 
 DATA, INDEX, INDEX_H5, META = "data.jsonl", "index", "index.h5", "meta.json"
 _PAGE, _PAGES = 4096, 64
+
+
+def _datasets_beside(folder: Path) -> list[str]:
+    return [file.parent.name for file in folder.parent.glob(f"*/{DATA}")]
 
 
 class IndexedDataset:
@@ -38,6 +43,7 @@ class IndexedDataset:
         if not self._data.is_file():
             raise UserError(
                 f"{self.folder}: no indexed dataset here ({DATA} is missing); make one with `fm9g data index`"
+                f"{nearest(self.folder.name, _datasets_beside(self.folder))}"
             )
         status = self._data.stat()
         self.nbytes, self.modified = status.st_size, status.st_mtime_ns

@@ -18,7 +18,7 @@ def is_in_language(text: str, language: str) -> bool:
 def prompt_of(record: dict[str, Any]) -> str:
     """What a canonical record asks: its input or the turns of the user; where there is none, all that it says."""
     if "output" in record:
-        return record["input"] or record["output"]
+        return record["input"] if record["input"].strip() else record["output"]
     turns = record["messages"]
-    asked = [turn["content"] for turn in turns if turn["role"] == "user"]
-    return "".join(asked or [turn["content"] for turn in turns])
+    asked = "".join(turn["content"] for turn in turns if turn["role"] == "user")
+    return asked if asked.strip() else "".join(turn["content"] for turn in turns)

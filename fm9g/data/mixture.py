@@ -76,7 +76,7 @@ class Mixture:
         # Workers get the opened tokenizer: opening it takes transformers, and seconds.
         self.recipe = Recipe(configs, self.tokenizer, max_length, seed, self.capacity, token_cache, date, with_findings)
         self.with_findings = with_findings
-        self.datasets = [IndexedDataset(config.path, config.max_samples) for config in configs]
+        self.datasets = [_opened(config) for config in configs]
         self.transforms = [_transform(config) for config in configs]
         self.encoders = [self._encoder(config, date) for config in configs]
         templates = [item for encoder in self.encoders for item in (encoder.template, encoder.chat_template) if item]
@@ -325,6 +325,13 @@ def _template_in_words(encoder: Encoder) -> str:
     if encoder.chat_template:
         return "pairs are as they are, conversations are written with the tokenizer's own template"
     return "pairs are as they are; there is no template for conversations"
+
+
+def _opened(config: DatasetConfig) -> IndexedDataset:
+    try:
+        return IndexedDataset(config.path, config.max_samples)
+    except UserError as error:
+        raise UserError(f"{config.task_name}: path: {error}") from None
 
 
 def _transform(config: DatasetConfig) -> Transform | None:

@@ -8,7 +8,7 @@ import os
 import signal
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from fm9g.data.workers import start_workers, stop_workers
 from fm9g.errors import UserError
 
 MOST = 64  # records of a chunk, the unit of work
+_PATIENCE = 5.0  # seconds after which one looks whether a result may still come
 _MEMORY = 128 << 20  # bytes of records that may be encoded ahead, about
 
 _worker: _Worker  # of a worker process
@@ -75,12 +76,23 @@ class EncodingPool:
                 return
             chunk, future = running.popleft()
             try:
-                found = future.result()
+                found = self._result(future)
             except BrokenProcessPool:
                 raise UserError(self._crash()) from None
             self.mixture.drew[dataset] |= found.drew
             self.mixture.findings[dataset].update(found.findings)
             yield chunk, found.split()
+
+    def _result(self, future: Future[Tokens]) -> Tokens:
+        """What a worker made. Raises MemoryError where nothing will come: no thread could be started to bring it."""
+        assert self._pool is not None
+        manager: Any = self._pool._executor_manager_thread
+        while True:
+            try:
+                return future.result(timeout=_PATIENCE)
+            except TimeoutError:
+                if manager is not None and not manager.is_alive():
+                    raise MemoryError("the thread that waits for workers has ended") from None
 
     def _chunk(self, dataset: int, sequences: int) -> int:
         records = self.mixture.datasets[dataset]

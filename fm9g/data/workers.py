@@ -36,7 +36,7 @@ def stop_workers(pool: ProcessPoolExecutor) -> None:
     # rest. Nobody else can write it: where the writing end is closed, the manager reads the end of file.
     if results is not None:
         results._writer.close()  # type: ignore[attr-defined]
-    if manager is not None:
+    if manager is not None and manager.is_alive():  # type: ignore[attr-defined] # it may not have started
         manager.join()  # type: ignore[attr-defined]
 
 

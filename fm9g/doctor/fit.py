@@ -31,6 +31,15 @@ def examine_memory(run: RunConfig, nodes: int, torch: dict[str, Any], has_bmtrai
         return Line(ERROR, "memory", "not compared: the configuration cannot run here", str(error))
 
 
+def unfit_on_this_cpu(run: RunConfig, nodes: int, processes: int) -> str:
+    """What does not fit, for a run that starts now without a GPU; empty where it fits, or has GPUs."""
+    if run.train.value.device == "cuda" or any(Path("/dev").glob("nvidia[0-9]*")):
+        return ""
+    run = replace(run, train=run.train.changed({"n_gpus": processes}, "command line"))
+    line = examine_memory(run, nodes, {"gpus": [], "bf16": False}, has_bmtrain=False)
+    return line.found if line.status == ERROR else ""
+
+
 def _on_gpus(run: RunConfig, nodes: int, gpus: list[list[Any]], engine: str) -> Line:
     config, model, size = run.train.value, run.model.value, min(gpu[2] for gpu in gpus) / GIB
     processes = min(config.n_gpus, len(gpus))

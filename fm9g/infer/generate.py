@@ -39,7 +39,7 @@ def generate(
     _check_folder(folder)
     for name, value, allowed in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
-        ("temperature", temperature, 0 <= temperature < math.inf),
+        ("temperature", temperature, temperature == 0 or 0.001 <= temperature < math.inf),
         ("top_p", top_p, 0 < top_p <= 1),
         ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf),
         ("seed", seed, 0 <= seed < 2**32),

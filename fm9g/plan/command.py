@@ -115,6 +115,6 @@ def _gpu(name: str, memory: float | None, flops: float | None) -> Gpu:
 def parse_tokens(text: str) -> float:
     """300M, 1000B, 2T or a plain number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([KMBT]?)", text.strip(), re.IGNORECASE)
-    if not match or not float(match[1]):
+    if not match or not 0 < float(match[1]) < 1e30:
         raise UserError(f"--tokens: found {text!r}, expected a number such as 300M, 1000B or 2T")
     return float(match[1]) * _UNITS[match[2].upper()]

@@ -74,7 +74,10 @@ def build_model(
             source = checkpoint.weight_file if checkpoint else Path(config.pretrained_model)
             strict = config.strict_state_dict or checkpoint is not None
             given, odd = _weights(source, model_config, strict)
+            notes += [] if checkpoint else [f"weights: {source}"]
             notes += odd
+        elif first:
+            notes.append("weights: new ones, at random; pretrained_model is empty")
 
     def fill(name: str, weight: torch.Tensor) -> None:
         if adapters:
@@ -163,17 +166,29 @@ def _weights(path: Path, model_config: ModelConfig, strict: bool) -> tuple[Weigh
     """The weights of a .pt file, a checkpoint or a Hugging Face folder, and how they differ from the model's, a line
     each, where `strict` lets it pass."""
     weights = _pretrained(path, model_config)
-    return weights, check_weights(weights, weight_shapes(model_config), str(path), strict)
+    try:
+        return weights, check_weights(weights, weight_shapes(model_config), str(path), strict)
+    except UserError as error:
+        beside = path.with_suffix(".json")
+        if path.suffix == ".pt" and beside.is_file():
+            hint = f'\n{beside} describes the model: --config {beside}, or args["config"] in the guide\'s scripts'
+            raise UserError(f"{error}{hint}") from None
+        raise
 
 
 def _pretrained(path: Path, model_config: ModelConfig) -> Weights:
     check_kind(path, CHECKPOINT, WEIGHTS, MODEL)
+    if not path.exists():
+        hint = "; `python hgface_2_bmtrain.py` or `fm9g convert FOLDER FILE.pt` makes one" * (path.suffix == ".pt")
+        raise UserError(f"pretrained_model: {path}: no such file or folder{hint}")
     if not path.is_dir():
         return open_weights(path)
     if (path / MANIFEST).is_file():
         return open_pt(Checkpoint(path, needs_optimizer=False).weight_file)
     if not (path / "config.json").is_file():
-        raise UserError(f"pretrained_model: {path}: neither a checkpoint nor a Hugging Face folder")
+        files = ", ".join(str(file) for file in sorted(path.glob("*.pt"))[:3])
+        hint = f"; it holds {files}" if files else ""
+        raise UserError(f"pretrained_model: {path}: neither a checkpoint nor a Hugging Face folder{hint}")
     config, weights = open_folder(path)
     ours, theirs = (arithmetic(c) for c in (model_config, config))
     if odd := [f"{key} is {theirs[key]!r}, the run's {ours[key]!r}" for key in ours if differ(ours[key], theirs[key])]:

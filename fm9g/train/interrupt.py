@@ -12,7 +12,7 @@ class Interrupt:
     """While its block runs, the first SIGINT or SIGTERM only sets `requested`, a second one acts as usual; SIGUSR1 sets
     `wants_save`, which whoever saves sets back."""
 
-    def __init__(self, ending: str = "stopping with a checkpoint after this step") -> None:
+    def __init__(self, ending: str = "stopping with a checkpoint after this step and its evaluation") -> None:
         """ending: what messages say of it."""
         self.requested, self.wants_save, self._ending = False, False, ending
         self._before: dict[int, Any] = {}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fm9g.files import new_file
+from fm9g.memory import is_out_of_memory
 from fm9g.progress import Progress
 from fm9g.report.files import EVENTS_FILE, METRICS_FILE, RUN_FILE, read_metrics
 from fm9g.train.sinks import Histogram, Sink
@@ -56,6 +57,7 @@ class Metrics:
         self._spike, self._recent = spike, deque(losses, maxlen=_SPIKE_WINDOW)
         self._last: dict[str, float] = {}
         self._silent: set[str] = set()
+        self._ended: set[str] = set()  # sinks that get nothing any more
         self._progress = Progress("step", total=last_step, unit="steps", done=first_step)
         self._started = time.monotonic(), first_step
 
@@ -129,9 +131,13 @@ class Metrics:
         self._try(str(file), write)
 
     def _try(self, name: str, action: Any) -> None:
+        if name in self._ended:
+            return
         try:
             action()
         except Exception as error:  # sinks are others' code, and a run is worth more than its figures
+            if is_out_of_memory(error):  # a queue whose thread could not start takes some figures, and then blocks
+                self._ended.add(name)
             if name not in self._silent:
                 self._silent.add(name)
                 self._progress.say(f"note: {name}: cannot be written ({error}); training goes on")

@@ -157,6 +157,11 @@ def test_a_parameter_that_changes_nothing_says_so() -> None:
         ("gradient_checkpointing", "1", "write activation_checkpoint full"),
         ("packing", "1", "it is not needed here: rows are always packed"),
         ("zzz", "1", "zzz: unknown key; `fm9g config keys` lists"),
+        ("lora_layer", "q_proj", "'q_proj' is not the name of a linear layer; it is called project_q here"),
+        ("lora_layer", "foo,all", "'foo' is not the name of a linear layer; these are: project_q"),
+        ("output_dir", "a\0b", "output_dir: found 'a\\x00b', which holds what no text has"),
+        ("output_dir", "\ud800", "which holds what no text has"),
+        ("n_gpus", "100000", "n_gpus: found 100000, allowed: integer >= 1 and <= 1024"),
         ("train_iter", "5", "did you mean 'train_iters'?"),
         ("batch_size", "two", "batch_size: found 'two', allowed: integer >= 1"),
         ("lr_scheduler", "cosin", "did you mean 'cosine'?"),
@@ -219,9 +224,32 @@ def test_a_default_of_the_command_line_yields_to_the_file_which_says_so(
     train, _ = load_train_config("tiny", {"train_iters": "3"}, {**given, "train_iters": "2"})
     assert (train.value.lr, train.value.eps, train.value.train_iters) == (1e-4, 1e-5, 3)
     assert train.notes == (
-        "command line (--default.): local changes nothing: paths are used as they are given",
+        "launch script (--default.): local changes nothing: paths are used as they are given",
         "train_configs/tiny.json wins over the launch script: lr is 0.0001, not '1e-2'",
     )
+
+
+def test_a_default_is_no_configuration_and_a_name_no_empty_one() -> None:
+    with pytest.raises(UserError, match=r"--default.config: give it as --config"):
+        load_train_config("tiny", {}, {"config": "2b"})
+    for name in ("", ".", "/"):
+        with pytest.raises(UserError, match="--config: found"):
+            load_train_config(name, {})
+
+
+@pytest.mark.parametrize("kind", ["loop", "dangling", "folder"])
+def test_a_configuration_that_is_no_file_is_named_and_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "train_configs" / "tiny.json"
+    file.parent.mkdir()
+    if kind == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to("tiny.json" if kind == "loop" else "nothing")
+    with pytest.raises(UserError, match=r"train_configs/tiny.json: not a file but"):
+        load_train_config("tiny", {})
 
 
 def test_the_guide_also_calls_pretrained_model_load() -> None:

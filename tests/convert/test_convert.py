@@ -94,7 +94,7 @@ def test_the_guides_tools_refuse_what_cannot_be_meant(
     assert main(["convert", "7b.pt", "8b.pt"]) == 2
     assert "is a file; a .pt file is made from a Hugging Face folder" in capsys.readouterr().err
     assert main(["convert", "7b.pt", "out", "--reference", "7b.pt"]) == 2
-    assert "--reference is a Hugging Face folder" in capsys.readouterr().err
+    assert "expected the Hugging Face folder that the model came from" in capsys.readouterr().err
 
 
 def test_without_arguments_the_paths_of_the_guide_are_used(

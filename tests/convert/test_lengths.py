@@ -1,6 +1,7 @@
 """Rotary positions and sliding windows of foreign folders, at lengths below, at and beyond those where they change."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -177,11 +178,11 @@ def test_windows_that_no_class_has_are_not_exported() -> None:
     ("kind", "changes", "expected"),
     [
         ("qwen2", {"layer_types": MIXED, "sliding_window": 8}, "use_sliding_window is false or there is no window"),
-        ("qwen3", {**KINDS, "layer_types": [*MIXED, MIXED[0]]}, "layer_types names 3 layers, num_layers is 2"),
+        ("qwen3", {**KINDS, "layer_types": [*MIXED, MIXED[0]]}, "layer_types is not a list of 2 times"),
         (
             "qwen2",
             {**KINDS, "layer_types": ["chunked_attention", MIXED[1]]},
-            "layer_types.0: found 'chunked_attention'",
+            "layer_types is not a list of 2 times",
         ),
         ("llama", {"rope_parameters": {"full_attention": {"rope_type": "linear"}}}, "differ from layer to layer"),
         ("llama", {"rope_scaling": {**YARN, "truncate": False}}, "9G rounds the borders of YaRN"),
@@ -192,6 +193,29 @@ def test_windows_that_no_class_has_are_not_exported() -> None:
 def test_odd_positions_and_windows_are_refused(kind: str, changes: dict, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         from_hf_config({**BASE, "model_type": kind, **changes}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "expected"),
+    [
+        ("qwen2", {"use_sliding_window": "false"}, "use_sliding_window is neither true nor false"),
+        ("mistral", {"sliding_window": 0}, "sliding_window is 0, and not a number of tokens"),
+        ("mistral", {"sliding_window": "16"}, "sliding_window is '16'"),
+        ("mistral", {"sliding_window": 16, "layer_types": ["full_attention"]}, "layer_types is not a list of 2 times"),
+        ("mistral", {"sliding_window": 16, "layer_types": ["foo", "foo"]}, "layer_types is not a list of 2 times"),
+        ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 0}}, "is not above 0"),
+    ],
+)
+def test_odd_values_are_refused_as_transformers_does(kind: str, changes: dict, expected: str) -> None:
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
+    with pytest.raises(UserError, match=re.escape(expected)):
+        from_hf_config({"model_type": kind, **sizes, **changes}, "config.json")
+
+
+def test_the_layer_types_of_mistral_count() -> None:
+    sizes = {"model_type": "mistral", "num_hidden_layers": 2, "sliding_window": 16}
+    for kinds, windows in ((["full_attention"] * 2, (0, 0)), (["full_attention", "sliding_attention"], (0, 16))):
+        assert from_hf_config({**sizes, "layer_types": kinds}, "config.json").windows == windows
 
 
 def test_windows_need_their_width() -> None:

@@ -135,7 +135,7 @@ def test_what_is_no_hugging_face_folder_says_how_to_make_one(folder: Path, tmp_p
         / "m.pt": "m.pt: found the weights of a 9G model, expected a Hugging Face .*`fm9g convert .*m.pt FOLDER`",
         run / "2": r"2: found a 9G checkpoint, expected a Hugging Face folder.*`fm9g convert .*/2 FOLDER`",
         run / "10": r"10: found an adapter, .*`fm9g lora merge BASE .*/10 FOLDER`",
-        run: r"run: found the checkpoints of a run.* Give one of them: .*/2, .*/10, .*/last",
+        run: r"run: found the checkpoints of a run.* `fm9g convert .*/last FOLDER` makes a Hugging Face",
         dataset: r"dataset: found an indexed dataset, expected a Hugging Face folder\. A mixture",
         tmp_path / "none": "none: no such folder",
         bare: "bare: transformers cannot load it",
