@@ -206,7 +206,7 @@ def test_the_way_to_node_0() -> None:
 
 
 def test_disk_processors_and_output_of_a_run(tmp_path: Path, monkeypatch) -> None:
-    keys = {"output_dir": str(tmp_path), "train_iters": "1000", "save_iters": "300", "dataloader_num_workers": "9999"}
+    keys = {"output_dir": str(tmp_path), "train_iters": "1000", "save_iters": "300", "dataloader_num_workers": "999"}
     run = load_run("7b", keys, complete=False)
 
     def disk(free: float) -> Line:
@@ -216,7 +216,7 @@ def test_disk_processors_and_output_of_a_run(tmp_path: Path, monkeypatch) -> Non
     assert "4 checkpoints of 85.7 GiB" in disk(10).found
     assert [disk(free).status for free in (10, 200, 400)] == [ERROR, WARNING, OK]
     assert "the first 2 fit" in disk(200).advice
-    assert "4 processes here (n_gpus) and 39996 to prepare data" in machine._processors(run).found
+    assert "4 processes here (n_gpus) and 3996 to prepare data" in machine._processors(run).found
     assert machine._processors(run).status == WARNING
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda process: range(64))
     few = load_run("7b", keys | {"dataloader_num_workers": "1"}, complete=False)

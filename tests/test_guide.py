@@ -205,6 +205,7 @@ if "train" in sys.argv or any("fm9g" in word for word in sys.orig_argv):
 """
 
 
+@pytest.mark.slow  # two programs that import transformers
 def test_the_guides_own_script_and_ours_convert_to_the_same_file(folder: Path, bash: Run, shared: Path) -> None:
     """Its script is the block of its chapter, as it stands there."""
     guide = next((shared / "spec").glob("002*")).read_text(encoding="utf-8")

@@ -67,5 +67,6 @@ def test_samples_are_shown_with_what_opens_a_tokenizer_alone(work: Path) -> None
     assert loaded(words.split(), work) <= {"torch", "transformers"}  # transformers imports torch
 
 
+@pytest.mark.slow  # doctor imports them all, elsewhere
 def test_doctor_leaves_the_packages_that_it_tries_to_other_processes(work: Path) -> None:
     assert loaded(["doctor"], work) == set()

@@ -43,7 +43,9 @@ def test_processes_that_train_and_their_own(folder: Path, tokenizer_path: Path) 
     (folder / "m.json").write_text('[{"task_name": "a", "path": "d"}]')
     keys = "--dataset_config ./m.json --max_length 32 --batch_size 1 --train_iters 2 --dataloader_num_workers 1"
     done = fm9g(
-        folder, "train", "--config", "tiny", "--nproc", "2", "--tokenizer_path", str(tokenizer_path), *keys.split()
+        folder,
+        *("train", "--config", "tiny", "--nproc", "1", "--max-restarts", "1"),  # an agent, and a process that it starts
+        *("--tokenizer_path", str(tokenizer_path), *keys.split()),
     )
     assert done.returncode == 0, done.stderr
     assert not (folder / "executed").exists()

@@ -292,7 +292,8 @@ def test_the_configuration_shows_what_the_adapter_says(
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("quantization", ["none", pytest.param("nf4", marks=pytest.mark.slow)])
+@pytest.mark.slow  # four processes that import torch
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_two_processes_train_from_an_adapter_what_one_does(
     first: Callable[..., Path],
     go_on: Callable[..., Result],
