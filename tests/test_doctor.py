@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from fm9g.cli import main
 from fm9g.config.run import load_run
 from fm9g.doctor import add_doctor_arguments, examine, fit, machine, packages, run_doctor
 from fm9g.doctor.packages import Probe, probe
@@ -32,6 +33,11 @@ def options(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_doctor_arguments(parser)
     return parser.parse_args(words)
+
+
+def test_a_number_of_nodes_below_one_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--nodes", "0"]) == 2
+    assert "--nodes: found 0, expected at least 1" in capsys.readouterr().err
 
 
 def test_this_machine_is_fit_for_the_tests(tmp_path: Path) -> None:

@@ -101,7 +101,10 @@ class EncodingPool:
     def _crash(self) -> str:
         """What the workers that did not end by themselves were doing."""
         assert self._pool is not None
-        self._pool.shutdown(wait=True)
+        manager: Any = self._pool._executor_manager_thread
+        self._pool.shutdown(wait=False)
+        if manager is not None:  # it waits for the others, one of which may never hear that it is to end
+            manager.join(_PATIENCE)
         doing = []
         for slot in np.array(self._doing).reshape(-1, _SLOT):
             if slot[0]:

@@ -56,6 +56,8 @@ def run_doctor(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         raise UserError(f"--{next(iter(overrides))}: not an option of doctor; a key of a run goes with --config NAME")
     if not 0 < options.master_port < 2**16:
         raise UserError(f"--master-port: found {options.master_port}, expected 1 to 65535")
+    if options.nodes < 1:
+        raise UserError(f"--nodes: found {options.nodes}, expected at least 1")
     if not 0 <= options.node_rank < options.nodes:
         raise UserError(f"--node-rank: found {options.node_rank}, expected 0 to {options.nodes - 1} (see --nodes)")
     run = load_run(options.config, overrides, complete=False) if options.config else None

@@ -79,6 +79,8 @@ def generate(
     )
     if chat:
         ours = load_tokenizer(folder)
+        if not ours.chat_template:
+            raise UserError(f"{folder}: has no chat template; leave --chat away, or take a folder that has one")
         template = load_template("tokenizer", ours)
         messages = [{"role": "system", "content": system}] if system else []
         prompt = template.render([*messages, {"role": "user", "content": prompt}], add_generation_prompt=True)

@@ -154,7 +154,7 @@ def _listen(port: int, local: bool) -> socket.socket:
     except (OSError, OverflowError) as error:
         raise UserError(
             f"port {port} of this machine: {getattr(error, 'strerror', None) or error}; choose another --master-port "
-            "(MASTER_PORT), the same on all nodes, or end what uses it"
+            "(MASTER_PORT), the same on all nodes, or end what uses it; of several nodes only one has RANK 0"
         ) from None
 
 

@@ -15,6 +15,7 @@ import torch
 from support import small_model
 
 from fm9g.checkpoint.weights import write_weights
+from fm9g.cli import main
 from fm9g.convert.hf import export_folder, import_folder
 from fm9g.errors import UserError
 from fm9g.infer.generate import _config, _open_tokenizer, _prompt_ids, generate
@@ -42,6 +43,11 @@ def folder(tmp_path: Path, tokenizer_path: Path) -> Path:
     change(tmp_path / "hf" / "config.json", bos_token_id=0, eos_token_id=1)
     change(tmp_path / "hf" / "generation_config.json", bos_token_id=0, eos_token_id=1)
     return tmp_path / "hf"
+
+
+def test_chatting_needs_a_chat_template_of_the_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(folder), "--prompt", "a", "--chat"]) == 2
+    assert f"{folder}: has no chat template; leave --chat away" in capsys.readouterr().err
 
 
 def change(file: Path, **values: Any) -> None:
