@@ -35,6 +35,16 @@ def options(*words: str) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+def test_a_run_that_does_not_fit_is_known_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "_total_memory", lambda: 23.5)
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter(()))  # no GPU in /dev
+    run = load_run("7b", {}, complete=False)
+    assert "7b takes about" in fit.unfit_on_this_cpu(run, nodes=1, processes=2)
+    assert fit.unfit_on_this_cpu(load_run("tiny", {}, complete=False), nodes=1, processes=1) == ""
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter([folder / "nvidia0"]))
+    assert fit.unfit_on_this_cpu(run, nodes=1, processes=2) == ""
+
+
 def test_a_number_of_nodes_below_one_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--nodes", "0"]) == 2
     assert "--nodes: found 0, expected at least 1" in capsys.readouterr().err

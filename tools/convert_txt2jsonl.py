@@ -10,4 +10,4 @@ from fm9g.cli import main
 
 if len(sys.argv) > 1:
     sys.exit("it reads standard input: cat pretrain.txt | python convert_txt2jsonl.py > pretrain.jsonl")
-sys.exit(main(["data", "txt2jsonl", *sys.argv[1:]]))
+sys.exit(main(["data", "txt2jsonl"]))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fm9g.convert.hf import Source
     from fm9g.lora.files import Adapter
 
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _LICENSE = re.compile(r"^(license|license_name|license_link): *([^\s#'\"\[\]{}]+) *$", re.MULTILINE)
 _CHAT = """messages = [{"role": "user", "content": "Who are you?"}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -78,7 +78,7 @@ def peft_card(adapter: Adapter, name: str, base: str, modules: Iterable[str]) ->
     local = Path(base) if base and Path(base).exists() else None
     hub = _hub_name(local) if local else ""
     # A run of ours records a path, which may look like a name on a hub.
-    if not local and not (config.base_sha256 and base == config.base) and _HUB_NAME.fullmatch(base):
+    if not local and not (config.base_sha256 and base == config.base) and HUB_NAME.fullmatch(base):
         hub = base
     loads = base if _is_folder(local) else hub
     head = {"base_model": hub} if hub else {}
@@ -285,7 +285,7 @@ def _is_folder(path: Path | None) -> bool:
 def _hub_name(base: Path) -> str:
     """The name on a hub of a base that is here, which its configuration may tell; empty: not known."""
     name = str(read_object(base / "config.json").get("_name_or_path", "")) if _is_folder(base) else ""
-    return name if _HUB_NAME.fullmatch(name) and not Path(name).exists() else ""
+    return name if HUB_NAME.fullmatch(name) and not Path(name).exists() else ""
 
 
 def _type_of(folder: Path | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from fm9g.checkpoint.folder import MANIFEST
 from fm9g.checkpoint.stored import open_pt, open_safetensors
 from fm9g.config.adapter import ADAPTER_CONFIG, AdapterConfig
 from fm9g.config.load import Layer, build, read_object
-from fm9g.convert.card import peft_card
+from fm9g.convert.card import HUB_NAME, peft_card
 from fm9g.convert.folder import open_folder, stored_in
 from fm9g.convert.names import LLAMA, Names, bare
 from fm9g.errors import UserError
@@ -107,7 +106,7 @@ def _check_base(base: str, adapter: Adapter, modules: Mapping[str, str]) -> None
     of its shape, or is not the one that the adapter was trained on. modules: layer of the adapter -> its name there."""
     folder = Path(base)
     if not folder.exists():
-        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base) and not folder.parent.exists():
+        if HUB_NAME.fullmatch(base) and not folder.parent.exists():
             print(f"note: --base {base}: not a folder here, and so taken for a name on a hub; it was not looked at")
             return
         raise UserError(f"--base {base}: no such folder; give a Hugging Face folder, or a name on a hub (ORG/NAME)")

@@ -162,7 +162,18 @@ def test_pretrained_weights_are_the_start(
 ) -> None:
     assert whole.checkpoint is not None
     source = Checkpoint(whole.checkpoint).weight_file
+    capsys.readouterr()
     result = train("tuned", pretrained_model=source, train_iters=1, lr=0)
+    assert f"note: weights: {source}\n" in capsys.readouterr().out
+    train("new", train_iters=1)
+    assert "note: weights: new ones, at random; pretrained_model is empty" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"none.pt: no such file or folder; `python hgface_2_bmtrain.py` or"):
+        train("none", pretrained_model=tmp_path / "none.pt")
+    wide = {**torch.load(source), "lm_head.weight": torch.ones(3, 3)}
+    torch.save(wide, tmp_path / "wide.pt")
+    (tmp_path / "wide.json").write_text("{}")
+    with pytest.raises(UserError, match=r"shape \[3, 3\](.|\n)*wide.json describes the model: --config .*wide.json"):
+        train("none", pretrained_model=tmp_path / "wide.pt")
     given, kept = read_weights(source), weights(result)
     assert all(torch.equal(given[name], kept[name]) for name in given)
     part = {name: tensor for name, tensor in given.items() if name != "lm_head.weight"} | {"odd": torch.ones(1)}
