@@ -17,6 +17,9 @@
 
 # conda activate fm-9g
 
+# Who holds this may take part in the run, and nobody else.
+export FM9G_SECRET="${FM9G_SECRET:-$(fm9g train --print-secret)}"
+
 # fm9g finds the other processes, their master and its port (from the number of the job) in SLURM's variables.
 exec srun --cpus-per-task="$SLURM_CPUS_PER_TASK" fm9g train --resume auto "$@"
 

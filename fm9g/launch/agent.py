@@ -14,10 +14,10 @@ from types import FrameType
 from typing import Any
 
 from fm9g.errors import UserError
-from fm9g.launch.board import Hub, LostError, reach
+from fm9g.launch.board import Hub, LostError, reach, warn_without_secret
 from fm9g.launch.failure import INTERRUPTED, LOST, OTHER, USER, EndError, Failure, Silence, Timing
 from fm9g.launch.meeting import POLL, Meeting
-from fm9g.launch.place import STEP_TIMEOUT, TIMEOUT, Nodes, host_name
+from fm9g.launch.place import SECRET, STEP_TIMEOUT, TIMEOUT, Nodes, host_name, new_secret
 from fm9g.launch.team import Team
 from fm9g.safe_path import fm9g_command
 
@@ -90,6 +90,8 @@ class _Agent:
         max_restarts: int,
         log_dir: Path | None,
     ) -> None:
+        if nodes.nnodes == 1 and not nodes.secret:
+            nodes = replace(nodes, secret=new_secret())
         self._command, self._nodes, self._timing, self._log_dir = command, nodes, timing, log_dir
         self._step_timeout, self._max_restarts = step_timeout, max_restarts
         self._host, self._me, self._master = host_name(), nodes.node_rank, nodes.node_rank == 0
@@ -98,9 +100,12 @@ class _Agent:
     def run(self, signals: _Signals, same: Mapping[str, Any]) -> int:
         self._signals = signals
         # Workers connect to MASTER_ADDR too, so a single node's hub can do without the network.
-        hub = Hub(self._nodes.master_port, local=self._nodes.nnodes == 1) if self._master else None
+        nodes = self._nodes
+        hub = Hub(nodes.master_port, nodes.secret, local=nodes.nnodes == 1) if self._master else None
         try:
-            failure = self._run(hub.port if hub else self._nodes.master_port, same)
+            if hub:
+                warn_without_secret(nodes.nnodes, hub.port, nodes.secret)
+            failure = self._run(hub.port if hub else nodes.master_port, same)
         finally:
             if hub:
                 hub.close()
@@ -112,7 +117,9 @@ class _Agent:
         nodes, timing = self._nodes, self._timing
         self._port = port
         try:
-            self._board = reach(nodes.master_addr, port, timing.timeout, timing.silence, self._end_if_told)
+            self._board = reach(
+                nodes.master_addr, port, nodes.secret, timing.timeout, timing.silence, self._end_if_told
+            )
         except UserError as error:
             raise UserError(self._failure(str(error)).message) from None
         except EndError as end:
@@ -182,6 +189,7 @@ class _Agent:
             "GROUP_WORLD_SIZE": str(nodes.nnodes),
             "MASTER_ADDR": nodes.master_addr,
             "MASTER_PORT": str(self._port),  # of the board; torch's store is Monitor.store()
+            SECRET: nodes.secret,
             "FM9G_AGENT": str(os.getpid()),
             "FM9G_ATTEMPT": str(attempt),
             "FM9G_STARTED": repr(self._started),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from fm9g.printable import printable
 
 OTHER, USER, LOST, INTERRUPTED = 1, 2, 69, 130  # exit codes; LOST is between a worker and its agent only
 
@@ -34,15 +36,25 @@ class Failure:
 
     @property
     def text(self) -> str:
-        """The message, and below it the detail."""
-        return "\n".join([f"fm9g: {self.message}", *(f"  | {line}" for line in self.detail.splitlines())])
+        """The message, and below it the detail, fit for a terminal: they come from other machines."""
+        lines = [f"fm9g: {self.message}", *(f"  | {line}" for line in self.detail.splitlines())]
+        return "\n".join(map(printable, lines))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @staticmethod
-    def from_json(values: dict[str, Any]) -> Failure:
-        return Failure(**values)
+    def from_json(values: Any) -> Failure:
+        """What a process wrote on the board; whatever that is, it is a failure."""
+        try:
+            failure = Failure(**values)
+            texts = (failure.cause, failure.host, failure.detail)
+            numbers = (failure.node, failure.code, 0 if failure.rank is None else failure.rank)
+            if all(isinstance(text, str) for text in texts) and all(type(number) is int for number in numbers):
+                return replace(failure, code=failure.code if 0 < failure.code < 256 else OTHER, gone=bool(failure.gone))
+        except TypeError:
+            pass
+        return Failure(f"a process ended with what is no record of a failure: {str(values)[:200]!r}", None, "", 0)
 
 
 class EndError(Exception):

@@ -6,13 +6,14 @@ import os
 import sys
 import threading
 import time
-from dataclasses import dataclass
+import traceback
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from fm9g.launch.blame import exit_code, failure_of, may_be_echo
-from fm9g.launch.board import Board, Hub, LostError, reach
+from fm9g.launch.board import LOOPBACK, Board, Hub, LostError, reach, warn_without_secret
 from fm9g.launch.failure import LOST, Failure, Silence, Timing
 from fm9g.launch.place import Place, host_name
 from fm9g.launch.stacks import find_laggards, take_stacks
@@ -50,15 +51,17 @@ class Monitor:
         self._stores: list[Any] = []  # that others may use until this process ends
         self._board: Board | None = None
         if not place.alone:
-            addr, port = place.master_addr, place.master_port
+            port, secret = place.master_port, place.secret
             if place.launcher == "torchrun":  # its own store has the port
-                from fm9g.launch.torch_store import agree_on_port
+                from fm9g.launch.torch_store import meet_under_torchrun
 
-                port, self._hub, store = agree_on_port(place)
+                port, secret, self._hub, store = meet_under_torchrun(place)
                 self._stores.append(store)
             elif not place.agent and place.rank == 0:
-                self._hub = Hub(port)
-            self._board = reach(addr, port, place.timeout, self._timing.silence)
+                self._hub = Hub(port, secret, local=place.nodes == 1)
+                warn_without_secret(place.nodes, port, secret)
+            addr = LOOPBACK if place.nodes == 1 else place.master_addr
+            self._board = reach(addr, port, secret, place.timeout, self._timing.silence)
         if self._board is not None:
             self._beat(self._board)  # now, so that whoever dies a moment later is missed
         threading.Thread(target=self._watch, name="monitor", daemon=True).start()
@@ -136,6 +139,9 @@ class Monitor:
                 time.sleep(self._timing.beat / 8)
         except LostError as error:
             self._leave(self._failure(str(error)), LOST)
+        except Exception as error:  # else the run would go on, and nobody would watch it
+            trace = "".join(traceback.format_exception(error))
+            self._leave(replace(self._failure(f"its watching thread failed: {error!r}"), detail=trace))
 
     def _beat(self, board: Board) -> None:
         """One sign of life, for the news of the board."""

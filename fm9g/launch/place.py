@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fm9g.errors import UserError
@@ -14,6 +15,8 @@ from fm9g.errors import UserError
 TIMEOUT = 60.0  # seconds within which a run ends that cannot go on
 STEP_TIMEOUT = 1800.0  # seconds that a step may take
 PORT = 29500  # of the master, where several nodes are given without a port
+SECRET = "FM9G_SECRET"  # the variable
+_SHORTEST = 16  # characters of a secret: short ones can be tried out by whoever listens on the network
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class Place:
 
     launcher: "fm9g" (our agent), "torchrun", "slurm", or "" for a single process. attempt: restarts so far. started:
     Unix time in seconds when the first attempt began, 0 where that is unknown. timeout: seconds within which all
-    processes end when one of them cannot go on. step_timeout: seconds that a step may take; 0: any time.
+    processes end when one of them cannot go on. step_timeout: seconds that a step may take; 0: any time. secret: of
+    the run, which all its processes have, and nobody else; empty: whoever reaches the master may interfere.
     """
 
     rank: int = 0
@@ -38,6 +42,7 @@ class Place:
     started: float = 0.0
     timeout: float = TIMEOUT
     step_timeout: float = STEP_TIMEOUT
+    secret: str = field(default="", repr=False)
 
     @property
     def agent(self) -> bool:
@@ -52,13 +57,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Nodes:
-    """The machines of a run, as an agent needs them. master_port: 0 takes a free one."""
+    """The machines of a run, as an agent needs them. master_port: 0 takes a free one. secret: see Place."""
 
     nproc: int
     nnodes: int
     node_rank: int
     master_addr: str
     master_port: int
+    secret: str = field(default="", repr=False)
 
 
 def find_launcher(environ: Mapping[str, str] = os.environ) -> str:
@@ -82,6 +88,7 @@ def find_place(environ: Mapping[str, str] = os.environ) -> Place:
     limits: dict[str, Any] = {
         "timeout": _seconds(env, "FM9G_TIMEOUT", TIMEOUT),
         "step_timeout": _seconds(env, "FM9G_STEP_TIMEOUT", STEP_TIMEOUT),
+        "secret": find_secret(env),
     }
     if launcher == "slurm":
         return Place(**_slurm_place(env), launcher=launcher, **limits)
@@ -142,7 +149,23 @@ def find_nodes(
         raise UserError(f"{nodes} nodes: set MASTER_ENDPOINT or --master-addr to the name or address of node 0")
     if port > 65535 or (nodes > 1 and port < 1):
         raise UserError(f"MASTER_PORT (--master-port): found {port}, expected 1 to 65535")
-    return Nodes(processes, nodes, max(node, 0), addr if nodes > 1 else "127.0.0.1", port)
+    return Nodes(processes, nodes, max(node, 0), addr if nodes > 1 else "127.0.0.1", port, find_secret(env))
+
+
+def find_secret(environ: Mapping[str, str] = os.environ) -> str:
+    """The secret that FM9G_SECRET gives; empty for none. Raises UserError where it is too short."""
+    secret = environ.get(SECRET, "").strip()
+    if 0 < len(secret) < _SHORTEST:
+        raise UserError(
+            f"{SECRET}: found {len(secret)} characters, expected at least {_SHORTEST}; `fm9g train --print-secret` "
+            "makes one, for all machines of the run"
+        )
+    return secret
+
+
+def new_secret() -> str:
+    """128 random bits, as text."""
+    return secrets.token_hex(16)
 
 
 def expand_nodes(text: str) -> list[str]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
 TIMEOUT = 6.0  # seconds: what runs that try the timeout call a minute
+SECRET = "the secret of these runs"
 PATIENCE = 30.0  # seconds: the timeout of all others, and what a slow machine has for anything: half of it is silence
 SLACK = 4.0  # seconds that two busy cores may lose
 
@@ -46,7 +48,11 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Node]]:
     def start_node(
         kind: str, node: int = 0, of: int = 2, nproc: int = 1, port: int = 0, addr: str = "127.0.0.1", **more: object
     ) -> Node:
-        place = {"nproc": nproc, "nnodes": of, "node_rank": node, "master_addr": addr, "master_port": port}
+        secret = more.pop("secret", SECRET)
+        place = {
+            **{"nproc": nproc, "nnodes": of, "node_rank": node},
+            **{"master_addr": addr, "master_port": port, "secret": secret},
+        }
         prefix = more.pop("prefix", [])
         values = {"argv": [kind, str(tmp_path)], "nodes": place, "timeout": PATIENCE, "step_timeout": 0, **more}
         nodes.append(Node(prefix, values))
@@ -328,8 +334,52 @@ def test_a_signal_while_nodes_are_missing(start, port):
     assert "interrupted by SIGINT" in message(err)
 
 
-def test_a_cut_network_ends_both_sides(start, port, tmp_path):
-    """Two machines, a cable, and the cable is cut: packets vanish, and no connection is reset."""
+def attack(addr: str, *ports: int, prefix: Sequence[str] = ()) -> None:
+    command = [*prefix, sys.executable, str(HERE / "attacker.py"), addr, *map(str, ports)]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=2 * PATIENCE)
+    assert done.stdout.count("False") == len(ports), done
+
+
+def end_well(nodes: list[Node]) -> None:
+    """Ends runs that go on, which save as always."""
+    time.sleep(2)
+    assert [node.process.poll() for node in nodes] == [None] * len(nodes)
+    nodes[0].signal(signal.SIGTERM)
+    nodes[-1].signal(signal.SIGTERM)
+    assert [node.end()[0] for node in nodes] == [130] * len(nodes)
+
+
+def test_strangers_do_nothing_to_a_run(start, port, tmp_path):
+    nodes = [start("train", node, port=port) for node in (0, 1)]
+    pid_of(tmp_path, 0), pid_of(tmp_path, 1)
+    attack("127.0.0.1", port)
+    end_well(nodes)
+
+
+def test_a_node_with_another_secret_is_told_so_and_ends_nobody(start, port, tmp_path):
+    nodes = [start("train", node, port=port) for node in (0, 1)]
+    pid_of(tmp_path, 0), pid_of(tmp_path, 1)
+    code, _, err = start("train", 1, port=port, timeout=1.5, secret="the secret of another run").end()
+    assert code == 2
+    assert "give FM9G_SECRET the same value on all machines of the run" in message(err)
+    end_well(nodes)
+
+
+def test_one_machine_listens_to_itself_alone(start, tmp_path):
+    """And makes a secret for its processes."""
+    node = start("train", of=1, nproc=2, secret="")
+    environ = Path(f"/proc/{pid_of(tmp_path, 1)}/environ").read_bytes().split(b"\0")
+    (port,) = [int(line.partition(b"=")[2]) for line in environ if line.startswith(b"MASTER_PORT=")]
+    assert len([line for line in environ if re.fullmatch(rb"FM9G_SECRET=[0-9a-f]{32}", line)]) == 1
+    listening = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines() if " 0A " in line]
+    assert [address for address in listening if address.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
+    attack("127.0.0.1", port)
+    end_well([node])
+
+
+@pytest.fixture
+def namespaces() -> Iterator[list[str]]:
+    """Two machines and a cable: network namespaces with the addresses 10.99.0.1 and 10.99.0.2."""
     names = [f"fm9g{os.getpid() % 10000}{side}" for side in "ab"]
     setup = [f"ip netns add {name}" for name in names]
     setup += [f"ip link add {names[0]}0 netns {names[0]} type veth peer name {names[1]}0 netns {names[1]}"]
@@ -342,25 +392,38 @@ def test_a_cut_network_ends_both_sides(start, port, tmp_path):
                 subprocess.run(line.split(), check=True, capture_output=True)
             except (OSError, subprocess.CalledProcessError) as error:
                 pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', None) or error}")
-        nodes = [
-            start("train", i, addr="10.99.0.1", port=port, timeout=TIMEOUT, prefix=["ip", "netns", "exec", name])
-            for i, name in enumerate(names)
-        ]
-        pids = [pid_of(tmp_path, rank) for rank in range(2)]
-        time.sleep(0.5)
-        # Not the device but the path: a device that is down lets the sender know.
-        drop = f"tc -n {names[1]} qdisc add dev {names[1]}0 root netem loss 100%"
-        if subprocess.run(drop.split(), capture_output=True).returncode:
-            subprocess.run(f"ip -n {names[0]} link set {names[0]}0 down".split(), check=True)
-        began = time.monotonic()
-        ends = [node.end() for node in nodes]
-        assert time.monotonic() - began < TIMEOUT + SLACK
-        assert [end[0] for end in ends] == [1, 1]
-        assert "rank 1 on host" in message(ends[0][2])
-        assert "no sign of life" in message(ends[0][2])
-        assert "master 10.99.0.1" in message(ends[1][2])
-        for pid in pids:
-            await_end_of(pid, 0.1)
+        yield names
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def test_strangers_on_the_network_do_nothing_to_two_machines(start, port, tmp_path, namespaces):
+    inside = [["ip", "netns", "exec", name] for name in namespaces]
+    nodes = [start("train", i, addr="10.99.0.1", port=port, prefix=prefix) for i, prefix in enumerate(inside)]
+    pid_of(tmp_path, 0), pid_of(tmp_path, 1)
+    attack("10.99.0.1", port, prefix=inside[1])
+    end_well(nodes)
+
+
+def test_a_cut_network_ends_both_sides(start, port, tmp_path, namespaces):
+    """The cable is cut: packets vanish, and no connection is reset."""
+    nodes = [
+        start("train", i, addr="10.99.0.1", port=port, timeout=TIMEOUT, prefix=["ip", "netns", "exec", name])
+        for i, name in enumerate(namespaces)
+    ]
+    pids = [pid_of(tmp_path, rank) for rank in range(2)]
+    time.sleep(0.5)
+    # Not the device but the path: a device that is down lets the sender know.
+    drop = f"tc -n {namespaces[1]} qdisc add dev {namespaces[1]}0 root netem loss 100%"
+    if subprocess.run(drop.split(), capture_output=True).returncode:
+        subprocess.run(f"ip -n {namespaces[0]} link set {namespaces[0]}0 down".split(), check=True)
+    began = time.monotonic()
+    ends = [node.end() for node in nodes]
+    assert time.monotonic() - began < TIMEOUT + SLACK
+    assert [end[0] for end in ends] == [1, 1]
+    assert "rank 1 on host" in message(ends[0][2])
+    assert "no sign of life" in message(ends[0][2])
+    assert "master 10.99.0.1" in message(ends[1][2])
+    for pid in pids:
+        await_end_of(pid, 0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from fm9g.launch.board import LostError, reach
 from fm9g.launch.failure import Silence, Timing
 from fm9g.launch.stacks import find_laggards
 
 HERE = Path(__file__).parent
+SECRET = "the secret of these runs"
 TIMEOUT = 6.0
 PLAIN = {name: text for name, text in os.environ.items() if not name.startswith(("SLURM_", "FM9G_"))}
 
@@ -28,10 +31,11 @@ def start(tmp_path: Path) -> Iterator[Callable[..., list[subprocess.Popen]]]:
 
     def start_tasks(kind: str, count: int = 2, **more: str) -> list[subprocess.Popen]:
         with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
+            start_tasks.port = port = server.getsockname()[1]
         step = {"SLURM_STEP_NUM_TASKS": str(count), "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": str(port)}
         for rank in range(count):
-            own = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "FM9G_TIMEOUT": str(TIMEOUT), **more}
+            own = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "FM9G_TIMEOUT": str(TIMEOUT)}
+            own |= {"FM9G_SECRET": SECRET, **more}
             started.append(
                 subprocess.Popen(
                     [sys.executable, str(HERE / "worker.py"), kind, str(tmp_path)],
@@ -56,7 +60,7 @@ def ends(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
 
 
 def ready(folder: Path, count: int = 2) -> list[int]:
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 30
     while not all((folder / f"ready-{rank}-0").exists() for rank in range(count)):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -65,6 +69,43 @@ def ready(folder: Path, count: int = 2) -> list[int]:
 
 def test_ranks_may_end_at_different_times(start):
     assert ends(start("late")) == [(0, ""), (0, "")]  # rank 0, which holds the board, is done first
+
+
+def test_without_a_secret_the_user_is_told_who_may_interfere(start):
+    (code, note), (other, nothing) = ends(start("late", FM9G_SECRET=""))
+    assert (code, other, nothing) == (0, 0, "")
+    assert note.startswith("note: FM9G_SECRET is not set: whoever has an account on this machine can end this run")
+
+
+def attack(*ports: int) -> None:
+    done = subprocess.run([sys.executable, str(HERE / "attacker.py"), "127.0.0.1", *map(str, ports)], text=True,
+                          capture_output=True, timeout=60)  # fmt: skip
+    assert done.stdout.count("False") == len(ports), done
+
+
+def test_strangers_do_nothing_to_a_run(start, tmp_path):
+    tasks = start("train")
+    ready(tmp_path)
+    attack(start.port)
+    time.sleep(2)
+    assert [task.poll() for task in tasks] == [None, None]
+    for task in tasks:
+        task.send_signal(signal.SIGTERM)
+    assert [code for code, _ in ends(tasks)] == [130, 130]
+    assert all((tmp_path / f"saved-{rank}").exists() for rank in range(2))
+
+
+def test_a_watching_thread_that_fails_ends_the_run_with_a_message(start, tmp_path):
+    tasks = start("train")
+    ready(tmp_path)
+    board = reach("127.0.0.1", start.port, SECRET, patience=5.0, limit=5.0)
+    with contextlib.suppress(LostError):
+        while tasks[0].poll() is None:
+            board.exchange(put={"0/rank/1": 3})
+    for code, err in ends(tasks):
+        assert code == 1
+        assert "Traceback" not in err.splitlines()[0]
+    assert "its watching thread failed: TypeError" in err or "lost touch" in err
 
 
 def test_a_mistake_ends_all_and_is_told_once(start):
@@ -100,7 +141,7 @@ def test_the_death_of_rank_0_is_told_by_the_next(start, tmp_path):
     os.kill(ready(tmp_path)[0], signal.SIGKILL)
     code, err = ends(tasks)[1]
     assert code == 1
-    assert "lost touch with the master localhost" in err
+    assert "lost touch with the master 127.0.0.1" in err
 
 
 def test_a_rank_that_never_comes_is_missed(start):
@@ -147,6 +188,37 @@ def test_torchrun_and_a_collective_operation(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / f"sum-{rank}").read_text() for rank in range(2)] == ["torchrun 0 3"] * 2
+
+
+def listening(pid: int) -> list[int]:
+    """The ports where a process listens to this machine alone. None may be open to others."""
+    inodes = {os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()}
+    tables = [Path(f"/proc/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
+    rows = [row for row in (line.split() for table in tables for line in table) if f"socket:[{row[9]}]" in inodes]
+    addresses = [row[1].split(":") for row in rows if row[3] == "0A"]
+    assert {address for address, _ in addresses} == {"0100007F"}
+    return [int(port, 16) for _, port in addresses]
+
+
+@pytest.mark.slow
+def test_strangers_do_nothing_to_a_run_of_torchrun(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    with subprocess.Popen(
+        [*command, str(HERE / "worker.py"), "train", str(tmp_path)], env=PLAIN, stderr=subprocess.PIPE, text=True
+    ) as run:
+        try:
+            pids = ready(tmp_path)
+            ports = listening(pids[0])  # its board has a port of its own, beside that of torchrun's store
+            assert len(ports) == 1
+            attack(*ports)
+            time.sleep(2)
+            assert run.poll() is None
+            for pid in pids:
+                os.kill(pid, signal.SIGTERM)
+            run.wait(timeout=30)
+            assert all((tmp_path / f"saved-{rank}").exists() for rank in range(2))
+        finally:
+            run.kill()
 
 
 def test_silence_is_measured_by_the_listener():

@@ -133,9 +133,9 @@ def test_an_ipv6_address_may_have_brackets(address: str) -> None:
     assert find_place({**TORCHRUN, "MASTER_ADDR": address}).master_addr == "::1"
     assert find_place({**SLURM, "MASTER_ADDR": address}).master_addr == "::1"
     assert (with_port("::1", 29500), with_port("node0", 29500)) == ("[::1]:29500", "node0:29500")
-    hub = Hub(0)
+    hub = Hub(0, "")
     try:
-        reach(find_nodes(environ).master_addr, hub.port, patience=5.0, limit=5.0)
+        reach(find_nodes(environ).master_addr, hub.port, "", patience=5.0, limit=5.0)
     except UserError as error:
         if "Address family not supported" not in str(error) and "Cannot assign" not in str(error):
             raise
