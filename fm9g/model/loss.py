@@ -11,7 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fm9g.model.sizes import pad_rows
+
 _ROWS = 1024  # logits held at a time: this many rows of V
+_MULTIPLE = 128  # of which the rows are one, see pad_rows
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Any:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         smoothing, z_loss = objective.label_smoothing, objective.z_loss
-        ids = vocabulary.total(targets.new_tensor(len(weight))) if smoothing else targets.new_tensor(0)  # V
+        ids = vocabulary.total(targets.new_full((), len(weight))) if smoothing else 0  # V
         extra = torch.zeros((), device=hidden.device)
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -71,7 +74,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part, wanted = hidden[rows], targets[rows, None] - vocabulary.first
             here = (wanted >= 0) & (wanted < len(weight))
             wanted = wanted.where(here, 0)
-            logits = (part @ weight.T).float()
+            padded = pad_rows(part, _MULTIPLE)
+            logits = (padded @ weight.T)[: len(part)].float()
             normalizer = vocabulary.normalizer(logits)
             at_target = vocabulary.total(logits.gather(1, wanted) * here)
             losses[rows] = (normalizer - at_target)[:, 0]
@@ -92,11 +96,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 error -= smoothing / ids
             if share is not None:
                 error *= share
-            error = error.to(part.dtype)
+            error = pad_rows(error.to(part.dtype), _MULTIPLE)
             if grad_hidden is not None:
-                grad_hidden[rows] = error @ weight
+                grad_hidden[rows] = (error @ weight)[: len(part)]
             if grad_weight is not None:
-                grad_weight += error.T @ part
+                grad_weight += error.T @ padded
         if grad_hidden is not None:
             vocabulary.total(grad_hidden)
         ctx.save_for_backward(grad_hidden, grad_weight)

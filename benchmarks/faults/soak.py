@@ -1,0 +1,132 @@
+"""Whether the memory of a long run stays what it was: `python benchmarks/faults/soak.py --steps 2000`.
+
+Trains a small model on documents of all lengths, with an evaluation every 50 steps and a data worker, in bf16 and in
+fp32, and reads the resident memory of the training process and of its worker. Exit code 1 where either is more than
+5 % above what it was after the first twentieth of the steps. On a GPU it also reads the memory that torch has reserved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from fm9g.data.build import build_index  # noqa: E402
+from fm9g.data.lines import Settings  # noqa: E402
+from fm9g.data.records import to_line  # noqa: E402
+from fm9g.data.sources import find_sources  # noqa: E402
+from fm9g.data.tokenizer import train_tokenizer  # noqa: E402
+
+GROWTH = 0.05  # tolerated
+REPORT = Path(__file__).with_suffix(".md")
+WORDS = "the quick brown fox jumps over lazy dogs while seven wizards quietly mix potions of many colours".split()  # noqa: SIM905
+MODEL = {
+    "vocab_size": 400,
+    "dim_model": 128,
+    "dim_ff": 352,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "max_length": 512,
+}
+
+
+def prepare(folder: Path) -> None:
+    """A dataset of pairs whose documents and targets have all lengths, a tokenizer and a mixture."""
+    source = random.Random(0)
+
+    def text(longest: int) -> str:
+        return " ".join(source.choice(WORDS) for _ in range(source.randint(1, longest)))
+
+    pairs = [{"input": text(60), "output": text(120)} for _ in range(4000)]
+    for name, part in (("data", pairs[:-50]), ("validation", pairs[-50:])):
+        (folder / f"{name}.jsonl").write_bytes(b"".join(map(to_line, part)))
+        build_index(find_sources([str(folder / f"{name}.jsonl")]), folder / name, Settings("en"), 0)
+        (folder / f"{name}.json").write_text(json.dumps([{"task_name": name, "path": str(folder / name)}]))
+    train_tokenizer((pair["output"] for pair in pairs), 400, folder / "tokenizer")
+
+
+def resident(pid: int) -> float:
+    """MB of memory that a process has to itself: anonymous pages, not those of files."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    return int(status.split("RssAnon:")[1].split()[0]) / 1024
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process started, and theirs."""
+    own = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return own + [grandchild for child in own for grandchild in children(child)]
+
+
+def steps_of(metrics: Path) -> tuple[int, float]:
+    """The last step that a run logged, and the GB that torch has reserved on a GPU, as it logs them; 0 without one."""
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    last = json.loads(lines[-1]) if lines and lines[-1].endswith("}") else {"step": 0}
+    return last["step"], last.get("Memory/reserved", 0.0)
+
+
+def soak(folder: Path, half_type: str, steps: int) -> dict[str, list[float]]:
+    """For each kind of process its memory (MB) after a twentieth of the steps, and at the end."""
+    (folder / "model.json").write_text(json.dumps(MODEL | {"half_type": half_type}))
+    keys = {
+        "config": folder / "model.json",
+        "dataset_config": folder / "data.json",
+        "val_dataset": folder / "validation.json",
+        "tokenizer_path": folder / "tokenizer",
+        "output_dir": folder / half_type,
+        "train_iters": steps,
+        "eval_iters": 50,
+        "batch_size": 1,
+        "max_length": 512,
+        "dataloader_num_workers": 1,
+        "save": "false",
+    }
+    words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    with (folder / "log").open("wb") as log:
+        run = subprocess.Popen([sys.executable, "-m", "fm9g", "train", *words], stdout=log, stderr=log)
+    metrics = next(iter((folder / half_type).glob("logs/*/metrics.jsonl")), folder / half_type / "none")
+    found: dict[str, list[float]] = {"training": [], "data worker": [], "reserved on the GPU": []}
+    marks = [max(1, steps // 20), steps - max(1, steps // 20)]
+    while marks and run.poll() is None:
+        time.sleep(0.1)
+        metrics = next(iter((folder / half_type).glob("logs/*/metrics.jsonl")), metrics)
+        step, reserved = steps_of(metrics)
+        if step >= marks[0]:
+            marks.pop(0)
+            found["training"].append(resident(run.pid))
+            found["data worker"].append(max(map(resident, children(run.pid)), default=0.0))
+            found["reserved on the GPU"].append(1000 * reserved)
+    if run.wait() or marks:
+        raise SystemExit((folder / "log").read_text(encoding="utf-8")[-2000:])
+    return {kind: values for kind, values in found.items() if any(values)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=2000, help="of each run (%(default)s)")
+    steps = parser.parse_args().steps
+    rows, grown = [f"| {steps} steps | process | MB early | MB late | growth |", "|---|---|---|---|---|"], False
+    with tempfile.TemporaryDirectory() as name:
+        prepare(Path(name))
+        for half_type in ("bf16", "fp32"):
+            for kind, (early, late) in soak(Path(name), half_type, steps).items():
+                growth = late / early - 1
+                grown |= growth > GROWTH
+                rows.append(f"| {half_type} | {kind} | {early:.0f} | {late:.0f} | {growth:+.1%} |")
+                print(rows[-1], flush=True)
+    REPORT.write_text("\n".join([*rows, ""]), encoding="utf-8")
+    return int(grown)
+
+
+if __name__ == "__main__":
+    os.environ["PYTHONPATH"] = str(ROOT)
+    sys.exit(main())
