@@ -3,12 +3,14 @@ PYTHON ?= python3
 ARGS ?= --overwrite
 GPU ?= A100
 SCALE ?= 1
+times = $(shell awk 'BEGIN { print int($(1) * $(SCALE) + 0.5) }')
 VENV := .venv
 BIN := $(VENV)/bin
+GPU_PYTHON ?= $(BIN)/python
 # Where the variable is set, every process would compile what it imports: half a minute for peft.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: quickstart test test-all test-gpu check format bench-data bench-engine bench-convert bench-train bmtrain docs clean
+.PHONY: quickstart test test-all test-faults test-gpu check format bench-data bench-engine bench-convert bench-train bmtrain docs clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/fm9g quickstart $(ARGS)
@@ -19,8 +21,15 @@ test: check
 test-all: check  # also every placement of every engine over 50 steps, the guide's chapter, more faults: long
 	OMP_NUM_THREADS=1 FM9G_ENGINE_STEPS=50 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "slow or not slow"
 
-test-gpu: $(VENV)/installed  # both engines on the NVIDIA GPUs of this machine; without one it says so
-	$(BIN)/python -m pytest -q -rs tests/gpu
+test-faults: $(VENV)/installed  # an hour or more: kills, small disks, clocks, signals; SCALE=0.1 for a tenth of them
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults/disturb.py --scale $(SCALE)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/train/faults.py \
+		--kills $(call times,200) --faults $(call times,100)
+
+# Both engines on the NVIDIA GPUs of this machine; without one it says so. GPU_PYTHON=python3: nothing is installed first,
+# for a machine without a package index (tools/gpu_wheels.py fetches what it lacks).
+test-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/installed)
+	$(GPU_PYTHON) -m pytest -q --durations=0 tests/gpu
 
 bmtrain: $(VENV)/installed  # for the GPUs of this machine: make bmtrain BMTRAIN="--arch 9.0" for those of another
 	tools/build_bmtrain.sh --python $(BIN)/python $(BMTRAIN)

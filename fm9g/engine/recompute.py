@@ -33,5 +33,5 @@ def recompute(module: torch.nn.Module, how: str) -> None:
 
 
 def _keep(context: Any, operation: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
-    flash = getattr(operation, "namespace", "") == "flash_attn"
+    flash = getattr(operation, "namespace", "") in ("flash_attn", "torch_attn")
     return CheckpointPolicy.MUST_SAVE if operation in _KEPT or flash else CheckpointPolicy.PREFER_RECOMPUTE

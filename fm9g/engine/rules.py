@@ -156,7 +156,7 @@ class AdamW8bit(Rule):
             self.load(name, key, torch.zeros(self.state[name][key].shape, device=device))
 
     def update(self, weights: dict[str, torch.Tensor], grads: dict[str, torch.Tensor], step: Update) -> None:
-        settings = self._settings
+        settings, number = self._settings, int(step.steps) + 1  # the one time that it waits
         for name, weight in weights.items():
             state = self.state[name]
             self._lib.optimizer_update_8bit_blockwise(
@@ -170,7 +170,7 @@ class AdamW8bit(Rule):
                 beta3=0.0,
                 alpha=0.0,
                 eps=settings.eps,
-                step=int(step.steps) + 1,
+                step=number,
                 lr=step.lr * settings.lr_scales[name],
                 qmap1=self._codes["exp_avg"],
                 qmap2=self._codes["exp_avg_sq"],

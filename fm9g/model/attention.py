@@ -11,6 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fm9g.model.sizes import pad_rows
+
+_LENGTHS = 64  # of which the tokens of a document are a multiple, see pad_rows
 _QUERIES = 1024  # of a document that are compared with the keys of their windows at a time
 
 
@@ -22,6 +25,34 @@ def flash_attn_kernel() -> Any:
     except ImportError:
         return None
     return flash_attn_varlen_func
+
+
+@cache
+def varlen_operators() -> Any:
+    """What torch.nn.attention.varlen is made of, forward and backward; None in a torch without it."""
+    try:
+        import torch.nn.attention.varlen
+    except ImportError:
+        return None
+    return torch.ops.torch_attn
+
+
+def packed_kernel(query: torch.Tensor, key: torch.Tensor, flash: bool) -> str:
+    """What attends over a whole packed row of such tensors at once: flash_attn, varlen (torch's own); "": nothing does.
+
+    flash: kernels are wanted at all. All of them are for half precision on a GPU; torch's is for one of compute
+    capability 8.0 or newer, and heads up to 256 wide, in steps of 8.
+    """
+    if not flash or not query.is_cuda or query.dtype == torch.float32:
+        return ""
+    if flash_attn_kernel():
+        return "flash_attn"
+    rows = [tensor.transpose(0, 1)[None] for tensor in (query, key, key)]
+    grouped = query.shape[1] != key.shape[1]
+    fits = query.shape[-1] % 8 == 0 and torch.backends.cuda.can_use_flash_attention(
+        torch.backends.cuda.SDPAParams(*rows, None, 0.0, True, grouped)  # type: ignore[arg-type, call-arg]
+    )
+    return "varlen" if fits and varlen_operators() else ""
 
 
 def attend(
@@ -37,14 +68,16 @@ def attend(
     """Attention of query (T, H, D) over key and value (T, K, D); returns (T, H, D).
 
     cu_seqlens: (documents + 1,) int32 borders on the tensors' device; lengths: the same documents' lengths on the host.
-    flash: use flash-attn where the tensors are half precision on a GPU and the package is there.
+    flash: use a kernel for packed rows where there is one for these tensors, see packed_kernel.
     scale: of the products of queries and keys; None: 1 / sqrt(D).
     window: the tokens of its document that a token attends to, itself and those right before it; 0: all before it.
     """
-    if flash and query.is_cuda and query.dtype != torch.float32 and (kernel := flash_attn_kernel()):
+    kernel = packed_kernel(query, key, flash)
+    seen = (window - 1, 0) if window else (-1, 0)  # tokens before and after a query
+    if kernel == "flash_attn":
         longest = max(lengths)
         # Deterministic: else its backward pass adds in an order that differs from run to run.
-        return kernel(
+        return flash_attn_kernel()(
             query,
             key,
             value,
@@ -54,12 +87,54 @@ def attend(
             longest,
             softmax_scale=scale,
             causal=True,
-            window_size=(window - 1, 0) if window else (-1, -1),
+            window_size=seen if window else (-1, -1),
             deterministic=True,
         )
+    if kernel == "varlen":
+        return _Varlen.apply(query, key, value, cu_seqlens, max(lengths), scale, seen)  # type: ignore[no-untyped-call]
     # One call a document costs the sum of the squared lengths; one call with a mask, the square of the sum.
     documents = zip(query.split(lengths), key.split(lengths), value.split(lengths))
     return torch.cat([part for document in documents for part in _document(*document, scale, window)])
+
+
+class _Varlen(torch.autograd.Function):
+    """torch.nn.attention.varlen.varlen_attn, with a backward pass that adds in the same order every time.
+
+    That is not to be had from outside: what a layer recomputes runs inside its backward pass, and has operators that
+    know no fixed order.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        longest: int,
+        scale: float | None,
+        seen: tuple[int, int],
+    ) -> torch.Tensor:
+        ctx.sizes = longest, longest, seen == (-1, 0)
+        ctx.scale, ctx.seen = scale, list(seen)
+        output, normalizer, state = varlen_operators()._varlen_attn(
+            query, key, value, cu_seqlens, cu_seqlens, *ctx.sizes, ctx.scale, ctx.seen
+        )
+        ctx.save_for_backward(query, key, value, output, normalizer, cu_seqlens, state)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        *tensors, cu_seqlens, state = ctx.saved_tensors
+        before = torch.get_deterministic_debug_mode()
+        torch.set_deterministic_debug_mode("error")
+        try:
+            grads = varlen_operators()._varlen_attn_backward(
+                grad.contiguous(), *tensors, cu_seqlens, cu_seqlens, *ctx.sizes, state, ctx.scale, ctx.seen
+            )
+        finally:
+            torch.set_deterministic_debug_mode(before)
+        return *grads, None, None, None, None
 
 
 def _document(
@@ -87,6 +162,11 @@ def _scaled_dot_product(
     seen: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """seen: (queries, keys), which keys a query attends to; None: it and all before it."""
+    queries, keys = len(query), len(key)
+    query, key, value = (pad_rows(tokens, _LENGTHS) for tokens in (query, key, value))
+    if seen is not None:
+        seen = F.pad(seen, (0, len(key) - keys, 0, len(query) - queries))
+        seen[queries:, 0] = True  # a softmax over nothing is not a number, and neither are its gradients
     output = F.scaled_dot_product_attention(
         query.transpose(0, 1)[None],
         key.transpose(0, 1)[None],
@@ -96,4 +176,4 @@ def _scaled_dot_product(
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return output[0].transpose(0, 1)
+    return output[0].transpose(0, 1)[:queries]

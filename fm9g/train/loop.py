@@ -213,8 +213,9 @@ def _losses(tasks: list[str], engine: Engine, packs: list[Pack], task_losses: to
         rows = pack.targets != IGNORED
         weights = None if pack.target_weights is None else pack.target_weights[rows]
         counts += np.bincount(pack.task_ids[rows], weights, minlength=len(tasks))
-    targets = engine.sum(torch.from_numpy(counts).float().to(engine.device)).tolist()
-    sums = engine.sum(task_losses).tolist()
+    # In one message, which the device is waited for once.
+    both = torch.stack([task_losses, _on_device(counts.astype(np.float32), engine.device)])
+    sums, targets = engine.sum(both).tolist()
     figures = {"Loss/train": sum(sums) / (sum(targets) or 1)}
     for task, loss, count in zip(tasks, sums, targets):
         if count:

@@ -1,9 +1,52 @@
-"""Tests that need an NVIDIA GPU; without one they skip, and say so. `make test-gpu` runs them alone."""
+"""Tests that need an NVIDIA GPU; without one they skip, and say so. `make test-gpu` runs them alone.
+
+At the end stands a table of them: test, engine, result, seconds. After FM9G_GPU_SECONDS (540) no further test is begun,
+so that the table is there where a machine is lent for ten minutes.
+"""
 
 import importlib.util
 import os
+import time
+from typing import Any
 
 import pytest
+
+_BEGAN = time.monotonic()
+_SECONDS = float(os.environ.get("FM9G_GPU_SECONDS", "540"))
+_rows: dict[str, tuple[str, float]] = {}  # of a test: its result, and the seconds of all its phases
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if "tests/gpu/" in item.nodeid and time.monotonic() - _BEGAN > _SECONDS:
+        pytest.skip(f"not begun: {_SECONDS:.0f} s are over (FM9G_GPU_SECONDS)")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if "tests/gpu/" not in report.nodeid:
+        return
+    result, seconds = _rows.get(report.nodeid, ("passed", 0.0))
+    if report.skipped:
+        result = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else "skipped"
+    elif report.failed:
+        result = "FAILED"
+    _rows[report.nodeid] = result, seconds + report.duration
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    others = [item for kind in ("passed", "failed") for item in terminalreporter.stats.get(kind, [])]
+    if not _rows or any("tests/gpu/" not in item.nodeid for item in others):
+        return  # all tests of the project are run, and these are a few of them
+    terminalreporter.section("on this machine's GPUs")
+    lines = [("test", "engine", "result", "seconds")]
+    for nodeid, (result, seconds) in _rows.items():
+        name = nodeid.rpartition("::")[2]
+        given = nodeid.partition("[")[2]
+        engines = [engine for engine in ("torch", "bmtrain") if engine in given or f"_{engine}_on" in name]
+        lines.append((name, " ".join(engines), result, f"{seconds:.1f}"))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    terminalreporter.write_line(f"{time.monotonic() - _BEGAN:.0f} s in all")
 
 
 @pytest.fixture(scope="session")

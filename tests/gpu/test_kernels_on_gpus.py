@@ -1,4 +1,4 @@
-"""flash-attn beside torch's attention, copies from pinned memory, and memory beside `fm9g plan`."""
+"""Kernels of packed rows beside torch's attention by document, copies from pinned memory, memory beside `fm9g plan`."""
 
 import importlib.util
 import sys
@@ -10,19 +10,33 @@ import torch
 from gpu.placed import REHEARSAL
 
 from fm9g.config.model import ModelConfig
-from fm9g.model.attention import attend
+from fm9g.model import attention
 from fm9g.plan import Setup, peak
 from fm9g.train.loop import _on_device
 
 LENGTHS = [37, 1, 300, 128, 7]
 
 
+@pytest.mark.parametrize("kernel", ["varlen", "flash_attn"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("heads", "shared"), [(8, 8), (8, 2)])
-def test_flash_attention_gives_what_torch_gives_on_packed_rows(
-    flash_attn: None, dtype: torch.dtype, heads: int, shared: int
+@pytest.mark.parametrize(("heads", "shared", "window"), [(8, 8, 0), (8, 2, 0), (8, 2, 24), (8, 8, 1)])
+def test_a_kernel_gives_what_torch_gives_document_by_document(
+    gpus: int,
+    kernel: str,
+    dtype: torch.dtype,
+    heads: int,
+    shared: int,
+    window: int,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
-    """Both in half precision beside fp32: flash-attn may be off by twice what torch is off, and no more."""
+    """Both in half precision beside fp32: the kernel may be off by twice what torch is off, and no more."""
+    if REHEARSAL:
+        pytest.skip("kernels are for GPUs; tests/model/test_attention.py tries which is taken")
+    if kernel == "flash_attn":
+        request.getfixturevalue("flash_attn")
+    else:
+        monkeypatch.setattr(attention, "flash_attn_kernel", lambda: None)
     borders = torch.tensor([0, *np.cumsum(LENGTHS)], dtype=torch.int32, device="cuda")
     generator = torch.Generator("cuda").manual_seed(1)
     tokens = sum(LENGTHS)
@@ -31,10 +45,11 @@ def test_flash_attention_gives_what_torch_gives_on_packed_rows(
         return torch.randn(tokens, count, 64, device="cuda", generator=generator).to(dtype)
 
     inputs, weight = [draw(heads), draw(shared), draw(shared)], draw(heads)
+    assert attention.packed_kernel(inputs[0], inputs[1], flash=True) == kernel
 
     def run(flash: bool, kind: torch.dtype) -> list[torch.Tensor]:
         given = [tensor.detach().to(kind).requires_grad_() for tensor in inputs]
-        output = attend(*given, borders, LENGTHS, flash)
+        output = attention.attend(*given, borders, LENGTHS, flash, window=window)
         (output * weight.to(kind)).sum().backward()
         return [output.detach(), *(tensor.grad for tensor in given)]
 
@@ -85,6 +100,5 @@ def test_memory_is_what_is_planned_within_15_percent(
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
-    flash = importlib.util.find_spec("flash_attn") is not None
-    chosen = Setup(**{"max_length": 2048, "flash": flash, **setup})
+    chosen = Setup(**{"max_length": 2048, **setup})
     assert peak(MODEL, chosen).total == pytest.approx(module.measure_apart(MODEL, chosen, "cuda"), rel=0.15)
