@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from fm9g.errors import UserError
+from fm9g.inputs import check_output, note_input
+
+PICTURES = (".png", ".svg", ".pdf")  # what names of pictures end in
 
 _KINDS = ("tmp", "old", "new")  # of what is beside a name while it is written: see _beside and _made
 _SKEW = 60.0  # seconds that the clock of a file system may be off
@@ -27,17 +30,14 @@ _FULL = 64 * 1024  # bytes free below which a failed write means a full disk
 
 
 @contextmanager
-def new_folder(target: Path, overwrite: bool = False, sources: tuple[Path, ...] = ()) -> Iterator[Path]:
+def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes `target` when the block ends without an error.
 
     overwrite: a folder that is there and holds something is replaced, after the new one is whole; else UserError.
-    sources: what the block reads; a target that holds one of them is never replaced.
+    One that holds an input (fm9g.inputs) is never replaced.
     Whatever ends the block early (a full disk included, reported as UserError) leaves `target` as it was.
     """
-    target = target.resolve()
-    for source in sources:
-        if Path(os.path.realpath(source)).is_relative_to(target):  # resolve() fails on a loop of links
-            raise UserError(f"{target}: holds {source}, which is read; choose another folder")
+    target = Path(os.path.realpath(target))  # Path.resolve() fails on a loop of links
     if target.exists() and not target.is_dir():
         raise UserError(f"{target}: a file is in the way; remove it or choose another name")
     recover(target)
@@ -66,6 +66,7 @@ def new_folder(target: Path, overwrite: bool = False, sources: tuple[Path, ...] 
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:
+    check_output(target)
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise UserError(
             f"{target}: the folder holds something; choose another or allow it to be replaced (--overwrite)"
@@ -74,10 +75,15 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
 
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target`; a file written there becomes `target` if the block ends without an error."""
-    target = target.resolve()
+    """A temporary path beside `target`; a file written there becomes `target` if the block ends without an error.
+
+    Raises UserError for a target that is an input (fm9g.inputs).
+    """
+    target = Path(os.path.realpath(target))
+    check_output(target)
     if target.exists() and not target.is_file():  # a device, say, which must not become a file
         raise UserError(f"{target}: something that is no file is in the way; remove it or choose another name")
+    recover(target)
     temporary, _ = _beside(target)
     try:
         with _as_user_error(target):
@@ -85,11 +91,27 @@ def new_file(target: Path) -> Iterator[Path]:
             with _made(temporary, is_folder=False):
                 yield temporary
                 sync(temporary)
+                check_output(target)  # again: the block may have read it
                 temporary.replace(target)
             sync(target.parent)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def require_output(output: Path, key: str, suffixes: tuple[str, ...], overwrite: bool) -> None:
+    """Raises UserError where `output` cannot be the page or picture that a command writes.
+
+    key: that gives it. suffixes: one of which it must have. overwrite: an existing file may be replaced, but never an
+    input.
+    """
+    if output.suffix.lower() not in suffixes:
+        raise UserError(f"{key}: found {str(output)!r}, expected a name that ends in {' or '.join(suffixes)}")
+    if output.is_dir():
+        raise UserError(f"{output}: a folder is in the way; choose another {key}")
+    check_output(output)
+    if output.exists() and not overwrite:
+        raise UserError(f"{output}: is already there; choose another {key}, or replace it with --overwrite")
 
 
 class AppendedFile:
@@ -173,6 +195,7 @@ class ReadFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._status = identity(path.stat())
+        note_input(path)
 
     def read(self, count: int, place: int) -> bytes:
         """Up to so many bytes from a place on. Raises UserError where the file was changed or replaced."""
@@ -252,7 +275,7 @@ def _leave_direct(file: int) -> None:
 
 
 def recover(target: Path) -> None:
-    """Cleans up after a process that was killed while it wrote the folder `target`.
+    """Cleans up after a process that was killed while it wrote the folder or file `target`.
 
     What it had moved aside comes back where nothing took its place; what it left half-written is deleted.
     """
@@ -262,8 +285,11 @@ def recover(target: Path) -> None:
             continue
         if kind == "old" and not target.exists():
             leftover.rename(target)
-        else:
+        elif leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                leftover.unlink()
 
 
 @contextmanager
@@ -423,4 +449,13 @@ def as_user_error(error: OSError, target: Path) -> UserError:
         return UserError(f"{target}: the disk is full; nothing was changed. Free some space and try again")
     if is_too_many_open(error):
         return too_many_open(target)
+    if error.filename and not _is_of(error.filename, target):
+        return UserError(f"{os.fsdecode(error.filename)}: cannot be read: {error.strerror}")
     return UserError(f"{target}: cannot be written: {error.strerror or error}")
+
+
+def _is_of(path: str | bytes, target: Path) -> bool:
+    """Whether a path is `target`, in it or above it, or what is beside it while it is written: see _beside."""
+    place = Path(os.path.abspath(os.fsdecode(path)))
+    is_temporary = str(place).startswith(str(target.parent / f".{target.name}."))
+    return is_temporary or place.is_relative_to(target) or target.is_relative_to(place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import resource
 from collections.abc import Iterator
 
 from fm9g.errors import UserError
@@ -20,6 +21,15 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
+
+
+def resident_bytes() -> int:
+    """What this process has of the machine's memory; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
 
 
 # What the errors of torch, its libraries and the loader of libraries say. CPUs have no class of their own for it.

@@ -6,6 +6,8 @@ import sys
 import time
 from types import TracebackType
 
+from fm9g.printable import as_is, printable
+
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -20,7 +22,13 @@ class Progress:
         self._of = "" if total is None else f" of {total}"
         self._last_line = time.monotonic()
         self._bar = tqdm(
-            total=total, initial=done, desc=title, unit=unit, unit_scale=unit == "B", disable=not self._terminal
+            total=total,
+            initial=done,
+            desc=printable(title),
+            unit=unit,
+            unit_scale=unit == "B",
+            disable=not self._terminal,
+            file=as_is(sys.stderr),  # a bar moves the cursor
         )
 
     def advance(self, units: int = 1) -> None:
@@ -34,7 +42,7 @@ class Progress:
     def figures(self, text: str) -> None:
         """Shows figures of the moment: behind the bar on a terminal, as a line of their own in a log."""
         if self._terminal:
-            self._bar.set_postfix_str(text)
+            self._bar.set_postfix_str(printable(text))
         else:
             self._last_line = time.monotonic()
             print(f"{self._title} {self.done}{self._of} | {text}", file=sys.stderr, flush=True)

@@ -17,17 +17,16 @@ from support import ROOT
 
 # One server imports what takes long, and the processes of all tests are its forks.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(
-    [
-        "torch._dynamo",
-        "torch.distributed.tensor.parallel",
-        "engine_runs",
-        "peft",
-        "tensorboardX",
-        "jsonschema",
-        "train.faults",
-    ]
-)
+PRELOADED = [
+    "torch._dynamo",
+    "torch.distributed.tensor.parallel",
+    "engine_runs",
+    "peft",
+    "tensorboardX",
+    "jsonschema",
+    "train.faults",
+]
+context.set_forkserver_preload(PRELOADED)
 SECONDS = 300
 
 

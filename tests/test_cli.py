@@ -1,5 +1,6 @@
 """The command line and the guide's data tools, as a user types them."""
 
+import errno
 import json
 import os
 import shlex
@@ -136,6 +137,37 @@ def test_every_way_to_end_a_line_is_known(tmp_path: Path) -> None:
 def test_an_option_given_twice_is_refused(capsys: pytest.CaptureFixture) -> None:
     assert main(["train", "--config", "tiny", "--lr", "1", "--lr", "2"]) == 2
     assert "--lr is given twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("data index --path a --path b --language en --output o", "argument --path: is given twice"),
+        ("generate f --prompt=a --prompt b", "argument --prompt: is given twice"),
+        ("data index --path a --language en --output '' --overwrite", "argument --output: the path is empty"),
+        ("convert '' out.pt", "argument source: the path is empty; is a variable of the shell not set?"),
+        ("lora combine a '' --out o", "argument adapters: the path is empty"),
+    ],
+)
+def test_words_that_are_slips_are_refused(command: str, expected: str, capsys: pytest.CaptureFixture) -> None:
+    """An empty --output is the current folder to Python, which --overwrite would replace."""
+    with pytest.raises(SystemExit, match="2"):
+        main(shlex.split(command))
+    assert expected in capsys.readouterr().err
+
+
+def test_what_the_system_says_of_a_name_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENAMETOOLONG, "File name too long", "a" * 100_000)
+
+    monkeypatch.setattr("fm9g.data.build.build_index", fail)
+    source = write_jsonl(tmp_path / "s.jsonl", [{"input": "", "output": "a"}])
+    assert main(["data", "index", "--path", str(source), "--language", "en", "--output", str(tmp_path / "o")]) == 2
+    message = capsys.readouterr().err
+    assert message.endswith("a: File name too long\n")
+    assert len(message) < 1100
 
 
 def test_a_locale_with_names_of_its_own_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ from fm9g.errors import UserError
 from fm9g.files import new_file, new_folder, only_one, probe_writable, recover, sweep
 
 
-def write(target: Path, text: str, overwrite: bool = False, sources: tuple[Path, ...] = ()) -> None:
-    with new_folder(target, overwrite, sources) as folder:
+def write(target: Path, text: str, overwrite: bool = False) -> None:
+    with new_folder(target, overwrite) as folder:
         (folder / "file").write_text(text)
 
 
@@ -55,16 +55,6 @@ def test_an_error_in_the_block_leaves_what_was_there(tmp_path: Path) -> None:
         raise ZeroDivisionError
     assert (tmp_path / "a" / "file").read_text() == "old"
     assert os.listdir(tmp_path) == ["a"]
-
-
-@pytest.mark.parametrize("inside", ["source", "deep/er/source", "."])
-def test_a_folder_that_holds_the_source_is_never_replaced(tmp_path: Path, inside: str) -> None:
-    source = tmp_path / "a" / inside
-    source.mkdir(parents=True)
-    (source / "precious").write_text("x")
-    with pytest.raises(UserError, match="which is read; choose another folder"):
-        write(tmp_path / "a", "new", overwrite=True, sources=(source,))
-    assert (source / "precious").exists()
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
@@ -160,3 +150,36 @@ def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="something that is no file is in the way"), new_file(tmp_path / "link"):
         raise AssertionError("not reached")
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_file_that_cannot_be_read_is_not_told_as_one_that_cannot_be_written(tmp_path: Path) -> None:
+    for number, name in ((errno.EACCES, tmp_path / "source.jsonl"), (errno.EIO, tmp_path / "out2" / "x")):
+        with (
+            pytest.raises(UserError, match=rf"^{name}: cannot be read: {os.strerror(number)}"),
+            new_folder(tmp_path / "out"),
+        ):
+            raise OSError(number, os.strerror(number), str(name))
+    for name in (tmp_path / "out" / "x", tmp_path, tmp_path / ".out.12.tmp" / "x"):
+        with (
+            pytest.raises(UserError, match=rf"^{tmp_path / 'out'}: cannot be written: Input/output error"),
+            new_folder(tmp_path / "out"),
+        ):
+            raise OSError(errno.EIO, "Input/output error", str(name))
+
+
+def test_a_loop_of_links_is_no_place_for_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match=r"loop: cannot be written"), new_folder(tmp_path / "loop"):
+        pass
+    with new_file(tmp_path / "loop") as temporary:
+        temporary.write_bytes(b"a")
+    assert (tmp_path / "loop").read_bytes() == b"a"
+
+
+def test_what_a_killed_process_left_beside_a_file_goes_with_the_next_one(tmp_path: Path) -> None:
+    for name in (".page.html.5.tmp", ".page.html.6.new"):
+        (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (0, 0))
+    with new_file(tmp_path / "page.html") as temporary:
+        temporary.write_text("whole")
+    assert os.listdir(tmp_path) == ["page.html"]

@@ -145,13 +145,13 @@ class Checkpoint:
     def run_config(self) -> dict[str, Any]:
         """The configuration it was made with, as RunConfig.to_json gives it; empty where it was not kept."""
         file = self.folder / RUN_CONFIG
-        return read_object(file) if file.is_file() else {}
+        return read_object(file, is_input=False) if file.is_file() else {}
 
     def position(self) -> dict[str, Any]:
-        return read_object(self.folder / POSITION)
+        return read_object(self.folder / POSITION, is_input=False)
 
     def counts(self) -> dict[str, Any]:
-        return read_object(self.folder / file_name(self.step, "counts"))
+        return read_object(self.folder / file_name(self.step, "counts"), is_input=False)
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:
@@ -165,7 +165,7 @@ def read_manifest(folder: Path) -> tuple[int, dict[str, tuple[int, str]]]:
     file = folder / MANIFEST
     if not file.is_file():
         raise UserError(f"{folder}: not a checkpoint ({MANIFEST} is missing)")
-    manifest = read_json(file)
+    manifest = read_json(file, is_input=False)
     try:
         files = {name: (int(size), str(crc)) for name, (size, crc) in manifest["files"].items()}
         return int(manifest["step"]), files
@@ -237,7 +237,7 @@ def named_step(root: Path, name: str) -> int:
     if found is not None:
         return found
     listed = f"its steps: {', '.join(map(str, steps))}"
-    if name == LAST:
+    if name == LAST or last_step(root) is None:
         raise UserError(f"{root}: no checkpoint is whole (`fm9g ckpt ls` says why); {listed}")
     raise UserError(
         f"{root}: no checkpoint holds a validation loss, so none is the best; {listed}. A run has one with "
@@ -266,10 +266,12 @@ def set_aside(root: Path, steps: list[int]) -> None:
             raise as_user_error(error, aside) from error
 
 
-def open_newest(root: Path, since: float = 0.0, needs_optimizer: bool = True) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and a line for each newer one that is not. since: seconds since the epoch;
-    older ones do not count. needs_optimizer: see Checkpoint. Raises UserError where there are checkpoints and none is
-    whole."""
+def open_newest(
+    root: Path, others: Mapping[str, Any] | None = None, needs_optimizer: bool = True
+) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, and a line for each newer one that is not. others: what `marks_in` gave
+    before; they do not count, and none has to be whole. needs_optimizer: see Checkpoint. Raises UserError where there
+    are checkpoints and none is whole."""
     notes: list[str] = []
     if root.is_dir():
         odd = [folder for folder in sorted(root.iterdir()) if folder.name.isdecimal() and folder.is_dir()]
@@ -277,15 +279,26 @@ def open_newest(root: Path, since: float = 0.0, needs_optimizer: bool = True) ->
             if not _is_step(folder.name) or not (folder / MANIFEST).is_file():
                 notes.append(f"{folder}: passed over: {MANIFEST} is missing, or its name is not that of a step")
     for step in reversed(steps_in(root)):
-        if (root / str(step)).stat().st_mtime < since:
+        if others and others.get(str(step)) == _mark(root / str(step)):
             continue
         try:
             return Checkpoint(root / str(step), needs_optimizer=needs_optimizer), notes
         except UserError as error:
             notes.append(str(error))
-    if steps_in(root) and notes and not since:
-        raise UserError("\n".join([*notes, f"{root}: no checkpoint is whole; --overwrite true starts anew"]))
+    if steps_in(root) and notes and others is None:
+        raise UserError(*notes, f"{root}: no checkpoint is whole; --overwrite true starts anew")
     return None, []
+
+
+def marks_in(root: Path) -> dict[str, Any]:
+    """What tells the checkpoints of a run's folder from others that later have their names, as JSON. Not the time: the
+    clocks of a machine and of its files may differ, and step."""
+    return {str(step): _mark(root / str(step)) for step in steps_in(root)}
+
+
+def _mark(folder: Path) -> list[int]:
+    status = (folder / MANIFEST).stat()
+    return [status.st_ino, status.st_mtime_ns]
 
 
 def open_step(root: Path, step: int, needs_optimizer: bool = True) -> Checkpoint:

@@ -130,6 +130,8 @@ def compare(a: Path, b: Path, advance: Advance) -> Difference:
     """What is different in two checkpoint folders or .pt files. advance: told of the bytes of a's tensors."""
     (one, file_a), (other, file_b) = _one(a), _one(b)
     files_a, files_b = _tensors_of(one, file_a), _tensors_of(other, file_b)
+    for file in (file_a, file_b):
+        read_weights(file)  # what has no weights has no configuration beside it
     ours, theirs = _configuration(one, file_a), _configuration(other, file_b)
     sections = [section for section in ours if section in theirs]  # a .pt file tells of the model alone
     changes = [change for section in sections for change in _changes(ours[section], theirs[section])]

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
-import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
+from fm9g.checkpoint.archive import open_archive
 from fm9g.checkpoint.weights import bytes_of, load_flat, offset_of
 from fm9g.errors import UserError
+from fm9g.inputs import note_input
 
 # The types that safetensors files name, and torch has.
 SAFETENSORS_TYPES = {
@@ -28,13 +32,13 @@ SAFETENSORS_TYPES = {
     "U64": torch.uint64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F64": torch.float64,
 }
 _AHEAD = 1 << 24  # bytes that the system is told to fetch beyond those that are read
-_LONGEST_HEADER = 100_000_000  # bytes; also the limit of the safetensors library
 
 
 @dataclass(frozen=True)
@@ -167,39 +171,81 @@ class Gathered:
 
 
 def open_safetensors(path: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file, in the order of their bytes. Raises UserError where it is not a whole one."""
+    """The tensors of a safetensors file, in the order of their bytes.
+
+    The safetensors library reads the header, and so decides which files are whole. Raises UserError.
+    """
+    note_input(path)
     try:
-        return _safetensors(path)
+        with safe_open(path, "numpy") as file:
+            slices = [(name, file.get_slice(name)) for name in file.offset_keys()]
+            described = [(name, part.get_shape(), part.get_dtype()) for name, part in slices]
+        with path.open("rb") as content:
+            offset = 8 + int.from_bytes(content.read(8), "little")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+    except (OSError, SafetensorError) as error:
+        reason = _header_problem(path) or str(error).removeprefix("Error while deserializing header: ")
         raise UserError(f"{path}: not a whole safetensors file: {reason}; get or write it again") from None
+    tensors = {}
+    for name, shape, dtype in described:  # without gaps, which the library refuses
+        if dtype not in SAFETENSORS_TYPES:
+            raise UserError(f"{path}: {name}: found {dtype}, which cannot be read; get the model in bf16, fp16 or fp32")
+        tensors[name] = Stored(path, torch.Size(shape), SAFETENSORS_TYPES[dtype], offset)
+        offset += tensors[name].nbytes
+    return tensors
 
 
-def _safetensors(path: Path) -> dict[str, Stored]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-            raise ValueError(f"its {size} bytes cannot hold the header it announces")
-        header = json.loads(file.read(length))
-    start, found = 8 + length, {}
-    header.pop("__metadata__", None)
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        first, end = entry["data_offsets"]
-        if entry["dtype"] not in SAFETENSORS_TYPES:
-            raise ValueError(f"{name}: type {entry['dtype']} is not one that can be read")
-        numbers = (*entry["shape"], first, end)
-        if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
-            raise ValueError(f"{name}: a size or an offset is not a number >= 0")
-        tensor = Stored(path, torch.Size(entry["shape"]), SAFETENSORS_TYPES[entry["dtype"]], start + first)
-        if end - first != tensor.nbytes:
-            raise ValueError(f"{name}: {end - first} bytes for {list(tensor.shape)} of {entry['dtype']}")
-        if start + end > size:
-            raise ValueError(f"{name}: ends at byte {start + end} of {size}")
-        found[name] = tensor
-    return found
+def _header_problem(path: Path) -> str:
+    """What is wrong with a file that the safetensors library refuses, by the name of the tensor; empty: not known."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                return f"its {size} bytes are fewer than its header has"
+            header = json.loads(file.read(length), object_pairs_hook=_once)
+        if not isinstance(header, dict):
+            return "its header is not a JSON object"
+        header.pop("__metadata__", None)
+        if odd := next((name for name, entry in header.items() if not _is_described(entry)), None):
+            return f"{odd}: has no dtype, shape and data_offsets of whole numbers >= 0"
+        end = 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            first, last = entry["data_offsets"]
+            needed = math.prod(entry["shape"]) * SAFETENSORS_TYPES[entry["dtype"]].itemsize
+            if last - first != needed:
+                return f"{name}: has {last - first} bytes, and {entry['shape']} of {entry['dtype']} are {needed}"
+            if first != end:
+                return f"{name}: begins at byte {first} of the values, where the tensor before it ends at {end}"
+            end = last
+        found = size - 8 - length
+        return f"its tensors are {end} bytes, and it has {found}" if end != found else ""
+    except _TwiceError as error:
+        return f"{error}: is in the header twice"
+    except (OSError, ValueError, RecursionError):
+        return ""
+
+
+def _is_described(entry: Any) -> bool:
+    """Whether an entry of a header is one of a tensor, whatever its numbers are."""
+    if not isinstance(entry, dict) or entry.get("dtype") not in list(SAFETENSORS_TYPES):
+        return False
+    lists = entry.get("shape"), entry.get("data_offsets")
+    if not all(isinstance(each, list) and all(type(n) is int and n >= 0 for n in each) for each in lists):
+        return False
+    return len(entry["data_offsets"]) == 2
+
+
+class _TwiceError(Exception):
+    """A name that a JSON object has twice."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for name, count in Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise _TwiceError(name)
+    return dict(pairs)
 
 
 def open_pt(path: Path) -> dict[str, Stored]:
@@ -209,13 +255,13 @@ def open_pt(path: Path) -> dict[str, Stored]:
     it is ever executed. Files from before torch 1.6, compressed ones, and those of machines with the other byte order
     are read whole.
     """
-    sizes = _records(path)
-    if sizes is None:
+    archive = open_archive(path) if path.is_file() else None
+    if archive is None or not archive.is_plain:
         return {
             name: Stored(path, tensor.shape, tensor.dtype, 0, memory=tensor.detach())
             for name, tensor in load_flat(path).items()
         }
-    return {name: _placed(path, name, tensor, sizes) for name, tensor in load_flat(path, "meta").items()}
+    return {name: _placed(path, name, tensor, archive.sizes) for name, tensor in load_flat(path, "meta").items()}
 
 
 def _placed(path: Path, name: str, tensor: torch.Tensor, sizes: dict[int, int]) -> Stored:
@@ -229,21 +275,3 @@ def _placed(path: Path, name: str, tensor: torch.Tensor, sizes: dict[int, int]) 
         raise UserError(f"{path}: not a whole weight file (the bytes of {name} are missing); get or write it again")
     offset = begin + int(tensor.storage_offset()) * tensor.element_size()
     return Stored(path, tensor.shape, tensor.dtype, offset, None if tensor.is_contiguous() else tuple(tensor.stride()))
-
-
-def _records(path: Path) -> dict[int, int] | None:
-    """Offset of the data -> size, of the records of a zip file; None where torch has to read it whole."""
-    try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            sizes = {}
-            for entry in archive.infolist():
-                if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
-                    return None
-                file.seek(entry.header_offset + 26)  # the lengths of name and extra field, which end the local header
-                begin = entry.header_offset + 30 + sum(int.from_bytes(file.read(2), "little") for _ in range(2))
-                if entry.compress_type != zipfile.ZIP_STORED:
-                    return None
-                sizes[begin] = min(entry.file_size, path.stat().st_size - begin)
-            return sizes
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError):
-        return None  # load_flat says what it is

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-import zipfile
+import warnings
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,9 +11,15 @@ from typing import Protocol
 
 import torch
 
+from fm9g.checkpoint.archive import open_archive
 from fm9g.checkpoint.checksums import write_checksums
+from fm9g.checkpoint.pickled import code_in
 from fm9g.errors import UserError
 from fm9g.files import new_file
+from fm9g.inputs import note_input
+from fm9g.memory import is_out_of_memory
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Described(Protocol):
@@ -98,19 +104,46 @@ def load_flat(path: Path, device: str = "cpu", mapped: bool = False) -> dict[str
         raise UserError(f"{path}: no such file")
     if not path.stat().st_size:
         raise UserError(f"{path}: the file is empty; get or write it again")
+    note_input(path)
+    archive = open_archive(path)
+    mapped = mapped and archive is not None and archive.is_plain
     try:
-        mapped = mapped and zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and cannot be mapped
-        weights = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
-    except Exception as error:  # torch raises whatever zipfile, pickle and its own reader raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if "weights_only" in reason:  # there torch advises to trust the file
-            reason = "torch finds no tensors in it"
-        raise UserError(f"{path}: not a whole weight file ({reason}); get or write it again") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            weights = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
+    except Exception as error:  # torch raises whatever pickle and its own reader raise
+        if archive and is_out_of_memory(error):
+            raise
+        raise UserError(f"{path}: {_why_not_loaded(path)}") from None
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
     ):
         raise UserError(f"{path}: expected one flat dict from weight names to tensors, as 9G .pt files hold")
+    for name, value in weights.items():
+        if value.layout != torch.strided or (value.is_meta and device != "meta"):
+            kind = "a meta" if value.is_meta else "a sparse"
+            raise UserError(f"{path}: {name}: found {kind} tensor, expected one with all its values; save it again")
     return weights
+
+
+def _why_not_loaded(path: Path) -> str:
+    """In our words: torch's own advise to run what is in the file."""
+    if name := code_in(path):
+        return (
+            f"refused: it contains code ({name}), which is never run. Weights are saved with "
+            "torch.save(model.state_dict(), FILE) or as safetensors"
+        )
+    return "not a whole weight file (torch finds no tensors in it); get or write it again"
+
+
+def check_dtypes(weights: Mapping[str, Described], where: str) -> None:
+    """Raises UserError for quantized weights, and for what is no weight."""
+    for name, weight in weights.items():
+        if weight.dtype not in _FLOATS:
+            found = f"{where}: {name}: found {str(weight.dtype).removeprefix('torch.')}, expected fp32, bf16 or fp16"
+            if weight.dtype in (torch.bool, torch.int64):
+                raise UserError(f"{found}: it is no weight; remove it, or get the file again")
+            raise UserError(f"{found}: the model is quantized; take the one that it was made from")
 
 
 def check_weights(
@@ -133,8 +166,7 @@ def check_weights(
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             differences.append(f"{where}: {min(names)}{more} {problem}")
-    if integers := sorted(name for name in shapes.keys() & weights.keys() if not weights[name].dtype.is_floating_point):
-        raise UserError(f"{where}: {integers[0]}: found {weights[integers[0]].dtype}, expected floating-point weights")
+    check_dtypes({name: weights[name] for name in shapes if name in weights}, where)
     wrong = [name for name in shapes.keys() & weights.keys() if weights[name].shape != shapes[name]]
     if wrong:
         name = min(wrong)
@@ -143,5 +175,5 @@ def check_weights(
             f"{len(wrong)} such: it was made with another model configuration"
         )
     if differences and strict:
-        raise UserError("\n".join(differences))
+        raise UserError(*differences)
     return differences

@@ -21,7 +21,9 @@ from fm9g.cli.report import add_report_verbs
 from fm9g.cli.run import add_run_verbs
 from fm9g.errors import UserError
 from fm9g.files import allow_many_open, is_too_many_open, too_many_open
+from fm9g.inputs import keep_inputs
 from fm9g.memory import TRAINING_ADVICE, memory_as_user_error
+from fm9g.printable import as_is, printable_output
 from fm9g.utf8 import use_utf8
 
 _LIGHTER = {  # what makes a verb take less memory
@@ -42,13 +44,23 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     allow_many_open()
+    with printable_output():
+        return _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: list[str]) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
     if rest and not options.takes_keys:
         parser.error(f"unknown arguments: {' '.join(rest)} (see fm9g {options.verb} --help)")
     try:
+        if odd := [word for word in argv if "\0" in word]:
+            raise UserError(f"{odd[0]}: holds a NUL character, which no path and no text on a command line has")
         options.rest = rest
-        with memory_as_user_error(_LIGHTER.get(options.verb, "end other programs, or raise the limit (ulimit -v)")):
+        with (
+            keep_inputs(),
+            memory_as_user_error(_LIGHTER.get(options.verb, "end other programs, or raise the limit (ulimit -v)")),
+        ):
             return options.run(options) or 0
     except UserError as error:
         print(f"fm9g: {error}", file=sys.stderr)
@@ -67,28 +79,53 @@ def main(argv: list[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         target = error.filename or "input or output"
-        known = too_many_open(target) if is_too_many_open(error) else f"{target}: {error.strerror or error}"
+        known = too_many_open(target) if is_too_many_open(error) else UserError(f"{target}: {error.strerror or error}")
         print(f"fm9g: {known}", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        if "embedded null" not in str(error):  # what Python says of such a path
+            raise
+        print("fm9g: a path in a file that was read holds a NUL character, which no path has", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fm9g: interrupted", file=sys.stderr)
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses an option that is given twice, of which one would be lost, and an empty path, which is the current
+    folder to Python, and mostly a variable of the shell that is not set."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        self.register("type", Path, _path)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = [word.partition("=")[0] for word in args or ()]
+        for option, action in self._option_string_actions.items():
+            if action.nargs != 0 and words.count(option) > 1:
+                self.error(f"argument {option}: is given twice; keep one of them")
+        return super().parse_known_args(args, namespace)
+
+
+def _path(word: str) -> Path:
+    if not word:
+        raise argparse.ArgumentTypeError("the path is empty; is a variable of the shell not set?")
+    return Path(word)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "fm9g", description="Pretrain and finetune the 9G language models.", allow_abbrev=False
-    )
+    parser = _Parser("fm9g", description="Pretrain and finetune the 9G language models.")
     parser.add_argument("--version", action="version", version=f"fm9g {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, run: Any, help: str, under: Any = verbs, takes_keys: bool = False) -> argparse.ArgumentParser:
-        sub = under.add_parser(name, help=help, description=help, allow_abbrev=False)
+        sub = under.add_parser(name, help=help, description=help)
         sub.set_defaults(run=run, takes_keys=takes_keys)
         return sub
 
     def group(name: str, help: str) -> Any:
-        sub = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
+        sub = verbs.add_parser(name, help=help, description=help)
         return sub.add_subparsers(dest=f"{name}_verb", required=True, metavar="VERB")
 
     quick = verb("quickstart", _quickstart, "the whole path on this machine: text, index, training, export, generation")
@@ -134,10 +171,11 @@ def _generate(options: argparse.Namespace) -> None:
         for key in ("max_new_tokens", "temperature", "top_p", "repetition_penalty", "seed", "chat", "system")
     }
     begun = False
+    out = sys.stdout if sys.stdout.isatty() else as_is(sys.stdout)  # a file or a pipe gets the text itself
 
     def show(text: str) -> None:
         nonlocal begun
-        print(text if begun or options.chat else options.prompt, end="", flush=True)
+        print(text if begun or options.chat else options.prompt, end="", flush=True, file=out)
         begun = True
 
     generate(options.folder, options.prompt, on_text=show, **settings)

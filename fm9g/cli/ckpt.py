@@ -11,6 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from fm9g.printable import printable
+
 _SHOWN = 10  # differences and names in a list that is not all of them
 
 
@@ -62,7 +64,7 @@ def _ls(options: argparse.Namespace) -> None:
                     f"{state}  <- {', '.join(marks)}" if marks else state,
                 )
             )
-        notes += [f"note: {leftover}: {why}" for leftover, why in run.leftovers]
+        notes += [printable(f"note: {leftover}: {why}") for leftover, why in run.leftovers]
     print("\n".join([*_table(rows, right=(1, 3, 4, 5, 6)), *notes]))
 
 
@@ -75,12 +77,14 @@ def _verify(options: argparse.Namespace) -> int:
     for folder in dict.fromkeys(folder for path in options.paths for folder in checkpoints_at(path)):
         with Progress(f"verifying {folder.name}", work_of(folder), "B") as progress:
             found = verify(folder, progress.advance)
-        if found.damages:
+        if not folder.exists():
+            print(printable(f"{folder}: was deleted meanwhile"), flush=True)
+        elif found.damages:
             damaged += 1
-            print("\n  ".join([f"{folder}: damaged", *found.damages]))
+            print("\n  ".join(map(printable, [f"{folder}: damaged", *found.damages])))
         else:
             size = f"{found.files} files, {_bytes(found.size)}, {found.parameters:,} parameters"
-            print(f"{folder}: whole: {size}, every value finite", flush=True)
+            print(printable(f"{folder}: whole: {size}, every value finite"), flush=True)
     return 2 if damaged else 0
 
 
@@ -107,7 +111,7 @@ def _diff(options: argparse.Namespace) -> int:
 
     with Progress("comparing", tensors_size(options.a), "B") as progress:
         found = compare(options.a, options.b, progress.advance)
-    print(f"A: {options.a}\nB: {options.b}")
+    print(f"A: {printable(str(options.a))}\nB: {printable(str(options.b))}")
     for title, changes in (("configuration", found.configuration), ("counts", found.counts)):
         if changes is None:
             print(f"{title}: not told by both")
@@ -153,7 +157,7 @@ def _shortened(lines: list[str], everything: bool, header: int = 0) -> Iterator[
 def _description(shown: dict[str, Any]) -> Iterator[str]:
     """What describe gives, as text."""
     counts, model = shown["counts"], shown["model"] or {}
-    yield shown["path"]
+    yield printable(shown["path"])
     facts = [("written", shown["written"].replace("T", " "))]
     if shown["step"] is not None:
         tasks = counts.get("global_total_task_token")
@@ -172,7 +176,7 @@ def _description(shown: dict[str, Any]) -> Iterator[str]:
     yield from (f"  {line}" for line in _table(facts))
     for section, values in shown["configuration"].items():
         if values:
-            yield f"[{section}] what is not a default"
+            yield f"[{printable(section)}] what is not a default"
             rows = [(key, _value(item.get("value")), str(item["from"])) for key, item in values.items()]
             yield from (f"  {line}" for line in _table(rows))
     yield "files"
@@ -226,6 +230,7 @@ def _bytes(size: float) -> str:
 
 def _table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
     """Lines of columns; those numbered in `right` end at the same place."""
+    rows = [list(map(printable, row)) for row in rows]
     widths = [max(map(_width, column)) for column in zip(*rows)]
     lines = []
     for row in rows:

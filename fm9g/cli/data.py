@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fm9g.errors import UserError
+from fm9g.printable import as_is, printable
 
 
 def add_data_verbs(verb: Any, group: Any) -> None:
@@ -146,7 +147,7 @@ def _data_index(options: argparse.Namespace) -> None:
     shapes = ", ".join(f"{count} {shape}" for shape, count in report.shapes.most_common())
     print(f"read from {report.sources} {'file' if report.sources == 1 else 'files'}: {shapes}")
     for note in report.findings.notes():
-        print(f"note: {note}")
+        print(f"note: {printable(note)}")
     if report.empty:
         print(f"note: {report.empty} records have no output; training skips them")
     if report.filtered:
@@ -161,8 +162,7 @@ def _data_tokenizer(options: argparse.Namespace) -> None:
     from fm9g.data.tokenizer import train_tokenizer
 
     sources = without_companions(find_sources(options.files), options.files)
-    files = tuple(Path(source.path) for source in sources)
-    size = train_tokenizer(texts_of(sources), options.vocab_size, options.output, options.overwrite, files)
+    size = train_tokenizer(texts_of(sources), options.vocab_size, options.output, options.overwrite)
     less = f"; fewer than {options.vocab_size}: the text gives no more" if size < options.vocab_size else ""
     print(f"{options.output}: a tokenizer of {size} tokens{less}")
 
@@ -183,7 +183,7 @@ def _data_check(options: argparse.Namespace) -> None:
     for line in report["templates"]:
         print(line)
     for note in report["notes"]:
-        print(f"note: {note}")
+        print(f"note: {printable(note)}")
     print(f"{options.output}: check.json, lengths.png")
 
 
@@ -194,4 +194,4 @@ def _data_show(options: argparse.Namespace) -> None:
     mixture, _ = open_mixture(options.mixture, **_mixture_settings(options))
     arguments = {key: getattr(options, key) for key in ("count", "task", "record", "packs", "full")}
     for text in show(mixture, **arguments, color=wants_color(options.color)):
-        print(text)
+        print(text, file=as_is(sys.stdout))  # which is printable, but for its colours

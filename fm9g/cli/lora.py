@@ -110,7 +110,7 @@ def _combine(options: argparse.Namespace) -> None:
     if len(shares) != len(options.adapters):
         raise UserError(f"--weights: {len(shares)} for {len(options.adapters)} adapters; give one for each")
     adapter = combine([read_adapter(path) for path in options.adapters], shares)
-    save_adapter(adapter, options.out, options.overwrite, options.adapters)
+    save_adapter(adapter, options.out, options.overwrite)
     print(f"{options.out}: rank {adapter.config.r}, from {' + '.join(adapter.config.made_from)}")
 
 

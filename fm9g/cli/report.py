@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
+
+from fm9g.printable import printable
 
 
 def add_report_verbs(verb: Any) -> None:
@@ -24,20 +27,29 @@ def _add_arguments(parser: argparse.ArgumentParser, output: str, meaning: str) -
 
 
 def _report(options: argparse.Namespace) -> None:
-    from fm9g.report.files import open_runs, require_output
+    from fm9g.files import require_output
+    from fm9g.report.files import open_runs
     from fm9g.report.page import write_page
 
     runs = open_runs(options.runs)
-    require_output(options.output, (".html", ".htm"), options.overwrite, runs)
+    _print_notes(runs)
+    require_output(options.output, "--output", (".html", ".htm"), options.overwrite)
     write_page(runs, options.output)
     print(f"{options.output}: open it in a browser; it needs no network")
 
 
 def _plot(options: argparse.Namespace) -> None:
-    from fm9g.report.files import open_runs, require_output
-    from fm9g.report.plot import SUFFIXES, plot_runs
+    from fm9g.files import PICTURES, require_output
+    from fm9g.report.files import open_runs
+    from fm9g.report.plot import plot_runs
 
     runs = open_runs(options.runs)
-    require_output(options.output, SUFFIXES, options.overwrite, runs)
+    _print_notes(runs)
+    require_output(options.output, "--output", PICTURES, options.overwrite)
     plot_runs(runs, options.output)
     print(options.output)
+
+
+def _print_notes(runs: list[Any]) -> None:
+    for note in (note for run in runs for note in run.notes):
+        print(f"note: {printable(note)}", file=sys.stderr)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fm9g.errors import UserError
+from fm9g.printable import printable
 
 _NODE_OPTIONS = ("nnodes", "node_rank", "master_addr", "master_port")
 
@@ -25,6 +26,7 @@ def add_run_verbs(verb: Any, group: Any) -> None:
     )
     _add_run_arguments(train)
     _add_launch_arguments(train)
+    train.add_argument("--print-secret", action=_PrintSecret, help="print a new FM9G_SECRET for the machines of a run")
     add_plan_arguments(verb("plan", _plan, "memory, disk and days that a training takes", takes_keys=True))
     add_doctor_arguments(verb("doctor", _doctor, "what of this machine keeps a run from working", takes_keys=True))
 
@@ -32,6 +34,19 @@ def add_run_verbs(verb: Any, group: Any) -> None:
     show = "every value of a run's configuration and where it came from"
     _add_run_arguments(verb("show", _config_show, show, under=config, takes_keys=True))
     verb("keys", _config_keys, "every key of the three kinds of configuration file", under=config)
+
+
+class _PrintSecret(argparse.Action):
+    """As --version: prints, and that is all."""
+
+    def __init__(self, **words: Any) -> None:
+        super().__init__(nargs=0, **words)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from fm9g.launch.place import new_secret
+
+        print(new_secret())
+        parser.exit()
 
 
 def _add_launch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,9 +177,9 @@ def _print_loader(result: Any) -> None:
         f"{result.steps} steps, {total} tokens, {result.rate:.0f} tokens/s, {padding:.2%} padding; nothing was trained"
     )
     for task, tokens in result.tokens.items():
-        print(f"  {task}: {tokens} tokens, {tokens / max(1, total):.2%} (wanted: {result.wanted[task]:.2%})")
+        print(f"  {printable(task)}: {tokens} tokens, {tokens / max(1, total):.2%} (wanted: {result.wanted[task]:.2%})")
     for reason, count in result.skipped.items():
-        print(f"note: {count} records were skipped: {reason}")
+        print(f"note: {count} records were skipped: {printable(reason)}")
 
 
 def _config_show(options: argparse.Namespace) -> None:
@@ -176,11 +191,11 @@ def _config_show(options: argparse.Namespace) -> None:
 
         run = with_adapter(run)
     for section, values in run.to_json().items():
-        print(f"[{section}]")
+        print(f"[{printable(section)}]")
         for key, item in values.items():
             print(f"  {key:<28} {item['value']!r:<24} {item['from']}")
     for note in run.notes:
-        print(f"note: {note}")
+        print(f"note: {printable(note)}")
 
 
 def _config_keys(options: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from fm9g.errors import UserError
 
+_SHOWN = 5  # wrong keys of a message that names no more
 _JSON_TYPES: dict[str, Any] = {
     "bool": {"type": "boolean"},
     "int": {"type": "integer"},
@@ -121,13 +122,15 @@ def check(cls: type, values: dict[str, Any], origins: dict[str, str], prefix: st
             complaints.append(f"{origins[key]}: {path}: found {error.instance!r}, allowed: {allowed}{hint}")
     for key, value in values.items():
         numbers = value if isinstance(value, list) else [value]
-        if not all(_is_finite(number) for number in numbers):
-            complaints.append(f"{origins[key]}: {prefix}{key}: found {value!r}, expected a finite number")
+        if not all(_is_bounded(number) for number in numbers):
+            found = f"{origins[key]}: {prefix}{key}: found {value!r:.60}"
+            complaints.append(f"{found}, expected a finite number up to 2^53")
     for key, value in values.items():
         if isinstance(value, str) and any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in value):
             complaints.append(f"{origins[key]}: {prefix}{key}: found {value!r}, which holds what no text has")
-    if complaints:
-        raise UserError("\n".join(dict.fromkeys(complaints)))
+    if complaints := list(dict.fromkeys(complaints)):
+        more = [f"and {len(complaints) - _SHOWN} more"] if len(complaints) > _SHOWN else []
+        raise UserError(*complaints[:_SHOWN], *more)
 
 
 def _elsewhere(cls: type, key: str) -> str:
@@ -141,12 +144,9 @@ def _elsewhere(cls: type, key: str) -> str:
     return f"; {called}{colon}{remark}"
 
 
-def _is_finite(value: Any) -> bool:
-    """Whether it is no number, or one that a float can hold."""
-    try:
-        return not isinstance(value, (int, float)) or math.isfinite(value)
-    except OverflowError:
-        return False
+def _is_bounded(value: Any) -> bool:
+    """Whether it is no number, or a finite one; a whole one is to be exact as a float, too."""
+    return abs(value) <= 2**53 if isinstance(value, int) else not isinstance(value, float) or math.isfinite(value)
 
 
 def describe(schema: dict[str, Any]) -> str:

@@ -11,10 +11,13 @@ from typing import Any, Generic, TypeVar
 
 from fm9g.config.fields import check, from_text, key_of, keys_of, nearest
 from fm9g.errors import UserError
+from fm9g.inputs import note_input
 from fm9g.kinds import MIXTURE, MODEL, MODEL_CONFIG, TRAIN_CONFIG, check_kind
+from fm9g.regular_file import check_regular
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"
+_MOST = 64 << 20  # bytes; the lists of weights of the largest models take a few MB
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,13 @@ def build(cls: type[T], layers: list[Layer], prefix: str = "") -> Loaded[T]:
     return Loaded(config, {key: origins.get(key, "default") for key in known})
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; UserError with file, line and column otherwise. A repeated key is an error."""
+def read_json(path: Path, is_input: bool = True) -> Any:
+    """The content of a JSON file; UserError with file, line and column otherwise. A repeated key is an error.
+
+    is_input: see fm9g.inputs; False for what a run wrote itself, and may replace.
+    """
+    if is_input:
+        note_input(path)
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
@@ -93,6 +101,7 @@ def read_json(path: Path) -> Any:
             seen[key] = value
         return seen
 
+    check_regular(path, _MOST)
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once)
     except UserError:
@@ -105,8 +114,9 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read: {error}") from None
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    content = read_json(path)
+def read_object(path: Path, is_input: bool = True) -> dict[str, Any]:
+    """As read_json, of a file that holds an object."""
+    content = read_json(path, is_input)
     if not isinstance(content, dict):
         raise UserError(f"{path}: found {type(content).__name__}, expected a JSON object {{...}}")
     return content

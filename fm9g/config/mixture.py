@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -117,9 +118,9 @@ def load_mixture(path: Path, overrides: dict[str, dict[str, Any]] | None = None)
 def _absolute(config: DatasetConfig, file: Path) -> DatasetConfig:
     def absolute(path: str) -> str:
         # Published mixtures have paths that are relative to the folder in which the run starts.
-        places = [file.resolve().parent / path, Path(path)]
+        places = [Path(os.path.realpath(file)).parent / path, Path(path)]
         there = [place for place in places if place.exists()] or [place for place in places if place.parent.exists()]
-        return str((there or places)[0].resolve())
+        return os.path.realpath((there or places)[0])  # Path.resolve() fails on a loop of links
 
     # A template's name stands for itself; a file's, for the file.
     template = absolute(config.template) if is_file_name(config.template) else config.template

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fm9g.config import foreign
-from fm9g.config.fields import key_of, option
+from fm9g.config.fields import key_of, keys_of, option
 from fm9g.config.load import Layer, Loaded, build, read_object
 from fm9g.errors import UserError
 
@@ -18,6 +18,7 @@ RETIRED: dict[str, tuple[tuple[Any, ...], str]] = {
     "flash_attn_mask_shape": (("1d", "2d"), "attention stays within a document, whatever the shape of a mask"),
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
+_LONGEST = 2**31 - 1  # tokens; positions are int32
 ROPE_SCALINGS = ("", "linear", "ntk-aware", "dynamic ntk", "ntk-by-parts", "yarn", "llama3")
 
 
@@ -27,13 +28,15 @@ class ModelConfig:
 
     ELSEWHERE: ClassVar[dict[str, str]] = foreign.MODEL
 
-    vocab_size: int = option(help="number of token ids", minimum=1)
-    hidden_size: int = option(help="width of the hidden states", key="dim_model", minimum=1)
-    intermediate_size: int = option(help="width inside the feed-forward layers", key="dim_ff", minimum=1)
-    num_layers: int = option(help="transformer layers", minimum=1)
-    num_heads: int = option(help="query heads", minimum=1)
-    num_kv_heads: int = option(0, help="key and value heads; 0: as many as num_heads", minimum=0)
-    head_dim: int = option(0, help="width of a head; 0: dim_model / num_heads", key="dim_head", minimum=0)
+    vocab_size: int = option(help="number of token ids", minimum=1, maximum=2**24)
+    hidden_size: int = option(help="width of the hidden states", key="dim_model", minimum=1, maximum=2**20)
+    intermediate_size: int = option(help="width inside the feed-forward layers", key="dim_ff", minimum=1, maximum=2**22)
+    num_layers: int = option(help="transformer layers", minimum=1, maximum=2**10)
+    num_heads: int = option(help="query heads", minimum=1, maximum=2**14)
+    num_kv_heads: int = option(0, help="key and value heads; 0: as many as num_heads", minimum=0, maximum=2**14)
+    head_dim: int = option(
+        0, help="width of a head; 0: dim_model / num_heads", key="dim_head", minimum=0, maximum=2**16
+    )
     activation: str = option("silu", help="of the feed-forward gate", key="activate_fn", enum=["silu", "gelu"])
     norm_eps: float = option(1e-5, help="epsilon of RMSNorm", key="eps", exclusiveMinimum=0)
     dropout: float = option(
@@ -77,15 +80,19 @@ class ModelConfig:
     rope_beta_slow: float = option(
         1.0, help="yarn, ntk-by-parts: what turns less often within the original length is divided", exclusiveMinimum=0
     )
-    sliding_window: int = option(0, help="tokens that a token attends to, itself included; 0: all before it", minimum=0)
+    sliding_window: int = option(
+        0, help="tokens that a token attends to, itself included; 0: all before it", minimum=0, maximum=_LONGEST
+    )
     layer_types: list[str] = option(
         [],
         help="where sliding_window is set: full_attention or sliding_attention for each layer; empty: all slide",
         items={"enum": list(LAYER_TYPES)},
     )
-    max_length: int = option(8192, help="longest text in tokens that the model is made for", minimum=1)
+    max_length: int = option(
+        8192, help="longest text in tokens that the model is made for", minimum=1, maximum=_LONGEST
+    )
     orig_max_length: int = option(
-        0, help="longest text before the stretch; 0: max_length / rope_scaling_factor", minimum=0
+        0, help="longest text before the stretch; 0: max_length / rope_scaling_factor", minimum=0, maximum=_LONGEST
     )
     half: bool = option(True, help="false: compute in fp32 whatever half_type says")
     half_type: str = option("bf16", help="compute and export precision", enum=["bf16", "fp16", "fp32"])
@@ -192,6 +199,32 @@ def arithmetic(config: ModelConfig) -> dict[str, Any]:
 def differ(one: Any, other: Any) -> bool:
     """Whether two values of a key are not the same; some are computed, and come back by a division."""
     return not math.isclose(one, other, rel_tol=1e-6) if isinstance(one, float) else one != other
+
+
+# The sizes in a config.json of transformers, and the keys of ours that say how large each may be.
+_SIZES = {
+    "dim_model": ("hidden_size", "n_embd", "d_model"),
+    "dim_ff": ("intermediate_size", "n_inner", "d_ff"),
+    "num_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "max_window_layers"),
+    "num_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads"),
+    "dim_head": ("head_dim", "kv_channels"),
+    "vocab_size": ("vocab_size",),
+    "max_length": ("max_position_embeddings", "n_positions", "seq_length", "sliding_window"),
+}
+
+
+def check_sizes(hf: dict[str, Any], where: str) -> None:
+    """Raises UserError for a size in a config.json that no model has, before anything is made or counted by it.
+
+    That of a model with images has the sizes of its parts in objects of their own, such as text_config.
+    """
+    for part in (hf, *(value for value in hf.values() if isinstance(value, dict))):
+        for ours, names in _SIZES.items():
+            most = keys_of(ModelConfig)[ours].metadata["schema"]["maximum"]
+            for name in names:
+                value = part.get(name)
+                if isinstance(value, (int, float)) and not value <= most:
+                    raise UserError(f"{where}: {name}: found {value!r:.20}, allowed: at most {most}; is it damaged?")
 
 
 def load_model_config(path: Path, overrides: dict[str, Any] | None = None) -> Loaded[ModelConfig]:

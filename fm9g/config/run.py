@@ -96,7 +96,7 @@ def load_run(name: str, overrides: dict[str, str], complete: bool = True) -> Run
         if not getattr(train.value, key)
     ]
     if missing and complete:
-        raise UserError("\n".join(missing))
+        raise UserError(*missing)
     notes = [*train.notes, *loaded_model.notes, *missing]
 
     def datasets(name: str, overrides: dict[str, dict[str, str]]) -> list[Loaded[DatasetConfig]]:

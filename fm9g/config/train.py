@@ -342,7 +342,8 @@ class TrainConfig:
         if (row := self.batch_size * self.max_length) >= 2**31:
             raise UserError(f"batch_size * max_length: {row} tokens are too many for a row")
         step = self.resume_ckpt
-        if step and step not in ("auto", "last", "best") and not (step.isascii() and step.isdecimal()):
+        is_step = step.isascii() and step.isdecimal() and len(step) < 17
+        if step and step not in ("auto", "last", "best") and not is_step:
             raise UserError(f"resume_ckpt: found {step!r}, expected the number of a step, auto, last or best")
         check_template(self.template)
         if self.template_date and not _is_date(self.template_date):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from fm9g.convert.logits import Change, streamed_logits
 from fm9g.convert.peft import is_peft, read_peft
 from fm9g.convert.verify import TOLERANCE, make_prompts
 from fm9g.errors import UserError
+from fm9g.inputs import check_output, keep_inputs, note_input
 from fm9g.kinds import ADAPTER, CHECKPOINT, MODEL, WEIGHTS, check_kind
 from fm9g.lora.base import base_hash
 from fm9g.lora.files import Adapter, open_adapter, save_adapter
@@ -86,6 +86,7 @@ def with_adapter(run: RunConfig) -> RunConfig:
     return dataclasses.replace(run, train=train.changed(found, where))
 
 
+@keep_inputs()
 def import_peft(source: Path, target: Path, base: Path | None, overwrite: bool) -> AdapterConfig:
     """Writes a PEFT folder as an adapter of ours. base: what it was trained on, whose hash is kept."""
     if not is_peft(source):
@@ -129,6 +130,7 @@ class Merged:
     rounding: float = 0.0
 
 
+@keep_inputs()
 def merge(
     base: Path,
     adapter: Adapter,
@@ -146,8 +148,8 @@ def merge(
     Raises UserError for another base, for an adapter that does not fit it, and for logits that differ; then nothing is
     written.
     """
-    if Path(os.path.realpath(adapter.where)).is_relative_to(target.resolve()):
-        raise UserError(f"{target}: holds {adapter.where}, which is read; choose another name")
+    note_input(adapter.where)
+    check_output(target)
     base = named(base)
     check_kind(base, MODEL, CHECKPOINT, WEIGHTS)
     source, weights = open_base(base, reference)

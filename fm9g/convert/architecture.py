@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from fm9g.config.load import Layer, build
-from fm9g.config.model import LAYER_TYPES, ModelConfig, differ
+from fm9g.config.model import LAYER_TYPES, ModelConfig, check_sizes, differ
 from fm9g.convert.families import UnfitError, defaults_of, family_of
 from fm9g.errors import UserError
 
@@ -123,6 +123,7 @@ def to_hf_config(
 def from_hf_config(hf: dict[str, Any], where: str) -> ModelConfig:
     """The 9G configuration of a Hugging Face one. Raises UserError for arithmetic that 9G has not."""
     family = family_of(hf, where)
+    check_sizes(hf, where)
     try:
         terms = family.terms(defaults_of(hf["model_type"]) | hf)
         return build(ModelConfig, [Layer(where, _values(terms))]).value
@@ -177,7 +178,7 @@ def _check(hf: dict[str, Any], rope: dict[str, Any]) -> None:
         if hf.get(key) is True or str(hf.get(key)).lower() == "alibi":
             raise UnfitError(key, "asks for ALiBi: 9G has rotary positions")
     if hf.get("quantization_config"):
-        raise UnfitError("quantization_config", "is there: take the folder that was quantized")
+        raise UnfitError("quantization_config", "is there: quantized weights; take the folder that was quantized")
     if hf.get("sparse_config"):
         raise UnfitError("sparse_config", "is there: 9G has no sparse attention")
 

@@ -16,6 +16,7 @@ from fm9g.config.load import read_object
 from fm9g.config.model import ModelConfig
 from fm9g.convert.native_tokenizer import AUTO
 from fm9g.data.tokenizer import CHAT_TEMPLATE, TOKENIZER_CONFIG, tokenizer_files
+from fm9g.inputs import note_input
 from fm9g.model.transformer import weight_shapes
 
 if TYPE_CHECKING:
@@ -272,6 +273,7 @@ def _license_keys(base: Path) -> dict[str, str]:
     card = base / "README.md"
     if not card.is_file():
         return {}
+    note_input(card)
     head = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
     found = dict(_LICENSE.findall(head[1])) if head else {}
     return found if "license" in found else {}

@@ -25,6 +25,8 @@ from fm9g.data.tokenizer import (
     tokenizer_files,
 )
 from fm9g.errors import UserError
+from fm9g.inputs import note_input
+from fm9g.printable import printable
 
 # Of a reference whose configuration is kept: all but weights, what lists them, and what describes its own.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
@@ -44,10 +46,12 @@ def copy_companions(reference: Path, checkpoint: Path | None, folder: Path) -> N
 
     checkpoint: the chat template that it was trained with goes before that of the reference.
     """
-    for file in sorted(reference.iterdir()):
-        if file.is_file() and not file.name.endswith(_WEIGHTS) and not file.name.startswith((".", "README")):
-            shutil.copyfile(file, folder / file.name)
-    _copy(sorted(reference.glob(f"{CHAT_TEMPLATES}/*.jinja")), reference, folder)
+    beside = [
+        file
+        for file in sorted(reference.iterdir())
+        if file.is_file() and not file.name.endswith(_WEIGHTS) and not file.name.startswith((".", "README"))
+    ]
+    _copy([*beside, *sorted(reference.glob(f"{CHAT_TEMPLATES}/*.jinja"))], reference, folder)
     _copy_template(checkpoint, folder)
 
 
@@ -90,18 +94,23 @@ def write_tokenizer(source: Path | None, checkpoint: Path | None, folder: Path) 
     return Written(tokenizer, opener)
 
 
-def stop_ids(tokenizer: Tokenizer | None) -> list[int]:
-    """The tokens that end what a model with this tokenizer generates, the template's end of a turn first."""
+def stop_ids(tokenizer: Tokenizer | None, source: Path | None) -> list[int]:
+    """The tokens that end what a model with this tokenizer generates, the template's end of a turn first.
+
+    source: where the tokenizer is from, for messages.
+    """
     if tokenizer is None:
         return []
     template = tokenizer.chat_template
-    return stop_token_ids(tokenizer, Template("own", template, tokenizer.special_tokens) if template else None)
+    own = Template(f"of {source}", template, tokenizer.special_tokens) if template else None
+    return stop_token_ids(tokenizer, own)
 
 
 def _copy(files: Iterable[Path], source: Path, folder: Path) -> None:
     for file in files:
         copy = folder / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
+        note_input(file)
         shutil.copyfile(file, copy)
 
 
@@ -141,4 +150,4 @@ def _write(file: Path, content: dict[str, Any]) -> None:
 
 
 def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    print(f"note: {printable(text)}", file=sys.stderr)

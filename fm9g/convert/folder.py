@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fm9g.checkpoint.stored import Gathered, Stored, open_pt, open_safetensors
-from fm9g.checkpoint.weights import Described, check_weights
+from fm9g.checkpoint.weights import Described, check_dtypes, check_weights
 from fm9g.config.load import read_object
 from fm9g.config.model import ModelConfig
 from fm9g.convert.architecture import from_hf_config
@@ -17,6 +17,7 @@ from fm9g.convert.families import family_of, normalized, unpack
 from fm9g.convert.names import LLAMA, Names, bare
 from fm9g.errors import UserError
 from fm9g.model.transformer import weight_shapes
+from fm9g.regular_file import check_regular
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HEAD, EMBEDDING = "lm_head.weight", "input_embedding.weight"
@@ -36,7 +37,9 @@ def open_folder(source: Path) -> tuple[ModelConfig, dict[str, Gathered]]:
     hf = read_object(source / "config.json")
     config = from_hf_config(hf, str(source / "config.json"))
     family = family_of(hf, str(source / "config.json"))
-    weights = unpack(family, config, stored_in(source), str(source))
+    stored = stored_in(source)
+    check_dtypes(stored, str(source))
+    weights = unpack(family, config, stored, str(source))
     if family.normed_head(hf) and HEAD in weights:
         weights[HEAD] = dataclasses.replace(weights[HEAD], change=normalized)
     if config.tie_word_embeddings and HEAD in weights:  # as transformers 5 does
@@ -90,6 +93,16 @@ def stored_in(folder: Path) -> dict[str, Stored]:
     raise UserError(f"{folder}: neither model*.safetensors nor pytorch_model*.bin is there")
 
 
+def check_files(folder: Path) -> None:
+    """Raises UserError for a file of weights that is not whole, or that holds code. Reads no values."""
+    for stem, suffix, reader in _KINDS:
+        files = sorted(folder.glob(f"{stem}*{suffix}"))
+        for file in files:
+            reader(file)
+        if files:
+            return
+
+
 def _listed(index: Path, reader: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:
     places = read_object(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
@@ -110,6 +123,7 @@ def _listed(index: Path, reader: Callable[[Path], dict[str, Stored]]) -> dict[st
 def _joined(files: list[Path], reader: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:
     tensors: dict[str, Stored] = {}
     for file in files:
+        check_regular(file)
         for name, tensor in reader(file).items():
             if name in tensors:
                 raise UserError(f"{file}: {name}: is in {tensors[name].file.name} too; remove the one that is wrong")

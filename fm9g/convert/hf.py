@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,7 +26,9 @@ from fm9g.convert.stream import Output, partial_folder, pt_output, safetensors_o
 from fm9g.data.tokenizer import listed_ids
 from fm9g.errors import UserError
 from fm9g.files import new_file, new_folder
-from fm9g.kinds import MODEL, TOKENIZER, check_kind
+from fm9g.inputs import check_output, keep_inputs
+from fm9g.kinds import MODEL, TOKENIZER, check_kind, kind_of
+from fm9g.kinds import MODEL_CONFIG as CONFIG_KIND
 from fm9g.model.transformer import weight_shapes
 
 SHARD_BYTES = 5 * 1000**3
@@ -46,6 +49,7 @@ class Source:
     base: Path | None = None
 
 
+@keep_inputs()
 def import_folder(source: Path, target: Path, overwrite: bool = False, dtype: str = "") -> Path:
     """Writes the weights of a Hugging Face folder as a 9G .pt file, and its model configuration beside it.
 
@@ -74,15 +78,18 @@ def write_file(
     check: is given what was written, before it takes the place of the target.
     """
     config_file = target.with_suffix(".json")
-    if config_file.exists() and config_file.name == "config.json":
-        raise UserError(f"{target}: its configuration would replace {config_file}, which is read; choose another name")
+    if config_file.is_file() and kind_of(config_file) != CONFIG_KIND:
+        raise UserError(
+            f"{target}: its configuration would replace {config_file}, which is no model configuration of ours; choose "
+            "another name"
+        )
     for file in (target, config_file):
+        check_output(file)
         if file.is_dir() or (file.exists() and not overwrite):
             raise UserError(f"{file}: is there already; choose another name or allow it to be replaced (--overwrite)")
-    target = target.resolve()
-    if any(part.file.resolve() == target for weight in weights.values() for part in weight.parts):
-        raise UserError(f"{target}: is read; choose another name")
-    with new_file(target) as temporary, partial_folder(target) as folder:
+    target = Path(os.path.realpath(target))
+    # The two get their names one right after the other, when both are on the disk: a kill hardly comes between.
+    with new_file(target) as temporary, new_file(config_file) as new_config, partial_folder(target) as folder:
         weights = _in_type(weights, dtype)
         if dtype:
             config = dataclasses.replace(config, half_type=dtype)
@@ -90,13 +97,13 @@ def write_file(
         write_outputs(folder, [output], "writing weights")
         if check:
             check({name: Gathered((part,), part.dtype) for name, part in open_pt(folder / output.name).items()})
-        with new_file(config_file) as new:
-            new.write_text(json.dumps(config.to_json(), indent=4), encoding="utf-8")
+        new_config.write_text(json.dumps(config.to_json(), indent=4), encoding="utf-8")
         (folder / output.name).rename(temporary)
         shutil.rmtree(folder)
     return config_file
 
 
+@keep_inputs()
 def export_folder(
     source: Path,
     target: Path,
@@ -144,9 +151,8 @@ def write_folder(
 
     model: what else is known of them. check: is given what was written, before it takes the place of the target.
     """
-    target = target.resolve()
-    sources = [model.file, *(folder for folder in (model.folder, reference) if folder)]
-    with new_folder(target, overwrite, tuple(sources)) as temporary, partial_folder(target) as folder:
+    target = Path(os.path.realpath(target))
+    with new_folder(target, overwrite) as temporary, partial_folder(target) as folder:
         weights = _in_type(pack(_layout(reference, keep_reference), model.config, weights), dtype)
         torch_dtype = str(main_dtype(weights)).removeprefix("torch.")
         if reference and keep_reference:
@@ -272,7 +278,7 @@ def _write_native(model: Source, reference: Path | None, folder: Path, dtype: st
             generation = read_object(reference / "generation_config.json")
     # Generation ends where the template that the model was trained with ends a turn, too.
     known = listed_ids(generation.get("eos_token_id")) or listed_ids(hf["eos_token_id"])
-    if missing := [stop for stop in stop_ids(written.tokenizer) if stop not in known]:
+    if missing := [stop for stop in stop_ids(written.tokenizer, model.tokenizer) if stop not in known]:
         both = [*missing, *known]
         generation["eos_token_id"] = both if len(both) > 1 else both[0]
     _write_json(folder / "config.json", hf)

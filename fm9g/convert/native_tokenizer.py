@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fm9g.config.load import read_object
+from fm9g.data.encoding_limits import panics_as_user_error
 from fm9g.data.tokenizer import TOKENIZER_CONFIG, load_tokenizer
 from fm9g.errors import UserError
 
@@ -77,7 +78,7 @@ def _reading(source: Path) -> Reading | None:
             import tokenizers
 
             model = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
-            return Reading(lambda text: model.encode(text, add_special_tokens=False).ids, model.token_to_id)
+            return Reading(lambda text: _ids(model, source, text), model.token_to_id)
         if (source / "tokenizer.model").is_file():
             import sentencepiece
 
@@ -85,6 +86,11 @@ def _reading(source: Path) -> Reading | None:
     except Exception:  # these libraries raise bare ones for what is broken
         pass
     return None
+
+
+def _ids(model: Any, source: Path, text: str) -> Sequence[int]:
+    with panics_as_user_error(source):
+        return model.encode(text, add_special_tokens=False).ids
 
 
 def _candidates(folder: Path, settings: dict[str, Any], own_code: bool) -> Iterator[dict[str, Any]]:
@@ -122,8 +128,9 @@ def _problem(folder: Path, reading: Reading, name: str) -> str:
     transformers.logging.set_verbosity_error()
     try:
         kind = getattr(transformers, name)
-        found = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        texts = [found.encode(text, add_special_tokens=False) for text in TEXTS]
+        with panics_as_user_error(folder):
+            found = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            texts = [found.encode(text, add_special_tokens=False) for text in TEXTS]
         tokens = {text: found.convert_tokens_to_ids(text) for text in _added(folder)}
     except Exception as error:  # transformers raises many kinds
         return f"transformers cannot open it: {' '.join(str(error).split())[:200]}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from fm9g.convert.folder import open_folder, stored_in
 from fm9g.convert.names import LLAMA, Names, bare
 from fm9g.errors import UserError
 from fm9g.files import new_folder
+from fm9g.inputs import keep_inputs, note_input
 from fm9g.lora.base import base_hash
 from fm9g.lora.files import Adapter, check_adapter
 from fm9g.lora.inject import MAGNITUDE, A, B
@@ -39,6 +40,8 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),
 }
+_ABOUT_MODULES = ("target_modules", "exclude_modules", "layers_to_transform")
+_LINEAR = {theirs.split(".")[-2] for theirs in LLAMA.values() if "_proj." in theirs}  # q_proj, gate_proj and so on
 _VARIANTS = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -62,6 +65,7 @@ def is_peft(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and "peft_type" in read_object(folder / ADAPTER_CONFIG)
 
 
+@keep_inputs()
 def write_peft(adapter: Adapter, target: Path, base: str = "", overwrite: bool = False) -> None:
     """Writes an adapter as a folder that PEFT loads on the exported base.
 
@@ -93,7 +97,8 @@ def write_peft(adapter: Adapter, target: Path, base: str = "", overwrite: bool =
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    with new_folder(target, overwrite, (adapter.where,)) as folder:
+    note_input(adapter.where)
+    with new_folder(target, overwrite) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_model.safetensors").chmod(folder.stat().st_mode & 0o666)
         (folder / ADAPTER_CONFIG).write_text(json.dumps(described, indent=2, ensure_ascii=False), encoding="utf-8")
@@ -169,7 +174,36 @@ def read_peft(folder: Path) -> Adapter:
     values["target_modules"] = sorted({name.rpartition(".lora.")[0].rpartition(".")[2] for name in weights})
     config = build(AdapterConfig, [Layer(str(file), values)]).value
     check_adapter(weights, config, folder)
+    modules = [_theirs(name.removesuffix(A), folder) for name in weights if name.endswith(A)]
+    for problem in _contradictions(content, modules):
+        raise UserError(f"{file}: {problem}: it is not the configuration of these weights; get both again")
     return Adapter(config, weights, folder)
+
+
+def _contradictions(content: dict[str, Any], modules: list[str]) -> Iterator[str]:
+    """What a configuration says of modules, and the weights do not. modules: that the weights have adapters for.
+
+    A text among its values is a pattern, which only PEFT evaluates.
+    """
+    targets, excluded, numbers = (content.get(key) for key in _ABOUT_MODULES)
+    if isinstance(targets, list):
+        yield from (f"target_modules does not name {module}" for module in modules if not _is_named(module, targets))
+        for target in targets:
+            is_known = str(target).rpartition(".")[2] in _LINEAR
+            if is_known and not any(_is_named(module, [target]) for module in modules):
+                yield f"target_modules names {target}, and the weights hold no adapter for it"
+    if isinstance(excluded, list):
+        yield from (f"exclude_modules names {module}" for module in modules if _is_named(module, excluded))
+    if isinstance(numbers, (int, list)) and numbers != []:
+        for module in modules:
+            number = int(module.removeprefix("model.layers.").partition(".")[0])
+            if number not in (numbers if isinstance(numbers, list) else [numbers]):
+                yield f"layers_to_transform leaves out {module}"
+
+
+def _is_named(module: str, names: list[Any]) -> bool:
+    """As PEFT compares them."""
+    return any(f".{module}".endswith(f".{name}") for name in names)
 
 
 def _why(key: str) -> str:

@@ -29,7 +29,7 @@ from fm9g.checkpoint.stored import SAFETENSORS_TYPES, Gathered
 from fm9g.checkpoint.weights import bytes_of, write_hollow
 from fm9g.convert.growing import GrowingFile
 from fm9g.errors import UserError
-from fm9g.files import sync
+from fm9g.files import as_user_error, sync
 from fm9g.progress import Progress
 
 JOURNAL = "journal.json"
@@ -111,9 +111,9 @@ def partial_folder(target: Path) -> Iterator[Path]:
         raise
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full" if full else f"cannot be written: {error.strerror or error}"
+        reason = f"{target}: the disk is full" if full else as_user_error(error, target)
         raise _KeptError(
-            f"{target}: {reason}. What is done is kept in {folder}: "
+            f"{reason}. What is done is kept in {folder}: "
             f"{'free some space and ' if full else ''}give the same command again, and it goes on from there"
         ) from error
     finally:
@@ -158,7 +158,7 @@ def write_outputs(folder: Path, outputs: Sequence[Output], title: str) -> None:
                     write_checksums(folder / output.name, sums)
                 writer.finish()
             except _NotFiniteError:
-                raise UserError(_not_finite(outputs)) from None
+                raise UserError(*_not_finite(outputs)) from None
             finally:
                 writer.close()
     sync(folder)
@@ -257,7 +257,7 @@ def _is_finite(values: torch.Tensor) -> bool:
     return all(math.isfinite(end) for end in values.aminmax())  # one pass, which NaN outlasts
 
 
-def _not_finite(outputs: Sequence[Output]) -> str:
+def _not_finite(outputs: Sequence[Output]) -> list[str]:
     """A line for each weight that is not finite, the first ones, and what to do. Reads them all."""
     found = []
     for name, tensor in (item for output in outputs for item in output.tensors.items()):
@@ -268,7 +268,7 @@ def _not_finite(outputs: Sequence[Output]) -> str:
             )
     more = [f"and {len(found) - _SHOWN} more weights"] if len(found) > _SHOWN else []
     remedy = "Nothing was written: take a checkpoint from before they became so, or get the file again"
-    return "\n".join([*found[:_SHOWN], *more, remedy])
+    return [*found[:_SHOWN], *more, remedy]
 
 
 class _Writer(GrowingFile):

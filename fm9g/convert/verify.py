@@ -20,7 +20,7 @@ from fm9g.convert.folder import DTYPES, open_folder, open_weights, stored_in
 from fm9g.convert.logits import Read, streamed_logits
 from fm9g.convert.names import bare
 from fm9g.data.tokenizer import load_tokenizer
-from fm9g.errors import UserError
+from fm9g.errors import UserError, said_by
 from fm9g.model.transformer import weight_shapes
 
 TEXTS = (
@@ -156,8 +156,7 @@ def _folder_logits(
             folder, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False, local_files_only=True
         ).eval()
     except Exception as error:  # transformers raises whatever it meets
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"{folder}: cannot be verified, for transformers refuses it: {said}") from None
+        raise UserError(f"{folder}: cannot be verified, for transformers refuses it: {said_by(error)}") from None
     for weight in model.parameters():
         weight.data = weight.data.to(dtype or torch.float32).float()
     with torch.no_grad():  # the short ones first: after a long one, dynamic rope stays stretched

@@ -21,13 +21,15 @@ import orjson
 from fm9g.data.findings import Findings
 from fm9g.data.index import DATA, INDEX, INDEX_H5, META
 from fm9g.data.lines import BUCKETS, Bad, Lines, Part, Settings, convert_lines, convert_range, convert_records
-from fm9g.data.readers import records
+from fm9g.data.readers import Record, records
 from fm9g.data.records import parse_object, quote
 from fm9g.data.scan import TOKENS_PER_UNIT
-from fm9g.data.sources import STDIN, Source, line_blocks
+from fm9g.data.sources import Source, line_blocks
+from fm9g.data.values import BadRecord
 from fm9g.data.workers import start_workers, stop_workers
 from fm9g.errors import UserError
 from fm9g.files import AppendedFile, new_folder
+from fm9g.inputs import keep_inputs
 from fm9g.kinds import DATASET, PART, kind_of
 from fm9g.progress import Progress
 
@@ -55,6 +57,7 @@ class Report:
     filtered: int = 0
 
 
+@keep_inputs()
 def build_index(
     sources: list[Source], output: Path, settings: Settings, workers: int | None = None, overwrite: bool = False
 ) -> Report:
@@ -77,10 +80,11 @@ def build_index(
     size = sum(source.size for source in sources)
     if workers is None:
         workers = min(os.cpu_count() or 1, 8) if size > _WORTH_WORKERS else 0
-    paths = tuple(Path(source.path) for source in sources if source.path != STDIN)
+    for source in sources:
+        source.note()
     report = Report(len(sources))
     names = SPLITS if settings.split else ("",)
-    with new_folder(output, overwrite, sources=paths) as folder, ExitStack() as stack:
+    with new_folder(output, overwrite) as folder, ExitStack() as stack:
         writers = [stack.enter_context(_Writer(folder / name)) for name in names]
         run = _Run(settings, writers, report, folder / REJECTS, ahead=_AHEAD * workers)
         by_bytes = all(source.is_lines and source.is_seekable for source in sources)
@@ -110,7 +114,7 @@ def _tasks(source: Source, settings: Settings) -> Iterator[Task]:
     text = source.format == "txt"
     if not source.is_lines:
         rest = records(source)
-        while some := list(islice(rest, _RECORDS)):
+        while some := list(_some(rest)):
             yield convert_records, (some, settings), 0
     elif source.is_seekable:
         for start in range(0, source.size, _RANGE):
@@ -121,6 +125,26 @@ def _tasks(source: Source, settings: Settings) -> Iterator[Task]:
             yield convert_lines, (block, number == 0, text, settings), 0
 
 
+def _some(rest: Iterator[Record]) -> Iterator[Record]:
+    """The next records: few where they are long."""
+    size = 0
+    for where, record in islice(rest, _RECORDS):
+        yield where, record
+        size += _characters(record)
+        if size > _RANGE:
+            return
+
+
+def _characters(value: Any) -> int:
+    """Of all texts in a value, but for the names of keys."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, BadRecord):
+        return len(value.content)
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_characters, items))
+
+
 def _in_order(tasks: Iterable[Task], pool: ProcessPoolExecutor | None, ahead: int) -> Iterator[tuple[Part, int]]:
     """Each task's result, and the bytes that it read. ahead: tasks that run while a result is used."""
     if pool is None:
@@ -128,19 +152,19 @@ def _in_order(tasks: Iterable[Task], pool: ProcessPoolExecutor | None, ahead: in
         return
     running: deque[tuple[Future[Part], int]] = deque()
     tasks = iter(tasks)
-    while True:
-        while len(running) < ahead and (task := next(tasks, None)):
-            call, arguments, size = task
-            running.append((pool.submit(call, *arguments), size))
-        if not running:
-            return
-        future, size = running.popleft()
-        try:
+    try:
+        while True:
+            while len(running) < ahead and (task := next(tasks, None)):
+                call, arguments, size = task
+                running.append((pool.submit(call, *arguments), size))
+            if not running:
+                return
+            future, size = running.popleft()
             yield future.result(), size
-        except BrokenProcessPool:
-            raise UserError(
-                "a process that checks records was killed (out of memory?); fewer --workers need less"
-            ) from None
+    except BrokenProcessPool:  # submit raises it, too
+        raise UserError(
+            "a process that checks records was killed (out of memory?); fewer --workers need less"
+        ) from None
 
 
 class _Run:

@@ -36,6 +36,7 @@ from fm9g.data.stream import Stream
 from fm9g.data.tokens import join_samples, split_samples
 from fm9g.errors import UserError
 from fm9g.files import new_folder
+from fm9g.inputs import keep_inputs
 from fm9g.progress import Progress
 
 FIGURES, PICTURE = "check.json", "lengths.png"
@@ -68,6 +69,7 @@ def open_mixture(name: str, **settings: Any) -> tuple[Mixture, Path]:
     return mixture, file
 
 
+@keep_inputs()
 def check(
     name: str,
     output: Path,
@@ -94,8 +96,7 @@ def check(
         size = sum(data.nbytes / len(data) * count for data, count in zip(mixture.datasets, counts))
         workers = min(os.cpu_count() or 1, 8) if size > _WORTH_WORKERS else 0
     own = output.is_dir() and {path.name for path in output.iterdir()} <= {FIGURES, PICTURE}
-    sources = (file, *mixture.tokenizer.files, *(dataset.folder for dataset in mixture.datasets))
-    with new_folder(output, overwrite or own, sources) as folder:
+    with new_folder(output, overwrite or own) as folder:
         with TemporaryDirectory(dir=folder) as scratch, EncodingPool(mixture, workers) as pool:
             with Progress("checking", sum(counts), "records") as progress:
                 found = [

@@ -15,10 +15,12 @@ import h5py
 import numpy as np
 
 from fm9g.config.fields import nearest
+from fm9g.data import sources
 from fm9g.data.records import parse_object, quote
 from fm9g.data.shapes import BadRecord
 from fm9g.errors import UserError
 from fm9g.files import ReadFile, is_too_many_open, too_many_open
+from fm9g.inputs import note_input
 from fm9g.kinds import DATASET, check_kind
 
 DATA, INDEX, INDEX_H5, META = "data.jsonl", "index", "index.h5", "meta.json"
@@ -73,6 +75,7 @@ class IndexedDataset:
         if not (h5.is_file() or text.is_file()):
             raise UserError(f"{self.folder}: neither {INDEX_H5} nor {INDEX} is there; index it with `fm9g data index`")
         try:
+            note_input(h5 if h5.is_file() else text)
             if h5.is_file():
                 with h5py.File(h5, "r") as file:
                     dataset = file["index"]
@@ -123,6 +126,11 @@ class IndexedDataset:
             start, end = self._read_bounds(number - (not self._from_0), 2).tolist()
         else:
             start, end = 0, int(self._read_bounds(0, 1)[0])
+        if end - start > sources.MAX_RECORD:
+            raise UserError(
+                f"{self._data}, line {number + 1}: has {(end - start) >> 20} MB, and a record at most "
+                f"{sources.MAX_RECORD >> 20}; divide it, or leave it out"
+            )
         line = self._file.read(end - start, start) if 0 <= start <= end <= self.nbytes else b""
         if not line or (line[-1:] != b"\n" and number + 1 < self.size) or line.count(b"\n", 0, -1):
             where = f"{self._data}, line {number + 1}"

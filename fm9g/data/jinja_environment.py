@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 START, END = "\ufdd0\ufdd2", "\ufdd1\ufdd2"
 
 
+class TooLargeError(ValueError):
+    """A template would make what is larger than fm9g.data.jinja_bounds allows."""
+
+
 @lru_cache(maxsize=64)  # kept here, so that a Template can be sent to another process
 def compile_template(name: str, text: str, marked: bool) -> tuple[jinja2.Template, bool]:
     """The compiled template, and whether it holds generation blocks.
@@ -33,7 +37,7 @@ def compile_template(name: str, text: str, marked: bool) -> tuple[jinja2.Templat
         return template, any(literal.data == START for literal in literals)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"chat template {name}, line {error.lineno}: {error.message}") from None
-    except (SyntaxError, RecursionError) as error:  # Jinja writes Python, which has rules of its own
+    except (SyntaxError, RecursionError, MemoryError) as error:  # Jinja writes Python, which has rules of its own
         raise UserError(f"chat template {name}: {error}") from None
 
 
@@ -53,7 +57,8 @@ def _environment(marked: bool) -> jinja2.Environment:
     import jinja2
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from fm9g.data.jinja_bounds import BoundedEnvironment
 
     class Generation(Extension):
         tags = {"generation"}  # noqa: RUF012
@@ -73,10 +78,9 @@ def _environment(marked: bool) -> jinja2.Environment:
     def tojson(x: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
+    environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = tojson
+    environment.bound_filters()
     environment.globals.update(raise_exception=raise_exception)
     return environment
 

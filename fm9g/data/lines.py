@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fm9g.data import sources
 from fm9g.data.findings import Findings, has_tools
 from fm9g.data.language import is_in_language, prompt_of
 from fm9g.data.order import mix
@@ -261,6 +262,8 @@ class _Collected:
         if (line is None and settings.as_is) or ("messages" in kept and (line is None or has_tools(kept))):
             check_storable(kept)
         stored = to_line(kept) if line is None or kept is not record else line + b"\n"
+        if len(stored) > sources.MAX_RECORD:
+            raise BadRecord(f"longer than {sources.MAX_RECORD >> 20} MB, which no record is; divide it")
         side = int(bool(settings.split) and mix(settings.seed, _SPLIT, zlib.crc32(stored)) < settings.split * 2**64)
         self._lines[side].append(stored)
         self._empty[side] += kept.get("output", True) == ""

@@ -19,6 +19,7 @@ from fm9g.config.mixture import NONE, OWN, DatasetConfig
 from fm9g.data import cache
 from fm9g.data.cache import TokenCache
 from fm9g.data.encode import Encoded, Encoder, Texts, cut
+from fm9g.data.encoding_limits import UnreadableTextError
 from fm9g.data.index import IndexedDataset
 from fm9g.data.literal import protect
 from fm9g.data.order import Permutation, mix
@@ -131,7 +132,7 @@ class Mixture:
         """The marked tokens of the texts of records."""
         try:
             return self.encoders[dataset].tokens(texts)
-        except (TypeError, UnicodeEncodeError) as error:  # a lone surrogate is no text
+        except (TypeError, UnicodeEncodeError, UnreadableTextError) as error:  # a lone surrogate is no text
             lines, config = ", ".join(str(number + 1) for number in numbers), self.configs[dataset]
             where = f"{config.task_name}, one of the lines {lines} of {config.path}"
             raise UserError(f"{where}: the text that is made of it cannot be encoded: {error}") from None
@@ -171,10 +172,13 @@ class Mixture:
 
     def _encoder(self, config: DatasetConfig, date: str) -> Encoder:
         template = chat_template = None
-        if config.template not in ("", NONE):
-            template = load_template(config.template, self.tokenizer, date)
-        elif not config.template and self.tokenizer.chat_template:
-            chat_template = load_template(OWN, self.tokenizer, date)
+        try:
+            if config.template not in ("", NONE):
+                template = load_template(config.template, self.tokenizer, date)
+            elif not config.template and self.tokenizer.chat_template:
+                chat_template = load_template(OWN, self.tokenizer, date)
+        except UserError as error:
+            raise UserError(f"{config.task_name}: {error}") from None
         return Encoder(self.tokenizer, template, config.loss or "assistant", config.turns or "auto", chat_template)
 
     def files_to_keep(self) -> dict[str, Path | str]:

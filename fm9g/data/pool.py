@@ -18,8 +18,9 @@ import numpy as np
 from fm9g.data import cache
 from fm9g.data.mixture import Mixture, Recipe
 from fm9g.data.tokens import is_weighted
-from fm9g.data.workers import start_workers, stop_workers
+from fm9g.data.workers import shared_memory, start_workers, stop_workers
 from fm9g.errors import UserError
+from fm9g.files import recover
 
 MOST = 64  # records of a chunk, the unit of work
 _PATIENCE = 5.0  # seconds after which one looks whether a result may still come
@@ -50,8 +51,10 @@ class EncodingPool:
         self._pool = None
         if workers:
             context = multiprocessing.get_context("spawn")
-            self._doing = context.RawArray("q", workers * _SLOT)
-            self._pool = start_workers(workers, _prepare, mixture.recipe, self._doing, context.Value("q", 0, lock=True))
+            with shared_memory():
+                self._doing = context.RawArray("q", workers * _SLOT)
+                started = context.Value("q", 0, lock=True)
+            self._pool = start_workers(workers, _prepare, mixture.recipe, self._doing, started)
 
     def tokens(
         self, dataset: int, places: Iterator[int], sequences: int = 1, prefetch: int = 2, in_file: bool = False
@@ -69,19 +72,19 @@ class EncodingPool:
             return
         ahead = max(2, math.ceil(self.workers * prefetch / sequences))  # one that is used, one that is made
         running: deque[tuple[list[int], Future[Tokens]]] = deque()
-        while True:
-            while len(running) < ahead and (chunk := list(islice(places, size))):
-                running.append((chunk, self._pool.submit(_encode, dataset, chunk, in_file)))
-            if not running:
-                return
-            chunk, future = running.popleft()
-            try:
+        try:
+            while True:
+                while len(running) < ahead and (chunk := list(islice(places, size))):
+                    running.append((chunk, self._pool.submit(_encode, dataset, chunk, in_file)))
+                if not running:
+                    return
+                chunk, future = running.popleft()
                 found = self._result(future)
-            except BrokenProcessPool:
-                raise UserError(self._crash()) from None
-            self.mixture.drew[dataset] |= found.drew
-            self.mixture.findings[dataset].update(found.findings)
-            yield chunk, found.split()
+                self.mixture.drew[dataset] |= found.drew
+                self.mixture.findings[dataset].update(found.findings)
+                yield chunk, found.split()
+        except BrokenProcessPool:  # submit raises it, too
+            raise UserError(self._crash()) from None
 
     def _result(self, future: Future[Tokens]) -> Tokens:
         """What a worker made. Raises MemoryError where nothing will come: no thread could be started to bring it."""
@@ -182,9 +185,10 @@ def fill_cache(mixture: Mixture, workers: int) -> tuple[Mixture, list[str]]:
     notes = []
     with EncodingPool(mixture, workers) as pool:
         for number, config in enumerate(mixture.configs):
+            folder, key = mixture.cache_folder(number), mixture.cache_key(number)
+            recover(folder)  # also beside a cache that is whole: one killed a moment too late leaves the old one there
             if mixture.caches[number]:
                 continue
-            folder, key = mixture.cache_folder(number), mixture.cache_key(number)
             if changed := cache.stale(folder, key):
                 notes.append(f"token cache {folder} is stale and made anew: {'; '.join(changed)}")
             size = len(mixture.datasets[number])

@@ -72,9 +72,9 @@ def carried_on(
     notes, refused = _differences(before, now)
     if refused and not carry:
         raise UserError(
-            "the data is not what the checkpoint was made with:\n"
-            + "\n".join(refused)
-            + "\nResume with what it was, or with --data_changes carry: the epochs then go on as well as they can"
+            "the data is not what the checkpoint was made with:",
+            *refused,
+            "Resume with what it was, or with --data_changes carry: the epochs then go on as well as they can",
         )
     same = [name for name in new if name in old and _equal(before, now, name, _CONTENT)]
     encoded_alike = all(before[key] == now[key] for key in ("seed", "max_length", "capacity"))

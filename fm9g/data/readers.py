@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from fm9g.data.records import not_an_object, once
-from fm9g.data.sources import CHUNK, MAX_RECORD, Source, check_record_size, opened
+from fm9g.data.sources import CHUNK, MAX_RECORD, Source, bounded_lines, check_record_size, opened
 from fm9g.data.values import TOO_DEEP, BadRecord, read_integer
 from fm9g.errors import UserError
 
-_ROWS = 1024  # of a parquet file at a time
+_ROWS, _BATCH = 64, 32 << 20  # rows of a parquet file, and bytes of them, that are read at a time, about
 NUL = "holds a NUL byte; is this text, and in UTF-8?"
 _NOT_BLANK = re.compile(r"[^ \t\r\n]")
 # A string of JSON, maybe cut off, or what opens or closes an object or list.
@@ -50,7 +50,7 @@ def _texts(source: Source, stream: IO[bytes]) -> Iterator[Record]:
 
     whole = source.text_unit == "file"
     try:
-        for number, line in enumerate(io.TextIOWrapper(stream, "utf-8-sig"), 1):
+        for number, line in enumerate(bounded_lines(io.TextIOWrapper(stream, "utf-8-sig"), source), 1):
             if whole or line.strip():
                 first = first if paragraph else number
                 size = size + len(line) if paragraph else len(line)
@@ -72,10 +72,20 @@ def _texts(source: Source, stream: IO[bytes]) -> Iterator[Record]:
 def _csv_records(source: Source, stream: IO[bytes]) -> Iterator[Record]:
     csv.field_size_limit(MAX_RECORD)
     text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
-    reader = csv.reader(text, delimiter="\t" if source.format == "tsv" else ",", strict=True)
+    size = 0  # characters of the record that is read
+
+    def lines() -> Iterator[str]:
+        nonlocal size
+        for line in bounded_lines(text, source):
+            size += len(line)
+            check_record_size(size, source)
+            yield line
+
+    reader = csv.reader(lines(), delimiter="\t" if source.format == "tsv" else ",", strict=True)
     columns: list[str] = []
     try:
         for row in reader:
+            size = 0
             where = f"line {reader.line_num}"
             if not row:
                 continue
@@ -228,14 +238,24 @@ def _parquet_records(source: Source) -> Iterator[Record]:
             names, number = file.schema_arrow.names, 0
             if len(set(names)) < len(names):
                 raise UserError(f"{source}: a column is named twice; found {names}")
-            for batch in file.iter_batches(batch_size=_ROWS):
+            for batch in file.iter_batches(batch_size=_rows_at_a_time(file.metadata)):
+                if batch.nbytes > MAX_RECORD:
+                    for row in range(len(batch)):
+                        check_record_size(batch.slice(row, 1).nbytes, source)
                 for row in batch.to_pylist():
                     number += 1
                     yield f"row {number}", _as_written(row)
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # pyarrow's own, and what Python raises for values that it cannot hold
         raise UserError(f"{source}: not a parquet file that can be read: {error}") from None
+
+
+def _rows_at_a_time(metadata: Any) -> int:
+    """So many that they take little memory where rows are about as long as those of their group."""
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    longest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
+    return max(1, min(_ROWS, _BATCH // max(1, longest)))
 
 
 def _datasets_records(source: Source) -> Iterator[Record]:
@@ -245,5 +265,7 @@ def _datasets_records(source: Source) -> Iterator[Record]:
         rows = datasets.load_from_disk(source.path).with_format(None)
         for number, row in enumerate(rows, 1):
             yield f"row {number}", _as_written(row)
+    except MemoryError:
+        raise
     except Exception as error:  # datasets raises what pyarrow, fsspec and json do
         raise UserError(f"{source}: not a folder that datasets.load_from_disk reads: {error}") from None

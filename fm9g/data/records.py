@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import IO, Any
 
 import orjson
 
 from fm9g.data.scan import count_keys
+from fm9g.data.sources import bounded_lines
 from fm9g.data.values import TOO_DEEP, BadRecord
 from fm9g.errors import UserError
 
@@ -23,9 +24,9 @@ def text_records(lines: Iterable[str]) -> Iterator[dict[str, str]]:
             yield {"input": "", "output": text}
 
 
-def decoded_lines(stream: Iterable[bytes], where: str) -> Iterator[str]:
+def decoded_lines(stream: IO[bytes], where: str) -> Iterator[str]:
     """The lines of a UTF-8 stream, however they end. Raises UserError that names the line that is not UTF-8."""
-    for number, line in enumerate(stream, 1):
+    for number, line in enumerate(bounded_lines(stream, where), 1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
@@ -65,6 +66,7 @@ def parse_record(line: bytes) -> dict[str, Any]:
         count = -1
     if count == len(record) and not any(type(value) in _NESTS for value in record.values()):
         return record
+    del record  # a large one is held once
     try:
         return _ONCE.decode(line.decode())
     except RecursionError:  # json goes less deep than orjson

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fm9g.data.encode import EMPTY, LONG_INPUT, OVERSIZE
+from fm9g.printable import printable
 
 _WIDTH, _BAR = 118, 50  # characters of a line of the table, of the longest bar
 
@@ -48,7 +49,7 @@ def table(report: dict[str, Any]) -> str:
     for task, figures in datasets.items():
         more = {"learnt": figures["learnt_tokens"] / max(1, figures["kept_tokens"])}
         more |= {"long_input": figures["dropped"][LONG_INPUT], "oversize": figures["dropped"][OVERSIZE]}
-        columns.append([task, *(text.format(**figures, **more) for label, text in rows if label)])
+        columns.append([printable(task), *(text.format(**figures, **more) for label, text in rows if label)])
     lines = []
     while len(columns) > 1:
         widths = [max(map(_width, column)) for column in columns]

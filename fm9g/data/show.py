@@ -19,15 +19,13 @@ from fm9g.data.pack import Sample
 from fm9g.data.stream import Stream
 from fm9g.data.tokens import is_weighted, loss_weights, split_samples, token_ids
 from fm9g.errors import UserError
+from fm9g.printable import printable, printable_lines
 
 HEAD, TAIL = 2000, 500  # characters of a long sample that are shown
 
 _WIDTH = 100  # characters of a border
 _LEARNT, _OWN, _SPECIAL = 1, 2, 4  # what a token is; own: of the template
 _CODES = {0: "2", _LEARNT: "32", _OWN: "4;36", _OWN | _LEARNT: "4;32", _SPECIAL: "33", _SPECIAL | _LEARNT: "1;33"}
-# Control characters would act on the terminal; their pictures do not.
-_VISIBLE: dict[int, int | str] = {code: 0x2400 + code for code in range(32) if chr(code) != "\t"}
-_VISIBLE |= {ord("\n"): "⏎\n", 0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
 
 Run = tuple[str, int]  # a text, and what its tokens are
 
@@ -132,7 +130,8 @@ class _View:
             yield _border(f"{pieces - count} more pieces of this record; --count {pieces} shows all")
         record = self._mixture.datasets[dataset][number]
         if not self._mixture.transforms[dataset]:
-            yield from (f"note: it has {what}" for what in self._mixture.encoders[dataset].findings(record, texts))
+            found = self._mixture.encoders[dataset].findings(record, texts)
+            yield from (f"note: it has {printable(what)}" for what in found)
 
     def sample(self, dataset: int, place: int, piece: int, number: int | None = None) -> Iterator[str]:
         """A border, and the text of a sample. number: of the record; default: the one at the place."""
@@ -225,15 +224,19 @@ class _View:
 def _painted(runs: list[Run], color: bool) -> str:
     """Runs as one text: in colours, or with marks around what is learnt."""
     if color:
-        parts = [(text.translate(_VISIBLE).split("\n"), f"\x1b[{_CODES[state]}m") for text, state in runs]
+        parts = [(_visible(text).split("\n"), f"\x1b[{_CODES[state]}m") for text, state in runs]
         # Each line by itself: pagers forget the colour at its end.
         return "".join("\n".join(f"{code}{line}\x1b[0m" if line else "" for line in lines) for lines, code in parts)
     text = ""
     for learnt, some in groupby(runs, key=lambda run: run[1] & _LEARNT):
-        together = "".join(text for text, _ in some).translate(_VISIBLE)
+        together = _visible("".join(text for text, _ in some))
         text += f"«{together}»" if learnt else together
     return text
 
 
+def _visible(text: str) -> str:
+    return printable_lines(text).replace("\n", "⏎\n")
+
+
 def _border(text: str, line: str = "─") -> str:
-    return f"{line * 2} {text} ".ljust(_WIDTH, line)
+    return f"{line * 2} {printable(text)} ".ljust(_WIDTH, line)

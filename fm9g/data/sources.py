@@ -15,15 +15,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, AnyStr
 
 from fm9g.errors import UserError
+from fm9g.inputs import note_input
 from fm9g.kinds import DATA, DATASET, TOKENIZER, check_kind
+from fm9g.regular_file import check_regular
 
 FORMATS = ("jsonl", "json", "txt", "md", "csv", "tsv", "parquet", "datasets")
 TEXT_UNITS = ("line", "paragraph", "file")
 STDIN = "-"
-MAX_RECORD = 512 << 20  # bytes; what is longer is no record, but a file of another format
+MAX_RECORD = 128 << 20  # bytes; what is longer is no record, but a file of another format
 
 _SUFFIXES = {
     ".jsonl": "jsonl",
@@ -41,6 +43,7 @@ _COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 # What lies beside data and is none.
 _NOT_DATA = {"readme.md", "license.md", "license.txt", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
 CHUNK = 1 << 20  # bytes that are read at a time
+_XZ_MEMORY = 256 << 20  # bytes; `xz -9` needs 65 MB to be read, and a file may ask for 4 GB
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,11 @@ class Source:
         """Bytes, as far as they are known; those of a compressed file are compressed."""
         return os.path.getsize(self.path) if self.is_file else 0
 
+    def note(self) -> None:
+        """Says that it is read: see fm9g.inputs."""
+        if self.path != STDIN:
+            note_input(self.path)
+
     def __str__(self) -> str:
         return "stdin" if self.path == STDIN else self.path
 
@@ -94,6 +102,7 @@ def find_sources(paths: list[str], format: str = "", text_unit: str = "", output
             check_kind(Path(path), DATA, DATASET, also=TOKENIZER)
         for source in _find(path, format, text_unit):
             sources.setdefault(source.path if source.path == STDIN else _real(source.path), source)
+            source.note()
     return list(sources.values())
 
 
@@ -115,6 +124,7 @@ def _find(path: str, format: str, text_unit: str) -> Iterator[Source]:
         if not found:
             raise UserError(f"{path}: no file in this folder has a format that is read ({', '.join(_SUFFIXES)})")
         for name in found:
+            check_regular(name)  # what was not named by itself may be no pipe, which would be waited for
             yield _by_path(name, format, text_unit)
     elif os.path.exists(path):
         yield _by_path(path, format, text_unit)
@@ -123,6 +133,7 @@ def _find(path: str, format: str, text_unit: str) -> Iterator[Source]:
         if not found:
             raise UserError(f"{path}: matches no file")
         for name in found:
+            check_regular(name)
             yield _by_path(name, format, text_unit)
     else:
         raise UserError(f"{path}: no such file")
@@ -162,6 +173,8 @@ def _source(path: str, format: str, compression: str, text_unit: str) -> Source:
         raise UserError(f"{format} cannot come from stdin; name a file")
     if path != STDIN and not os.path.exists(path):
         raise UserError(f"{path}: no such file; a link to nothing?")
+    if format == "parquet":
+        check_regular(path)  # it is read from its end
     if compression and format in ("parquet", "datasets"):
         raise UserError(f"{path}: {format} has a compression of its own; decompress it first")
     source = Source(path, format, compression, text_unit or ("file" if format == "md" else "line"))
@@ -203,13 +216,17 @@ def _decompressed(file: IO[bytes], compression: str) -> Any:
     if compression == ".gz":
         return gzip.GzipFile(fileobj=file)
     if compression in (".xz", ".bz2"):
-        start = lzma.LZMADecompressor if compression == ".xz" else bz2.BZ2Decompressor
+        start = _xz_decompressor if compression == ".xz" else bz2.BZ2Decompressor
         return io.BufferedReader(_Streams(file, start), CHUNK)
     if compression == ".zst":
         import pyarrow
 
         return pyarrow.input_stream(file, compression="zstd", buffer_size=CHUNK)
     return nullcontext(file)
+
+
+def _xz_decompressor() -> lzma.LZMADecompressor:
+    return lzma.LZMADecompressor(memlimit=_XZ_MEMORY)
 
 
 class _Streams(io.RawIOBase):
@@ -256,6 +273,13 @@ def line_blocks(source: Source) -> Iterator[bytes]:
                 check_record_size(len(rest), source)
         if rest:
             yield rest
+
+
+def bounded_lines(text: IO[AnyStr], source: Any) -> Iterator[AnyStr]:
+    """The lines of a stream. Raises UserError for one that never ends, before it fills the memory."""
+    while line := text.readline(MAX_RECORD + 1):
+        check_record_size(len(line), source)
+        yield line
 
 
 def check_record_size(size: int, source: Any) -> None:

@@ -170,9 +170,7 @@ class Stream:
                     for reason, count in reasons.most_common()
                 ]
                 raise UserError(
-                    "\n".join(
-                        [f"{self._plan.names[dataset]}: {barren} records in a row gave nothing to train on", *counts]
-                    )
+                    f"{self._plan.names[dataset]}: {barren} records in a row gave nothing to train on", *counts
                 )
         return None
 

@@ -16,15 +16,26 @@ from pathlib import Path
 from typing import Any
 
 from fm9g.config.mixture import BUILT_IN, NONE, OWN, TEMPLATE_FOLDER, check_template
-from fm9g.data.jinja_environment import compile_template, date_writer, literal_text
+from fm9g.data.jinja_environment import TooLargeError, compile_template, date_writer, literal_text
+from fm9g.data.transform import EndError, guarded
 from fm9g.errors import UserError
+from fm9g.inputs import note_input
+from fm9g.regular_file import check_regular
 
 Messages = list[dict[str, Any]]
+
+# Of one rendering; that of a conversation of a million tokens takes about a second and some 10 MB.
+SECONDS, MEMORY = 20.0, 1 << 30
+_MOST = 16 << 20  # bytes of a file with a template
 
 # Spellings that chat templates use for tokens of their own: <|im_end|>, also with DeepSeek's wide bars, <|turn>,
 # <turn|>, <start_of_turn>, <reserved_106>.
 _BAR = "[|\uff5c]"
 _MARKER = re.compile(rf"<{_BAR}[^<>\s]+>|<[^<>\s]+{_BAR}>|<(?:start|end)_of_\w+>|<reserved_\d+>")
+
+
+class BoundsError(UserError):
+    """A template took too much time or memory: it is not tried again with other messages."""
 
 
 class Template:
@@ -84,20 +95,26 @@ class Template:
 
     def _render(self, messages: Messages, tools: Any, add_generation_prompt: bool, marked: bool = False) -> str:
         kind = self._kind(tools)
+        where = f"chat template {self._title(kind)}"
         template, _ = compile_template(self._title(kind), self.texts[kind], marked)
         try:
-            return template.render(
-                messages=[_as_shown(message) for message in messages],
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                strftime_now=date_writer(self.date),
-                **self._tokens,
-            )
-        except Exception as error:  # a template is a program: it can raise anything
-            lines = [step.lineno for step in traceback.extract_tb(error.__traceback__) if step.filename == "<template>"]
+            with guarded(where, SECONDS, "has it a loop without an end?", MEMORY):
+                return template.render(
+                    messages=[_as_shown(message) for message in messages],
+                    tools=tools,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    strftime_now=date_writer(self.date),
+                    **self._tokens,
+                )
+        except UserError as error:  # a template is a program: it can raise anything
+            cause = error.__cause__ or error
+            lines = [step.lineno for step in traceback.extract_tb(cause.__traceback__) if step.filename == "<template>"]
+            if isinstance(cause, EndError):  # of other errors Jinja says the template's lines, not those of its Python
+                lines = [template.get_corresponding_lineno(line or 0) for line in lines]
             line = f", line {lines[-1]}" if lines else ""
-            raise UserError(f"chat template {self._title(kind)}{line}: {error or type(error).__name__}") from None
+            kind_of_error = BoundsError if isinstance(cause, (EndError, TooLargeError)) else UserError
+            raise kind_of_error(f"{where}{line}: {str(cause) or type(cause).__name__}") from None
 
     def _kind(self, tools: Any) -> str:
         if tools is not None and "tool_use" in self.texts:
@@ -129,6 +146,8 @@ class Template:
             for messages in (trial, list(map(_with_json_arguments, trial))):
                 try:
                     texts.append(self._render(messages, tools, False))
+                except BoundsError:
+                    raise
                 except UserError:
                     texts.append("")
             by_object, by_text = texts
@@ -151,6 +170,8 @@ class Template:
             ):
                 try:
                     text = self.render(messages, given, add_generation_prompt=messages[-1]["role"] != "assistant")
+                except BoundsError:
+                    raise
                 except UserError:
                     continue  # it says so itself, then
                 if word not in text and (with_tools or what != "tools"):
@@ -204,9 +225,12 @@ def load_template(spec: str, tokenizer: Any, date: str = "") -> Template:
             raise UserError("the tokenizer has no chat template of its own; choose another, as in --template chatml")
         return Template(spec, tokenizer.chat_template, tokenizer.special_tokens, date)
     file = TEMPLATE_FOLDER / f"{spec}.jinja" if spec in BUILT_IN else Path(spec)
+    if not file.is_dir():
+        check_regular(file, _MOST)
     if not file.is_file():
         check_template(spec)
         raise UserError(f"template: {spec}: no such file; give a file, or one of {', '.join([*BUILT_IN, OWN, NONE])}")
+    note_input(file)
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -22,11 +22,14 @@ from typing import Any
 from fm9g.data.literal import Span
 from fm9g.errors import UserError
 from fm9g.files import new_folder
+from fm9g.inputs import note_input
 from fm9g.kinds import TOKENIZER, check_kind
+from fm9g.regular_file import check_regular
 
 CHAT_TEMPLATE = "chat_template.jinja"  # the file that transformers looks for beside a tokenizer
 CHAT_TEMPLATES = "additional_chat_templates"  # the folder of further templates, NAME.jinja
 TOKENIZER_CONFIG = "tokenizer_config.json"
+_MOST = 512 << 20  # bytes of a file; the largest published ones have some 35 MB
 # The files that transformers and the families' own code read a tokenizer from.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -270,6 +273,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model.id_to_piece(token) if self._model.is_control(token) or self._model.is_unknown(token) else ""
 
 
+_LONGEST_WORD = 1024  # characters; each of a text is looked up with all lengths up to the longest
 _SPECIAL_WORDS = ("<s>", "</s>", "<unk>", "<pad>")  # of a vocab.txt
 
 
@@ -292,6 +296,8 @@ class VocabTokenizer(Tokenizer):
             raise UserError(f"{file}: not a 9G vocabulary: {missing[0]!r} is missing")
         # Special words and <0xHH> stand for themselves only as ids, never for the same letters in a text.
         bytes_and_specials = {*_SPECIAL_WORDS, *map(_byte_word, range(256))}
+        if too_long := next((number for number, word in enumerate(self._words, 1) if len(word) > _LONGEST_WORD), 0):
+            raise UserError(f"{file}, line {too_long}: a word of more than {_LONGEST_WORD} characters")
         self._longest: dict[str, int] = {}  # first character -> length of the longest word that starts with it
         self._text_ids = {word: i for word, i in self._ids.items() if word and word not in bytes_and_specials}
         for word in self._text_ids:
@@ -361,6 +367,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not path.exists():
         raise UserError(f"{path}: no such tokenizer; set tokenizer_path to a file or to a folder that holds one")
     folder = path if path.is_dir() else path.parent
+    if path != folder:
+        check_regular(path)
+    for file in (file for pattern in (*TOKENIZER_FILES, "config.json") for file in folder.glob(pattern)):
+        if not file.is_dir():
+            check_regular(file, _MOST)
+    for file in (path, *tokenizer_files(folder)) if path.is_file() else tokenizer_files(folder):
+        note_input(file)
     if path.is_dir() and not tokenizer_files(path):
         check_kind(path, TOKENIZER)
         expected = ", ".join(name for name in TOKENIZER_FILES if name.startswith(("tokenizer.", "vocab")))
@@ -375,7 +388,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         from fm9g.data.transformers_tokenizer import open_with_transformers
 
         return open_with_transformers(folder)
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # the tokenizer libraries raise bare Exception
         raise UserError(f"{path}: not a tokenizer that can be read: {error}") from None
@@ -397,13 +410,10 @@ def _bare(path: Path) -> Path | None:
     return model if model.is_file() and not any((folder / name).is_file() for name in described) else None
 
 
-def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, output: Path, overwrite: bool = False, sources: tuple[Path, ...] = ()
-) -> int:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, overwrite: bool = False) -> int:
     """Trains a byte-level BPE tokenizer (bos <s>, eos </s>) and writes it as a Hugging Face folder.
 
-    Returns how many tokens it has: vocab_size, or fewer where the texts do not give so many. sources:
-    the files behind the texts, which are never replaced. Raises UserError where
+    Returns how many tokens it has: vocab_size, or fewer where the texts do not give so many. Raises UserError where
     vocab_size does not hold the bytes, there is no text, or the output folder holds something (unless overwrite).
     """
     from tokenizers import Tokenizer as Model
@@ -430,7 +440,7 @@ def train_tokenizer(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", model.token_to_id("<s>"))]
     )
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-    with new_folder(output, overwrite, sources) as folder:
+    with new_folder(output, overwrite) as folder:
         model.save(str(folder / "tokenizer.json"))
         (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     return model.get_vocab_size()

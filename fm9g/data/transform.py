@@ -7,14 +7,19 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from fm9g.errors import UserError
+from fm9g.inputs import note_input
+from fm9g.memory import resident_bytes
+from fm9g.regular_file import check_regular
 
 SHOWN = 200  # characters of what a transform returned or raised
+_TICK = 0.1  # seconds between looks at the memory
 
 Transform = Callable[[dict[str, Any], int, random.Random], dict[str, Any]]
 
@@ -24,8 +29,10 @@ def load_transform(path: Path, where: str, seconds: float) -> Transform:
 
     Raises UserError where there is none, or where the file cannot be executed.
     """
+    check_regular(path)
     if not path.is_file():
         raise UserError(f"{where}: no such file")
+    note_input(path)
     spec = importlib.util.spec_from_file_location(f"fm9g_transform_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"{where}: not a Python file (.py)")
@@ -40,13 +47,16 @@ def load_transform(path: Path, where: str, seconds: float) -> Transform:
 class guarded:  # noqa: N801 - used like a function of contextlib
     """Whatever the user's code in the block does becomes a UserError: an error of any class, an exit of the process,
     more than so many seconds (0: any number; code that waits in C is not reached). Ctrl-C stays what it is.
+
+    hint: what a message about the time says besides. memory: bytes that the block may take beyond what the process has
+    at its beginning, about, in this thread's time limit; 0: any number.
     """
 
-    def __init__(self, where: str, seconds: float) -> None:
-        self._where, self._seconds = where, seconds
+    def __init__(self, where: str, seconds: float, hint: str = "transform_timeout", memory: int = 0) -> None:
+        self._where, self._limits = where, (seconds, hint, memory)
 
     def __enter__(self) -> None:
-        _Watch.start(self._seconds)
+        _Watch.start(*self._limits)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         was_pressed = _Watch.stop()
@@ -61,23 +71,28 @@ class _Watch:
     """What is installed once for all blocks: handlers of two signals, and the refusal to end the process."""
 
     _place: tuple[int, int] | None = None  # process and thread of the block that runs
-    _seconds = 0.0
+    _seconds, _hint, _memory = 0.0, "", 0
+    _end = 0.0  # of the block, on the clock of time.monotonic
+    _most = 0  # resident bytes; 0: not known yet
     _was_pressed = False
     _process = 0  # in which the handlers are installed
     _is_timed = False
 
     @classmethod
-    def start(cls, seconds: float) -> None:
+    def start(cls, seconds: float, hint: str, memory: int) -> None:
         cls._install()
-        cls._was_pressed, cls._seconds = False, seconds
+        cls._was_pressed = False
+        cls._seconds, cls._hint, cls._memory = seconds, hint, memory
+        cls._end, cls._most = time.monotonic() + seconds, 0
         cls._place = os.getpid(), threading.get_ident()
-        if cls._is_timed and seconds:
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+        cls._is_timed = seconds > 0 and threading.current_thread() is threading.main_thread()
+        if cls._is_timed:
+            signal.setitimer(signal.ITIMER_REAL, min(_TICK, seconds) if memory else seconds, _TICK)
 
     @classmethod
     def stop(cls) -> bool:
         """Returns whether Ctrl-C was pressed in the block."""
-        if cls._is_timed and cls._seconds:
+        if cls._is_timed:
             signal.setitimer(signal.ITIMER_REAL, 0)
         cls._place = None
         return cls._was_pressed
@@ -87,8 +102,7 @@ class _Watch:
         if cls._process == os.getpid():
             return
         cls._process = os.getpid()
-        cls._is_timed = threading.current_thread() is threading.main_thread()
-        if cls._is_timed:
+        if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGALRM, cls._expire)
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 signal.signal(signal.SIGINT, cls._press)
@@ -101,27 +115,34 @@ class _Watch:
 
     @classmethod
     def _expire(cls, number: int, frame: FrameType | None) -> None:
-        if cls._place:
-            raise _EndError(f"takes more than {cls._seconds:g} seconds (transform_timeout)")
+        if not cls._place:
+            return
+        if cls._memory:
+            taken = resident_bytes()
+            cls._most = cls._most or taken + cls._memory
+            if taken > cls._most:
+                raise EndError(f"takes more than {cls._memory >> 20} MB of memory")
+        if time.monotonic() >= cls._end:
+            raise EndError(f"takes more than {cls._seconds:g} seconds ({cls._hint})")
 
     @classmethod
     def _refuse(cls, status: int) -> NoReturn:
         if cls._place == (os.getpid(), threading.get_ident()):  # else a thread of ours, or a child process
-            raise _EndError(f"calls os._exit({status!r}); return a record instead")
+            raise EndError(f"calls os._exit({status!r}); return a record instead")
         _exit(status)
 
 
 _exit = os._exit
 
 
-class _EndError(BaseException):
-    """Not an Exception, which the user's code might catch."""
+class EndError(BaseException):
+    """Why a block was ended. Not an Exception, which the user's code might catch."""
 
 
 def described(error: BaseException) -> str:
     """The class of an error, and its text, which a class of the user's may fail to make."""
     text = shown(error, str)
-    return text if isinstance(error, _EndError) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, EndError) else f"{type(error).__name__}: {text}"
 
 
 def shown(value: Any, make: Callable[[Any], str] = repr) -> str:

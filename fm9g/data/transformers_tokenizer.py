@@ -10,6 +10,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from fm9g.config.model import check_sizes
+from fm9g.data.encoding_limits import bounded_encoding, panics_as_user_error
 from fm9g.data.literal import Span
 from fm9g.data.tokenizer import TOKENIZER_CONFIG, Tokenizer, tokenizer_files
 from fm9g.errors import UserError
@@ -23,10 +25,16 @@ def open_with_transformers(folder: Path) -> Tokenizer:
     for name in (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"):
         if (folder / name).is_file():
             _read(folder / name)  # a file that is not JSON is named with its line
+    if (model := folder / "config.json").is_file():  # AutoTokenizer makes the configuration of the model from it
+        check_sizes(_read(model), str(model))
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with panics_as_user_error(folder):
+            loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            return FastTokenizer(loaded, folder) if loaded.is_fast else PythonTokenizer(loaded, folder)
+    except (UserError, MemoryError):
+        raise
     except Exception as error:
         config = _read(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
         if "auto_map" in config:
@@ -37,7 +45,6 @@ def open_with_transformers(folder: Path) -> Tokenizer:
         raise UserError(f"{folder}: not a tokenizer that can be read: {_first_lines(error)}") from None
     finally:
         logging.set_verbosity(verbosity)
-    return FastTokenizer(loaded, folder) if loaded.is_fast else PythonTokenizer(loaded, folder)
 
 
 def _first_lines(error: Exception) -> str:
@@ -114,17 +121,18 @@ class FastTokenizer(_TransformersTokenizer):
 
     def __init__(self, loaded: Any, folder: Path) -> None:
         super().__init__(loaded, folder)
+        self._folder = folder
         self._model = loaded.backend_tokenizer
         self._model.no_padding()
         self._model.no_truncation()
 
     def encode(self, text: str) -> list[int]:
-        self._model.encode_special_tokens = True  # as text, that is
-        return self._model.encode(text, add_special_tokens=False).ids
+        return [*self.encode_batch([text])[0]]
 
     def encode_batch(self, texts: list[str]) -> Sequence[Sequence[int]]:
-        self._model.encode_special_tokens = True
-        return [found.ids for found in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+        self._model.encode_special_tokens = True  # as text, that is
+        with bounded_encoding(self._folder, sum(map(len, texts))):
+            return [found.ids for found in self._model.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _encode_chat(self, text: str, literal: Sequence[Span]) -> tuple[list[int], list[int]]:
         if not literal:
@@ -141,9 +149,9 @@ class FastTokenizer(_TransformersTokenizer):
         self._model.encode_special_tokens = True
         return self._ids_and_starts(self._model, text)
 
-    @staticmethod
-    def _ids_and_starts(model: Any, text: str) -> tuple[list[int], list[int]]:
-        found = model.encode(text, add_special_tokens=False)
+    def _ids_and_starts(self, model: Any, text: str) -> tuple[list[int], list[int]]:
+        with bounded_encoding(self._folder, len(text)):
+            (found,) = model.encode_batch([text], add_special_tokens=False)
         return found.ids, [start for start, _ in found.offsets]
 
     @cached_property

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
+from fm9g.errors import UserError
 from fm9g.memory import keep_freed_memory
 from fm9g.safe_path import protect_children
 
@@ -20,7 +23,22 @@ def start_workers(count: int, prepare: Callable[..., None] | None = None, *argum
     """A pool of processes. prepare(*arguments): run in each as it starts."""
     # spawn: a forked child of a process with torch threads or a CUDA context can hang.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(prepare, arguments))
+    with shared_memory():
+        return ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(prepare, arguments))
+
+
+@contextmanager
+def shared_memory() -> Iterator[None]:
+    """For what processes share. Raises UserError where the system has no memory for it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+            raise
+        raise UserError(
+            "/dev/shm is full, where worker processes share what they do. Delete what ended processes left there, give "
+            "a container more of it (docker run --shm-size), or ask for 0 workers"
+        ) from None
 
 
 def stop_workers(pool: ProcessPoolExecutor) -> None:

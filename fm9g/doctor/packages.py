@@ -33,7 +33,7 @@ _OF_GPUS = ("bmtrain", "flash-attn")  # nothing imports them where there is no G
 _MISSING = {  # on a machine with a GPU
     "bmtrain": "the torch engine is used; for bmtrain: pip install --no-deps bmtrain==1.0.1 (CPython 3.10 or 3.11; on "
     "others it is built from source, with nvcc)",
-    "flash-attn": "attention falls back to torch's, a call a document; pip install flash-attn --no-build-isolation",
+    "flash-attn": "attention uses torch's own kernel for packed rows; pip install flash-attn --no-build-isolation",
     "opendelta": "only for --lora_backend opendelta: pip install --no-deps opendelta==0.3.2",
     "bitsandbytes": "only for quantization and adamw8bit: pip install bitsandbytes",
 }

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fm9g.checkpoint.find import named
 from fm9g.config.load import read_object
+from fm9g.config.model import check_sizes
 from fm9g.convert.families import FAMILIES
+from fm9g.convert.folder import check_files
 from fm9g.data.encode import stop_token_ids
-from fm9g.data.template import load_template
+from fm9g.data.encoding_limits import panics_as_user_error
+from fm9g.data.template import Template
 from fm9g.data.tokenizer import TOKENIZER_CONFIG, listed_ids, load_tokenizer
-from fm9g.errors import UserError
+from fm9g.errors import UserError, said_by
 from fm9g.kinds import MODEL, check_kind
 
 
@@ -57,6 +61,8 @@ def generate(
     if system and not chat:
         raise UserError("system: goes with a chat (--chat)")
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # of a report of many lines about weights, which is told below in one
+    check_files(folder)  # transformers says how to run code in them
     config = _config(folder)
     tokenizer = _open_tokenizer(folder, config)
     try:
@@ -65,9 +71,11 @@ def generate(
         )
         model, report = loaded
     except Exception as error:  # transformers and safetensors raise many kinds
-        raise UserError(f"{folder}: transformers cannot load it: {error}") from None
+        raise UserError(f"{folder}: transformers cannot load it: {said_by(error)}") from None
     if missing := report["missing_keys"]:
         raise UserError(f"{folder}: {min(missing)} is missing; config.json and the weights do not match")
+    if unexpected := report["unexpected_keys"]:
+        print(f"note: {folder}: {min(unexpected)} has no place in the model of config.json", file=sys.stderr)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fast = device.type == "cuda" or (model.dtype == torch.bfloat16 and has_fast_bf16(device))
     if not fast:
@@ -81,7 +89,7 @@ def generate(
         ours = load_tokenizer(folder)
         if not ours.chat_template:
             raise UserError(f"{folder}: has no chat template; leave --chat away, or take a folder that has one")
-        template = load_template("tokenizer", ours)
+        template = Template(f"of {folder}", ours.chat_template, ours.special_tokens)
         messages = [{"role": "system", "content": system}] if system else []
         prompt = template.render([*messages, {"role": "user", "content": prompt}], add_generation_prompt=True)
         stops = list(dict.fromkeys([*stops, *stop_token_ids(ours, template)]))
@@ -146,6 +154,7 @@ def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: not a Hugging Face folder (config.json is missing); make one with `fm9g convert`")
     config = read_object(folder / "config.json")
+    check_sizes(config, str(folder / "config.json"))
     kind = config.get("model_type")
     if kind is None or "dim_model" in config:
         raise UserError(
@@ -173,7 +182,7 @@ def _config(folder: Path) -> Any:
         content["bos_token_id"] = next(iter(content["bos_token_id"]), None)
         return AutoConfig.for_model(**content)
     except Exception as error:  # transformers raises many kinds
-        raise UserError(f"{folder}: transformers cannot load it: {error}") from None
+        raise UserError(f"{folder}: transformers cannot load it: {said_by(error)}") from None
 
 
 def _open_tokenizer(folder: Path, config: Any) -> Any:
@@ -188,14 +197,17 @@ def _open_tokenizer(folder: Path, config: Any) -> Any:
     kind = getattr(transformers, name if as_named else "AutoTokenizer")
     try:
         named = {} if as_named else {"config": config}
-        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **named)
+        with panics_as_user_error(folder):
+            return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **named)
+    except UserError:
+        raise
     except Exception as error:  # transformers raises many kinds
         if "auto_map" in settings:
             raise UserError(
                 f"{folder}: its tokenizer ({name}) is code that lies there, which is not run; put a tokenizer.json in "
                 "its place, which a fast tokenizer's save_pretrained writes"
             ) from None
-        raise UserError(f"{folder}: transformers cannot load its tokenizer: {error}") from None
+        raise UserError(f"{folder}: transformers cannot load its tokenizer: {said_by(error)}") from None
 
 
 def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
@@ -203,7 +215,8 @@ def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
 
     Raises UserError where there is no token to start from.
     """
-    ids = tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
+    with panics_as_user_error("the tokenizer"):
+        ids = tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
     if not chat and ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
         ids = ids[:-1]  # a tokenizer that ends each text (add_eos_token)
     if not ids and tokenizer.bos_token_id is not None:

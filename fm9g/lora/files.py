@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 from fm9g.checkpoint.folder import MANIFEST, Checkpoint
-from fm9g.checkpoint.weights import read_weights, write_weights
+from fm9g.checkpoint.weights import check_dtypes, read_weights, write_weights
 from fm9g.config.adapter import ADAPTER_CONFIG, AdapterConfig, load_adapter_config
 from fm9g.config.train import load_adapter_keys
 from fm9g.errors import UserError
 from fm9g.files import new_folder
+from fm9g.inputs import keep_inputs, note_input
 from fm9g.lora.base import base_hash
 from fm9g.lora.inject import MAGNITUDE, A, B
 
@@ -137,9 +138,10 @@ def check_adapter(weights: Mapping[str, torch.Tensor], config: AdapterConfig, fi
             )
         if config.dora and weights[layer + MAGNITUDE].shape != b.shape[:1]:
             raise UserError(f"{file}: {layer}{MAGNITUDE}: expected shape {list(b.shape[:1])}")
+    check_dtypes(weights, str(file))
     for name, weight in weights.items():
-        if weight.layout != torch.strided or not weight.is_floating_point():
-            raise UserError(f"{file}: {name}: found {weight.layout} {weight.dtype}, expected floating-point values")
+        if weight.layout != torch.strided:
+            raise UserError(f"{file}: {name}: found {weight.layout}, expected a plain tensor")
         if weight.nbytes > weight.untyped_storage().nbytes():
             raise UserError(f"{file}: {name}: repeats its values ({list(weight.shape)}); write it out in full")
         if not weight.isfinite().all():
@@ -148,13 +150,12 @@ def check_adapter(weights: Mapping[str, torch.Tensor], config: AdapterConfig, fi
         raise UserError(f"{file}: holds no adapter for {odd[0]}, which adapter_config.json names")
 
 
-def save_adapter(adapter: Adapter, target: Path, overwrite: bool = False, read: Sequence[Path] = ()) -> None:
-    """Writes a folder of adapter.pt and adapter_config.json. read: what else it was made from, and must stay.
-
-    Raises UserError.
-    """
+@keep_inputs()
+def save_adapter(adapter: Adapter, target: Path, overwrite: bool = False) -> None:
+    """Writes a folder of adapter.pt and adapter_config.json. Raises UserError."""
     check_adapter(adapter.weights, adapter.config, target)
-    with new_folder(target, overwrite, (adapter.where, *read)) as folder:
+    note_input(adapter.where)
+    with new_folder(target, overwrite) as folder:
         write_weights(folder / ADAPTER_FILE, adapter.weights, adapter.weights.items())
         text = json.dumps(adapter.config.to_json(), indent=2, ensure_ascii=False)
         (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")

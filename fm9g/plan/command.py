@@ -10,7 +10,7 @@ from pathlib import Path
 from fm9g.config.fields import nearest
 from fm9g.config.run import RunConfig, load_run
 from fm9g.errors import UserError
-from fm9g.files import new_file
+from fm9g.files import PICTURES, require_output
 from fm9g.plan.estimate import Plan, plan, suggest
 from fm9g.plan.lighter import other_ways
 from fm9g.plan.setup import GPUS, Gpu, Setup
@@ -35,7 +35,10 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", default="", help="of the whole training: 300M, 1000B, 2T; default: those of train_iters or epochs"
     )
     parser.add_argument("--json", action="store_true", help="figures in bytes and seconds, as JSON")
-    parser.add_argument("--plot", type=Path, default=None, metavar="FILE", help="also a picture of the memory, a PNG")
+    parser.add_argument(
+        "--plot", type=Path, default=None, metavar="FILE", help="also a picture of the memory: .png, .svg or .pdf"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the picture if it is there")
     parser.usage = f"{parser.prog} [-h] --config NAME [--nodes N] [--gpus N] [--gpu NAME] ... [--KEY VALUE ...]"
     parser.epilog = "Also --KEY VALUE and --model.KEY VALUE, as for `fm9g train`."
 
@@ -47,6 +50,8 @@ def run_plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         raise UserError(f"--mfu: found {options.mfu}, expected a share above 0 and at most 1")
     given = parse_tokens(options.tokens) if options.tokens else None
     run = load_run(options.config, overrides, complete=False)
+    if options.plot:
+        require_output(options.plot, "--plot", PICTURES, options.overwrite)
     if run.train.value.adapter:
         from fm9g.convert.adapters import with_adapter
 
@@ -63,8 +68,7 @@ def run_plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         found = [(in_global_batch(changes, other), other) for changes, other in found]
     if options.plot:
         better = found or suggest(model, setup, gpu, options.mfu)
-        with new_file(options.plot) as temporary:
-            draw({"as configured": made} | {changes or "the same": other for changes, other in better}, temporary)
+        draw({"as configured": made} | {changes or "the same": other for changes, other in better}, options.plot)
     if options.json:
         others = [{"changes": changes, **other.to_json(tokens)} for changes, other in found]
         print(json.dumps({**made.to_json(tokens), "suggestions": others}, indent=1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from fm9g.files import new_file
 from fm9g.plan.estimate import Plan
 from fm9g.plan.memory import COMPONENTS
 from fm9g.plan.setup import GIB, Setup
@@ -114,7 +115,10 @@ def alternatives(found: list[tuple[str, Plan]], ways: list[str]) -> str:
 
 
 def draw(plans: dict[str, Plan], picture: Path) -> None:
-    """A PNG: a bar of components for each plan, by its label, and the GPU's memory."""
+    """A bar of components for each plan, by its label, and the GPU's memory.
+
+    picture: its suffix, one of fm9g.files.PICTURES, says the format.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -135,4 +139,5 @@ def draw(plans: dict[str, Plan], picture: Path) -> None:
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4)
-    figure.savefig(picture, format="png", dpi=120)
+    with new_file(picture) as temporary:
+        figure.savefig(temporary, format=picture.suffix[1:].lower(), dpi=120)

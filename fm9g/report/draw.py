@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from fm9g.printable import printable
 from fm9g.report.curves import MOST_POINTS, Curve, running_mean, thin
 
 COLOURS = 8  # the page knows so many, --c0 to --c7
@@ -104,7 +105,7 @@ def draw_blocks(name: str, title: str, edges: np.ndarray, values: np.ndarray, co
 
 def plain(value: float, _: Any = None) -> str:
     """A number as people write it: 1,234,000 or 0.0003."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.6g}"
 
 
 @contextmanager
@@ -183,7 +184,7 @@ def _to_svg(figure: Any, name: str, title: str, notes: dict[str, str]) -> str:
     root = ElementTree.fromstring(buffer.getvalue())
     view = root.get("viewBox") or ""
     root.attrib.clear()
-    root.attrib.update({"viewBox": view, "role": "img", "aria-label": title})
+    root.attrib.update({"viewBox": view, "role": "img", "aria-label": printable(title)})
     parents = {child: parent for parent in root.iter() for child in parent}
     values = [value for element in root.iter() for value in element.attrib.values()]
     used = {found for value in values for found in re.findall(r"(?:^|url\()#([^)]+)", value)}
@@ -203,7 +204,7 @@ def _mend(element: ElementTree.Element, name: str, used: set[str], notes: dict[s
     identity = element.attrib.pop("id", "")
     if identity in notes:
         note = ElementTree.Element(f"{{{_SVG}}}title")
-        note.text = notes[identity]
+        note.text = printable(notes[identity])
         element.insert(0, note)
     elif identity in used:
         element.set("id", f"{name}-{identity}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,15 @@ from typing import Any
 from fm9g.config.fields import nearest
 from fm9g.config.load import read_object
 from fm9g.errors import UserError
+from fm9g.inputs import note_input
 
 METRICS_FILE = "metrics.jsonl"  # figures: a JSON object a logged step
 EVENTS_FILE = "events.jsonl"  # what happened: {"step", "time", "kind", "text"} a line
 RUN_FILE = "run.json"  # {"config", "data", "validation", "summary", "versions"}
 LOGS = Path("data") / "logs"  # of runs that are given by name
 _LISTED = 30  # names in a message
+_LONGEST_LINE = 1 << 22  # bytes
+_LAST_STEP, _LAST_TIME = 1 << 53, 1e11  # what doubles count up to; seconds since 1970: the year 5138
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Run:
 
     name: as short as it can be without being another's. metrics: a dict a step, in order, never empty.
     config: section -> key -> {"value", "from"}. data, validation: a dict a dataset. versions: package -> version.
+    notes: about lines of its files that could not be used.
     """
 
     name: str
@@ -36,6 +40,7 @@ class Run:
     validation: list[dict[str, Any]]
     summary: str
     versions: dict[str, str]
+    notes: list[str]
 
 
 def open_runs(names: list[str]) -> list[Run]:
@@ -50,36 +55,42 @@ def open_runs(names: list[str]) -> list[Run]:
 
 def open_run(folder: Path, name: str = "") -> Run:
     """Reads a logs folder. Raises UserError where it holds no figures."""
-    metrics = read_metrics(folder / METRICS_FILE)
+    for part in (METRICS_FILE, EVENTS_FILE, RUN_FILE):
+        note_input(folder / part)
+    notes: list[str] = []
+    metrics = read_metrics(folder / METRICS_FILE, notes)
     if not metrics:
         file = folder / METRICS_FILE
-        if file.read_bytes().strip():
+        if notes:
             raise UserError(f'{file}: none of its lines is of a run, such as {{"step": 1, "Loss/train": 9.5}}')
         raise UserError(f"{file}: holds no figures yet; wait until the run has logged a step")
     run = read_run(folder / RUN_FILE)
-    return Run(name or folder.resolve().name, folder, metrics, read_events(folder / EVENTS_FILE), **run)
+    events = read_events(folder / EVENTS_FILE, notes)
+    return Run(name or folder.resolve().name, folder, metrics, events, **run, notes=notes)
 
 
-def read_metrics(file: Path) -> list[dict[str, Any]]:
+def read_metrics(file: Path, notes: list[str] | None = None) -> list[dict[str, Any]]:
     """The figures of a run, a dict a step, in order; what is not finite is None. None of them where no file is.
 
     The lines of one step (it is logged, then evaluated) become one. A line that was cut off by a crash is left out.
+    notes: gets a line about others that are left out.
     """
     steps: dict[int, dict[str, Any]] = {}
-    for line in _objects(file):
-        step = line.get("step")
-        if isinstance(step, int) and not isinstance(step, bool):
-            steps.setdefault(step, {}).update(line)
+    for line in _objects(file, lambda line: True, notes):
+        steps.setdefault(line["step"], {}).update(line)
     return [steps[step] for step in sorted(steps)]
 
 
-def read_events(file: Path) -> list[dict[str, Any]]:
-    """What happened, in order: {"step", "time": seconds or None, "kind", "text"}; none without a file."""
+def read_events(file: Path, notes: list[str] | None = None) -> list[dict[str, Any]]:
+    """What happened, in order: {"step", "time": seconds or None, "kind", "text"}; none without a file.
+
+    notes: as of read_metrics.
+    """
     events = []
-    for line in _objects(file):
-        if isinstance(line.get("step"), int) and isinstance(line.get("kind"), str):
-            text = line.get("text")
-            events.append({**line, "time": number(line.get("time")), "text": text if isinstance(text, str) else ""})
+    for line in _objects(file, lambda line: isinstance(line.get("kind"), str), notes):
+        seconds, text = number(line.get("time")), line.get("text")
+        known = seconds is not None and 0 <= seconds < _LAST_TIME
+        events.append({**line, "time": seconds if known else None, "text": text if isinstance(text, str) else ""})
     return events
 
 
@@ -108,7 +119,7 @@ def number(value: Any) -> float | None:
     """A figure as a number that can be drawn, or None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e100:
         return None
-    return value
+    return float(value)
 
 
 def find_run(name: str) -> Path:
@@ -138,34 +149,42 @@ def find_run(name: str) -> Path:
     raise UserError(f"{name or path}: {what}{nearest(path.name, runs)}. {known}".replace("?.", "?"))
 
 
-def require_output(output: Path, suffixes: tuple[str, ...], overwrite: bool, runs: list[Run]) -> None:
-    """Raises UserError where `output` cannot be what a report is written to.
-
-    suffixes: one of which it must have. overwrite: an existing file may be replaced, but never one that was read.
-    """
-    if output.suffix.lower() not in suffixes:
-        raise UserError(f"--output: found {str(output)!r}, expected a name that ends in {' or '.join(suffixes)}")
-    if output.is_dir():
-        raise UserError(f"{output}: a folder is in the way; choose another --output")
-    for run in runs:
-        if output.resolve() in [(run.folder / file).resolve() for file in (METRICS_FILE, EVENTS_FILE, RUN_FILE)]:
-            raise UserError(f"{output}: is read for the report; choose another --output")
-    if output.exists() and not overwrite:
-        raise UserError(f"{output}: is already there; choose another --output, or replace it with --overwrite")
+def _objects(file: Path, wanted: Callable[[dict[str, Any]], bool], notes: list[str] | None) -> Iterator[dict[str, Any]]:
+    """The JSON objects with a step that a file has in its lines. notes: gets a line about lines that are not such."""
+    odd = []
+    for place, line in enumerate(_lines(file), 1):
+        content = _object(line)
+        if content is not None and _is_step(content.get("step")) and wanted(content):
+            yield content
+        elif line.endswith(b"\n") and line.strip():  # a crash cuts the last one off
+            odd.append(place)
+    if odd and notes is not None:
+        count = f"lines {odd[0]} and {len(odd) - 1} more are" if len(odd) > 1 else f"line {odd[0]} is"
+        notes.append(f"{file}: {count} left out: not a JSON object with a step from 0 on, as training writes them")
 
 
-def _objects(file: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file's lines; whatever else a line holds is passed over."""
+def _lines(file: Path) -> Iterator[bytes]:
+    """A file's lines, in place of those that training does not write so long another one."""
     if not file.is_file():
         return
-    # Not splitlines(), which also ends a line at signs that may stand inside a text.
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            content = json.loads(line, parse_constant=lambda _: None)  # old files hold NaN
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(content, dict):
-            yield content
+    with file.open("rb") as content:
+        while line := content.readline(_LONGEST_LINE):
+            is_long = len(line) == _LONGEST_LINE and not line.endswith(b"\n")
+            while is_long and line and not line.endswith(b"\n"):
+                line = content.readline(_LONGEST_LINE)
+            yield b"(too long)\n" if is_long else line
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        content = json.loads(line.decode("utf-8", "replace"), parse_constant=lambda _: None)  # old files hold NaN
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LAST_STEP
 
 
 def _runs_in(folder: Path) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fm9g import __version__
 from fm9g.files import new_file
+from fm9g.printable import printable_lines
 from fm9g.report.checkpoints import checkpoints
 from fm9g.report.files import Run
 from fm9g.report.panels import sections
@@ -31,6 +32,7 @@ def render(runs: list[Run]) -> str:
         loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) else printable_lines(str(value)),
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -9,10 +9,10 @@ from typing import Any
 
 from fm9g.errors import UserError
 from fm9g.files import new_file
+from fm9g.printable import printable
 from fm9g.report.curves import curve, running_mean, thin
 from fm9g.report.files import METRICS_FILE, Run, read_metrics
 
-SUFFIXES = (".png", ".svg", ".pdf")
 _MARKED = ("resume", "spike", "skip", "oom", "early_stop")
 _MOST_MARKS = 12  # more would hide the curve
 _CHINESE = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "SimHei")
@@ -21,7 +21,8 @@ _CHINESE = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "Mi
 def plot_loss(metrics_file: Path, picture: Path, marks: dict[int, str] | None = None) -> None:
     """Draws a run's loss, its running mean, the validation loss and the learning rate.
 
-    picture: its suffix, one of SUFFIXES, says the format. marks: step -> what happened there. Raises UserError.
+    picture: its suffix, one of fm9g.files.PICTURES, says the format. marks: step -> what happened there. Raises
+    UserError.
     """
     metrics = read_metrics(metrics_file)
     if not metrics:
@@ -54,7 +55,7 @@ def _draw(runs: dict[str, list[dict[str, Any]]], picture: Path, marks: dict[int,
         axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss (nats per token)")
         handles: list[Any] = []
         for number, (name, metrics) in enumerate(runs.items()):
-            handles += _plot_run(axes, name, metrics, f"C{number}", several=len(runs) > 1)
+            handles += _plot_run(axes, printable(name), metrics, f"C{number}", several=len(runs) > 1)
         if len(runs) == 1:
             handles += _plot_rate(axes, next(iter(runs.values())))
         for step, text in marks.items():

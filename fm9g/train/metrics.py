@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fm9g.files import new_file
 from fm9g.memory import is_out_of_memory
 from fm9g.progress import Progress
-from fm9g.report.files import EVENTS_FILE, METRICS_FILE, RUN_FILE, read_metrics
+from fm9g.report.files import EVENTS_FILE, METRICS_FILE, RUN_FILE, number, read_metrics
 from fm9g.train.sinks import Histogram, Sink
 
 _SHOWN = {  # on the console: tag -> name and format
@@ -53,7 +54,7 @@ class Metrics:
         kept = [figures for figures in read_metrics(self._file) if figures["step"] <= first_step]
         with new_file(self._file) as temporary:
             temporary.write_text("".join(json.dumps(figures) + "\n" for figures in kept), encoding="utf-8")
-        losses = [line["Loss/train"] for line in kept if line.get("Loss/train") is not None]
+        losses = [loss for line in kept if (loss := number(line.get("Loss/train"))) is not None]
         self._spike, self._recent = spike, deque(losses, maxlen=_SPIKE_WINDOW)
         self._last: dict[str, float] = {}
         self._silent: set[str] = set()
@@ -125,8 +126,8 @@ class Metrics:
     def _append(self, file: Path, content: dict[str, Any]) -> None:
         def write() -> None:
             line = (json.dumps(content, ensure_ascii=False) + "\n").encode()
-            with file.open("ab") as out:  # at once, so that lines of two threads do not mix
-                out.write(line)
+            with file.open("a+b") as out:  # at once, so that lines of two threads do not mix
+                out.write(line if _is_whole(out) else b"\n" + line)
 
         self._try(str(file), write)
 
@@ -149,3 +150,11 @@ class Metrics:
         self._progress.__exit__(None, None, None)
         for sink in self._sinks:
             self._try(type(sink).__name__, sink.close)
+
+
+def _is_whole(file: BinaryIO) -> bool:
+    """Whether the last line has its end, which a full disk or a kill may have cut off."""
+    if not file.seek(0, os.SEEK_END):
+        return True
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"

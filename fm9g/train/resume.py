@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ from fm9g.checkpoint.folder import (
     MANIFEST,
     MODEL_CONFIG,
     Checkpoint,
+    marks_in,
     named_step,
     open_newest,
     open_step,
     steps_in,
 )
+from fm9g.config.load import read_object
 from fm9g.config.model import arithmetic, differ, load_model_config
 from fm9g.config.run import PLACES, RunConfig
 from fm9g.config.train import ADAPTER_KEYS, TrainConfig
@@ -27,10 +31,12 @@ from fm9g.convert.adapters import with_adapter
 from fm9g.engine.base import Engine
 from fm9g.engine.processes import Processes
 from fm9g.errors import UserError
+from fm9g.files import new_file
 from fm9g.launch.place import Place
 from fm9g.train.adapters import Adapters
 from fm9g.train.loop import TrainState
 
+_START = "start.json"  # beside the figures: see _note_start
 _SAME_STATE = {"adamw", "adamw8bit"}  # optimizers that go on from one another
 _ADAPTERS = ("lora_layer", *ADAPTER_KEYS)  # keys that a resumed run has from its checkpoint where they are not given
 # Those of them that say which weights are trained, and what they mean.
@@ -60,17 +66,20 @@ def with_paths(run: RunConfig) -> RunConfig:
     return run
 
 
-def find_checkpoint(config: TrainConfig, place: Place, root: Path) -> tuple[Checkpoint | None, list[str]]:
+def find_checkpoint(config: TrainConfig, place: Place, root: Path, log: Path) -> tuple[Checkpoint | None, list[str]]:
     """What the run goes on from, and what there is to know, a line each.
 
-    Raises UserError where it is not there, or others would be overwritten unasked.
+    root, log: the folders of its checkpoints and of its figures. Raises UserError where it is not there, or others
+    would be overwritten unasked.
     """
     steps, needed = steps_in(root), not config.resume_no_optimze
-    restarted = place.attempt and place.started  # by our agent, which tells since when the run goes on
-    if restarted:  # only what this run saved itself is newer than its start
-        found, notes = open_newest(root, since=place.started)
+    restarted = place.attempt and place.started  # by our agent, which tells one start from another
+    if restarted:  # it goes on from what this run saved itself
+        found, notes = open_newest(root, others=_there_before(root, place, log))
         if found:
             return found, notes
+    elif place.started and config.save:
+        _note_start(root, place, log)
     if config.resume_ckpt in ("auto", LAST):
         found, notes = open_newest(root, needs_optimizer=needed)
         if found is None and config.resume_ckpt == LAST:
@@ -86,6 +95,21 @@ def find_checkpoint(config: TrainConfig, place: Place, root: Path) -> tuple[Chec
             "choose another --model_unique, or have them deleted with --overwrite true"
         )
     return None, []
+
+
+def _note_start(root: Path, place: Place, log: Path) -> None:
+    """Notes, for restarts, which checkpoints are not of this run."""
+    with new_file(log / _START) as temporary:
+        temporary.write_text(json.dumps({"started": place.started, "checkpoints": marks_in(root)}), encoding="utf-8")
+
+
+def _there_before(root: Path, place: Place, log: Path) -> dict[str, Any]:
+    """What `marks_in` gave when this run began; what it gives now where the run never came so far."""
+    with suppress(UserError, KeyError):
+        start = read_object(log / _START, is_input=False)
+        if start["started"] == place.started:
+            return start["checkpoints"]
+    return marks_in(root)
 
 
 def settle_keys(run: RunConfig, checkpoint: Checkpoint | None) -> tuple[RunConfig, list[str]]:
@@ -129,9 +153,9 @@ def changes(run: RunConfig, checkpoint: Checkpoint) -> list[str]:
     old, new = arithmetic(before), arithmetic(run.model.value)
     if odd := [f"{key}: was {old[key]!r}, is {new[key]!r}" for key in new if differ(old[key], new[key])]:
         raise UserError(
-            f"{checkpoint.folder}: was made with another model, which a run cannot change on its way:\n"
-            + "\n".join(odd)
-            + "\nResume with what it was, or start a run of its own with --pretrained_model and another --model_unique"
+            f"{checkpoint.folder}: was made with another model, which a run cannot change on its way:",
+            *odd,
+            "Resume with what it was, or start a run of its own with --pretrained_model and another --model_unique",
         )
     saved = checkpoint.run_config().get("train", {})
     rules = [saved.get("optimizer", {"value": "adamw"})["value"], run.train.value.optimizer]
@@ -145,9 +169,7 @@ def changes(run: RunConfig, checkpoint: Checkpoint) -> list[str]:
         for key in _OF_ADAPTERS
         if key in saved and _as_set(saved[key]["value"]) != _as_set(getattr(run.train.value, key))
     ]:
-        raise UserError(
-            f"{checkpoint.folder}: its adapters are others, which a run cannot change on its way:\n" + "\n".join(odd)
-        )
+        raise UserError(f"{checkpoint.folder}: its adapters are others, which a run cannot change on its way:", *odd)
     model = {key: (before.to_json()[key], run.model.value.to_json()[key]) for key in ("dropout_p", "mup_lr")}
     return [
         *(

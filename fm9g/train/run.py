@@ -25,11 +25,13 @@ from fm9g.engine.base import Engine
 from fm9g.engine.processes import Processes
 from fm9g.errors import UserError
 from fm9g.files import only_one, probe_writable, sweep
+from fm9g.inputs import check_output
 from fm9g.launch.agree import check_same, code_identity
 from fm9g.launch.monitor import Monitor
 from fm9g.launch.place import Place, host_name
 from fm9g.memory import TRAINING_ADVICE, memory_as_user_error
 from fm9g.model.transformer import weight_shapes
+from fm9g.printable import printable
 from fm9g.report.files import METRICS_FILE
 from fm9g.train.build import build_model, compute_dtype, engine_name, make_engine
 from fm9g.train.clock import Clock
@@ -117,9 +119,11 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
     if state.step >= config.last_step:
         notes.append(f"nothing is left to do: step {state.step}, train_iters {config.train_iters}")
     if first:
-        print("\n".join([*(f"note: {note}" for note in notes), summary, start]))
+        print("\n".join([*(f"note: {printable(note)}" for note in notes), summary, start]))
         if config.save:
             probe_writable(root)
+            for step in [] if checkpoint else steps_in(root):  # they go when this run saves its first
+                check_output(root / str(step))
     dtype, _ = compute_dtype(run.model.value, engine.device)
     peak = config.peak_tflops * 1e12 or peak_flops(engine.device, dtype)
     devices = Counter(processes.gather(device_name(engine.device)))
@@ -130,7 +134,7 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
     ):
         if metrics:
             for note in loader.notes:
-                print(f"note: {note}")
+                print(f"note: {printable(note)}")
             metrics.describe(_description(run, mixture, evaluation, summary))
             metrics.record(state.step, "resume" if checkpoint else "start", start, devices=devices)
         saver = _make_saver(config, root, state.step, bool(checkpoint), metrics)
@@ -163,7 +167,7 @@ def _train(run: RunConfig, place: Place, monitor: Monitor, engine: Engine, log: 
         skipped = sum(map(Counter, processes.gather(loader.skipped())), Counter[str]())
         if metrics:
             for reason, count in skipped.items():
-                print(f"note: {count // config.tp_size} records were not trained on: {reason}")
+                print(f"note: {count // config.tp_size} records were not trained on: {printable(reason)}")
             text = f"stopped by a signal after {seconds:.0f} s" if stopped else f"ended after {seconds:.0f} s"
             metrics.event(state.step, "signal" if stopped else "end", text)
     if state.step == 0 and not stopped:
@@ -190,7 +194,7 @@ def _look_around(run: RunConfig, place: Place, root: Path, log: Path) -> tuple[R
     require_sinks(run.train.value.sinks)
     for folder in (root, log):
         sweep(folder)
-    checkpoint, notes = find_checkpoint(run.train.value, place, root)
+    checkpoint, notes = find_checkpoint(run.train.value, place, root, log)
     run, about_keys = settle_keys(with_paths(run), checkpoint)
     return run, checkpoint, notes + about_keys + (changes(run, checkpoint) if checkpoint else [])
 

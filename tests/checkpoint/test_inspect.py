@@ -160,6 +160,16 @@ def test_ls_never_offers_a_damaged_checkpoint(capsys: pytest.CaptureFixture) -> 
     assert "damaged: manifest.json: " in out[4]
 
 
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_a_run_without_a_whole_checkpoint_has_neither_a_best_nor_a_last(name: str, capsys) -> None:
+    for step in (1, 2):
+        file_of(save("m", step, val_loss=1.0)).write_bytes(b"cut")
+    assert main(["ckpt", "show", f"m/{name}"]) == 2
+    assert capsys.readouterr().err == (
+        f"fm9g: {BASE / 'm'}: no checkpoint is whole (`fm9g ckpt ls` says why); its steps: 1, 2\n"
+    )
+
+
 def test_ls_mentions_what_an_interrupted_save_left_and_leaves_it(capsys: pytest.CaptureFixture) -> None:
     save("m", 1)
     left = [BASE / "m" / ".7.4242.tmp", BASE / "m" / ".5.4242.old", BASE / "new" / ".1.4242.tmp"]
@@ -363,7 +373,7 @@ def test_statistics_are_those_of_numpy_over_pieces(monkeypatch: pytest.MonkeyPat
     ("tensor", "message"),
     [
         (torch.ones(1).expand(1 << 20), "repeats its values"),
-        (torch.eye(3).to_sparse(), "expected a plain tensor"),
+        (torch.eye(3).to_sparse(), "found a sparse tensor"),
         (torch.ones(2, dtype=torch.complex64), "expected a plain tensor"),
     ],
 )
@@ -538,3 +548,19 @@ def test_a_file_that_is_no_weights_is_not_to_be_trusted(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_text('{"text": "no weights"}\n')
     with pytest.raises(UserError, match=r"a\.pt: not a whole weight file \(torch finds no tensors in it\)"):
         read_weights(tmp_path / "a.pt")
+
+
+def test_what_is_compared_has_weights(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    save("m", 1)
+    Path("t.txt").write_text("text")
+    Path("t.json").write_text("{}")  # and has nothing to do with it
+    status, out = run(capsys, "diff", "m/1", "t.txt")
+    assert (status, "fm9g: t.txt: not a whole weight file" in out) == (2, True)
+
+
+@pytest.mark.parametrize("kind", ["meta", "sparse"])
+def test_a_tensor_that_has_not_all_its_values_is_no_weight(kind: str) -> None:
+    tensor = torch.ones(2, 3)
+    torch.save({"a": torch.ones(1), "b": tensor.to("meta") if kind == "meta" else tensor.to_sparse()}, "a.pt")
+    with pytest.raises(UserError, match=f"a.pt: b: found a {kind} tensor"):
+        read_weights(Path("a.pt"))

@@ -369,6 +369,8 @@ def test_model_defaults_are_derived() -> None:
         ("template", "chatm", "'chatm': no such chat template; did you mean 'chatml'"),
         ("template", "mine", r"give a file such as ./mine.jinja, or one of .*, tokenizer, none"),
         ("resume_ckpt", "²", "expected the number of a step"),
+        ("resume_ckpt", "9" * 5000, "expected the number of a step"),
+        ("train_iters", "9" * 40, r"train_iters: found \d+, expected a finite number up to 2\^53"),
         ("batch_size", "100000000000", "too many for a row"),
         ("seed", "99999999999", "seed: found"),
     ],
@@ -386,3 +388,24 @@ def test_nan_in_a_file_and_a_deep_or_long_one_are_refused(tmp_path: Path, model_
         (tmp_path / "odd.json").write_text(text)
         with pytest.raises(UserError, match=r"odd.json"):
             read_json(tmp_path / "odd.json")
+
+
+def test_a_message_is_short_whatever_a_file_holds(tmp_path: Path, model_file: Path) -> None:
+    values = read_json(model_file) | {"half_type": "x" * 100_000}
+    values |= {f"key{n}": 0 for n in range(40)}
+    with pytest.raises(UserError) as caught:
+        load_model_config(write(tmp_path / "long.json", values))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 6
+    assert max(map(len, lines)) < 1100
+    assert lines[-1] == "and 36 more"
+    long = UserError(f"a.json: key: found {'x' * 100_000}, allowed: 1")
+    assert re.fullmatch(r"a.json: key: found x+\[[\d,]+ characters\]x+, allowed: 1", str(long))
+
+
+@pytest.mark.parametrize("key", ["path", "transforms", "template"])
+def test_a_loop_of_links_in_a_mixture_is_a_file_that_is_not_there(key: str, tmp_path: Path) -> None:
+    (tmp_path / "loop.jinja").symlink_to("loop.jinja")
+    entry = {"task_name": "t", "path": "data", key: "./loop.jinja"}
+    loaded = load_mixture(write(tmp_path / "mixture.json", [entry]))
+    assert getattr(loaded[0].value, key) == str(tmp_path.resolve() / "loop.jinja")

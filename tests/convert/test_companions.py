@@ -225,6 +225,15 @@ def test_generation_ends_where_the_template_ends_a_turn(checkpoint: Path, tmp_pa
     assert json.loads((tmp_path / "own" / "generation_config.json").read_text())["eos_token_id"] == 1
 
 
+def test_a_chat_template_that_is_not_jinja_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    export_folder(checkpoint, tmp_path / "hf")
+    (tmp_path / "hf" / "chat_template.jinja").write_text("{{")
+    shutil.copy(next(checkpoint.glob("*.pt")), tmp_path / "m.pt")
+    shutil.copy(checkpoint / "config.json", tmp_path / "m.json")
+    with pytest.raises(UserError, match=rf"chat template of {tmp_path / 'hf'}, line 1"):
+        export_folder(tmp_path / "m.pt", tmp_path / "again", tmp_path / "hf")
+
+
 def test_what_is_exported_needs_no_code_of_a_tokenizer(tmp_path: Path, tokenizer_path: Path, shared: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -193,7 +193,7 @@ def test_cut_and_malicious_files_are_refused_and_nothing_in_them_runs(folder: Pa
             return Path.touch, (tmp_path / "executed",)
 
     torch.save({"input_embedding.weight": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(UserError, match=r"evil.pt: not a whole weight file"):
+    with pytest.raises(UserError, match=r"evil.pt: refused: it contains code \(__builtin__.getattr\)"):
         read_weights(tmp_path / "evil.pt")
     assert not (tmp_path / "executed").exists()
     for file in (tmp_path / "m.pt", folder / "model.safetensors"):
@@ -229,13 +229,16 @@ def test_an_unknown_configuration_asks_for_the_reference(folder: Path, tmp_path:
 
 
 def test_existing_files_are_not_replaced_unasked(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine.json").write_text("precious")
+    shutil.copy(tmp_path / "m.json", tmp_path / "mine.json")
     with pytest.raises(UserError, match=r"mine.json: is there already"):
         import_folder(folder, tmp_path / "mine.pt")
-    assert (tmp_path / "mine.json").read_text() == "precious"
     import_folder(folder, tmp_path / "mine.pt", overwrite=True)
-    with pytest.raises(UserError, match="which is read"):
-        import_folder(folder, folder / "config.pt", overwrite=True)
+    for name in ("config", "generation_config", "tokenizer"):
+        (folder / f"{name}.json").touch()
+        content = (folder / f"{name}.json").read_bytes()
+        with pytest.raises(UserError, match=f"would replace .*{name}.json, which is no model configuration of ours"):
+            import_folder(folder, folder / f"{name}.pt", overwrite=True)
+        assert (folder / f"{name}.json").read_bytes() == content
     with pytest.raises(UserError, match="which is read"):
         export_folder(tmp_path / "m.pt", folder, reference=folder, overwrite=True)
 
@@ -265,5 +268,26 @@ def test_weight_files_in_the_old_format_are_read_and_integers_are_refused(folder
     old = read_weights(tmp_path / "old.pt")
     assert all(torch.equal(old[name], weights[name]) for name in weights)
     torch.save({name: tensor.to(torch.int8) for name, tensor in weights.items()}, tmp_path / "m.pt")
-    with pytest.raises(UserError, match=r"found torch.int8, expected floating-point weights"):
+    with pytest.raises(UserError, match=r"found int8, expected fp32, bf16 or fp16: the model is quantized"):
         export_folder(tmp_path / "m.pt", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.int32, torch.int64, torch.bool]
+)
+def test_weights_of_other_types_say_what_to_do(dtype: torch.dtype, folder: Path, tmp_path: Path) -> None:
+    """Scales, zero points and packed bits lie beside quantized weights; the message is about the weights."""
+    weights = load_file(folder / "model.safetensors")
+    name = min(name for name in weights if name.endswith("q_proj.weight"))
+    found = rf"{name}: found {str(dtype).removeprefix('torch.')}, expected fp32, bf16 or fp16: "
+    found += "it is no weight" if dtype in (torch.int64, torch.bool) else "the model is quantized; take the one that it"
+    more = {name: weights[name].to(dtype), f"{name}_scale_inv": torch.ones(1), "a.scales": torch.ones(1)}
+    save_file(weights | more, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=found):
+        import_folder(folder, tmp_path / "no.pt")
+    ours = dict(read_weights(tmp_path / "m.pt"))
+    name = min(ours)
+    torch.save(ours | {name: ours[name].to(dtype)}, tmp_path / "q.pt")
+    shutil.copy(tmp_path / "m.json", tmp_path / "q.json")
+    with pytest.raises(UserError, match=found.replace(found.partition(":")[0], name)):
+        export_folder(tmp_path / "q.pt", tmp_path / "out")

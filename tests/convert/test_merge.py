@@ -141,7 +141,7 @@ def test_dropout_of_training_is_not_part_of_a_merge(base: Path, adapter: Adapter
 
 def test_what_is_read_is_never_replaced(base: Path, adapter: Adapter, tmp_path: Path) -> None:
     for target in (tmp_path / "adapter", tmp_path / "adapter" / "adapter.pt"):
-        with pytest.raises(UserError, match="which is read; choose another"):
+        with pytest.raises(UserError, match="is read; choose another"):
             merge(base, adapter, target, overwrite=True)
     save_adapter(adapter, tmp_path / "other")
     folders = [str(tmp_path / "adapter"), str(tmp_path / "other")]

@@ -109,10 +109,20 @@ def test_what_our_adapters_cannot_say_is_refused(tmp_path: Path) -> None:
         ({"use_rslora": "false"}, "use_rslora: found 'false'"),
         ({"layer_replication": [[0, 1]]}, "layer_replication: a variant"),
         ({"use_dora": True}, "magnitude is missing"),
+        ({"target_modules": ["v_proj"]}, r"config.json: target_modules does not name model.layers.0.+: it is not the"),
+        ({"target_modules": [*plain["target_modules"], "lm_head", "k_proj"]}, "names k_proj, and the weights hold no"),
+        ({"target_modules": []}, "target_modules does not name model.layers.0"),
+        ({"exclude_modules": plain["target_modules"][:1]}, "exclude_modules names model.layers.0"),
+        ({"layers_to_transform": 1}, "layers_to_transform leaves out model.layers.0"),
+        ({"layers_to_transform": [0]}, "layers_to_transform leaves out model.layers.1"),
     ):
         file.write_text(json.dumps({**plain, **changes}))
         with pytest.raises(UserError, match=message):
             read_adapter(tmp_path / "p")
+    names = sorted({name.rpartition(".")[2] for name in plain["target_modules"]})
+    for said in ({"target_modules": [*names, "W_pack"]}, {"target_modules": ".*proj"}, {"layers_to_transform": [0, 1]}):
+        file.write_text(json.dumps({**plain, **said}))
+        assert set(read_adapter(tmp_path / "p").layers) == set(adapter.layers)
     file.write_text(json.dumps(plain))
     tensors = load_file(tmp_path / "p" / "adapter_model.safetensors")
     save_file({**tensors, "base_model.model.lm_head.lora_A.weight": torch.ones(3, 32)}, tmp_path / "p" / "x")

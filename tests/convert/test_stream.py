@@ -395,7 +395,7 @@ def damage(name: str, folder: Path) -> None:
         ("index leads away", "expected the name of a file beside it"),
         ("index of another", r"model.other.weight: is missing, and .*index.json lists it"),
         ("twice", r"is in model-00001-of-0000\d.safetensors too"),
-        ("integers", r"found torch.int8, expected floating-point weights"),
+        ("integers", r"found int8, expected fp32, bf16 or fp16: the model is quantized"),
         ("config", "not JSON"),
         ("no weights", r"neither model\*.safetensors nor pytorch_model\*.bin is there"),
     ],
@@ -410,8 +410,14 @@ def test_damaged_folders_get_one_message(name: str, expected: str, folder: Path,
 
 def test_what_is_read_is_never_replaced(folder: Path, tmp_path: Path) -> None:
     (folder / "a.pt").symlink_to(folder / "model-00001-of-00004.safetensors")
-    with pytest.raises(UserError, match=r"is read; choose another name"):
+    with pytest.raises(UserError, match=r"a.pt: is read; choose another"):
         import_folder(folder, folder / "a.pt", overwrite=True)
     with pytest.raises(UserError, match="which is read"):
         export_folder(tmp_path / "m.pt", tmp_path, overwrite=True)
     assert leftovers(folder) == leftovers(tmp_path) == []
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^/x/chat_template.jinja: cannot be read: .*What is done is kept in"):
+        with stream.partial_folder(tmp_path / "out"):
+            raise PermissionError(errno.EACCES, "Permission denied", "/x/chat_template.jinja")

@@ -355,7 +355,7 @@ def test_long_texts_are_shortened(make_mixture: Make, run_show: Callable[..., li
 
 def test_nothing_acts_on_the_terminal(make_mixture: Make, run_show: Callable[..., list[str]]) -> None:
     path = make_mixture({"a": [{"input": "", "output": "Z\x1b[2JZ\r\tZ\x9b"}]})
-    assert run_show(path, "--record", "1")[1] == "<s>«Z␛[2JZ␍\tZ\ufffd</s>»"
+    assert run_show(path, "--record", "1")[1] == "<s>«Z␛[2JZ␍\tZ\\u009b</s>»"
 
 
 def test_spaces_of_a_sentencepiece_model(make_mixture: Make, run_show: Callable, tmp_path: Path) -> None:

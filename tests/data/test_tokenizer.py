@@ -94,11 +94,3 @@ def test_a_vocabulary_that_cannot_be_and_no_text_are_refused(tmp_path: Path) -> 
     train_tokenizer(["text"], 300, tmp_path / "t")
     with pytest.raises(UserError, match="the folder holds something"):
         train_tokenizer(["text"], 300, tmp_path / "t")
-
-
-def test_the_files_that_a_tokenizer_learns_from_are_never_replaced(tmp_path: Path) -> None:
-    source = tmp_path / "text.txt"
-    source.write_text("some text")
-    with pytest.raises(UserError, match="which is read"):
-        train_tokenizer(["some text"], 300, tmp_path, overwrite=True, sources=(source,))
-    assert source.exists()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import small_model
 
 from fm9g.checkpoint.weights import write_weights
@@ -245,5 +246,25 @@ def test_generation_refuses_broken_folders_and_odd_options(folder: Path) -> None
     with pytest.raises(UserError, match=r"config.json and the weights do not match"):
         generate(folder, "the")
     (folder / "model.safetensors").write_bytes(b"garbage")
-    with pytest.raises(UserError, match="transformers cannot load it"):
+    with pytest.raises(UserError, match="not a whole safetensors file"):
         generate(folder, "the")
+
+
+def test_what_transformers_says_is_told_on_one_line(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"more": torch.zeros(2)}, folder / "model.safetensors", {"format": "pt"})
+    generate(folder, "the", max_new_tokens=2)
+    assert capfd.readouterr().err == f"note: {folder}: more has no place in the model of config.json\n"
+    change(folder / "config.json", mlp_bias=["x"])
+    with pytest.raises(UserError, match=r"transformers cannot load it: .*mlp_bias.* expected bool") as caught:
+        generate(folder, "the")
+    assert "Error" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_chat_template_that_is_not_jinja_is_named(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{")
+    with pytest.raises(UserError, match=rf"chat template of {folder}, line 1"):
+        generate(folder, "the", chat=True)

@@ -64,7 +64,7 @@ def benchmark() -> ModuleType:
             {"half_type": "fp32", "activation_checkpoint": "selective", "zero_level": 2, "grad_accum": 2},
         ),
         ({"vocab_size": 6000}, {"half_type": "fp32", "activation_checkpoint": "full", "grad_ckpt_num": 2}),
-        ({"vocab_size": 6000, "tie_word_embeddings": True}, {"half_type": "bf16", "max_length": 64, "zero_level": 0}),
+        ({"vocab_size": 6000, "tie_word_embeddings": True}, {"half_type": "bf16", "max_length": 256, "zero_level": 0}),
         ({}, {"half_type": "bf16", "lora_layer": ("project_q", "project_v"), "lora_r": 8}),
         ({}, {"half_type": "fp32", "lora_layer": ("project_q", "w_0", "w_1", "w_out"), "quantization": "nf4"}),
         ({}, {"half_type": "bf16", "lora_layer": ("w_0", "w_out"), "activation_checkpoint": "selective"}),

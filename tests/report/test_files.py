@@ -73,7 +73,7 @@ def test_a_run_is_found_by_name_folder_and_file(make_run) -> None:
         ("report tiny --output x.png", "--output: found 'x.png', expected a name that ends in .html or .htm"),
         ("report tiny --output old.html", "old.html: is already there; choose another --output, or replace it with"),
         ("report tiny --output dir.html --overwrite", "dir.html: a folder is in the way"),
-        ("plot tiny --output link.svg --overwrite", "link.svg: is read for the report"),
+        ("plot tiny --output link.svg --overwrite", "link.svg: is read; choose another"),
     ],
 )
 def test_mistakes_are_told_in_a_line(make_run, capsys: pytest.CaptureFixture, command: str, expected: str) -> None:
@@ -129,3 +129,64 @@ def test_a_number_is_finite() -> None:
     from fm9g.report.files import number
 
     assert [number(value) for value in (1, 0.5, math.inf, math.nan, True, "1", None)] == [1, 0.5, *[None] * 5]
+
+
+BIG = "9" * 400
+
+
+@pytest.mark.parametrize(
+    ("bad", "is_left_out"),
+    [
+        ('{"step": -1, "Loss/train": 1}', True),
+        (f'{{"step": {BIG}, "Loss/train": 1}}', True),
+        (f'{{"step": {"9" * 5000}}}', True),
+        ('{"step": "3"}', True),
+        ('{"step": 3.0}', True),
+        ('{"step": NaN}', True),
+        ("{" * 100_000, True),
+        ('{"step": 3, "note": "' + "x" * (5 << 20) + '"}', True),
+        ("x" * (4 << 20) + '{"step": 99, "kind": "save", "Loss/train": 1}', True),
+        (f'{{"step": 3, "Loss/train": {BIG}, "Time/compute": -{BIG}, "Run/tokens": "x"}}', False),
+        ('{"step": 3, "Loss/train": "2", "Loss/val": Infinity, "Optimizer/lr": 1e999, "Run/tokens": []}', False),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_odd_lines_are_left_out_with_a_note_and_odd_figures_are_gaps(
+    make_run, bad: str, is_left_out: bool, capsys: pytest.CaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    from fm9g.report.tables import events, results
+
+    folder = make_run("tiny")
+    for name in ("metrics.jsonl", "events.jsonl"):
+        lines = (folder / name).read_text().splitlines()
+        event = bad.replace("{", '{"kind": "save", "time": 1e300, ', 1) if name == "events.jsonl" else bad
+        (folder / name).write_text("\n".join([*lines[:2], event, *lines[2:], '{"step": 11, "Lo']))
+    (run,) = open_runs(["tiny"])
+    assert [row["step"] for row in run.metrics] == list(range(1, 11))
+    expected = "line 3 is left out: not a JSON object with a step from 0 on, as training writes them"
+    files = ("metrics.jsonl", "events.jsonl") if is_left_out else ()
+    assert run.notes == [f"{folder / name}: {expected}" for name in files]
+    assert results([run])
+    assert len(events([run], routine=False) + events([run], routine=True)) == (6 if is_left_out else 7)
+    assert not [str(warning.message) for warning in recwarn]
+
+
+def test_notes_are_printed_and_count_lines(make_run, capsys: pytest.CaptureFixture) -> None:
+    folder = make_run("a\x1b[31mb")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('\n\n[1]\n{"step": -5}\nx\n')
+    assert main(["plot", "a\x1b[31mb"]) == 0
+    assert capsys.readouterr().err == (
+        "note: data/logs/a␛[31mb/metrics.jsonl: lines 13 and 2 more are left out: not a JSON object with a step from 0 "
+        "on, as training writes them\n"
+    )
+
+
+@pytest.mark.parametrize("content", ['{"config": ' + "9" * 5000 + "}", "[1]", '{"summary": 1e', "[" * 100_000])
+def test_a_bad_run_file_is_one_message(make_run, content: str, capsys: pytest.CaptureFixture) -> None:
+    folder = make_run("tiny")
+    (folder / "run.json").write_text(content)
+    assert main(["report", "tiny"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"fm9g: {folder / 'run.json'}")
+    assert len(printed.splitlines()) == 1

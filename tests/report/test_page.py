@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -142,6 +143,24 @@ def test_what_a_user_wrote_is_text(make_run, settings) -> None:
     assert "<script>alert('对话')</script> & $x$" in page.within["tasks"]
     assert "A jump to 12 & <more>." in page.within["loss"]  # where the mouse rests on its sign
     assert page.row("path")[1][1] == "<b>x</b> default"
+
+
+def test_nothing_on_the_page_changes_how_the_rest_reads(make_run, line, settings) -> None:
+    odd = "a\x1b[2J\u202eb"
+    run = run_json(settings) | {"versions": {odd: odd}, "summary": odd}
+    events = [{"step": 3, "time": 1, "kind": odd, "text": odd}]
+    make_run(odd, [line(step, **{f"Loss/train/{odd}": 1.0}) for step in (1, 2, 3)], events, run)
+    text = render(open_runs([odd]))
+    assert not set(text) & {"\x1b", "\u202e"}
+    assert text.count("a␛[2J\\u202eb") > 6
+
+
+def test_numbers_beyond_all_reason_are_drawn_without_a_warning(make_run, line) -> None:
+    odd = {"Optimizer/grad_norm": 1e99, "Loss/val": -1e99, "Time/compute": -1e99, "Time/data": 10**60}
+    make_run("tiny", [line(step, **(odd if step % 2 else {})) for step in (1, 2, 2**53 - 1)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "<svg" in render(open_runs(["tiny"]))
 
 
 def test_events_are_listed_and_drawn(make_run) -> None:

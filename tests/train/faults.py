@@ -168,7 +168,8 @@ class Life:
     ) -> None:
         """log: gets what the processes print. before: is called in the first of them, before it trains."""
         self._log, self.late = log, False
-        self._hub = Hub(0, local=True) if ranks > 1 else None  # what an agent does; it outlives the ranks, as an agent
+        # What an agent does; it outlives the ranks, as an agent.
+        self._hub = Hub(0, "", local=True) if ranks > 1 else None
         port = self._hub.port if self._hub else 0
         self._processes = [
             context.Process(target=_live, args=(settings, rank, ranks, port, str(log), None if rank else before))
@@ -193,6 +194,15 @@ class Life:
             if number:
                 self.sleep(source.choice((0.0, source.uniform(0, 0.4))))
             process.kill()
+
+    def stop(self, source: random.Random, seconds: float) -> None:
+        """Stops one of the processes for so long."""
+        pid = source.choice(self._processes).pid
+        assert pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(seconds)
+            os.kill(pid, signal.SIGCONT)
 
     def wait(self) -> list[int]:
         """The exit codes, when all have ended; `late` where they had to be killed for that."""

@@ -1,0 +1,200 @@
+"""Every attempt at breaking commands and runs: `python benchmarks/faults/disturb.py [SECTION ...] [--scale 1]`.
+
+Prints what tests/faults met, and writes it to report.md beside this file when all sections were run. Exit code 1 where
+anything was lost, damaged or left behind. As a user who may mount: without that, nothing is tried that needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+for folder in (ROOT, ROOT / "tests"):
+    sys.path.insert(0, str(folder))
+
+import torch  # noqa: E402
+from faults import system  # noqa: E402
+from faults.attempts import Attempts  # noqa: E402
+from faults.commands import COMMANDS, Bed, kill_at_every_change, kill_at_random, kill_quickstart  # noqa: E402
+from ranks import PRELOADED, context  # noqa: E402
+
+REPORT = Path(__file__).with_name("report.md")
+SLOW = 0.5  # seconds: of a command that takes twice as long, every third change is tried
+WORKERS = ("data index, workers",)
+
+
+class Size:
+    """How many attempts there are of each kind."""
+
+    def __init__(self, scale: float, seed: int) -> None:
+        self._scale, self.seed = scale, seed
+
+    def __call__(self, number: int) -> int:
+        return max(1, round(number * self._scale))
+
+    def stride(self, seconds: float) -> int:
+        """How many changes of a file there are from one attempt to the next. seconds: that the command takes."""
+        return max(1, round((1 + seconds // SLOW) / self._scale))
+
+
+def kills(bed: Bed, size: Size) -> Iterator[Attempts]:
+    """SIGKILL before each change of a file"""
+    for name, command in COMMANDS.items():
+        yield kill_at_every_change(bed, name, size.stride(bed.undisturbed(command).seconds))
+
+
+def moments(bed: Bed, size: Size) -> Iterator[Attempts]:
+    """SIGKILL at random moments"""
+    for name in COMMANDS:
+        yield kill_at_random(bed, name, size(20), size.seed)
+    yield kill_quickstart(bed, size(8), size.seed)
+
+
+def disks(bed: Bed, size: Size) -> Iterator[Attempts]:
+    """Small disks"""
+    if system.can_mount():
+        for name in COMMANDS:
+            yield system.small_disks(bed, name, size(6))
+
+
+def memory(bed: Bed, size: Size) -> Iterator[Attempts]:
+    """A full /dev/shm"""
+    if system.can_mount():
+        for name in WORKERS:
+            yield system.no_shared_memory(bed, name, size(4))
+
+
+def users(bed: Bed, size: Size) -> Iterator[Attempts]:
+    """Folders and files of others"""
+    for name in COMMANDS:
+        yield system.closed_folders(bed, name)
+
+
+def clocks(bed: Bed, size: Size) -> Iterator[Attempts]:
+    """Clocks that step"""
+    for name in COMMANDS:
+        yield system.stepping_clocks(bed, name, size(4), size.seed)
+
+
+def signals(bed: Bed, size: Size) -> Iterator[Attempts]:
+    """SIGSTOP and SIGCONT, and workers that are killed"""
+    for name in WORKERS:
+        yield system.stopped(bed, name, size(10), size.seed)
+        yield system.killed_workers(bed, name, size(20), size.seed)
+
+
+def pairs(bed: Bed, size: Size) -> Iterator[Attempts]:
+    """Two at once for one target"""
+    for name in COMMANDS:
+        yield system.two_at_once(bed, name, size(6), size.seed)
+
+
+def runs(bed: Bed, size: Size) -> Iterator[Attempts]:
+    """Training runs"""
+    made = system.Runs(bed)
+    yield system.vanishing_checkpoints(made, size(20), size.seed)
+    yield system.looks_while_saving(made, size(40))
+    yield system.runs_with_stepping_clocks(made, size(10), size.seed)
+    yield system.disturbed_runs(made, "a data worker is killed", size(20), size.seed, system.kill_worker, "killed")
+    yield system.disturbed_runs(made, "it or a worker is stopped", size(10), size.seed, system.stop_any, "^$")
+    yield system.disturbed_launchers(system.Runs(bed, " --nproc 2"), size(10), size.seed)
+    yield system.stopped_ranks(bed.folder / "ranks", size(10), size.seed)
+    if system.can_mount():
+        yield system.full_logs(made, size(20), size.seed)
+        yield system.runs_without_shared_memory(made, size(6))
+
+
+SECTIONS: dict[str, Callable[[Bed, Size], Iterator[Attempts]]] = {
+    section.__name__: section for section in (kills, moments, disks, memory, users, clocks, signals, pairs, runs)
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; default: all")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of attempts (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    if unknown := set(arguments.sections) - set(SECTIONS):
+        parser.error(f"no section: {', '.join(unknown)}")
+    context.set_forkserver_preload([*PRELOADED, "matplotlib.figure", "fm9g.report.page", "fm9g.data.check"])
+    names = arguments.sections or list(SECTIONS)
+    began, found = time.monotonic(), dict[str, list[Attempts]]()
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        bed = Bed(Path(folder) / "bed")
+        for name in names:
+            found[name] = []
+            for made in SECTIONS[name](bed, Size(arguments.scale, arguments.seed)):
+                found[name].append(made)
+                print("\n".join([_row(made), *made.problems]), flush=True)
+    command = f"python benchmarks/faults/disturb.py{_options(arguments)}"
+    report = _report(command, found, (time.monotonic() - began) / 60)
+    print(f"\n{report}")
+    if len(names) == len(SECTIONS):
+        REPORT.write_text(report, encoding="utf-8")
+    return any(made.problems for some in found.values() for made in some)
+
+
+def _options(arguments: argparse.Namespace) -> str:
+    scale = f" --scale {arguments.scale:g}" if arguments.scale != 1 else ""
+    return scale + (f" --seed {arguments.seed}" if arguments.seed != 1 else "")
+
+
+def _row(made: Attempts) -> str:
+    met = ", ".join(f"{how} {count}" for how, count in sorted(made.met.items()))
+    return f"| {made.what} | {made.number} | {made.kills} | {met} | {len(made.problems)} |"
+
+
+def _sums(some: list[Attempts]) -> str:
+    sums = (
+        sum(made.number for made in some),
+        sum(made.kills for made in some),
+        sum(len(made.problems) for made in some),
+    )
+    return " | ".join(map(str, sums))
+
+
+def _report(command: str, found: dict[str, list[Attempts]], minutes: float) -> str:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    options = command.partition("disturb.py")[2]
+    lines = [
+        "# Commands and runs that are disturbed",
+        "",
+        f"`{command}`: {minutes:.0f} minutes.",
+        f"{os.cpu_count()} cores, which others used too, {memory:.0f} GB of memory, Linux; Python "
+        f"{platform.python_version()}, torch {torch.__version__.partition('+')[0]}.",
+        "",
+        "After each attempt the target must hold what was there before or what an undisturbed command leaves, byte",
+        "for byte. Then the same command must succeed and leave nothing temporary. What it reads must be unchanged, by",
+        "its hash; no process may live on; whatever refuses must say so in one message. What is not so counts as lost.",
+        "`tests/faults` is the code; a short version is among the tests.",
+        "",
+        "| attempted | attempts | kills | lost | again |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {SECTIONS[name].__doc__} | {_sums(some)} | `python benchmarks/faults/disturb.py {name}{options}` |"
+            for name, some in found.items()
+        ),
+        f"| all | {_sums([made for some in found.values() for made in some])} | `{command}` |",
+    ]
+    for name, some in found.items():
+        lines += [
+            "",
+            f"## {SECTIONS[name].__doc__}",
+            "",
+            "| what | attempts | kills | met | lost |",
+            "| --- | --- | --- | --- | --- |",
+            *map(_row, some),
+        ]
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Jinja that makes no text without bounds: a chat template comes with a model, from whoever published that.
+
+Whatever multiplies is looked at before it is done, since a single step of Python is not interrupted. What only adds is
+left to the limits of time and memory around a rendering, see fm9g.data.template; so is the text of nested lists, for
+Python looks at signals on its way through them.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from fm9g.data.jinja_environment import TooLargeError
+
+LARGEST = 1 << 28  # characters of a text, or items; a rendered conversation of a million tokens has some 2**22
+_BITS = 1 << 16  # of an integer
+_NUMBER = re.compile(r"\d+")
+_INNER_FIELD = re.compile(r"\{[^{}]*:[^{}]*\{")  # a width that is an argument: "{:{width}}"
+# Filters whose result is no larger than what they are given, however large that is.
+_HARMLESS = """
+attr count d default first items last length list map reject rejectattr round safe select selectattr sort sum trim
+truncate unique
+""".split()  # noqa: SIM905
+
+
+class BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """As its base, but what would make a text or list of more than LARGEST raises TooLargeError."""
+
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.concat = _joined  # type: ignore[assignment]
+
+    def bound_filters(self) -> None:
+        """To be called when all filters are there."""
+        self.filters |= {
+            name: _bounded(call, _check_format if name == "format" else _check_product)
+            for name, call in self.filters.items()
+            if name not in _HARMLESS
+        }
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "%" and isinstance(left, str):
+            _check_format(left, right)
+        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
+            _check(left.bit_length() * abs(right), _BITS)
+        elif operator == "*" and isinstance(left, int) and isinstance(right, int):
+            _check(left.bit_length() + right.bit_length(), _BITS)
+        elif operator == "*" and (isinstance(left, int) or isinstance(right, int)):
+            _check_product(left, (right,))
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - as in the base
+        of = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)  # a format of str is wrapped
+        if isinstance(of, (str, bytes, int)):
+            values = (*args, *kwargs.values())
+            if isinstance(of, str) and __obj.__name__ in ("format", "format_map"):
+                _check_format(of, values, stars=bool(_INNER_FIELD.search(of)))
+            else:
+                _check_product(of, values)
+        return super().call(__context, __obj, *args, **kwargs)
+
+
+def _joined(pieces: Iterable[str]) -> str:
+    pieces = list(pieces)
+    _check(sum(map(len, pieces)))
+    return "".join(pieces)
+
+
+def _bounded(call: Callable[..., Any], check: Callable[[Any, tuple[Any, ...]], None]) -> Callable[..., Any]:
+    """A filter that checks what it is given: the value, and the arguments."""
+    first = 1 if hasattr(call, "jinja_pass_arg") else 0  # a context or environment comes before the value
+
+    @functools.wraps(call)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if len(args) > first:
+            check(args[first], (*args[first + 1 :], *kwargs.values()))
+        return call(*args, **kwargs)
+
+    return checked
+
+
+def _check_product(value: Any, others: Iterable[Any]) -> None:
+    """Each part of a value may be replaced by all the others, or be padded by so many places."""
+    _check(_weight(value) * (1 + sum(abs(other) if isinstance(other, int) else _weight(other) for other in others)))
+
+
+def _check_format(text: str, values: Any, stars: bool | None = None) -> None:
+    """stars: whether values are widths."""
+    widths = [int(found) if len(found) < 20 else LARGEST for found in _NUMBER.findall(text)]
+    if "*" in text if stars is None else stars:
+        given = values.values() if isinstance(values, Mapping) else values if isinstance(values, tuple) else (values,)
+        widths += [abs(value) for value in given if isinstance(value, int)]
+    _check(sum(widths) + len(text) * (1 + _weight(values)))
+
+
+def _weight(value: Any, left: int = LARGEST) -> int:
+    """About how many characters the text of a value has; counted up to `left`, as what holds itself has no end."""
+    if isinstance(value, (str, bytes)):
+        return len(value)
+    if isinstance(value, Namespace):
+        value = value._Namespace__attrs  # type: ignore[attr-defined]
+    if isinstance(value, Mapping):
+        value = [item for pair in value.items() for item in pair]
+    if not isinstance(value, Collection):
+        return 1
+    total = 2
+    for item in value:
+        if total > left:
+            break
+        total += _weight(item, left - total)
+    return total
+
+
+def _check(size: int, most: int | None = None) -> None:
+    if size > (LARGEST if most is None else most):
+        raise TooLargeError(f"makes a text, list or number that is too large (over {LARGEST >> 20} million characters)")
