@@ -21,8 +21,10 @@ test: check
 test-all: check  # also every placement of every engine over 50 steps, the guide's chapter, more faults: long
 	OMP_NUM_THREADS=1 FM9G_ENGINE_STEPS=50 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "slow or not slow"
 
-test-faults: $(VENV)/installed  # an hour or more: kills, small disks, clocks, signals; SCALE=0.1 for a tenth of them
+test-faults: $(VENV)/installed  # two hours: kills, small disks, clocks, signals, bad inputs, memory; SCALE=0.1: a tenth
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults/disturb.py --scale $(SCALE)
+	$(BIN)/python benchmarks/faults/inputs.py --attempts $(call times,2000)
+	$(BIN)/python benchmarks/faults/soak.py --steps $(call times,2000)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/train/faults.py \
 		--kills $(call times,200) --faults $(call times,100)
 

@@ -24,6 +24,7 @@ from fm9g.files import allow_many_open, is_too_many_open, too_many_open
 from fm9g.inputs import keep_inputs
 from fm9g.memory import TRAINING_ADVICE, memory_as_user_error
 from fm9g.printable import as_is, printable_output
+from fm9g.threads import spin_briefly
 from fm9g.utf8 import use_utf8
 
 _LIGHTER = {  # what makes a verb take less memory
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     allow_many_open()
+    spin_briefly()
     with printable_output():
         return _main(sys.argv[1:] if argv is None else argv)
 

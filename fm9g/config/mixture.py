@@ -119,7 +119,9 @@ def _absolute(config: DatasetConfig, file: Path) -> DatasetConfig:
     def absolute(path: str) -> str:
         # Published mixtures have paths that are relative to the folder in which the run starts.
         places = [Path(os.path.realpath(file)).parent / path, Path(path)]
-        there = [place for place in places if place.exists()] or [place for place in places if place.parent.exists()]
+        # Not Path.exists, which fails on a name that is too long.
+        there = [place for place in places if os.path.exists(place)]
+        there = there or [place for place in places if os.path.exists(place.parent)]
         return os.path.realpath((there or places)[0])  # Path.resolve() fails on a loop of links
 
     # A template's name stands for itself; a file's, for the file.

@@ -336,6 +336,8 @@ def _opened(config: DatasetConfig) -> IndexedDataset:
         return IndexedDataset(config.path, config.max_samples)
     except UserError as error:
         raise UserError(f"{config.task_name}: path: {error}") from None
+    except OSError as error:  # a name that is too long, say
+        raise UserError(f"{config.task_name}: path: {config.path}: {error.strerror}") from None
 
 
 def _transform(config: DatasetConfig) -> Transform | None:

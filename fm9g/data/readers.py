@@ -234,7 +234,7 @@ def _parquet_records(source: Source) -> Iterator[Record]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(source.path) as file:
+        with pyarrow.parquet.ParquetFile(source.path, page_checksum_verification=True) as file:
             names, number = file.schema_arrow.names, 0
             if len(set(names)) < len(names):
                 raise UserError(f"{source}: a column is named twice; found {names}")

@@ -13,7 +13,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -410,6 +410,20 @@ def _bare(path: Path) -> Path | None:
     return model if model.is_file() and not any((folder / name).is_file() for name in described) else None
 
 
+# Letters, marks, blanks or digits in a row are one word to the trainer, whose time grows with the square of its length.
+_ENDLESS = re.compile(r"[^\W\d_]{4096}|(?:[^\w\s]|_){4096}|\s{4096}|\d{4096}")
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text, cut where a word of it is endless."""
+    start = 0
+    for match in _ENDLESS.finditer(text):
+        yield text[start : match.end()]
+        start = match.end()
+    if start < len(text) or not text:
+        yield text[start:]
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, overwrite: bool = False) -> int:
     """Trains a byte-level BPE tokenizer (bos <s>, eos </s>) and writes it as a Hugging Face folder.
 
@@ -422,7 +436,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, overwri
     least = 2 + 256
     if not least <= vocab_size < 2**31:
         raise UserError(f"vocab_size: found {vocab_size}, expected at least {least}: <s>, </s> and the 256 bytes")
-    first = next(texts := iter(texts), None)
+    first = next(texts := (piece for text in texts for piece in _pieces(text)), None)
     if first is None:
         raise UserError("there is no text to train a tokenizer on")
     model = Model(models.BPE())

@@ -593,3 +593,21 @@ def test_a_deep_record_at_the_end_of_a_json_file_that_breaks_off_is_named(tmp_pa
     (tmp_path / "a.json").write_text(f'[{GOOD}, {{"text": "a", "meta": "[" , "more": {DEEP[:150_000]}')
     with pytest.raises(UserError, match=r"a\.json, line 1, record 2: not JSON: it breaks off"):
         index(tmp_path / "a.json", tmp_path / "out", "en")
+
+
+def test_a_damaged_page_of_parquet_is_seen(tmp_path: Path) -> None:
+    """Where the file has checksums, which its writer decides."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(
+        pa.table({"input": ["a"] * 50, "output": [f"precious {i}" for i in range(50)]}),
+        tmp_path / "a.parquet",
+        compression="none",
+        use_dictionary=False,
+        write_page_checksum=True,
+    )
+    content = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(content.replace(b"precious 7", b"previous 7"))
+    with pytest.raises(UserError, match=r"a\.parquet"):
+        index(tmp_path / "a.parquet", tmp_path / "out", "en")

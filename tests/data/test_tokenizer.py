@@ -94,3 +94,19 @@ def test_a_vocabulary_that_cannot_be_and_no_text_are_refused(tmp_path: Path) -> 
     train_tokenizer(["text"], 300, tmp_path / "t")
     with pytest.raises(UserError, match="the folder holds something"):
         train_tokenizer(["text"], 300, tmp_path / "t")
+
+
+@pytest.mark.parametrize("word", ["[", "a", "汉", "7", " ", "_"])
+def test_a_tokenizer_is_trained_on_words_without_an_end(tmp_path: Path, word: str) -> None:
+    """Its time would grow with the square of their length: 100,000 letters took minutes."""
+    count = train_tokenizer([word * 100_000, f"some text {word * 5000} more"], 300, tmp_path / "t")
+    assert 258 <= count <= 300
+    assert load_tokenizer(tmp_path / "t").encode(word * 3)
+
+
+def test_ordinary_texts_train_the_tokenizer_that_they_did(tmp_path: Path, tokenizer_path: Path) -> None:
+    from fm9g.data.tokenizer import _pieces
+
+    assert list(_pieces("")) == [""]
+    assert list(_pieces("a b 汉字 __ 12\n" * 1000)) == ["a b 汉字 __ 12\n" * 1000]
+    assert "".join(_pieces("x" * 10_000 + "y z")) == "x" * 10_000 + "y z"
