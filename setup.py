@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["fm9g", "fm9g.*"]),
-    package_data={"fm9g.data": ["templates/*.jinja"], "fm9g.report": ["*.jinja"]},
+    package_data={"fm9g": ["py.typed"], "fm9g.data": ["templates/*.jinja"], "fm9g.report": ["*.jinja"]},
     data_files=[(f"share/fm9g/{name}", [str(file) for file in Path(name).glob("*.*")]) for name in CONFIG_FOLDERS],
     entry_points={"console_scripts": ["fm9g = fm9g.cli:main"]},
     install_requires=[

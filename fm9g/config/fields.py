@@ -24,7 +24,9 @@ _JSON_TYPES: dict[str, Any] = {
 }
 
 
-def option(default: Any = dataclasses.MISSING, *, help: str, key: str = "", any_case: bool = False, **schema: Any):
+def option(
+    default: Any = dataclasses.MISSING, *, help: str, key: str = "", any_case: bool = False, **schema: Any
+) -> Any:
     """A dataclass field that is also a key of a configuration file.
 
     default: a list stands for a fresh copy of it in every object; without a default the key is required.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 Table = dict[str, str]
 
@@ -78,5 +78,5 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(re.escape(template).replace(r"\{n\}", r"(?P<n>\d+)").replace(r"\{p\}", r"(?P<p>weight|bias)"))
 
 
-def _translations(name: str, rules: list[tuple[re.Pattern[str], str]]):
+def _translations(name: str, rules: list[tuple[re.Pattern[str], str]]) -> Iterator[str]:
     return (template.format(**match.groupdict()) for pattern, template in rules if (match := pattern.fullmatch(name)))

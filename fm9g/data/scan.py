@@ -6,6 +6,7 @@ Bytes are compared by numpy and the JSON inside by simdjson, so that checking co
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -112,7 +113,7 @@ def count_keys(line: bytes) -> int:
 
 
 @cache
-def _parser():
+def _parser() -> Any:
     import simdjson
 
     return simdjson.Parser()

@@ -1,0 +1,47 @@
+"""What users type: every command, option and key. A line that goes is a promise that is broken.
+
+`python tests/test_surface.py` writes the list anew, which is right for what is added. Whoever renames something keeps
+the old name working (fm9g.config.foreign, retired keys), and only then takes its line away.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from fm9g.cli import _parser
+from fm9g.config.adapter import AdapterConfig
+from fm9g.config.fields import keys_of
+from fm9g.config.mixture import DatasetConfig
+from fm9g.config.model import ModelConfig
+from fm9g.config.train import TrainConfig
+
+FROZEN = Path(__file__).with_name("surface.txt")
+KINDS = {"train": TrainConfig, "model": ModelConfig, "dataset": DatasetConfig, "adapter": AdapterConfig}
+
+
+def options_of(parser: argparse.ArgumentParser) -> Iterator[str]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for sub in action.choices.values():
+                yield from options_of(sub)
+        elif not isinstance(action, argparse._HelpAction):
+            yield f"{parser.prog} {'|'.join(action.option_strings) or action.dest}"
+
+
+def surface() -> list[str]:
+    """A line for each command with an option or argument of it, and for each key of a configuration file."""
+    keys = [f"{kind} key {key}" for kind, cls in KINDS.items() for key in keys_of(cls)]
+    return sorted({*options_of(_parser()), *keys})
+
+
+def test_what_users_type_is_what_it_was() -> None:
+    frozen = FROZEN.read_text(encoding="utf-8").splitlines()
+    gone = sorted(set(frozen) - set(surface()))
+    assert not gone, "users type these; keep the old names working, then run `python tests/test_surface.py`"
+    assert sorted(set(surface()) - set(frozen)) == [], "new: run `python tests/test_surface.py`"
+
+
+if __name__ == "__main__":
+    FROZEN.write_text("\n".join(surface()) + "\n", encoding="utf-8")
