@@ -27,14 +27,15 @@ from fm9g.report.plot import plot_loss
 from fm9g.train.run import Result, run_training
 
 CONFIG = "tiny"
+_MOST_STEPS = 10**9
 TOKENIZER_BYTES = 8_000_000  # of the sources that the tokenizer is trained on
 PROMPT = "class Queue:\n    def __init__(self, size):\n        self.size = size\n\n    def put(self, item):\n"
 
 
 def quickstart(out: Path, steps: int, overwrite: bool = False) -> None:
     """Makes everything under `out` and prints what it made. Raises UserError."""
-    if steps < 2:
-        raise UserError(f"--steps: found {steps}, expected at least 2: the run stops half-way and resumes")
+    if not 2 <= steps <= _MOST_STEPS:
+        raise UserError(f"--steps: found {steps}, expected 2 to {_MOST_STEPS}: the run stops half-way and resumes")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
         raise UserError(f"{out}: it holds something; choose another --out, or add --overwrite")
     started = time.monotonic()

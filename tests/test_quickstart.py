@@ -24,6 +24,9 @@ def test_the_whole_path_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert (out / "data" / "checkpoints" / "tiny" / "2").is_dir()
     with pytest.raises(UserError, match="it holds something"):
         quickstart.quickstart(out, steps=2)
+    with pytest.raises(UserError, match="--steps: found 1000000000000, expected 2 to"):
+        quickstart.quickstart(tmp_path / "other", steps=10**12)
+    assert not (tmp_path / "other").exists()
 
 
 def test_docstrings_are_found_and_broken_sources_passed_over() -> None:

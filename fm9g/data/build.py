@@ -26,7 +26,7 @@ from fm9g.data.records import parse_object, quote
 from fm9g.data.scan import TOKENS_PER_UNIT
 from fm9g.data.sources import Source, line_blocks
 from fm9g.data.values import BadRecord
-from fm9g.data.workers import start_workers, stop_workers
+from fm9g.data.workers import check_workers, start_workers, stop_workers
 from fm9g.errors import UserError
 from fm9g.files import AppendedFile, new_folder
 from fm9g.inputs import keep_inputs
@@ -71,8 +71,7 @@ def build_index(
     """
     if settings.language not in TOKENS_PER_UNIT:
         raise UserError(f"language: found {settings.language!r}, expected one of {', '.join(TOKENS_PER_UNIT)}")
-    if workers is not None and workers < 0:
-        raise UserError(f"workers: found {workers}, expected at least 0")
+    check_workers(workers)
     if settings.as_is and settings.language_filter:
         raise UserError("--language-filter does not go with --as-is: only a known shape tells what the prompt is")
     if not 0 <= settings.split < 1:

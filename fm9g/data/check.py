@@ -34,6 +34,7 @@ from fm9g.data.pool import EncodingPool
 from fm9g.data.report import draw
 from fm9g.data.stream import Stream
 from fm9g.data.tokens import join_samples, split_samples
+from fm9g.data.workers import check_workers
 from fm9g.errors import UserError
 from fm9g.files import new_folder
 from fm9g.inputs import keep_inputs
@@ -41,6 +42,7 @@ from fm9g.progress import Progress
 
 FIGURES, PICTURE = "check.json", "lengths.png"
 
+_MOST = 10**9  # steps, packs, records
 _SIMULATED = 20_000  # samples that are packed, at least a step of them
 _WORTH_WORKERS = 8 << 20  # bytes below which starting workers takes longer than encoding
 _PLACES = 512  # places of a dataset that are looked up at a time
@@ -87,9 +89,10 @@ def check(
     workers: processes that encode; default: one a core where that pays. settings: as in open_mixture.
     Raises UserError for a mistake, a bad record, and an output folder that holds anything else.
     """
-    for key, value, least in (("steps", steps, 1), ("packs", packs, 1), ("sample", sample, 1), ("workers", workers, 0)):
-        if value is not None and value < least:
-            raise UserError(f"--{key}: found {value}, expected at least {least}")
+    check_workers(workers)
+    for key, value in (("steps", steps), ("packs", packs), ("sample", sample)):
+        if value is not None and not 1 <= value <= _MOST:
+            raise UserError(f"--{key}: found {value}, expected 1 to {_MOST}")
     mixture, file = open_mixture(name, **settings)
     counts = [min(sample or len(dataset), len(dataset)) for dataset in mixture.datasets]
     if workers is None:

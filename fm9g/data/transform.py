@@ -19,7 +19,8 @@ from fm9g.memory import resident_bytes
 from fm9g.regular_file import check_regular
 
 SHOWN = 200  # characters of what a transform returned or raised
-_TICK = 0.1  # seconds between looks at the memory
+_TICK = 0.1  # seconds between looks at the clock and the memory
+_STANDSTILL = 5.0  # seconds between two looks at most: what is longer, the program was stopped (Ctrl-Z)
 
 Transform = Callable[[dict[str, Any], int, random.Random], dict[str, Any]]
 
@@ -32,6 +33,8 @@ def load_transform(path: Path, where: str, seconds: float) -> Transform:
     check_regular(path)
     if not path.is_file():
         raise UserError(f"{where}: no such file")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{where}: this user may not read it")
     note_input(path)
     spec = importlib.util.spec_from_file_location(f"fm9g_transform_{path.stem}", path)
     if spec is None or spec.loader is None:
@@ -72,7 +75,7 @@ class _Watch:
 
     _place: tuple[int, int] | None = None  # process and thread of the block that runs
     _seconds, _hint, _memory = 0.0, "", 0
-    _end = 0.0  # of the block, on the clock of time.monotonic
+    _left, _looked = 0.0, 0.0  # seconds of the block; when they were counted, on the clock of time.monotonic
     _most = 0  # resident bytes; 0: not known yet
     _was_pressed = False
     _process = 0  # in which the handlers are installed
@@ -83,11 +86,11 @@ class _Watch:
         cls._install()
         cls._was_pressed = False
         cls._seconds, cls._hint, cls._memory = seconds, hint, memory
-        cls._end, cls._most = time.monotonic() + seconds, 0
+        cls._left, cls._looked, cls._most = seconds, time.monotonic(), 0
         cls._place = os.getpid(), threading.get_ident()
         cls._is_timed = seconds > 0 and threading.current_thread() is threading.main_thread()
         if cls._is_timed:
-            signal.setitimer(signal.ITIMER_REAL, min(_TICK, seconds) if memory else seconds, _TICK)
+            signal.setitimer(signal.ITIMER_REAL, min(_TICK, seconds), _TICK)
 
     @classmethod
     def stop(cls) -> bool:
@@ -122,7 +125,9 @@ class _Watch:
             cls._most = cls._most or taken + cls._memory
             if taken > cls._most:
                 raise EndError(f"takes more than {cls._memory >> 20} MB of memory")
-        if time.monotonic() >= cls._end:
+        now = time.monotonic()
+        cls._left, cls._looked = cls._left - min(now - cls._looked, _STANDSTILL), now
+        if cls._left <= 0:
             raise EndError(f"takes more than {cls._seconds:g} seconds ({cls._hint})")
 
     @classmethod

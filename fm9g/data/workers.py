@@ -19,6 +19,15 @@ from fm9g.safe_path import protect_children
 protect_children()  # as soon as there may be any: multiprocessing starts one for a lock already
 
 
+MOST_WORKERS = 1024
+
+
+def check_workers(count: int | None) -> None:
+    """Raises UserError for so many processes as no machine runs; None stands for a number that is still chosen."""
+    if count is not None and not 0 <= count <= MOST_WORKERS:
+        raise UserError(f"workers: found {count}, expected 0 to {MOST_WORKERS}")
+
+
 def start_workers(count: int, prepare: Callable[..., None] | None = None, *arguments: Any) -> ProcessPoolExecutor:
     """A pool of processes. prepare(*arguments): run in each as it starts."""
     # spawn: a forked child of a process with torch threads or a CUDA context can hang.

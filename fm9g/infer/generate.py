@@ -76,6 +76,7 @@ def generate(
         raise UserError(f"{folder}: {min(missing)} is missing; config.json and the weights do not match")
     if unexpected := report["unexpected_keys"]:
         print(f"note: {folder}: {min(unexpected)} has no place in the model of config.json", file=sys.stderr)
+    _check_special_ids(folder, model.generation_config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fast = device.type == "cuda" or (model.dtype == torch.bfloat16 and has_fast_bf16(device))
     if not fast:
@@ -111,6 +112,15 @@ def generate(
         **sampling,
     )
     return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
+
+
+def _check_special_ids(folder: Path, config: Any) -> None:
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name, None)
+        if not all(type(token) is int for token in listed_ids(value)):
+            raise UserError(
+                f"{folder}/generation_config.json: {name}: found {value!r}, expected a token id or a list of them"
+            )
 
 
 class _Pieces:

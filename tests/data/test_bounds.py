@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from fm9g.config.mixture import DatasetConfig
 from fm9g.config.model import load_model_config
 from fm9g.convert.architecture import from_hf_config, to_hf_config
 from fm9g.convert.folder import stored_in
-from fm9g.data import build, encoding_limits, readers, sources, template
+from fm9g.data import build, encoding_limits, readers, sources, template, transform
 from fm9g.data.columns import columns_from_file
 from fm9g.data.index import IndexedDataset
 from fm9g.data.lines import Settings
@@ -194,7 +195,11 @@ def test_a_pipe_that_is_named_as_data_is_read(tmp_path: Path) -> None:
         "{{ '%100000000000d' | format(1) }}",
         "{{ '{:100000000000d}'.format(1) }}",
         "{{ '{:{}d}'.format(1, 10**11) }}",
+        "{{ ('{0:{1}}' * 1000).format(1, 10**7) }}",
         "{{ 'a' | center(10**11) }}",
+        "{{ '' | center(10**11) }}",
+        "{{ '' | indent(10**11) }}",
+        "{{ ''.ljust(10**11) }}",
         "{{ 'a'.ljust(10**11) }}",
         "{{ 'a'.encode().ljust(10**11) }}",
         "{{ (1).to_bytes(10**11, 'big') }}",
@@ -269,6 +274,26 @@ def test_bounds_do_not_change_what_templates_write() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ x.startswith(x) }}",
+        "{{ x.split(x) | length }}",
+        "{{ x.replace(x, '') }}",
+        "{{ x | replace('<think>', '') }}",
+        "{{ (guide ~ '{}').format(x) }}",
+        "{{ (guide ~ '%s') % x }}",
+        "{{ (guide ~ '%s') | format(x) }}",
+        "{{ x | tojson }}",
+        "{{ [x, x] | join('\\n\\n') }}",
+    ],
+)
+def test_long_messages_are_within_bounds(text: str) -> None:
+    """A reasoning of 500,000 characters, and 2,000 of a template's own."""
+    begin = "{% set x, guide = 'a' * 500000, 'b' * 2000 %}"
+    Template("t", begin + text).render(MESSAGES)
+
+
 def dataset(folder: Path, text: str) -> DatasetConfig:
     write_jsonl(folder / "a.jsonl", [{"messages": [*MESSAGES, {"role": "assistant", "content": text}]}])
     index(folder / "a.jsonl", folder / "data", "en")
@@ -337,6 +362,58 @@ def test_a_tokenizer_that_never_ends_ends_the_process_with_a_message(tmp_path: P
     assert ended.stderr.startswith(f"fm9g: {folder}: the tokenizer takes more than 0 seconds. A regular expression")
 
 
+class StandStill:
+    """A clock of a program that is stopped for an hour at its first look at it, and then goes on."""
+
+    def __init__(self, looks: int) -> None:
+        self.now, self._left = 0.0, looks
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds if self.now else 3600.0
+        self._left -= 1
+        if not self._left:
+            raise InterruptedError
+
+
+@pytest.mark.parametrize(("looks", "ended"), [(50, False), (70, True)])
+def test_a_program_that_was_stopped_has_its_time_to_encode_afterwards(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, looks: int, ended: bool
+) -> None:
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    watch = encoding_limits._Watch
+    monkeypatch.setattr(watch, "_process", os.getpid())  # so that no thread starts
+    monkeypatch.setattr(encoding_limits, "time", StandStill(looks))
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit if ended else InterruptedError), encoding_limits.bounded_encoding("t", 0):
+        watch._watch()
+    assert ("t: the tokenizer takes more than 60 seconds" in capsys.readouterr().err) is ended
+
+
+@pytest.mark.parametrize(("seconds", "ended"), [(10, False), (30, True)])
+def test_a_program_that_was_stopped_has_its_time_to_transform_afterwards(
+    monkeypatch: pytest.MonkeyPatch, seconds: int, ended: bool
+) -> None:
+    clock = StandStill(1000)
+    monkeypatch.setattr(transform, "time", clock)
+
+    def block() -> None:
+        with transform.guarded("t", 20.0):
+            for _ in range(seconds):
+                clock.sleep(1.0)
+                signal.raise_signal(signal.SIGALRM)
+
+    if ended:
+        with pytest.raises(UserError, match="t: takes more than 20 seconds"):
+            block()
+    else:
+        block()
+
+
 def test_usual_texts_are_far_from_the_limit_of_time() -> None:
     assert encoding_limits.SECONDS >= 60
     assert encoding_limits.RATE <= 50_000
@@ -384,3 +461,10 @@ def test_a_config_json_of_such_a_size_is_not_made_for_a_tokenizer_or_a_generatio
     (tmp_path / "t" / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=problem):
         generate(tmp_path / "t", "a")
+
+
+def test_a_transform_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t.py").write_text("def transform(data, num_sample, r): return data")
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may read everything
+    with pytest.raises(UserError, match="a: transforms: this user may not read it"):
+        load_transform(tmp_path / "t.py", "a: transforms", 1.0)

@@ -226,7 +226,8 @@ def test_the_table_names_every_dataset(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"steps": 0}, "--steps: found 0, expected at least 1"),
+        ({"steps": 0}, "--steps: found 0, expected 1 to 1000000000"),
+        ({"workers": 10**40}, "workers: found 1000.*, expected 0 to 1024"),
         ({"sample": 0}, "--sample: found 0"),
         ({"max_length": 2}, "max_length"),
         ({"loss": "some"}, "loss"),

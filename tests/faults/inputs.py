@@ -258,7 +258,8 @@ def problems_of(attempt: Attempt, ended: Ended, before: dict[str, str], after: d
     if not is_taken(attempt.command, ended):
         problems += [f"exit code {ended.code}"] * (ended.code not in (0, 2))
         problems += _problems_of_message(attempt, ended)
-    if match := _LIBRARY.search(ended.stderr):
+    match = _LIBRARY.search(ended.stderr)
+    if match and not (match[0] == "SyntaxError" and ".py" in ended.stderr):  # of a transform of the user's
         problems.append(f"words of a library or of Python: {match[0]}")
     if "out of memory" in ended.stderr and attempt.argv == attempt.command.argv:
         problems.append("too much memory")

@@ -268,3 +268,12 @@ def test_a_chat_template_that_is_not_jinja_is_named(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{")
     with pytest.raises(UserError, match=rf"chat template of {folder}, line 1"):
         generate(folder, "the", chat=True)
+
+
+@pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id"])
+@pytest.mark.parametrize("value", [float("inf"), ["x", "x"], "3", 1.5])
+def test_a_special_token_that_is_no_id_is_named(folder: Path, name: str, value: object) -> None:
+    change(folder / "generation_config.json", **{name: value})
+    with pytest.raises(UserError, match=rf"generation_config.json: {name}: found .*, expected a token id") as caught:
+        generate(folder, "the", max_new_tokens=1)
+    assert "\n" not in str(caught.value)
