@@ -77,7 +77,7 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
 def new_file(target: Path) -> Iterator[Path]:
     """A temporary path beside `target`; a file written there becomes `target` if the block ends without an error.
 
-    Raises UserError for a target that is an input (fm9g.inputs).
+    Raises UserError for a target that is an input (fm9g.inputs) or no file, and for one that cannot be written.
     """
     target = Path(os.path.realpath(target))
     check_output(target)

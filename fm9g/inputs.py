@@ -44,7 +44,7 @@ def check_output(target: Path) -> None:
     real = os.path.realpath(target)
     if not os.path.exists(real):
         return
-    for noted in _noted:
+    for noted in sorted(_noted):  # a copy: other threads may be reading
         if noted == real:
             held = "is read"
         elif _holds(real, noted):

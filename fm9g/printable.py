@@ -43,6 +43,10 @@ class PrintableStream:
         for line in lines:
             self.write(line)
 
+    def isatty(self) -> bool:
+        """No, so that libraries that look leave out colours and bars, which would be shown as signs."""
+        return False
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.as_is, name)
 

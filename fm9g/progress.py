@@ -17,7 +17,7 @@ class Progress:
     def __init__(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
         from tqdm import tqdm  # here: command lines are read without it
 
-        self._terminal = sys.stderr.isatty()
+        self._terminal = as_is(sys.stderr).isatty()
         self._title, self._unit, self.done, self.total = title, unit, done, total
         self._of = "" if total is None else f" of {total}"
         self._last_line = time.monotonic()

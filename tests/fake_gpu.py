@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -32,6 +33,7 @@ from fm9g.engine.processes import Processes
 
 _META = torch.device("meta")
 _aten = torch.ops.aten
+_LIBRARIES = re.compile(r"site-packages/(?!bmtrain/)")
 _COPIES = (_aten._to_copy.default, _aten.copy_.default)
 _BY_INDEX = (_aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default)
 
@@ -121,9 +123,9 @@ def is_pinned(tensor: torch.Tensor) -> bool:
 
 
 def _place() -> str:
-    """The line of the package or of a test that waits."""
+    """The line of the package, of bmtrain or of a test that waits."""
     frame = sys._getframe(2)
-    while frame.f_back and ("site-packages" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
+    while frame.f_back and (_LIBRARIES.search(frame.f_code.co_filename) or frame.f_code.co_filename == __file__):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
@@ -143,7 +145,7 @@ class _Stream:
         return event
 
     def synchronize(self) -> None:
-        _gpu().wait("a stream's synchronize()")
+        current_gpu().wait("a stream's synchronize()")
 
 
 class _Event:
@@ -153,15 +155,15 @@ class _Event:
         self._when = 0
 
     def record(self, stream: Any = None) -> None:
-        self._when = _gpu().launched
+        self._when = current_gpu().launched
 
     def wait(self, stream: Any = None) -> None: ...
 
     def query(self) -> bool:
-        return _gpu().finished >= self._when
+        return current_gpu().finished >= self._when
 
     def synchronize(self) -> None:
-        _gpu().wait("an event's synchronize()", self._when)
+        current_gpu().wait("an event's synchronize()", self._when)
 
     def elapsed_time(self, end: Any) -> float:
         return 1.0
@@ -172,7 +174,7 @@ class _Generator(torch.Generator):
         return super().__new__(cls, "cpu")
 
 
-def _gpu() -> FakeGPU:
+def current_gpu() -> FakeGPU:
     gpu = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     assert isinstance(gpu, FakeGPU)
     return gpu
@@ -198,7 +200,8 @@ def install(world_size: int = 1) -> None:
         "get_device_name": lambda device=None: "NVIDIA H100 80GB HBM3",
         "max_memory_allocated": lambda device=None: 0,
         "memory_stats": lambda device=None: {},
-        "synchronize": lambda device=None: _gpu().wait("torch.cuda.synchronize()"),
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "synchronize": lambda device=None: current_gpu().wait("torch.cuda.synchronize()"),
         "current_stream": lambda device=None: _Stream(),
         "default_stream": lambda device=None: _Stream(),
         "stream": contextlib.nullcontext,
@@ -260,9 +263,15 @@ class Alone(Processes):
 
 @contextlib.contextmanager
 def fake_gpu(world_size: int = 1) -> Iterator[tuple[FakeGPU, Processes]]:
-    """Within it, this process is the first of so many with a GPU each."""
-    if dist.is_initialized():
+    """Within it, this process is the first of so many with a GPU each.
+
+    It ends the default group of torch.distributed; where there was one, there is another afterwards.
+    """
+    had_group = dist.is_initialized()
+    if had_group:
         dist.destroy_process_group()
     install(world_size)
     with Alone(world_size) as processes, FakeGPU() as gpu, torch.autograd.set_multithreading_enabled(False):
         yield gpu, processes
+    if had_group:
+        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())

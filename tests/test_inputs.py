@@ -203,6 +203,17 @@ def test_what_is_read_while_the_output_is_made_counts(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_other_threads_may_read_while_an_output_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def holds(folder: str, path: str) -> bool:
+        note_input(f"{path}.more")
+        return False
+
+    monkeypatch.setattr("fm9g.inputs._holds", holds)
+    with keep_inputs():
+        note_input(tmp_path / "file")
+        check_output(tmp_path)
+
+
 def test_inputs_are_those_of_one_command(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     note_input(tmp_path / "file")  # outside any command

@@ -57,10 +57,21 @@ def test_streams_keep_what_was_printed_already(capsys: pytest.CaptureFixture) ->
         sys.stdout.writelines(["\x1b", "a\n"])
         print("\x1b[1mours\x1b[0m", file=as_is(sys.stdout))
         assert isinstance(sys.stdout, PrintableStream)
-        assert sys.stdout.isatty() is before[0].isatty()
+        assert sys.stdout.encoding == before[0].encoding
     assert (sys.stdout, sys.stderr) == before
     lines = SHOWN.replace("␊", "\n")
     assert capsys.readouterr() == (f"{lines}|␛a\n\x1b[1mours\x1b[0m\n", f"{lines}|")
+
+
+def test_libraries_leave_their_colours_out(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As wandb and swanlab, which write with click and rich: signs in the place of colours would be all over a log."""
+    click = pytest.importorskip("click")
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with printable_output():
+        click.echo(click.style("wandb", "blue"), err=True)
+        assert Progress("title", 1, "files")._terminal  # ours look at the stream below
+    assert capsys.readouterr().err.startswith("wandb\n")
 
 
 def test_a_bar_moves_the_cursor_and_its_texts_do_not(

@@ -2,7 +2,7 @@
 
 Trains a small model on documents of all lengths, with an evaluation every 50 steps and a data worker, in bf16 and in
 fp32, and reads the resident memory of the training process and of its worker. Exit code 1 where either is more than
-5 % above what it was after the first twentieth of the steps. On a GPU it also reads the memory that torch has reserved.
+5 % above what it was after the first twentieth of the steps.
 """
 
 from __future__ import annotations
@@ -67,11 +67,10 @@ def children(pid: int) -> list[int]:
     return own + [grandchild for child in own for grandchild in children(child)]
 
 
-def steps_of(metrics: Path) -> tuple[int, float]:
-    """The last step that a run logged, and the GB that torch has reserved on a GPU, as it logs them; 0 without one."""
+def step_of(metrics: Path) -> int:
+    """The last step that a run logged; 0 before the first one."""
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    last = json.loads(lines[-1]) if lines and lines[-1].endswith("}") else {"step": 0}
-    return last["step"], last.get("Memory/reserved", 0.0)
+    return int(json.loads(lines[-1])["step"]) if lines and lines[-1].endswith("}") else 0
 
 
 def soak(folder: Path, half_type: str, steps: int) -> dict[str, list[float]]:
@@ -93,21 +92,19 @@ def soak(folder: Path, half_type: str, steps: int) -> dict[str, list[float]]:
     words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
     with (folder / "log").open("wb") as log:
         run = subprocess.Popen([sys.executable, "-m", "fm9g", "train", *words], stdout=log, stderr=log)
-    metrics = next(iter((folder / half_type).glob("logs/*/metrics.jsonl")), folder / half_type / "none")
-    found: dict[str, list[float]] = {"training": [], "data worker": [], "reserved on the GPU": []}
+    metrics = folder / half_type / "none"
+    found: dict[str, list[float]] = {"training": [], "data worker": []}
     marks = [max(1, steps // 20), steps - max(1, steps // 20)]
     while marks and run.poll() is None:
         time.sleep(0.1)
         metrics = next(iter((folder / half_type).glob("logs/*/metrics.jsonl")), metrics)
-        step, reserved = steps_of(metrics)
-        if step >= marks[0]:
+        if step_of(metrics) >= marks[0]:
             marks.pop(0)
             found["training"].append(resident(run.pid))
             found["data worker"].append(max(map(resident, children(run.pid)), default=0.0))
-            found["reserved on the GPU"].append(1000 * reserved)
     if run.wait() or marks:
         raise SystemExit((folder / "log").read_text(encoding="utf-8")[-2000:])
-    return {kind: values for kind, values in found.items() if any(values)}
+    return found
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ the directory with the bytes of the file and with what torch.save writes.
 
 from __future__ import annotations
 
+import lzma
 import struct
 import zipfile
 import zlib
@@ -20,6 +21,8 @@ _LOCAL_HEADER = struct.Struct("<4s22x2H")  # of a record: the mark, ..., the len
 _MAX_METADATA = 1 << 20  # bytes of a small record, such as `version` and `byteorder`
 _MAX_PICKLE, _MAX_PICKLE_PER_STORAGE = 1 << 22, 1 << 12  # bytes of data.pkl, which holds names and shapes
 _MAX_INFLATED, _MAX_RATIO = 1 << 26, 20  # compressed records inflate to so many bytes, or to so many times their own
+# What reading a damaged archive raises. A method of compression that is not known is a RuntimeError.
+_DAMAGES = (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, struct.error, zlib.error, lzma.LZMAError)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def open_archive(path: Path) -> Archive | None:
                 offsets = [_offset(file, record) for record in records]
                 problem = _problem(records, offsets, archive.start_dir)
                 orders = [] if problem else [archive.read(record) for record in records if _key(record) == "byteorder"]
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, struct.error, zlib.error):
+        except _DAMAGES:
             raise UserError(f"{path}: not a whole weight file (it is cut short); get or write it again") from None
         size = file.seek(0, 2)
     if problem:
@@ -57,9 +60,12 @@ def open_archive(path: Path) -> Archive | None:
 
 
 def pickle_of(path: Path) -> bytes:
-    """The record data.pkl of an archive that open_archive accepts; empty where it has none."""
-    with zipfile.ZipFile(path) as archive:
-        return b"".join(archive.read(record) for record in archive.infolist() if _key(record) == "data.pkl")
+    """The record data.pkl of an archive that open_archive accepts; empty where it has none, or a damaged one."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return b"".join(archive.read(record) for record in archive.infolist() if _key(record) == "data.pkl")
+    except _DAMAGES:
+        return b""
 
 
 def _offset(file: BinaryIO, record: zipfile.ZipInfo) -> int:

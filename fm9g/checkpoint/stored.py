@@ -38,6 +38,7 @@ SAFETENSORS_TYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+_LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 _AHEAD = 1 << 24  # bytes that the system is told to fetch beyond those that are read
 
 
@@ -204,6 +205,8 @@ def _header_problem(path: Path) -> str:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
                 return f"its {size} bytes are fewer than its header has"
+            if length > _LONGEST_HEADER:
+                return f"its header of {length} bytes is longer than the library takes"
             header = json.loads(file.read(length), object_pairs_hook=_once)
         if not isinstance(header, dict):
             return "its header is not a JSON object"

@@ -173,7 +173,7 @@ def _generate(options: argparse.Namespace) -> None:
         for key in ("max_new_tokens", "temperature", "top_p", "repetition_penalty", "seed", "chat", "system")
     }
     begun = False
-    out = sys.stdout if sys.stdout.isatty() else as_is(sys.stdout)  # a file or a pipe gets the text itself
+    out = sys.stdout if as_is(sys.stdout).isatty() else as_is(sys.stdout)  # a file or a pipe gets the text itself
 
     def show(text: str) -> None:
         nonlocal begun

@@ -259,7 +259,10 @@ class TrainConfig:
 
     device: str = option("auto", help="auto: a GPU where there is one", enum=["auto", "cpu", "cuda"])
     flash: str = option(
-        "cuda", help="attention: cuda is flash-attn where GPU and package are there; none never", enum=["cuda", "none"]
+        "cuda",
+        help="attention: cuda uses flash-attn, else torch's varlen kernel, else goes document by document; both "
+        "kernels need bf16 or fp16 on a GPU. none always goes document by document",
+        enum=["cuda", "none"],
     )
     use_checkpoint: bool = option(False, help="the guide's name of activation_checkpoint full")
     activation_checkpoint: str = option(

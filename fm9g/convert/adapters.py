@@ -20,7 +20,7 @@ from fm9g.convert.logits import Change, streamed_logits
 from fm9g.convert.peft import is_peft, read_peft
 from fm9g.convert.verify import TOLERANCE, make_prompts
 from fm9g.errors import UserError
-from fm9g.inputs import check_output, keep_inputs, note_input
+from fm9g.inputs import check_output, keep_inputs
 from fm9g.kinds import ADAPTER, CHECKPOINT, MODEL, WEIGHTS, check_kind
 from fm9g.lora.base import base_hash
 from fm9g.lora.files import Adapter, open_adapter, save_adapter
@@ -148,7 +148,7 @@ def merge(
     Raises UserError for another base, for an adapter that does not fit it, and for logits that differ; then nothing is
     written.
     """
-    note_input(adapter.where)
+    adapter.note()
     check_output(target)
     base = named(base)
     check_kind(base, MODEL, CHECKPOINT, WEIGHTS)

@@ -19,7 +19,7 @@ from fm9g.convert.folder import open_folder, stored_in
 from fm9g.convert.names import LLAMA, Names, bare
 from fm9g.errors import UserError
 from fm9g.files import new_folder
-from fm9g.inputs import keep_inputs, note_input
+from fm9g.inputs import keep_inputs
 from fm9g.lora.base import base_hash
 from fm9g.lora.files import Adapter, check_adapter
 from fm9g.lora.inject import MAGNITUDE, A, B
@@ -97,7 +97,7 @@ def write_peft(adapter: Adapter, target: Path, base: str = "", overwrite: bool =
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    note_input(adapter.where)
+    adapter.note()
     with new_folder(target, overwrite) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_model.safetensors").chmod(folder.stat().st_mode & 0o666)

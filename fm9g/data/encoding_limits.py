@@ -1,8 +1,8 @@
 """What keeps a tokenizer of the `tokenizers` library from ending a program without a word, or from never ending.
 
 Its regular expressions come with a model. The library is in Rust: where an expression is beyond its engine's limit it
-panics, which is no Exception of Python, and while it works no signal reaches it. So a thread watches the time, and ends
-the process with a message. The library lets other threads work in its methods for batches alone.
+panics, which is no Exception of Python, and while it works no signal reaches it. So a thread looks after it now and
+then, and ends the process with a message. The library lets other threads work in its methods for batches alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from fm9g.errors import UserError
 
 SECONDS, RATE = 60.0, 20_000  # for a call, and characters that a second more is for: usual are some millions a second
-_LOOK = 1.0  # seconds between looks at the clock
+_LOOK = 1.0  # seconds between looks, which are counted: a program that was stopped (Ctrl-Z) has its time afterwards
 
 os.environ["RUST_BACKTRACE"] = "0"  # a panic writes a line to stderr, or with it some sixty
 
@@ -68,29 +68,27 @@ class _Watch:
     """Of this process; the calls are those of one thread, one after the other."""
 
     _process = 0  # in which the thread runs
-    _until = 0.0  # on the clock of time.monotonic; 0: nothing is watched
-    _where: object = ""
-    _seconds = 0.0
+    _call: tuple[object, float] | None = None  # where it is, and its seconds; None: nothing is watched
 
     @classmethod
     def start(cls, where: object, seconds: float) -> None:
         if cls._process != os.getpid():
             cls._process = os.getpid()
             threading.Thread(target=cls._watch, daemon=True, name="encoding").start()
-        cls._where, cls._seconds = where, seconds
-        cls._until = time.monotonic() + seconds
+        cls._call = where, seconds
 
     @classmethod
     def stop(cls) -> None:
-        cls._until = 0.0
+        cls._call = None
 
     @classmethod
     def _watch(cls) -> None:
+        call, looks = cls._call, 0
         while True:
             time.sleep(_LOOK)
-            until = cls._until
-            if until and time.monotonic() > until and cls._until == until:
-                text = f"fm9g: {cls._where}: the tokenizer takes more than {cls._seconds:.0f} seconds. {_REMEDY}\n"
+            call, looks = cls._call, looks + 1 if cls._call is call else 0
+            if call and looks * _LOOK > call[1]:
+                text = f"fm9g: {call[0]}: the tokenizer takes more than {call[1]:.0f} seconds. {_REMEDY}\n"
                 sys.stderr.write(text)
                 sys.stderr.flush()
                 os._exit(2)

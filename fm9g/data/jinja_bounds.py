@@ -26,6 +26,11 @@ _HARMLESS = """
 attr count d default first items last length list map reject rejectattr round safe select selectattr sort sum trim
 truncate unique
 """.split()  # noqa: SIM905
+# Methods of texts, in the same way; templates give them whole messages.
+_HARMLESS_METHODS = """
+count endswith find index lstrip partition removeprefix removesuffix rfind rindex rpartition rsplit rstrip split
+startswith strip
+""".split()  # noqa: SIM905
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
@@ -40,7 +45,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def bound_filters(self) -> None:
         """To be called when all filters are there."""
         self.filters |= {
-            name: _bounded(call, _check_format if name == "format" else _check_product)
+            name: _bounded(call, _CHECKS.get(name, _check_product))
             for name, call in self.filters.items()
             if name not in _HARMLESS
         }
@@ -59,10 +64,12 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - as in the base
         of = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)  # a format of str is wrapped
         if isinstance(of, (str, bytes, int)):
-            values = (*args, *kwargs.values())
-            if isinstance(of, str) and __obj.__name__ in ("format", "format_map"):
+            name, values = __obj.__name__, (*args, *kwargs.values())
+            if isinstance(of, str) and name in ("format", "format_map"):
                 _check_format(of, values, stars=bool(_INNER_FIELD.search(of)))
-            else:
+            elif name == "replace" and not kwargs:
+                _check_replacing(of, args)
+            elif name not in _HARMLESS_METHODS:
                 _check_product(of, values)
         return super().call(__context, __obj, *args, **kwargs)
 
@@ -80,7 +87,9 @@ def _bounded(call: Callable[..., Any], check: Callable[[Any, tuple[Any, ...]], N
     @functools.wraps(call)
     def checked(*args: Any, **kwargs: Any) -> Any:
         if len(args) > first:
-            check(args[first], (*args[first + 1 :], *kwargs.values()))
+            # By their names, arguments may come in any order.
+            strict = _check_product if kwargs and check is _check_replacing else check
+            strict(args[first], (*args[first + 1 :], *kwargs.values()))
         return call(*args, **kwargs)
 
     return checked
@@ -88,16 +97,26 @@ def _bounded(call: Callable[..., Any], check: Callable[[Any, tuple[Any, ...]], N
 
 def _check_product(value: Any, others: Iterable[Any]) -> None:
     """Each part of a value may be replaced by all the others, or be padded by so many places."""
-    _check(_weight(value) * (1 + sum(abs(other) if isinstance(other, int) else _weight(other) for other in others)))
+    other_weights = sum(abs(other) if isinstance(other, int) else _weight(other) for other in others)
+    _check((1 + _weight(value)) * (1 + other_weights))
+
+
+def _check_replacing(value: Any, others: tuple[Any, ...]) -> None:
+    """others: what is replaced, by what: each place, of which there is one a character, becomes the second."""
+    _check_product(value, others[1:2])
 
 
 def _check_format(text: str, values: Any, stars: bool | None = None) -> None:
-    """stars: whether values are widths."""
-    widths = [int(found) if len(found) < 20 else LARGEST for found in _NUMBER.findall(text)]
+    """Each field may hold all values, or be as wide as they say. stars: whether values are widths."""
+    widths = sum(int(found) if len(found) < 20 else LARGEST for found in _NUMBER.findall(text))
+    field = _weight(values)  # the longest one
     if "*" in text if stars is None else stars:
         given = values.values() if isinstance(values, Mapping) else values if isinstance(values, tuple) else (values,)
-        widths += [abs(value) for value in given if isinstance(value, int)]
-    _check(sum(widths) + len(text) * (1 + _weight(values)))
+        field += sum(abs(value) for value in given if isinstance(value, int))
+    _check(len(text) + widths + (text.count("%") + text.count("{")) * field)
+
+
+_CHECKS: dict[str, Callable[[Any, tuple[Any, ...]], None]] = {"format": _check_format, "replace": _check_replacing}
 
 
 def _weight(value: Any, left: int = LARGEST) -> int:

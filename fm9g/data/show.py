@@ -19,7 +19,7 @@ from fm9g.data.pack import Sample
 from fm9g.data.stream import Stream
 from fm9g.data.tokens import is_weighted, loss_weights, split_samples, token_ids
 from fm9g.errors import UserError
-from fm9g.printable import printable, printable_lines
+from fm9g.printable import as_is, printable, printable_lines
 
 HEAD, TAIL = 2000, 500  # characters of a long sample that are shown
 
@@ -32,7 +32,7 @@ Run = tuple[str, int]  # a text, and what its tokens are
 
 def wants_color(choice: str) -> bool:
     """choice: auto, always or never; auto is a terminal, unless NO_COLOR is set."""
-    return choice == "always" or (choice == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    return choice == "always" or (choice == "auto" and as_is(sys.stdout).isatty() and not os.environ.get("NO_COLOR"))
 
 
 def show(

@@ -95,9 +95,9 @@ class _Watch:
     @classmethod
     def stop(cls) -> bool:
         """Returns whether Ctrl-C was pressed in the block."""
+        cls._place = None  # first: an alarm that comes now ends nothing
         if cls._is_timed:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        cls._place = None
         return cls._was_pressed
 
     @classmethod

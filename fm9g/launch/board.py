@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 from fm9g.errors import UserError
@@ -71,7 +72,10 @@ class Hub:
     """Holds the board, in the agent of node 0; where no agent is, in rank 0. Serves until it is closed."""
 
     def __init__(self, port: int, secret: str, local: bool = False) -> None:
-        """port: 0 takes a free one. local: answers to this machine only. Raises UserError where the port is taken."""
+        """port: 0 takes a free one. local: answers to this machine only.
+
+        Raises UserError where the port is taken, and OSError where the system refuses what a server needs.
+        """
         self._secret, self._notes = secret, dict[str, Any]()
         self._sizes, self._size = dict[str, int](), 0  # bytes: of each note, and of all
         # Connections that have not yet shown the secret: when there are too many, the oldest goes.
@@ -79,34 +83,44 @@ class Hub:
         self._most_strangers = max(16, min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self._socket = _listen(port, local)
         self.port: int = self._socket.getsockname()[1]
-        started = threading.Event()
-        self._thread = threading.Thread(target=asyncio.run, args=[self._serve(started)], name="board", daemon=True)
+        started: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=[started], name="board", daemon=True)
         self._thread.start()
-        started.wait()
+        started.result()
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._end.set)
         self._thread.join()
 
-    async def _serve(self, started: threading.Event) -> None:
+    def _run(self, started: Future[None]) -> None:
+        try:
+            asyncio.run(self._serve(started))
+        except OSError as error:
+            if started.done():
+                raise
+            started.set_exception(error)  # else whoever waits would wait for ever
+
+    async def _serve(self, started: Future[None]) -> None:
         self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
         # What a stranger does to a connection is no news, nor that there are too many of them for a moment.
         self._loop.set_exception_handler(lambda loop, context: None)
         server = await asyncio.start_server(self._talk, sock=self._socket, backlog=1024)
-        started.set()
+        started.set_result(None)
         await self._end.wait()
         server.close()
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         signer = _Signer(self._secret, nonce := secrets.token_bytes(_NONCE))
         if len(self._strangers) >= self._most_strangers:
-            next(iter(self._strangers)).transport.abort()
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]  # now: its own end comes later, when others may have come, too
+            oldest.transport.abort()
         self._strangers[writer] = None
         try:
             writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             writer.write(_GREETING + nonce)
             request = await asyncio.wait_for(_read_signed(reader, signer, 0, _FIRST), _PATIENCE)
-            del self._strangers[writer]
+            self._strangers.pop(writer, None)
             number = 0
             while True:
                 writer.write(signer.frame(b"answer", number, self._answer(request)))
@@ -130,10 +144,10 @@ class Hub:
             raise ValueError("no request")
         for key, note in (put | {key: note for key, note in claim.items() if key not in self._notes}).items():
             size = len(key) + len(json.dumps(note))
-            self._size += size - self._sizes.get(key, 0)
-            if self._size > _MOST:
+            total = self._size + size - self._sizes.get(key, 0)
+            if total > _MOST:
                 raise ValueError("the board is full")
-            self._notes[key], self._sizes[key] = note, size
+            self._notes[key], self._sizes[key], self._size = note, size, total
         return {str(key): self._notes.get(str(key)) for key in (*claim, *ask)}
 
 

@@ -43,6 +43,11 @@ class Adapter:
         """A hash of what it does."""
         return f"{base_hash(self.weights, self.weights.__getitem__)} {self.config.scaling} {self.config.dora}"
 
+    def note(self) -> None:
+        """Says that its files are read: see fm9g.inputs."""
+        for file in self.where.glob("adapter_*") if self.where.is_dir() else (self.where,):
+            note_input(file)
+
     def shape(self, layer: str) -> torch.Size:
         """Of the weight that it is for."""
         return torch.Size([self.weights[layer + B].shape[0], self.weights[layer + A].shape[1]])
@@ -154,7 +159,7 @@ def check_adapter(weights: Mapping[str, torch.Tensor], config: AdapterConfig, fi
 def save_adapter(adapter: Adapter, target: Path, overwrite: bool = False) -> None:
     """Writes a folder of adapter.pt and adapter_config.json. Raises UserError."""
     check_adapter(adapter.weights, adapter.config, target)
-    note_input(adapter.where)
+    adapter.note()
     with new_folder(target, overwrite) as folder:
         write_weights(folder / ADAPTER_FILE, adapter.weights, adapter.weights.items())
         text = json.dumps(adapter.config.to_json(), indent=2, ensure_ascii=False)

@@ -43,7 +43,7 @@ def packed_kernel(query: torch.Tensor, key: torch.Tensor, flash: bool) -> str:
     flash: kernels are wanted at all. All of them are for half precision on a GPU; torch's is for one of compute
     capability 8.0 or newer, and heads up to 256 wide, in steps of 8.
     """
-    if not flash or not query.is_cuda or query.dtype == torch.float32:
+    if not flash or not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
         return ""
     if flash_attn_kernel():
         return "flash_attn"

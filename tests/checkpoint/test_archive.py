@@ -202,6 +202,23 @@ def test_a_file_that_is_cut_short_is_told_so(end: int) -> None:
     assert refused("a.pt") == "a.pt: not a whole weight file (it is cut short); get or write it again"
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_pickle_that_is_damaged_is_no_whole_file(method: int) -> None:
+    """What cannot be unpacked, or has another checksum, cannot be searched for code either."""
+    torch.save({"a": SOME}, "whole.pt")
+    with zipfile.ZipFile("whole.pt") as old, zipfile.ZipFile("packed.pt", "w", method) as new:
+        for record in old.infolist():
+            new.writestr(record.filename, old.read(record))
+    with zipfile.ZipFile("packed.pt") as packed:
+        (record,) = (each for each in packed.infolist() if each.filename.endswith("/data.pkl"))
+    content = bytearray(Path("packed.pt").read_bytes())
+    begin = record.header_offset + 30 + len(record.filename)
+    for place in range(begin, begin + min(12, record.compress_size)):
+        content[place] ^= 0xFF
+    Path("a.pt").write_bytes(content)
+    assert "not a whole weight file" in refused("a.pt")
+
+
 def test_what_torch_writes_is_accepted() -> None:
     shared = torch.randn(8, 4)
     tensors = {f"{'x' * 100}.{number}": shared[number % 8] for number in range(3000)}  # one storage, many names

@@ -281,6 +281,7 @@ def test_bounds_do_not_change_what_templates_write() -> None:
         "{{ x.split(x) | length }}",
         "{{ x.replace(x, '') }}",
         "{{ x | replace('<think>', '') }}",
+        "{{ x | replace(x, '') }}",
         "{{ (guide ~ '{}').format(x) }}",
         "{{ (guide ~ '%s') % x }}",
         "{{ (guide ~ '%s') | format(x) }}",

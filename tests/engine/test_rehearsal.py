@@ -6,43 +6,55 @@ It fails where tensors of two devices meet, and where the host waits for the GPU
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import engine_runs
+import fake_bmtrain
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from engine_runs import Setup
 from fake_gpu import FakeGPU, fake_gpu, with_values
 from ranks import run_ranks
-from support import ROOT
+from support import ROOT, small_model
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
+from fm9g.checkpoint.stored import Stored
+from fm9g.config.model import ModelConfig
 from fm9g.config.train import TrainConfig
 from fm9g.data.pack import collate
-from fm9g.engine.base import Engine, LossScale, Placement
+from fm9g.engine.base import Engine
 from fm9g.engine.processes import Processes
 from fm9g.model import transformer
+from fm9g.model.transformer import FM9G, weight_shapes
+from fm9g.train import build
+from fm9g.train.adapters import Adapters
+from fm9g.train.build import build_model, engine_name, make_engine
 from fm9g.train.clock import Clock
 from fm9g.train.evaluate import Evaluation
 from fm9g.train.loop import TrainState, train
 
-BF16 = Placement(dtype=torch.bfloat16)
+BMTRAIN = {"engine": "bmtrain"}
+MEANS = {"ema_decay": 0.5}
+LOWER = "input_embedding.*,encoder.layers.0.*"
+LORA = {"lora_layer": ["project_q", "w_1", "w_out"], "lora_r": 3}
 
 
 @dataclass(frozen=True)
 class Case:
-    """gpus: of the run, this process has the first. broken: what is put into the model; see breakages."""
+    """keys: of the training configuration. model: of the model's. gpus: of the run, this process has the first.
 
-    setup: Setup
+    broken: what is put into the model; see the function of that name.
+    """
+
+    keys: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
     gpus: int = 2
-    loss_scale: float = 0.0
     broken: str = ""
 
 
@@ -72,27 +84,39 @@ class Watching(engine_runs.Figures):
 
 def rehearse(outside: Processes, case: Case) -> Seen:
     """Two steps, the second logs; then an evaluation."""
-    config = TrainConfig(config="x", train_iters=2, warmup_iters=0, lr=0.01, clip_grad=0.7, log_iters=2)
-    dist.destroy_process_group()
-    scale = LossScale(case.loss_scale, 5) if case.loss_scale else LossScale()
-    with fake_gpu(case.gpus) as (gpu, processes), broken(case.broken):
-        built = {name: with_values(getattr(engine_runs, name)) for name in ("FM9G", "inject", "quantize_layers")}
-        with mock.patch.multiple(engine_runs, LossScale=lambda: scale, **built), empty_on_gpu():
-            engine = engine_runs.prepared(case.setup, processes, {})
-        gpu.take()
-        desk, loader = Watching(gpu), engine_runs.Dealt(engine.replica, engine.replicas, 0)
-        train(config, ["even", "odd"], engine, loader, TrainState(0, np.zeros(2, np.int64)), desk, Clock())  # type: ignore[arg-type]
-        assert len(desk.lines) == 1
-        gpu.take()
-        evaluation(engine).run()
-        desk.seen.evaluation += gpu.take()
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())  # which the caller ends
+    usual = {"engine": "torch", "clip_grad": 0.7, "grad_ckpt_num": 1}
+    steps = {"train_iters": 2, "warmup_iters": 0, "log_iters": 2}
+    model = small_model(**{"half_type": "bf16", **case.model})
+    with tempfile.TemporaryDirectory() as folder:
+        base = {"pretrained_model": write_weights(model, Path(folder))} if "lora_layer" in case.keys else {}
+        config = TrainConfig(config="x", **{**usual, **steps, **base, **case.keys})
+        with fake_gpu(case.gpus) as (gpu, processes), broken(case.broken):
+            if engine_name(config) == "bmtrain":
+                fake_bmtrain.install()
+            engine = make_engine(config, processes)
+            with built_of_values():
+                build_model(engine, config, model, None)
+            gpu.take()
+            desk, loader = Watching(gpu), engine_runs.Dealt(engine.replica, engine.replicas, 0)
+            train(config, ["even", "odd"], engine, loader, TrainState(0, np.zeros(2, np.int64)), desk, Clock())  # type: ignore[arg-type]
+            assert len(desk.lines) == 1
+            gpu.take()
+            evaluation(engine).run()
+            desk.seen.evaluation += gpu.take()
     return desk.seen
 
 
+def write_weights(config: ModelConfig, folder: Path) -> str:
+    """A file of such a model's weights."""
+    file = folder / "base.pt"
+    torch.save(FM9G(config).state_dict(), file)
+    return str(file)
+
+
 @contextlib.contextmanager
-def empty_on_gpu() -> Iterator[None]:
-    """Models that an engine is to place are on the GPU, and no longer on "meta", which this mode takes for a GPU."""
+def built_of_values() -> Iterator[None]:
+    """Within it, what is read from files has values, and models are on "meta" until an engine is given them: then they
+    are on the GPU. Made under the fake mode, they would be there from the start."""
     prepare = Engine.prepare
 
     def prepared(self: Engine, model: torch.nn.Module, *others: Any) -> None:
@@ -102,7 +126,13 @@ def empty_on_gpu() -> Iterator[None]:
                 setattr(module, name, torch.nn.Parameter(values, weight.requires_grad))
         prepare(self, model, *others)
 
-    with mock.patch.object(Engine, "prepare", prepared):
+    adapters = {name: with_values(getattr(Adapters, name)) for name in ("__init__", "start")}
+    with (
+        mock.patch.multiple(build, FM9G=with_values(FM9G), weight_shapes=with_values(weight_shapes)),
+        mock.patch.multiple(Adapters, **adapters),
+        mock.patch.object(Stored, "read", with_values(Stored.read)),
+        mock.patch.object(Engine, "prepare", prepared),
+    ):
         yield
 
 
@@ -134,74 +164,122 @@ def seen(case: Case) -> Seen:
 
 
 QUICK = {
-    "bf16": Case(Setup(placement=BF16)),
-    "full": Case(Setup(placement=replace(BF16, checkpointing="full"), model=(("tie_word_embeddings", True),))),
-    "nf4": Case(Setup(placement=BF16, adapters="nf4")),
+    "full": Case({"activation_checkpoint": "full"}, {"tie_word_embeddings": True}),
+    "nf4": Case({**LORA, "quantization": "nf4"}),
 }
 SLOW = {
-    "fp32": Case(Setup()),
-    "without a kernel": Case(Setup(placement=BF16, model=(("use_flash_attn", False),))),
-    "alone": Case(Setup(placement=BF16), gpus=1),
-    "selective": Case(Setup(placement=replace(BF16, checkpointing="selective", zero_level=2))),
-    "copies": Case(Setup(placement=replace(BF16, zero_level=0))),
-    "tp": Case(Setup(placement=replace(BF16, tp_size=2)), gpus=4),
-    "tp without sp": Case(Setup(placement=replace(BF16, tp_size=2, sequence_parallel=False)), gpus=4),
-    "dropout": Case(Setup(placement=BF16, model=(("dropout", 0.1), ("qk_norm", True)))),
-    "windows": Case(Setup(placement=BF16, model=(("sliding_window", 4), ("rope_scaling", "dynamic ntk")))),
-    "frozen": Case(Setup(placement=BF16, frozen="lower")),
-    "peft": Case(Setup(placement=BF16, adapters="peft")),
-    "dora": Case(Setup(placement=BF16, adapters="dora")),
+    "bf16": Case(),
+    "fp32": Case(model={"half_type": "fp32"}),
+    "without a kernel": Case({"flash": "none"}),
+    "alone": Case(gpus=1),
+    "selective": Case({"activation_checkpoint": "selective", "zero_level": 2}),
+    "copies": Case({"zero_level": 0, **MEANS}),
+    "tp": Case({"tp_size": 2}, gpus=4),
+    "tp without sp": Case({"tp_size": 2, "sequence_parallel": False}, gpus=4),
+    "dropout": Case(model={"dropout": 0.1, "qk_norm": True}),
+    "windows": Case(model={"sliding_window": 4, "rope_scaling": "dynamic ntk"}),
+    "frozen": Case({"freeze": LOWER}),
+    "peft": Case(LORA),
+    "dora": Case({**LORA, "use_dora": True}),
 }
-OPTIMIZER, NORM, RULES = "fm9g/engine/optimizer.py", "fm9g/engine/base.py", "fm9g/engine/rules.py"
-WAITING = {  # what CONTRIBUTING.md says of: where a step waits, and how often
-    "fp16": (Case(Setup(placement=replace(BF16, dtype=torch.float16)), loss_scale=1024.0), {NORM: 1}),
-    "offload": (Case(Setup(placement=replace(BF16, offload=True))), {NORM: 1, OPTIMIZER: 1}),
-    "muon": (Case(Setup(placement=BF16, optimizer="muon")), {NORM: 1}),
-    "adamw8bit": (Case(Setup(placement=BF16, optimizer="adamw8bit")), {NORM: 1, RULES: 1}),
-    "adafactor": (Case(Setup(placement=BF16, optimizer="adafactor")), {NORM: 1, RULES: None}),  # each weight, in torch
+LOGGING = {"fm9g/train/bad.py", "fm9g/train/loop.py"}  # waits for the norms, then for the losses of all processes
+# What CONTRIBUTING.md says of: where the host waits in two steps of two micro-batches, and how often.
+NORM, OPTIMIZER, RULES = "fm9g/engine/base.py", "fm9g/engine/optimizer.py", "fm9g/engine/rules.py"
+WAITING = {
+    "fp16": (Case({"loss_scale": 1024.0}, {"half_type": "fp16"}), {NORM: 2}),
+    "offload": (Case({"optimizer_offload": True, **MEANS}), {NORM: 2, OPTIMIZER: 2}),
+    "muon": (Case({"optimizer": "muon", **MEANS}), {NORM: 2}),
+    "adamw8bit": (Case({"optimizer": "adamw8bit", **MEANS}), {NORM: 2, RULES: 2}),
+    "adafactor": (Case({"optimizer": "adafactor", **MEANS}), {NORM: 2, RULES: 2 * 3 * 21}),  # 21 weights, in torch
+}
+# bmtrain waits before each of the two layers, forward and backward; before the very first there is nothing to wait for.
+LAYERS = "bmtrain/synchronize.py"
+BMTRAIN_QUICK = {
+    "bmtrain": (Case({"engine": "auto", "zero_level": 2, "activation_checkpoint": "full"}), {LAYERS: 15}),
+}
+BMTRAIN_SLOW = {
+    "bmtrain zero 3": (Case(BMTRAIN), {LAYERS: 15}),
+    "bmtrain zero 3 full": (Case({**BMTRAIN, "activation_checkpoint": "full"}), {LAYERS: 15}),
+    "bmtrain zero 2": (Case({**BMTRAIN, "zero_level": 2}), {LAYERS: 15}),
+    "bmtrain selective": (Case({**BMTRAIN, "activation_checkpoint": "selective"}), {LAYERS: 15}),
+    "bmtrain fp32": (Case(BMTRAIN, {"half_type": "fp32", "tie_word_embeddings": True}), {LAYERS: 15}),
+    "bmtrain fp16": (Case({**BMTRAIN, "loss_scale": 1024.0}, {"half_type": "fp16"}), {LAYERS: 14, NORM: 2}),
+    "bmtrain alone": (Case(BMTRAIN, gpus=1), {LAYERS: 31}),  # has all four micro-batches
+    "bmtrain frozen": (Case({**BMTRAIN, "freeze": LOWER}), {LAYERS: 11}),  # one layer has no backward pass
+    "bmtrain frozen zero 2": (Case({**BMTRAIN, "freeze": LOWER, "zero_level": 2}), {LAYERS: 11}),
+    "bmtrain peft": (Case({**BMTRAIN, **LORA}), {LAYERS: 15}),
+    "bmtrain nf4": (Case({**BMTRAIN, **LORA, "quantization": "nf4"}), {LAYERS: 15}),
+    "bmtrain muon": (Case({**BMTRAIN, "optimizer": "muon"}), {LAYERS: 14, NORM: 2}),
+    "bmtrain offload": (Case({**BMTRAIN, "optimizer_offload": True}), {LAYERS: 14, NORM: 2, OPTIMIZER: 2}),
 }
 
 
-def slow(names: Any) -> list[Any]:
-    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+def params(names: Any, *marks: Any) -> list[Any]:
+    return [pytest.param(name, marks=marks) for name in names]
 
 
-@pytest.mark.parametrize("name", [*QUICK, *slow(SLOW)])
+@pytest.mark.parametrize("name", [*params(QUICK), *params(SLOW, pytest.mark.slow)])
 def test_a_step_that_does_not_log_waits_for_nothing(name: str) -> None:
     found = seen((QUICK | SLOW)[name])
     assert found.steps == []
-    # The one that logs waits for the norms, then for the losses of all processes.
-    assert {place(wait) for wait in found.logging} == {"fm9g/train/bad.py", "fm9g/train/loop.py"}
-    assert {place(wait) for wait in found.evaluation} == {"fm9g/train/evaluate.py"}
+    assert places(found.logging) == LOGGING
+    assert places(found.evaluation) == {"fm9g/train/evaluate.py"}
 
 
-@pytest.mark.parametrize("name", slow(WAITING))
+@pytest.mark.parametrize(
+    "name",
+    [
+        *params(WAITING, pytest.mark.slow),
+        *params(BMTRAIN_QUICK, engine_runs.needs_bmtrain),
+        *params(BMTRAIN_SLOW, engine_runs.needs_bmtrain, pytest.mark.slow),
+    ],
+)
 def test_where_a_step_must_wait_it_waits_as_often_as_is_known(name: str) -> None:
-    case, known = WAITING[name]
-    counts = Counter(place(wait) for wait in seen(case).steps)
-    assert counts.keys() == known.keys()
-    assert all(counts[file] == 2 * count for file, count in known.items() if count)  # two steps
+    case, known = (WAITING | BMTRAIN_QUICK | BMTRAIN_SLOW)[name]
+    found = seen(case)
+    assert Counter(map(place, found.steps)) == known
+    assert places(found.logging) == LOGGING
+    assert places(found.evaluation) == {"fm9g/train/evaluate.py"} | known.keys() & {LAYERS}
+
+
+def places(waits: list[str]) -> set[str]:
+    return set(map(place, waits))
 
 
 def place(wait: str) -> str:
-    """The file of a wait, from the repository on."""
-    return str(Path(wait.rpartition(" at ")[2].rpartition(":")[0]).relative_to(ROOT))
+    """The file of a wait, from the repository or the folder of packages on."""
+    path = Path(wait.rpartition(" at ")[2].rpartition(":")[0])
+    *_, packages = [parent for parent in path.parents if parent.name == "site-packages"] or [ROOT]
+    return str(path.relative_to(packages))
 
 
 def test_a_wait_hidden_in_a_model_is_seen() -> None:
-    found = seen(Case(Setup(placement=BF16), broken="waits"))
+    found = seen(Case(broken="waits"))
     assert len(found.steps) == 2 * 2 * 2  # steps, micro-batches, layers
-    assert {place(wait) for wait in found.steps} == {"tests/engine/test_rehearsal.py"}
+    assert places(found.steps) == {"tests/engine/test_rehearsal.py"}
 
 
 def test_a_tensor_left_on_the_host_is_seen() -> None:
     with pytest.raises(AssertionError, match="found at least two devices, cuda:0 and cpu"):
-        seen(Case(Setup(placement=BF16), broken="mixes"))
+        seen(Case(broken="mixes"))
+
+
+def host_message(outside: Processes) -> None:
+    with fake_gpu(2):
+        fake_bmtrain.install()
+        engine = make_engine(TrainConfig(config="x", engine="bmtrain"), outside)
+        engine._add_up(torch.ones(4, device="cuda"))
+        engine._add_up(torch.ones(4))
+
+
+@engine_runs.needs_bmtrain
+def test_a_message_of_bmtrain_from_the_host_is_seen() -> None:
+    with pytest.raises(AssertionError, match=r"assert src\.is_cuda"):
+        run_ranks(1, host_message)
 
 
 def small_waits(outside: Processes) -> dict[str, bool]:
     """What was done -> whether it was seen to wait."""
-    dist.destroy_process_group()
     with fake_gpu() as (gpu, _):
         x = torch.ones(4, device="cuda:0")
         event = torch.cuda.Event()
@@ -234,7 +312,6 @@ def small_waits(outside: Processes) -> dict[str, bool]:
             except DynamicOutputShapeException:  # a result whose shape the host must know
                 gpu.waits.append(name)
             found[name] = bool(gpu.take())
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     return found
 
 
