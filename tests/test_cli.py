@@ -178,6 +178,7 @@ def test_a_locale_with_names_of_its_own_stays(monkeypatch: pytest.MonkeyPatch) -
     use_utf8()
 
 
+@pytest.mark.slow
 def test_names_in_chinese_work_whatever_the_locale(tmp_path: Path, tokenizer_path: Path) -> None:
     folder = tmp_path / "数据"
     folder.mkdir()

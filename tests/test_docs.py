@@ -89,6 +89,7 @@ def commands(page: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", ["finetuning.md", pytest.param("finetuning.zh.md", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_the_commands_of_the_page_on_finetuning_work(
     tmp_path: Path, page: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -50,6 +50,7 @@ def test_a_number_of_nodes_below_one_is_refused(capsys: pytest.CaptureFixture[st
     assert "--nodes: found 0, expected at least 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_this_machine_is_fit_for_the_tests(tmp_path: Path) -> None:
     run = load_run("tiny", {"output_dir": str(tmp_path / "out"), "train_iters": "10"}, complete=False)
     lines = {line.name: line for line in examine(run)}

@@ -65,6 +65,7 @@ for words in json.loads(sys.argv[1]):
         code = main(words)
         # What a run wrote about a checkpoint goes with its weights.
         opened -= {path for path in opened if os.path.exists(os.path.join(os.path.dirname(path), "manifest.json"))}
+        opened -= {path for path in opened if path.endswith(".pyc")}  # Python's own, of a transform
         forgotten = sorted(os.path.relpath(path) for path in opened & there - inputs._noted)
     print("RESULT", json.dumps([" ".join(words), code, forgotten]))
 """
@@ -161,7 +162,7 @@ def test_no_command_replaces_what_it_reads(
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [file for file in path.rglob("*") if "__pycache__" not in file.parts] if path.is_dir() else [path]
     return {str(file): file.read_bytes() for file in files if file.is_file()}
 
 

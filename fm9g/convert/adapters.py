@@ -148,10 +148,10 @@ def merge(
     Raises UserError for another base, for an adapter that does not fit it, and for logits that differ; then nothing is
     written.
     """
-    adapter.note()
-    check_output(target)
     base = named(base)
     check_kind(base, MODEL, CHECKPOINT, WEIGHTS)
+    adapter.note()
+    check_output(target)
     source, weights = open_base(base, reference)
     check_layers(adapter, {name: weight.shape for name, weight in weights.items()}, str(base))
     _check_base(adapter, weights, base)

@@ -286,6 +286,7 @@ def test_every_file_of_a_tokenizer_travels(tmp_path: Path, tokenizer_path: Path)
     assert {file.name for file in out.iterdir()} == expected
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_transformers_would_read_otherwise_is_left_out(
     tmp_path: Path, shared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

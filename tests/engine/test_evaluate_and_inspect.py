@@ -37,7 +37,7 @@ def look(processes: Processes, setup: Setup) -> tuple[list[float], dict[str, tup
     [
         (Setup(), 2),
         pytest.param(Setup(placement=Placement(zero_level=0)), 2, marks=pytest.mark.slow),
-        (Setup(placement=Placement(tp_size=2)), 2),
+        pytest.param(Setup(placement=Placement(tp_size=2)), 2, marks=pytest.mark.slow),
         pytest.param(Setup("bmtrain"), 2, marks=needs_bmtrain),
     ],
     ids=["fsdp2", "copies", "tensor-parallel", "bmtrain"],

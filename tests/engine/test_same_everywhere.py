@@ -112,6 +112,7 @@ def test_tensor_parallelism_of_a_tied_model_with_an_uneven_vocabulary_and_frozen
     assert weight < WEIGHT
 
 
+@pytest.mark.slow
 def test_sliding_windows_by_every_engine() -> None:
     """Documents have up to 30 tokens, the window of the second layer 6."""
     windows = (("sliding_window", 6), ("layer_types", ["full_attention", "sliding_attention"]))

@@ -225,6 +225,7 @@ def test_the_tokenizer_is_the_one_that_is_named(folder: Path) -> None:
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.slow
 def test_generation_does_not_import_what_takes_seconds_and_is_not_used(folder: Path) -> None:
     program = f"""
 import sys

@@ -152,6 +152,7 @@ def test_a_killed_master_ends_the_other_nodes(start, port, tmp_path):
         await_end_of(pid, SLACK)
 
 
+@pytest.mark.slow
 def test_a_stopped_worker_is_missed(start, port, tmp_path):
     nodes = [start("train", node, port=port, timeout=TIMEOUT) for node in (0, 1)]
     pid = pid_of(tmp_path, 1)
@@ -214,6 +215,7 @@ def test_nodes_that_were_started_differently(start, port, here: dict, there: dic
         assert key in message(err)
 
 
+@pytest.mark.slow
 def test_a_node_number_given_twice(start, port):
     nodes = [start("train", node, of=3, port=port) for node in (0, 1, 1)]
     for code, _, err in (node.end() for node in nodes):
@@ -325,6 +327,7 @@ def test_a_second_signal_ends_at_once_what_does_not_listen(start, tmp_path):
         await_end_of(pid, 0.1)
 
 
+@pytest.mark.slow
 def test_a_signal_while_nodes_are_missing(start, port):
     node = start("train", 0, port=port)
     await_handler_of(node.process.pid, signal.SIGHUP)
@@ -349,6 +352,7 @@ def end_well(nodes: list[Node]) -> None:
     assert [node.end()[0] for node in nodes] == [130] * len(nodes)
 
 
+@pytest.mark.slow
 def test_strangers_do_nothing_to_a_run(start, port, tmp_path):
     nodes = [start("train", node, port=port) for node in (0, 1)]
     pid_of(tmp_path, 0), pid_of(tmp_path, 1)
@@ -356,6 +360,7 @@ def test_strangers_do_nothing_to_a_run(start, port, tmp_path):
     end_well(nodes)
 
 
+@pytest.mark.slow
 def test_a_node_with_another_secret_is_told_so_and_ends_nobody(start, port, tmp_path):
     nodes = [start("train", node, port=port) for node in (0, 1)]
     pid_of(tmp_path, 0), pid_of(tmp_path, 1)

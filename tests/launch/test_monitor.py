@@ -126,6 +126,7 @@ def test_a_killed_rank_is_missed(start, tmp_path):
     assert "no sign of life" in err
 
 
+@pytest.mark.slow
 def test_the_echo_of_a_death_waits_for_its_cause(start, tmp_path):
     tasks = start("echo")
     os.kill(ready(tmp_path)[1], signal.SIGKILL)
@@ -144,6 +145,7 @@ def test_the_death_of_rank_0_is_told_by_the_next(start, tmp_path):
     assert "lost touch with the master 127.0.0.1" in err
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes_is_missed(start):
     tasks = start("train")
     tasks[1].kill()

@@ -199,6 +199,7 @@ def test_nothing_else_is_trained_and_names_are_those_of_files() -> None:
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.slow
 def test_bitsandbytes_is_imported_where_something_is_quantized_and_nowhere_else() -> None:
     """That takes seconds. In a process of its own, where nothing has imported it."""
     program = """

@@ -92,6 +92,7 @@ def test_adapters_resume_exactly(tune: Callable[..., Result], tmp_path: Path, ki
             assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_every_kind_is_a_training_of_its_own(tune: Callable[..., Result]) -> None:
     found = {kind: losses(tune(kind, train_iters=4, **changes)) for kind, changes in KINDS.items() if kind != "ema"}
     assert len({tuple(values) for values in found.values()}) == len(found)
