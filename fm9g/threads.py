@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-_SPINS = "2000"  # rounds; GNU's OpenMP has 300,000, which is some 0.1 s
+_SPINS = "10000"  # rounds; GNU's OpenMP has 300,000
 
 
 def spin_briefly() -> None:

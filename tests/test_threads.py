@@ -16,7 +16,7 @@ PLAIN = {name: value for name, value in os.environ.items() if name not in ("GOMP
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, "2000"),
+        ({}, "10000"),
         ({"GOMP_SPINCOUNT": "7"}, "7"),
         ({"OMP_WAIT_POLICY": "active"}, None),
     ],
@@ -38,4 +38,4 @@ def test_every_command_sets_it_before_torch_is_there() -> None:
         "from fm9g.cli import main\nmain(['config', 'keys'])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], env=PLAIN, capture_output=True, text=True)
-    assert done.stdout.splitlines()[0] == "False 2000", done.stderr
+    assert done.stdout.splitlines()[0] == "False 10000", done.stderr
