@@ -22,6 +22,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = Path(__file__).with_suffix(".md")
+ABOUT = """\
+# What carries a launch: torch.distributed.elastic (torchrun) beside fm9g's own agents
+
+`python benchmarks/launch/elastic.py --limit {limit:.0f}`. Two nodes of one process each, whose workers sleep, so that no
+collective operation fails and tells the other node. "Runs on": the node had not ended by then. fm9g's timeout is 60 s.
+"""
 WORKER = """
 import os, sys, time
 if "FM9G_AGENT" in os.environ:  # as fm9g's own workers do; torchrun has nothing like it
@@ -154,7 +160,7 @@ def main() -> None:
         "| launcher | what happens | start | all ended after | exit codes | workers without an agent | lines of output "
         "| the outsider |"
     )
-    REPORT.write_text("\n".join([head, "|---" * 8 + "|", *rows, ""]), encoding="utf-8")
+    REPORT.write_text("\n".join([ABOUT.format(limit=limit), head, "|---" * 8 + "|", *rows, ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":
