@@ -25,8 +25,9 @@ REPORT = Path(__file__).with_suffix(".md")
 ABOUT = """\
 # What carries a launch: torch.distributed.elastic (torchrun) beside fm9g's own agents
 
-`python benchmarks/launch/elastic.py --limit {limit:.0f}`. Two nodes of one process each, whose workers sleep, so that no
-collective operation fails and tells the other node. "Runs on": the node had not ended by then. fm9g's timeout is 60 s.
+`python benchmarks/launch/elastic.py --limit {limit:.0f}`. Two nodes of one process each, whose workers sleep, so
+that no collective operation fails and tells the other node. "Runs on": the node had not ended by then.
+fm9g's timeout is 60 s.
 """
 WORKER = """
 import os, sys, time
