@@ -63,7 +63,7 @@ bench-train: $(VENV)/installed  # ten minutes, and as long again for the faults
 
 # The tests on CPUs need the Python code of bmtrain, which has wheels for these Pythons. What it requires stays out:
 # nvidia-nccl-cu11 would overwrite the NCCL of torch. OpenDelta's requirements are those of years ago, and not needed.
-$(VENV)/installed: setup.py constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[dev]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps -c constraints.txt \

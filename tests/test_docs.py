@@ -154,10 +154,10 @@ def test_the_pages_on_the_guide_list_each_of_its_parameters(shared: Path) -> Non
 
 
 def test_the_pages_on_the_guide_name_the_versions_that_are_asked_for() -> None:
-    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for page in ("guide.md", "guide.zh.md"):
         text = (ROOT / "docs" / page).read_text(encoding="utf-8")
         for name in ("torch", "transformers"):
             found = re.search(rf"^\| {name} [\d.]+ \| \*\*([\d.]+)", text, re.MULTILINE)
             assert found
-            assert f'"{name}>={found[1]}"' in setup
+            assert f'"{name}>={found[1]}"' in pyproject

@@ -30,7 +30,7 @@ def test_no_folder_is_larger_than_it_may_be(tool: ModuleType, tmp_path: Path) ->
 
 
 def test_what_the_gpu_machine_has_is_left_out(tool: ModuleType) -> None:
-    wanted = tool.requirements((ROOT / "setup.py").read_text(encoding="utf-8"))
+    wanted = tool.requirements(ROOT / "pyproject.toml")
     assert "transformers>=4.56" in wanted
     assert not [name for name in wanted if tool.THERE.match(name)]
     there = ("torch", "triton", "nvidia-nccl-cu12", "cuda-bindings")

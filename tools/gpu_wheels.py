@@ -1,7 +1,7 @@
 """Fetches the wheels that a GPU machine with torch, but without a package index, lacks: for `make test-gpu` there.
 
     python tools/gpu_wheels.py                  # what tests/gpu needs, into gpu_wheels/1, gpu_wheels/2, ...
-    python tools/gpu_wheels.py --all            # what fm9g needs: all of install_requires in setup.py
+    python tools/gpu_wheels.py --all            # what fm9g needs: all dependencies in pyproject.toml
 
 Run it where there is an index. torch, and what torch brings (nvidia-*, cuda-*, triton), is left out. No folder is
 larger than --megabytes, so that they can be carried over one at a time. On the GPU machine, for each of them:
@@ -19,6 +19,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
 ROOT = Path(__file__).resolve().parents[1]
 THERE = re.compile(r"(torch|triton|nvidia-.*|cuda-.*)$")
 
@@ -35,7 +40,7 @@ def main() -> None:
         sys.exit(f"{options.output} exists already; remove it, or choose another --output")
     wanted = ["-r", str(ROOT / "tests" / "gpu" / "requirements.txt")]
     if options.all:
-        wanted += requirements((ROOT / "setup.py").read_text(encoding="utf-8"))
+        wanted += requirements(ROOT / "pyproject.toml")
     target = ["--only-binary=:all:", "--python-version", options.python, "--implementation", "cp"]
     minors = range(int(options.glibc.partition(".")[2]), 16, -1)
     target += [*(f"--platform=manylinux_2_{minor}_x86_64" for minor in minors), "--platform=manylinux2014_x86_64"]
@@ -50,11 +55,10 @@ def main() -> None:
             print(f"{place}: {len(group)} wheels, {size / 1e6:.1f} MB")
 
 
-def requirements(setup: str) -> list[str]:
-    """install_requires of a setup.py, without torch."""
-    content = re.search(r"install_requires=\[(.*?)\]", setup, re.DOTALL)
-    assert content
-    return [name for name in re.findall(r'"([^"]+)"', content[1]) if not name.startswith("torch")]
+def requirements(pyproject: Path) -> list[str]:
+    """The dependencies of a project, without torch."""
+    names = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["dependencies"]
+    return [name for name in names if not name.startswith("torch")]
 
 
 def resolve(wanted: list[str], target: list[str]) -> list[str]:
