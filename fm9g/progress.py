@@ -1,4 +1,4 @@
-"""How long work shows itself: a bar on a terminal, a plain line now and then in a log."""
+"""Progress of long work: a bar on a terminal, a plain line every few seconds in a log."""
 
 from __future__ import annotations
 
@@ -6,13 +6,22 @@ import sys
 import time
 from types import TracebackType
 
-from fm9g.printable import as_is, printable
+from fm9g.printable import as_is, printable, printable_lines
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
+def write_line(text: str) -> None:
+    """Prints to stderr; on a terminal, above the bars of this process."""
+    stream = as_is(sys.stderr)
+    if "tqdm" in sys.modules and stream.isatty():
+        sys.modules["tqdm"].tqdm.write(printable_lines(text), file=stream)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
 class Progress:
-    """Counts units of work up to `total` (None: unknown); use as a context manager."""
+    """Counts units of work up to `total` (None: unknown). A context manager."""
 
     def __init__(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
         from tqdm import tqdm  # here: command lines are read without it
@@ -46,13 +55,6 @@ class Progress:
         else:
             self._last_line = time.monotonic()
             print(f"{self._title} {self.done}{self._of} | {text}", file=sys.stderr, flush=True)
-
-    def say(self, text: str) -> None:
-        """Prints a line; on a terminal, above the bar."""
-        if self._terminal:
-            self._bar.write(text, file=sys.stderr)
-        else:
-            print(text, file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         return self

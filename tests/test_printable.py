@@ -17,7 +17,7 @@ from fm9g.cli import main
 from fm9g.errors import UserError
 from fm9g.model.transformer import weight_shapes
 from fm9g.printable import PrintableStream, as_is, printable, printable_lines, printable_output
-from fm9g.progress import Progress
+from fm9g.progress import Progress, write_line
 
 EVIL = "x\x1b[31m\x9b2J\u202ey\nfm9g: done\r"
 SHOWN = "x␛[31m\\u009b2J\\u202ey␊fm9g: done␍"
@@ -80,7 +80,7 @@ def test_a_bar_moves_the_cursor_and_its_texts_do_not(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with printable_output(), Progress(EVIL, 10, "files") as progress:
         progress.figures(EVIL)
-        progress.say(EVIL)
+        write_line(EVIL)
         progress.advance(3)
     printed = capsys.readouterr().err
     assert printed.startswith("\r")

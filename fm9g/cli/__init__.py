@@ -22,6 +22,7 @@ from fm9g.cli.run import add_run_verbs
 from fm9g.errors import UserError
 from fm9g.files import allow_many_open, is_too_many_open, too_many_open
 from fm9g.inputs import keep_inputs
+from fm9g.log import log_to_console
 from fm9g.memory import TRAINING_ADVICE, memory_as_user_error
 from fm9g.printable import as_is, printable_output
 from fm9g.threads import spin_briefly
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     allow_many_open()
     spin_briefly()
-    with printable_output():
+    with printable_output(), log_to_console():
         return _main(sys.argv[1:] if argv is None else argv)
 
 

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -31,6 +32,8 @@ from fm9g.convert.growing import GrowingFile
 from fm9g.errors import UserError
 from fm9g.files import as_user_error, sync
 from fm9g.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 JOURNAL = "journal.json"
 _PIECE = 1 << 22  # bytes of a tensor in memory at a time: few enough that the allocator keeps them
@@ -145,7 +148,7 @@ def write_outputs(folder: Path, outputs: Sequence[Output], title: str) -> None:
         _readers() as readers,
     ):
         if begun:
-            progress.say(f"{title}: goes on after {begun:,} of {total:,} bytes, which an earlier call wrote")
+            logger.info(f"{title}: continues after {begun:,} of {total:,} bytes, which an earlier call wrote")
         for number, output in enumerate(outputs):
             start = done[number] if number < len(done) else 0
             if number < len(done) and start == output.nbytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import resource
@@ -33,6 +34,8 @@ from fm9g.train.interrupt import Interrupt
 from fm9g.train.loop import TrainState
 from fm9g.train.metrics import Metrics
 from fm9g.train.sinks import Histogram
+
+logger = logging.getLogger(__name__)
 
 BAD_BATCHES = "bad_batches"  # folder beside the figures
 _MOST_KEPT = 100  # files in it
@@ -144,7 +147,7 @@ class RunDesk:
         found, state = self._engine.inspect(), self._state
         if self._metrics is None:
             return
-        self._metrics.say(f"step {state.step}: weights and gradients by layer\n{_table(found)}")
+        logger.info(f"step {state.step}: weights and gradients by layer\n{_table(found)}")
         histograms: dict[str, Histogram] = {}
         for name, (weight, grad) in found.items():
             histograms |= {f"weights/{name}": _histogram(weight), f"gradients/{name}": _histogram(grad)}

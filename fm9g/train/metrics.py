@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import statistics
@@ -16,6 +17,8 @@ from fm9g.memory import is_out_of_memory
 from fm9g.progress import Progress
 from fm9g.report.files import EVENTS_FILE, METRICS_FILE, RUN_FILE, number, read_metrics
 from fm9g.train.sinks import Histogram, Sink
+
+logger = logging.getLogger(__name__)
 
 _SHOWN = {  # on the console: tag -> name and format
     "Loss/train": ("loss", "{:.4f}"),
@@ -90,15 +93,11 @@ class Metrics:
     def event(self, step: int, kind: str, text: str) -> None:
         """Something that happened, in a sentence: to events.jsonl and the console. May be called in any thread."""
         self.record(step, kind, text)
-        self._progress.say(f"step {step}: {text}")
+        logger.info(f"step {step}: {text}")
 
     def record(self, step: int, kind: str, text: str, **more: Any) -> None:
         """As event, but not to the console. more: further keys of its line."""
         self._append(self._events, {"step": step, "time": round(time.time(), 3), "kind": kind, "text": text, **more})
-
-    def say(self, text: str) -> None:
-        """Prints text on the console."""
-        self._progress.say(text)
 
     def _give(self, step: int, figures: dict[str, float]) -> None:
         tasks = {tag: value for tag, value in figures.items() if tag.startswith(_TASK_FIGURES)}
@@ -141,7 +140,7 @@ class Metrics:
                 self._ended.add(name)
             if name not in self._silent:
                 self._silent.add(name)
-                self._progress.say(f"note: {name}: cannot be written ({error}); training goes on")
+                logger.warning(f"{name}: cannot be written ({error}); training continues")
 
     def __enter__(self) -> Metrics:
         return self

@@ -240,7 +240,7 @@ def test_the_command_says_that_it_can_go_on(
     counter.stop_after(float("inf"))
     assert main(["convert", str(folder), str(tmp_path / "x.pt"), "--verify"]) == 0
     said = capsys.readouterr()
-    assert "goes on after" in said.err
+    assert "continues after" in said.err
     assert "within the tolerated" in said.out
 
 
