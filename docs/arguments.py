@@ -11,7 +11,7 @@ from dataclasses import MISSING
 from pathlib import Path
 
 from fm9g.config.fields import describe, keys_of, schema_of
-from fm9g.config.train import RETIRED, TrainConfig
+from fm9g.config.train import DEPRECATED_KEYS, TrainConfig
 
 TARGET = Path(__file__).with_name("arguments.md")
 PACKAGE = Path(__file__).resolve().parents[1] / "fm9g"
@@ -24,16 +24,17 @@ _ASSIGNED = re.compile(r"^ *([\w., ]+?) = (.+)$", re.MULTILINE)
 _LISTED = re.compile(r"\bfor key in (?:\(([^)]*)\)|(\w+))")
 _HEAD = """# Training keys
 
-Every key of `train_configs/*.json` and of `fm9g train --KEY VALUE`. `fm9g config keys` prints them, and those of models
-and datasets; `fm9g config show` says which value a run gets, and where from. [training.md](training.md) says what
-to do with them. This page is made by `make docs`.
+Every key of `train_configs/*.json` and of `fm9g train --KEY VALUE`; `--some-key` and `--some_key` are the same. A key
+that is "also called" something is read by that name, too, everywhere. `fm9g config keys` prints them, and those of
+models and datasets; `fm9g config show` says which value a run gets, and where from. [training.md](training.md) says
+what to do with them. This page is made by `make docs`.
 
 "Acts in" names the files of `fm9g/` that read the key.
 
 | key | meaning | default | allowed | acts in |
 |---|---|---|---|---|
 """
-_RETIRED = """
+_DEPRECATED = """
 ## Names of the guide that have no meaning any more
 
 They are accepted, change nothing, and a run that is given one says so.
@@ -52,14 +53,14 @@ def table() -> str:
         default = f"`{str(plain).lower() if isinstance(plain, bool) else plain}`"
         cells = (
             f"`{key}`",
-            field.metadata["help"],
+            field.metadata["help"] + "".join(f"; also called `{alias}`" for alias in field.metadata["aliases"]),
             default if plain not in ("", []) else "empty",
-            describe(properties[key]).removeprefix("one of ") + "; in any case" * field.metadata["any_case"],
+            describe(properties[key]).removeprefix("one of ") + "; in any case" * field.metadata["case_insensitive"],
             ", ".join(f"`{place}`" for place in places[key]),
         )
         rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n")
-    retired = [f"| `{key}` | {why} |\n" for key, why in RETIRED.items()]
-    return f"{_HEAD}{''.join(rows)}{_RETIRED}{''.join(retired)}"
+    deprecated = [f"| `{key}` | {why} |\n" for key, why in DEPRECATED_KEYS.items()]
+    return f"{_HEAD}{''.join(rows)}{_DEPRECATED}{''.join(deprecated)}"
 
 
 def find_places() -> dict[str, list[str]]:

@@ -4,8 +4,8 @@ import re
 
 from fm9g.printable import printable
 
-_CLASS = re.compile(r"\b\w+(?:Error|Exception): ")
-_LONGEST = 1000  # characters of a line: what was found in a file may be as long as the file
+_ERROR_CLASS = re.compile(r"\b\w+(?:Error|Exception): ")
+_MAX_LINE_LENGTH = 1000  # characters of a line: what was found in a file may be as long as the file
 
 
 class UserError(ValueError):
@@ -25,10 +25,14 @@ class UserError(ValueError):
 
 def _shortened(line: str) -> str:
     """A line without its middle, where it is too long: the place is named at its beginning, the remedy at its end."""
-    left_out = len(line) - _LONGEST
-    return line if left_out <= 0 else f"{line[: _LONGEST // 2]}[{left_out:,} characters]{line[-_LONGEST // 2 :]}"
+    omitted = len(line) - _MAX_LINE_LENGTH
+    return (
+        line
+        if omitted <= 0
+        else f"{line[: _MAX_LINE_LENGTH // 2]}[{omitted:,} characters]{line[-_MAX_LINE_LENGTH // 2 :]}"
+    )
 
 
-def said_by(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """What an error of a library says, on one line and without the names of classes of errors."""
-    return " ".join(_CLASS.sub("", str(error)).split())
+    return " ".join(_ERROR_CLASS.sub("", str(error)).split())

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from fm9g.errors import UserError
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Has glibc keep large freed blocks for the next allocation; elsewhere nothing happens.
 
     By default each large array is new memory from the system, and on virtual machines the page faults can cost more
@@ -23,7 +23,7 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, 2**31 - 1)
 
 
-def resident_bytes() -> int:
+def rss_bytes() -> int:
     """What this process has of the machine's memory; 0 where the system does not say."""
     try:
         with open("/proc/self/statm", "rb") as file:
@@ -33,7 +33,7 @@ def resident_bytes() -> int:
 
 
 # What the errors of torch, its libraries and the loader of libraries say. CPUs have no class of their own for it.
-_SIGNS = (
+_OOM_MESSAGES = (
     "out of memory",
     "not enough memory",
     "can't allocate memory",
@@ -51,22 +51,22 @@ def is_out_of_memory(error: BaseException) -> bool:
         return False
     text = str(error).lower()
     kinds = (RuntimeError, OSError, ImportError)  # torch.OutOfMemoryError is a RuntimeError
-    return isinstance(error, MemoryError) or (isinstance(error, kinds) and any(sign in text for sign in _SIGNS))
+    return isinstance(error, MemoryError) or (isinstance(error, kinds) and any(sign in text for sign in _OOM_MESSAGES))
 
 
 @contextlib.contextmanager
-def memory_as_user_error(advice: str) -> Iterator[None]:
+def oom_as_user_error(advice: str) -> Iterator[None]:
     """Turns errors of a memory that does not suffice into one UserError. advice: what to do about it."""
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        said = " ".join(str(error).split("\n")[0].split())[:200]
-        raise UserError(f"out of memory{f' ({said})' if said else ''}: {advice}") from error
+        reason = " ".join(str(error).split("\n")[0].split())[:200]
+        raise UserError(f"out of memory{f' ({reason})' if reason else ''}: {advice}") from error
 
 
-TRAINING_ADVICE = (
-    "lower batch_size or max_length (grad_accum or global_batch keeps the tokens of a step), or set "
-    "activation_checkpoint full; `fm9g plan` tells what fits"
+TRAINING_OOM_ADVICE = (
+    "lower batch_size or max_length (gradient_accumulation_steps or global_batch_size keeps the tokens of a step), "
+    "or set activation_checkpoint full; `fm9g plan` tells what fits"
 )

@@ -11,32 +11,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
-_TABLE: dict[int, str] = {code: chr(0x2400 + code) for code in range(32)}  # ESC becomes the sign ␛, of one column
-_TABLE |= {0x7F: "\u2421"}
-_TABLE |= {code: f"\\u{code:04x}" for code in (*range(0x80, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F))}
-_TABLE |= {code: f"\\u{code:04x}" for code in range(0x2066, 0x206A)}
-del _TABLE[ord("\t")]
-_LINES = {code: shown for code, shown in _TABLE.items() if code != ord("\n")}
+_ESCAPES: dict[int, str] = {code: chr(0x2400 + code) for code in range(32)}  # ESC becomes the sign ␛, of one column
+_ESCAPES |= {0x7F: "\u2421"}
+_ESCAPES |= {code: f"\\u{code:04x}" for code in (*range(0x80, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F))}
+_ESCAPES |= {code: f"\\u{code:04x}" for code in range(0x2066, 0x206A)}
+del _ESCAPES[ord("\t")]
+_ESCAPES_BUT_NEWLINE = {code: shown for code, shown in _ESCAPES.items() if code != ord("\n")}
 
 
 def printable(text: str) -> str:
     """A text of one line, such as a name, that moves no cursor, sets no colour, and ends no line."""
-    return text if text.isprintable() else text.translate(_TABLE)
+    return text if text.isprintable() else text.translate(_ESCAPES)
 
 
 def printable_lines(text: str) -> str:
     """The same for a text that may have several lines."""
-    return text if text.isprintable() else text.translate(_LINES)
+    return text if text.isprintable() else text.translate(_ESCAPES_BUT_NEWLINE)
 
 
 class PrintableStream:
     """A stream that makes what is written to it printable; for all else it is the stream that it is given."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.as_is = stream
+        self.raw = stream
 
     def write(self, text: str) -> int:
-        self.as_is.write(printable_lines(text))
+        self.raw.write(printable_lines(text))
         return len(text)
 
     def writelines(self, lines: Any) -> None:
@@ -48,21 +48,21 @@ class PrintableStream:
         return False
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.as_is, name)
+        return getattr(self.raw, name)
 
 
-def as_is(stream: Any) -> TextIO:
+def raw_stream(stream: Any) -> TextIO:
     """The stream below a PrintableStream, for text that is printable already, and has colours of our own."""
-    return stream.as_is if isinstance(stream, PrintableStream) else stream
+    return stream.raw if isinstance(stream, PrintableStream) else stream
 
 
 @contextmanager
 def printable_output() -> Iterator[None]:
-    """Inside, nothing that is printed acts on the terminal, but what is written to as_is(stream)."""
-    kept = sys.stdout, sys.stderr
-    made = [stream if isinstance(stream, PrintableStream) else PrintableStream(stream) for stream in kept]
-    sys.stdout, sys.stderr = cast("list[TextIO]", made)
+    """Inside, nothing that is printed acts on the terminal, but what is written to raw_stream(stream)."""
+    saved = sys.stdout, sys.stderr
+    wrapped = [stream if isinstance(stream, PrintableStream) else PrintableStream(stream) for stream in saved]
+    sys.stdout, sys.stderr = cast("list[TextIO]", wrapped)
     try:
         yield
     finally:
-        sys.stdout, sys.stderr = kept
+        sys.stdout, sys.stderr = saved

@@ -6,14 +6,14 @@ import sys
 import time
 from types import TracebackType
 
-from fm9g.printable import as_is, printable, printable_lines
+from fm9g.printable import printable, printable_lines, raw_stream
 
-SECONDS_BETWEEN_LINES = 10.0
+LOG_INTERVAL = 10.0
 
 
 def write_line(text: str) -> None:
     """Prints to stderr; on a terminal, above the bars of this process."""
-    stream = as_is(sys.stderr)
+    stream = raw_stream(sys.stderr)
     if "tqdm" in sys.modules and stream.isatty():
         sys.modules["tqdm"].tqdm.write(printable_lines(text), file=stream)
     else:
@@ -26,7 +26,7 @@ class Progress:
     def __init__(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
         from tqdm import tqdm  # here: command lines are read without it
 
-        self._terminal = as_is(sys.stderr).isatty()
+        self._terminal = raw_stream(sys.stderr).isatty()
         self._title, self._unit, self.done, self.total = title, unit, done, total
         self._of = "" if total is None else f" of {total}"
         self._last_line = time.monotonic()
@@ -37,18 +37,18 @@ class Progress:
             unit=unit,
             unit_scale=unit == "B",
             disable=not self._terminal,
-            file=as_is(sys.stderr),  # a bar moves the cursor
+            file=raw_stream(sys.stderr),  # a bar moves the cursor
         )
 
     def advance(self, units: int = 1) -> None:
         self.done += units
         if self._terminal:
             self._bar.update(units)
-        elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+        elif time.monotonic() - self._last_line > LOG_INTERVAL:
             self._last_line = time.monotonic()
             print(f"{self._title}: {self.done}{self._of} {self._unit}", file=sys.stderr, flush=True)
 
-    def figures(self, text: str) -> None:
+    def set_metrics(self, text: str) -> None:
         """Shows figures of the moment: behind the bar on a terminal, as a line of their own in a log."""
         if self._terminal:
             self._bar.set_postfix_str(printable(text))

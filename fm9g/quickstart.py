@@ -14,42 +14,42 @@ from fm9g.config.load import require_config
 from fm9g.config.model import load_model_config
 from fm9g.config.run import load_run
 from fm9g.convert.hf import export_folder
-from fm9g.data.build import build_index, texts_of
-from fm9g.data.lines import Settings
-from fm9g.data.records import text_records, to_line
-from fm9g.data.sources import find_sources
-from fm9g.data.tokenizer import train_tokenizer
+from fm9g.data.encode.tokenizer import train_tokenizer
+from fm9g.data.prepare.index_builder import build_index, iter_texts
+from fm9g.data.prepare.index_worker import IndexConfig
+from fm9g.data.prepare.records import text_records, to_line
+from fm9g.data.prepare.sources import find_sources
 from fm9g.errors import UserError
 from fm9g.infer.generate import generate
 from fm9g.progress import Progress
 from fm9g.report.files import read_metrics
 from fm9g.report.plot import plot_loss
-from fm9g.train.run import Result, run_training
+from fm9g.train.runner import TrainResult, run_training
 
 CONFIG = "tiny"
-_MOST_STEPS = 10**9
+_MAX_STEPS = 10**9
 TOKENIZER_BYTES = 8_000_000  # of the sources that the tokenizer is trained on
 PROMPT = "class Queue:\n    def __init__(self, size):\n        self.size = size\n\n    def put(self, item):\n"
 
 
 def quickstart(out: Path, steps: int, overwrite: bool = False) -> None:
     """Makes everything under `out` and prints what it made. Raises UserError."""
-    if not 2 <= steps <= _MOST_STEPS:
-        raise UserError(f"--steps: found {steps}, expected 2 to {_MOST_STEPS}: the run stops half-way and resumes")
+    if not 2 <= steps <= _MAX_STEPS:
+        raise UserError(f"--steps: found {steps}, expected 2 to {_MAX_STEPS}: the run stops half-way and resumes")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
         raise UserError(f"{out}: it holds something; choose another --out, or add --overwrite")
     started = time.monotonic()
-    _say(1, "Text: the sources and docstrings of Python's standard library")
+    _print_step(1, "Text: the sources and docstrings of Python's standard library")
     sources, docstrings = write_corpus(out / "text")
-    _say(2, "Indexed datasets")
+    _print_step(2, "Indexed datasets")
     indexed = {"sources": sources, "docstrings": docstrings}
     for name, file in indexed.items():
         language = {"sources": "code", "docstrings": "en"}[name]
-        build_index(find_sources([str(file)]), out / "datasets" / name, Settings(language), overwrite=overwrite)
-    _say(3, "Tokenizer")
+        build_index(find_sources([str(file)]), out / "datasets" / name, IndexConfig(language), overwrite=overwrite)
+    _print_step(3, "Tokenizer")
     vocab_size = load_model_config(require_config("model_configs", CONFIG)).value.vocab_size
     train_tokenizer(
-        texts_of(find_sources([str(sources), str(docstrings)]), TOKENIZER_BYTES),
+        iter_texts(find_sources([str(sources), str(docstrings)]), TOKENIZER_BYTES),
         vocab_size,
         out / "tokenizer",
         overwrite,
@@ -65,19 +65,19 @@ def quickstart(out: Path, steps: int, overwrite: bool = False) -> None:
         "save_iters": str(steps),
     }
     half = steps // 2
-    _say(4, f"Pretraining: {half} steps, a stop, and on from the checkpoint to step {steps}")
-    first = _train({**settings, "stop_iters": str(half), "overwrite": str(overwrite)})
-    print(f"stopped at step {first.step}; resuming from {first.checkpoint}")
-    second = _train({**settings, "resume_ckpt": str(first.step)})
-    assert second.checkpoint is not None
-    _say(5, "Hugging Face folder")
-    name = export_folder(second.checkpoint, out / "hf", overwrite=overwrite)
+    _print_step(4, f"Pretraining: {half} steps, a stop, and on from the checkpoint to step {steps}")
+    first_half = _train({**settings, "stop_iters": str(half), "overwrite": str(overwrite)})
+    print(f"stopped at step {first_half.step}; resuming from {first_half.checkpoint}")
+    second_half = _train({**settings, "resume_ckpt": str(first_half.step)})
+    assert second_half.checkpoint is not None
+    _print_step(5, "Hugging Face folder")
+    name = export_folder(second_half.checkpoint, out / "hf", overwrite=overwrite)
     picture = out / "loss.png"
-    plot_loss(second.metrics_file, picture, {half: "stopped, resumed"})
-    _say(6, f"Generation: {name}, with transformers alone")
+    plot_loss(second_half.metrics_file, picture, {half: "stopped, resumed"})
+    _print_step(6, f"Generation: {name}, with transformers alone")
     text = generate(out / "hf", PROMPT, max_new_tokens=120, temperature=0.6, top_p=0.9, repetition_penalty=1.1)
     print(_indented(PROMPT + text))
-    _print_table(out, second, [first, second], picture, time.monotonic() - started)
+    _print_table(out, second_half, [first_half, second_half], picture, time.monotonic() - started)
 
 
 MIXTURE = [
@@ -127,14 +127,14 @@ def docstrings_of(source: str) -> Iterator[str]:
             yield " ".join(docstring.split())
 
 
-def _train(settings: dict[str, str]) -> Result:
+def _train(settings: dict[str, str]) -> TrainResult:
     result = run_training(load_run(CONFIG, settings))
     if result.interrupted:
         raise KeyboardInterrupt
     return result
 
 
-def _say(number: int, text: str) -> None:
+def _print_step(number: int, text: str) -> None:
     print(f"\n[{number}/6] {text}", flush=True)
 
 
@@ -142,7 +142,7 @@ def _indented(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
-def _print_table(out: Path, last: Result, parts: list[Result], picture: Path, seconds: float) -> None:
+def _print_table(out: Path, last: TrainResult, parts: list[TrainResult], picture: Path, seconds: float) -> None:
     figures = read_metrics(last.metrics_file)
     tokens, training = sum(part.tokens for part in parts), sum(part.seconds for part in parts)
     rows = [
@@ -153,7 +153,7 @@ def _print_table(out: Path, last: Result, parts: list[Result], picture: Path, se
         ("checkpoint", last.checkpoint),
         ("Hugging Face folder", out / "hf"),
         ("figures", last.metrics_file),
-        ("TensorBoard", last.tensorboard),
+        ("TensorBoard", last.tensorboard_dir),
         ("picture of the loss", picture),
         ("loss at start and end", f"{figures[0]['Loss/train']:.3f}, {figures[-1]['Loss/train']:.3f}"),
         ("tokens trained on", f"{tokens:,}"),

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import ROOT, index, text, write_jsonl
+from support import ROOT, index_dataset, random_text, write_jsonl
 
-from fm9g.data.tokenizer import train_tokenizer
+from fm9g.data.encode.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +25,7 @@ def shared() -> Path:
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     source = random.Random(0)
-    train_tokenizer((text(source, 30) for _ in range(200)), 320, folder)
+    train_tokenizer((random_text(source, 30) for _ in range(200)), 320, folder)
     return folder
 
 
@@ -37,7 +37,7 @@ def make_mixture(tmp_path: Path) -> Callable[..., Path]:
         entries = []
         for name, content in datasets.items():
             source = write_jsonl(tmp_path / f"{name}.jsonl", content)
-            index(source, tmp_path / "indexed" / name, "en", overwrite=True)
+            index_dataset(source, tmp_path / "indexed" / name, "en", overwrite=True)
             entries.append({"task_name": name, "path": f"indexed/{name}", "abs_weight": 1.0, **extra.get(name, {})})
         path = tmp_path / "mixture.json"
         path.write_text(json.dumps(entries), encoding="utf-8")

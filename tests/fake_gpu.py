@@ -28,8 +28,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed import fake_pg  # noqa: F401 (it makes the backend known)
 
-import fm9g.engine.torch
-from fm9g.engine.processes import Processes
+import fm9g.engine.fsdp
+from fm9g.engine.dist_context import DistContext
 
 _META = torch.device("meta")
 _aten = torch.ops.aten
@@ -216,7 +216,7 @@ def install(world_size: int = 1) -> None:
     torch.Generator = _Generator  # type: ignore[misc]
     torch.Tensor.pin_memory = _pinned_copy  # type: ignore[method-assign, assignment]
     # Meshes are tensors of ranks on the host, which have values.
-    fm9g.engine.torch.init_device_mesh = with_values(fm9g.engine.torch.init_device_mesh)
+    fm9g.engine.fsdp.init_device_mesh = with_values(fm9g.engine.fsdp.init_device_mesh)
     for name in ("__getitem__", "_flatten", "get_local_rank"):
         setattr(DeviceMesh, name, with_values(getattr(DeviceMesh, name)))
     DeviceMesh._concatenate = staticmethod(with_values(DeviceMesh._concatenate))
@@ -237,7 +237,7 @@ def _pinned_copy(self: torch.Tensor, device: Any = None) -> torch.Tensor:
     return copy
 
 
-class Alone(Processes):
+class FakeDistContext(DistContext):
     """The first of so many processes; what the others would say is what this one says."""
 
     def __init__(self, world_size: int = 1) -> None:
@@ -248,21 +248,21 @@ class Alone(Processes):
         ):
             super().__init__("cuda", 0, world_size, 0, world_size, dist.HashStore())
 
-    def sum(self, numbers: Sequence[int]) -> list[int]:
+    def all_reduce_sum(self, numbers: Sequence[int]) -> list[int]:
         return [number * self.world_size for number in numbers]
 
-    def sum_floats(self, numbers: Sequence[float]) -> list[float]:
+    def all_reduce_sum_floats(self, numbers: Sequence[float]) -> list[float]:
         return [float(number) * self.world_size for number in numbers]
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         return [value] * self.world_size
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         return value
 
 
 @contextlib.contextmanager
-def fake_gpu(world_size: int = 1) -> Iterator[tuple[FakeGPU, Processes]]:
+def fake_gpu(world_size: int = 1) -> Iterator[tuple[FakeGPU, DistContext]]:
     """Within it, this process is the first of so many with a GPU each.
 
     It ends the default group of torch.distributed; where there was one, there is another afterwards.
@@ -271,7 +271,11 @@ def fake_gpu(world_size: int = 1) -> Iterator[tuple[FakeGPU, Processes]]:
     if had_group:
         dist.destroy_process_group()
     install(world_size)
-    with Alone(world_size) as processes, FakeGPU() as gpu, torch.autograd.set_multithreading_enabled(False):
-        yield gpu, processes
+    with (
+        FakeDistContext(world_size) as dist_context,
+        FakeGPU() as gpu,
+        torch.autograd.set_multithreading_enabled(False),
+    ):
+        yield gpu, dist_context
     if had_group:
         dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())

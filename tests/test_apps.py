@@ -242,8 +242,8 @@ def test_the_settings_of_a_size_are_of_its_model(size: str) -> None:
     assert (run.train.value.config, run.train.value.model_unique) == (size, size)
     assert run.model.value == load_model_config(ROOT / "model_configs" / f"{size}.json").value
     assert [item.value.task_name for item in run.mixture] == ["medical_o1_reasoning", "ralpaca_zh"]
-    for replicas in (run.train.value.n_gpus, 8):
-        assert run.train.value.packs_a_step(replicas) == run.train.value.global_batch > 0
+    for dp_size in (run.train.value.n_gpus, 8):
+        assert run.train.value.packs_per_step(dp_size) == run.train.value.global_batch_size > 0
     lora = load_run(f"{size}_lora", {"pretrained_model": "m.pt"}, complete=False)
     assert (lora.train.value.model_unique, lora.model.value) == (f"{size}_lora", run.model.value)
     sections = read_object(ROOT / "train_configs" / f"{size}_lora.json")

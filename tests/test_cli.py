@@ -12,7 +12,7 @@ import pytest
 from support import ROOT, write_jsonl
 
 from fm9g.cli import main
-from fm9g.data.index import IndexedDataset
+from fm9g.data.load.indexed_dataset import IndexedDataset
 
 
 def shell(command: str, cwd: Path) -> subprocess.CompletedProcess:
@@ -111,7 +111,7 @@ def test_config_show_tells_values_and_where_they_are_from(
 def test_config_keys_lists_every_key_with_its_meaning(capsys: pytest.CaptureFixture) -> None:
     assert main(["config", "keys"]) == 0
     text = capsys.readouterr().out
-    assert "grad_accum: integer >= 1; default 1" in text
+    assert "gradient_accumulation_steps: integer >= 1; default 1" in text
     assert "task_name: string not empty; required" in text
     assert "local: paths are used as they are given" in text
 
@@ -162,7 +162,7 @@ def test_what_the_system_says_of_a_name_is_short(
     def fail(*_: object) -> None:
         raise OSError(errno.ENAMETOOLONG, "File name too long", "a" * 100_000)
 
-    monkeypatch.setattr("fm9g.data.build.build_index", fail)
+    monkeypatch.setattr("fm9g.data.prepare.index_builder.build_index", fail)
     source = write_jsonl(tmp_path / "s.jsonl", [{"input": "", "output": "a"}])
     assert main(["data", "index", "--path", str(source), "--language", "en", "--output", str(tmp_path / "o")]) == 2
     message = capsys.readouterr().err
@@ -171,11 +171,11 @@ def test_what_the_system_says_of_a_name_is_short(
 
 
 def test_a_locale_with_names_of_its_own_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fm9g.utf8 import use_utf8
+    from fm9g.io.utf8 import ensure_utf8_mode
 
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "gbk")
     monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("started anew"))
-    use_utf8()
+    ensure_utf8_mode()
 
 
 @pytest.mark.slow
@@ -190,7 +190,7 @@ def test_names_in_chinese_work_whatever_the_locale(tmp_path: Path, tokenizer_pat
         ("fm9g data index --path 数据/原文.jsonl --language zh --output 数据/索引", "数据/索引: 1 records"),
         (f"python {ROOT}/tools/convert_json2index.py --path 数据/原文.jsonl --language zh --output s", "s: 1 records"),
         ("fm9g config show --config tiny --dataset_config 数据/混合.json", "[data.任务]"),
-        ("fm9g data show 数据/混合.json --tokenizer 数据/词表 --template none", "── 任务, line 1"),
+        ("fm9g data show 数据/混合.json --tokenizer 数据/词表 --chat_template none", "── 任务, line 1"),
         ("fm9g ckpt ls 数据/没有; echo", ""),
     ):
         done = shell(f"env {plain} {command}", tmp_path)
@@ -205,7 +205,11 @@ def test_a_memory_that_does_not_suffice_is_one_message_for_every_verb(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory\nframe #0")
 
-    for target in ("fm9g.convert.hf.export_folder", "fm9g.infer.generate.generate", "fm9g.data.build.build_index"):
+    for target in (
+        "fm9g.convert.hf.export_folder",
+        "fm9g.infer.generate.generate",
+        "fm9g.data.prepare.index_builder.build_index",
+    ):
         monkeypatch.setattr(target, fail)
     source = write_jsonl(tmp_path / "s.jsonl", [{"input": "", "output": "a"}])
     for words, advice in (

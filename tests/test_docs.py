@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from support import ROOT, WORDS, records
+from support import ROOT, WORDS, make_records
 
 from fm9g.cli import main
-from fm9g.config.train import RETIRED, TrainConfig
-from fm9g.data.tokenizer import train_tokenizer
+from fm9g.config.train import DEPRECATED_KEYS, TrainConfig
+from fm9g.data.encode.tokenizer import train_tokenizer
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -47,7 +47,7 @@ SMALLER = (
     (r"--max_length 2048", "--max_length 64"),
     (r"--train_iters 300 --save_iters 100", "--train_iters 6 --save_iters 4"),
     (r"--warmup_iters 10", "--warmup_iters 1"),
-    (r"--global_batch 16", "--global_batch 2"),
+    (r"--global_batch_size 16", "--global_batch_size 2"),
     (r"/300\b", "/6"),
     (r"/200\b", "/4"),
 )
@@ -97,7 +97,7 @@ def test_the_commands_of_the_page_on_finetuning_work(
     for name in SHAPES:
         make_folder(tmp_path, name)
     with (tmp_path / "chats.jsonl").open("w") as out:
-        for record in records(60):
+        for record in make_records(60):
             turns = [("user", record["input"] or "go on"), ("assistant", record["output"])]
             out.write(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n")
     (tmp_path / "dataset_configs").mkdir()
@@ -133,7 +133,7 @@ def parameters(page: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize(("page", "none", "empty"), [("guide.md", "none", "empty"), ("guide.zh.md", "无", "空")])
 def test_the_pages_on_the_guide_give_the_defaults_of_keys(page: str, none: str, empty: str) -> None:
     for key, (_, default, remark) in parameters(page).items():
-        if key in RETIRED:
+        if key in DEPRECATED_KEYS:
             assert (default, remark[:3]) in ((none, "no "), (none, "不起作")), key
         elif key not in ("config", "model_unique"):  # where the default is not a value
             value, text = getattr(TrainConfig(), key), default.strip("`")

@@ -12,9 +12,9 @@ import pytest
 
 from fm9g.cli import main
 from fm9g.config.run import load_run
-from fm9g.doctor import add_doctor_arguments, examine, fit, machine, packages, run_doctor
+from fm9g.doctor import add_doctor_arguments, fit, machine, packages, run_checks, run_doctor
+from fm9g.doctor.findings import ERROR, GIB, OK, WARNING, Finding, format_findings
 from fm9g.doctor.packages import Probe, probe
-from fm9g.doctor.report import ERROR, GIB, OK, WARNING, Line, show
 from fm9g.errors import UserError
 
 HERE = {
@@ -39,10 +39,10 @@ def test_a_run_that_does_not_fit_is_known_before_it_starts(monkeypatch: pytest.M
     monkeypatch.setattr(fit, "_total_memory", lambda: 23.5)
     monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter(()))  # no GPU in /dev
     run = load_run("7b", {}, complete=False)
-    assert "7b takes about" in fit.unfit_on_this_cpu(run, nodes=1, processes=2)
-    assert fit.unfit_on_this_cpu(load_run("tiny", {}, complete=False), nodes=1, processes=1) == ""
+    assert "7b takes about" in fit.cpu_memory_problem(run, nodes=1, processes=2)
+    assert fit.cpu_memory_problem(load_run("tiny", {}, complete=False), nodes=1, processes=1) == ""
     monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter([folder / "nvidia0"]))
-    assert fit.unfit_on_this_cpu(run, nodes=1, processes=2) == ""
+    assert fit.cpu_memory_problem(run, nodes=1, processes=2) == ""
 
 
 def test_a_number_of_nodes_below_one_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,10 +53,10 @@ def test_a_number_of_nodes_below_one_is_refused(capsys: pytest.CaptureFixture[st
 @pytest.mark.slow
 def test_this_machine_is_fit_for_the_tests(tmp_path: Path) -> None:
     run = load_run("tiny", {"output_dir": str(tmp_path / "out"), "train_iters": "10"}, complete=False)
-    lines = {line.name: line for line in examine(run)}
+    lines = {line.name: line for line in run_checks(run)}
     for name in ("Python", "torch", "numpy", "transformers", "other packages", "output_dir", "disk", "memory"):
-        assert lines[name].status == OK or "slow:" in lines[name].found, lines[name]
-    assert lines["disk"].found.endswith("1 checkpoints of 0.1 GiB to come: 0.1 GiB")
+        assert lines[name].status == OK or "slow:" in lines[name].detail, lines[name]
+    assert lines["disk"].detail.endswith("1 checkpoints of 0.1 GiB to come: 0.1 GiB")
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -121,7 +121,7 @@ def test_gpus(monkeypatch, torch: dict, driver: str, statuses: list[str], words:
     monkeypatch.setattr(packages, "_driver", lambda: driver)
     lines = list(packages._gpus(HERE | torch))
     assert [line.status for line in lines] == statuses
-    assert words in show(lines)
+    assert words in format_findings(lines)
 
 
 def test_imports_run_a_few_at_a_time_and_a_slow_one_is_no_broken_one(monkeypatch) -> None:
@@ -140,16 +140,16 @@ def test_imports_run_a_few_at_a_time_and_a_slow_one_is_no_broken_one(monkeypatch
     monkeypatch.setattr(packages, "probe", slow)
     monkeypatch.setattr(packages.os, "sched_getaffinity", lambda process: range(2))
     monkeypatch.setattr(packages, "_version", lambda name: "99.1")
-    lines, torch = packages.examine_packages()
+    lines, torch = packages.check_packages()
     assert most == 2
     assert packages._TIMEOUT >= 60
     found = {line.name: line for line in lines}
     for name in ("torch", "transformers", "bitsandbytes", "GPU"):
         assert found[name].status == WARNING, found[name]
     assert torch == {}
-    assert "CPU" not in found["GPU"].found  # torch did not say so
-    assert "no GPU" not in found["flash-attn"].found
-    assert "not known" in found["NCCL"].found
+    assert "CPU" not in found["GPU"].detail  # torch did not say so
+    assert "no GPU" not in found["flash-attn"].detail
+    assert "not known" in found["NCCL"].detail
 
 
 CPU_ALONE = HERE | {"bf16": False}
@@ -168,10 +168,10 @@ def gpus(count: int, size: int) -> dict:
         ({}, gpus(4, 80), OK, "it fits: 7b takes about 42.7 GiB on each of 4 GPUs", ""),
         ({}, gpus(2, 80), ERROR, "n_gpus is 4, and torch sees 2 GPUs", "it fits with --n_gpus 2"),
         ({}, gpus(4, 24), ERROR, "a GPU here has 24.0 GiB", "as it is, 16 such GPUs"),
-        ({}, gpus(4, 24), ERROR, "does not fit", "--optimizer_offload true"),
+        ({}, gpus(4, 24), ERROR, "does not fit", "--offload_optimizer true"),
         ({"n_gpus": "1"}, gpus(1, 24), ERROR, "does not fit", "LoRA on a pretrained model, --lora_layer"),
         ({"device": "cpu"}, gpus(4, 80), ERROR, "and device is cpu", "QLoRA"),
-        ({"global_batch": "7"}, gpus(2, 80), ERROR, "cannot run here", "global_batch 7"),
+        ({"global_batch_size": "7"}, gpus(2, 80), ERROR, "cannot run here", "global_batch_size 7"),
         ({}, {}, WARNING, "not compared: torch could not be asked", ""),
     ],
 )
@@ -179,11 +179,11 @@ def test_memory_of_a_run_is_compared_with_what_is_here(
     monkeypatch, keys: dict, torch: dict, status: str, found: str, advice: str
 ) -> None:
     monkeypatch.setattr(fit, "_total_memory", lambda: 23.5)
-    line = fit.examine_memory(load_run("7b", keys, complete=False), 1, torch, has_bmtrain=True)
+    line = fit.check_memory(load_run("7b", keys, complete=False), 1, torch, has_bmtrain=True)
     assert line.status == status, line
-    assert found in line.found
+    assert found in line.detail
     assert advice in line.advice
-    assert "grad_accum" not in line.advice  # the configuration has global_batch
+    assert "gradient_accumulation_steps" not in line.advice  # the configuration has global_batch_size
 
 
 def test_two_nccl_wheels_are_found(monkeypatch) -> None:
@@ -211,14 +211,14 @@ def test_old_and_missing_requirements(monkeypatch) -> None:
 def test_the_way_to_node_0() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        assert machine.examine_rendezvous("127.0.0.1", port, 1, 1).status == OK
-        taken = machine.examine_rendezvous("127.0.0.1", port, 0, 1)
+        assert machine.check_rendezvous("127.0.0.1", port, 1, 1).status == OK
+        taken = machine.check_rendezvous("127.0.0.1", port, 0, 1)
         assert (taken.status, "another program" in taken.advice) == (ERROR, True)
-    nobody = machine.examine_rendezvous("127.0.0.1", port, 1, 1)
+    nobody = machine.check_rendezvous("127.0.0.1", port, 1, 1)
     assert (nobody.status, "start node 0" in nobody.advice) == (WARNING, True)
-    assert machine.examine_rendezvous("127.0.0.1", port, 0, 1).status == OK
-    assert machine.examine_rendezvous("no-such-host.invalid", port, 1, 1).status == ERROR
-    other = machine.examine_rendezvous("192.0.2.1", port, 0, 1)  # of TEST-NET: nobody's
+    assert machine.check_rendezvous("127.0.0.1", port, 0, 1).status == OK
+    assert machine.check_rendezvous("no-such-host.invalid", port, 1, 1).status == ERROR
+    other = machine.check_rendezvous("192.0.2.1", port, 0, 1)  # of TEST-NET: nobody's
     assert (other.status, "not of this machine" in other.advice) == (ERROR, True)
 
 
@@ -226,18 +226,18 @@ def test_disk_processors_and_output_of_a_run(tmp_path: Path, monkeypatch) -> Non
     keys = {"output_dir": str(tmp_path), "train_iters": "1000", "save_iters": "300", "dataloader_num_workers": "999"}
     run = load_run("7b", keys, complete=False)
 
-    def disk(free: float) -> Line:
+    def disk(free: float) -> Finding:
         monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=int(free * GIB), total=0))
         return machine._disk(run)
 
-    assert "4 checkpoints of 85.7 GiB" in disk(10).found
+    assert "4 checkpoints of 85.7 GiB" in disk(10).detail
     assert [disk(free).status for free in (10, 200, 400)] == [ERROR, WARNING, OK]
     assert "the first 2 fit" in disk(200).advice
-    assert "4 processes here (n_gpus) and 3996 to prepare data" in machine._processors(run).found
+    assert "4 processes here (n_gpus) and 3996 to prepare data" in machine._processors(run).detail
     assert machine._processors(run).status == WARNING
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda process: range(64))
     few = load_run("7b", keys | {"dataloader_num_workers": "1"}, complete=False)
-    assert machine._processors(few) == Line(
+    assert machine._processors(few) == Finding(
         OK, "processors", "64; the run starts 4 processes here (n_gpus) and 4 to prepare data"
     )
     for changes, size in (
@@ -246,16 +246,16 @@ def test_disk_processors_and_output_of_a_run(tmp_path: Path, monkeypatch) -> Non
         ({"save_model_only": "1"}, 4),
     ):
         other = load_run("7b", keys | changes, complete=False)
-        assert f"checkpoints of {size * 7_668_831_744 / GIB:.1f} GiB" in machine._disk(other).found
+        assert f"checkpoints of {size * 7_668_831_744 / GIB:.1f} GiB" in machine._disk(other).detail
     monkeypatch.setattr(machine, "_file_system", lambda folder: "ext4")
-    assert next(machine.examine_output(run, nodes=2)).status == WARNING
-    assert next(machine.examine_output(run, nodes=1)).status == OK
+    assert next(machine.check_output_dir(run, nodes=2)).status == WARNING
+    assert next(machine.check_output_dir(run, nodes=1)).status == OK
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     run = load_run("tiny", {"output_dir": str(tmp_path / "file" / "out")}, complete=False)
-    lines = list(machine.examine_output(run, nodes=1))
+    lines = list(machine.check_output_dir(run, nodes=1))
     assert [line.status for line in lines] == [ERROR]
 
 
@@ -268,8 +268,8 @@ def test_limits(monkeypatch) -> None:
 
 
 def test_the_command(monkeypatch, capsys) -> None:
-    lines = [Line(OK, "Python", "3.11"), Line(WARNING, "NCCL", "old", "newer")]
-    monkeypatch.setattr("fm9g.doctor.examine", lambda *arguments: lines)
+    lines = [Finding(OK, "Python", "3.11"), Finding(WARNING, "NCCL", "old", "newer")]
+    monkeypatch.setattr("fm9g.doctor.run_checks", lambda *arguments: lines)
     assert run_doctor(options(), {}) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "0 errors, 1 warning"
     lines.append(replace(lines[1], status=ERROR))

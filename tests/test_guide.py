@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from engine_runs import needs_bmtrain
+from engine_harness import needs_bmtrain
 from safetensors.torch import load_file
 from support import ROOT, small_model
 
-from fm9g.checkpoint.folder import Checkpoint, steps_in
-from fm9g.checkpoint.weights import read_weights, write_weights
+from fm9g.checkpoint.checkpoint import Checkpoint, list_steps
 from fm9g.convert.hf import export_folder
-from fm9g.lora.files import open_adapter
+from fm9g.io.weights import read_weights, write_weights
+from fm9g.lora.adapter_file import open_adapter
 from fm9g.model.transformer import FM9G
 from fm9g.report.files import read_metrics
 
@@ -168,7 +168,7 @@ def test_full_finetuning_and_its_resume(folder: Path, bash: Run, shared: Path) -
     assert "train_configs/7b.json wins over the launch script" in done.stdout
     assert "train_iters is 8, not '10000'" in done.stdout
     checkpoints = folder / "data" / "checkpoints" / "7b"
-    assert steps_in(checkpoints) == [5, 8]
+    assert list_steps(checkpoints) == [5, 8]
     whole = Checkpoint(checkpoints / "8")
     expected = {name: tensor.clone() for name, tensor in whole.weights().items()}
     lines = read_metrics(folder / "data" / "logs" / "7b" / "metrics.jsonl")
@@ -194,14 +194,15 @@ def test_full_finetuning_and_its_resume(folder: Path, bash: Run, shared: Path) -
 # What `import sitecustomize` does in each process of a run by bmtrain: there is no GPU here.
 STAND_IN = """import sys
 if "train" in sys.argv or any("fm9g" in word for word in sys.orig_argv):
-    import bmtrain_stand_in
-    bmtrain_stand_in.install()
-    import fm9g.train.run
-    from fm9g.engine.processes import Processes
-    def join(run, place, monitor):
-        store = monitor.store() if place.world_size > 1 else None
-        return Processes("cpu", place.rank, place.world_size, place.local_rank, place.local_world_size, store, False)
-    fm9g.train.run._join = join
+    import bmtrain_over_gloo
+    bmtrain_over_gloo.install()
+    import fm9g.train.runner
+    from fm9g.engine.dist_context import DistContext
+    def init_distributed(run, rank_info, watchdog):
+        store = watchdog.create_torch_store() if rank_info.world_size > 1 else None
+        ranks = rank_info.rank, rank_info.world_size, rank_info.local_rank, rank_info.local_world_size
+        return DistContext("cpu", *ranks, store, False)
+    fm9g.train.runner._init_distributed = init_distributed
 """
 
 
@@ -233,7 +234,7 @@ def test_lora_finetuning_its_resume_and_its_merge(
     settings["pretrain"] |= {
         "n_gpus": processes,
         "engine": engine,
-        "global_batch": 2,
+        "global_batch_size": 2,
         "max_length": 256,
         "train_iters": 10,
         "save_iters": 5,
@@ -261,7 +262,7 @@ def test_lora_finetuning_its_resume_and_its_merge(
     assert "trained: 12,800 of 188,448" in done.stdout
     assert ("2 processes" in done.stdout) == (processes == 2)
     checkpoints = folder / "data" / "checkpoints" / "7b_lora"
-    assert steps_in(checkpoints) == [5, 10]
+    assert list_steps(checkpoints) == [5, 10]
     expected = (checkpoints / "10" / "fm9g_live_checkpoint-10.pt").read_bytes()
     lines = read_metrics(folder / "data" / "logs" / "7b_lora" / "metrics.jsonl")
     losses = [line["Loss/train"] for line in lines]

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import index, records, write_jsonl
+from support import index_dataset, make_records, write_jsonl
 
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "pyarrow", "bitsandbytes", "peft", "accelerate", "pandas")
 _PROGRAM = """
@@ -34,8 +34,8 @@ def loaded(words: list[str], folder: Path) -> set[str]:
 @pytest.fixture
 def work(tmp_path: Path, tokenizer_path: Path) -> Path:
     """A folder with data, an indexed dataset, a mixture, a tokenizer and a run with a checkpoint."""
-    source = write_jsonl(tmp_path / "s.jsonl", records(5))
-    index(source, tmp_path / "indexed", "en")
+    source = write_jsonl(tmp_path / "s.jsonl", make_records(5))
+    index_dataset(source, tmp_path / "indexed", "en")
     (tmp_path / "mixture.json").write_text('[{"task_name": "t", "path": "indexed"}]', encoding="utf-8")
     (tmp_path / "tokenizer").symlink_to(tokenizer_path)
     step = tmp_path / "run" / "2"

@@ -12,11 +12,11 @@ import pytest
 import torch
 from support import small_model
 
-from fm9g.checkpoint.weights import write_weights
 from fm9g.cli import main
 from fm9g.errors import UserError
+from fm9g.io.weights import write_weights
 from fm9g.model.transformer import weight_shapes
-from fm9g.printable import PrintableStream, as_is, printable, printable_lines, printable_output
+from fm9g.printable import PrintableStream, printable, printable_lines, printable_output, raw_stream
 from fm9g.progress import Progress, write_line
 
 EVIL = "x\x1b[31m\x9b2J\u202ey\nfm9g: done\r"
@@ -55,7 +55,7 @@ def test_streams_keep_what_was_printed_already(capsys: pytest.CaptureFixture) ->
         print(EVIL, end="|")
         print(EVIL, file=sys.stderr, end="|")
         sys.stdout.writelines(["\x1b", "a\n"])
-        print("\x1b[1mours\x1b[0m", file=as_is(sys.stdout))
+        print("\x1b[1mours\x1b[0m", file=raw_stream(sys.stdout))
         assert isinstance(sys.stdout, PrintableStream)
         assert sys.stdout.encoding == before[0].encoding
     assert (sys.stdout, sys.stderr) == before
@@ -79,7 +79,7 @@ def test_a_bar_moves_the_cursor_and_its_texts_do_not(
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with printable_output(), Progress(EVIL, 10, "files") as progress:
-        progress.figures(EVIL)
+        progress.set_metrics(EVIL)
         write_line(EVIL)
         progress.advance(3)
     printed = capsys.readouterr().err

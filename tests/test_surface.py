@@ -1,7 +1,7 @@
 """What users type: every command, option and key. A line that goes is a promise that is broken.
 
 `python tests/test_surface.py` writes the list anew, which is right for what is added. Whoever renames something keeps
-the old name working (fm9g.config.foreign, retired keys), and only then takes its line away.
+the old name working (aliases of fm9g.config.fields.option, deprecated keys): then its line stays.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fm9g.cli import _parser
 from fm9g.config.adapter import AdapterConfig
-from fm9g.config.fields import keys_of
+from fm9g.config.fields import aliases_of, keys_of
 from fm9g.config.mixture import DatasetConfig
 from fm9g.config.model import ModelConfig
 from fm9g.config.train import TrainConfig
@@ -27,12 +27,12 @@ def options_of(parser: argparse.ArgumentParser) -> Iterator[str]:
             for sub in action.choices.values():
                 yield from options_of(sub)
         elif not isinstance(action, argparse._HelpAction):
-            yield f"{parser.prog} {'|'.join(action.option_strings) or action.dest}"
+            yield from (f"{parser.prog} {name}" for name in action.option_strings or [action.dest])
 
 
 def surface() -> list[str]:
     """A line for each command with an option or argument of it, and for each key of a configuration file."""
-    keys = [f"{kind} key {key}" for kind, cls in KINDS.items() for key in keys_of(cls)]
+    keys = [f"{kind} key {key}" for kind, cls in KINDS.items() for key in [*keys_of(cls), *aliases_of(cls)]]
     return sorted({*options_of(_parser()), *keys})
 
 

@@ -7,6 +7,6 @@ from pathlib import Path
 if importlib.util.find_spec("fm9g") is None:
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from fm9g.utf8 import use_utf8
+from fm9g.io.utf8 import ensure_utf8_mode
 
-use_utf8()
+ensure_utf8_mode()

@@ -14,9 +14,9 @@ with contextlib.suppress(ImportError):  # a copy of this file elsewhere needs fm
     import checkout  # noqa: F401
 from datasets import Dataset, load_dataset
 
-from fm9g.data.language import is_in_language
+from fm9g.data.prepare.language import is_in_language
 from fm9g.errors import UserError
-from fm9g.files import new_file
+from fm9g.io.atomic import atomic_file
 from fm9g.progress import Progress
 
 data_path = "../../data_test/raw_data/medical_o1_sft_Chinese.json"  # .json or .jsonl
@@ -38,7 +38,7 @@ def convert(sample: dict[str, Any]) -> dict[str, str] | None:
 
 def write(samples: Dataset, file: Path) -> None:
     with (
-        new_file(file) as temporary,
+        atomic_file(file) as temporary,
         temporary.open("w", encoding="utf-8") as out,
         Progress(file.name, len(samples), "samples") as bar,
     ):

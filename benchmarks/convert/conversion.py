@@ -116,7 +116,7 @@ def child(case: str, folder: Path, gigabytes: float) -> dict:
         make(folder / "tiny", 384, 1)
         return {}
     if case == "largest":
-        from fm9g.checkpoint.stored import open_pt
+        from fm9g.io.lazy_tensor import open_pt
 
         return {"bytes": max(tensor.nbytes for tensor in open_pt(folder / "m.pt").values())}
 
@@ -146,9 +146,9 @@ def make(folder: Path, width: int, layers: int) -> None:
     """A .pt file of random bf16 weights, and the folder of it, in shards."""
     import torch
 
-    from fm9g.checkpoint.weights import write_weights
     from fm9g.config.model import ModelConfig
     from fm9g.convert import hf
+    from fm9g.io.weights import write_weights
     from fm9g.model.transformer import weight_shapes
 
     config = ModelConfig(

@@ -36,9 +36,9 @@ def main() -> None:
     os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
     from transformers import AutoTokenizer
 
-    from fm9g.data.encode import Encoder
-    from fm9g.data.template import load_template
-    from fm9g.data.tokenizer import load_tokenizer, train_tokenizer
+    from fm9g.data.encode.encoder import Encoder
+    from fm9g.data.encode.template import load_template
+    from fm9g.data.encode.tokenizer import load_tokenizer, train_tokenizer
 
     pairs = [json.loads(line) for line in records_of("alpaca_zh_demo.json", "alpaca_en_demo.json")]
     turns = [
@@ -57,10 +57,10 @@ def main() -> None:
         tokenizer = load_tokenizer(folder / "chat")
         for template in TEMPLATES:
             encoder = Encoder(tokenizer, load_template(template, tokenizer))
-            text = encoder.template.texts["default"]  # type: ignore[union-attr]
+            text = encoder.template.sources["default"]  # type: ignore[union-attr]
 
             def ours(some: list[dict], encoder: Encoder = encoder) -> int:
-                return sum(map(len, encoder.tokens([encoder.texts(record) for record in some])))
+                return sum(map(len, encoder.tokenize([encoder.render(record) for record in some])))
 
             def reference(some: list[dict], text: str = text) -> int:
                 chats = [record["messages"] for record in some]

@@ -24,7 +24,7 @@ MAX_LENGTH, PACKS = 2048, 8
 
 def bare(tokenizer_path: str, source: Path) -> float:
     """Tokens a second of encode_batch."""
-    from fm9g.data.tokenizer import load_tokenizer
+    from fm9g.data.encode.tokenizer import load_tokenizer
 
     records = [json.loads(line) for line in source.open(encoding="utf-8")]
     texts = [record[key] for record in records for key in ("input", "output") if record[key]]
@@ -41,18 +41,18 @@ def bare(tokenizer_path: str, source: Path) -> float:
 def loaded(tokenizer_path: str, dataset: Path, workers: int, cache: str = "") -> float:
     """Tokens a second of the loader over one epoch."""
     from fm9g.config.mixture import DatasetConfig
-    from fm9g.data.loader import Loader
-    from fm9g.data.mixture import Mixture
-    from fm9g.data.pool import fill_cache
+    from fm9g.data.load.encoding_pool import build_token_cache
+    from fm9g.data.load.loader import Loader
+    from fm9g.data.load.mixture import Mixture
 
     config = DatasetConfig(task_name="all", path=str(dataset), allow_repeat=False, ave_tokens_per_line=300)
-    mixture = Mixture([config], tokenizer_path, MAX_LENGTH, seed=1, token_cache=cache)
+    mixture = Mixture([config], tokenizer_path, MAX_LENGTH, seed=1, token_cache_dir=cache)
     if cache:
-        mixture = fill_cache(mixture, workers=0)[0]
-    with Loader(mixture, global_batch=PACKS, workers=workers, prefetch=4) as loader:
-        loader.next_step()
+        mixture = build_token_cache(mixture, workers=0)[0]
+    with Loader(mixture, global_batch_size=PACKS, workers=workers, prefetch=4) as loader:
+        loader.next_batch()
         started, tokens = time.monotonic(), 0
-        while some := sum(pack.tokens for pack in loader.next_step()):
+        while some := sum(pack.tokens for pack in loader.next_batch()):
             tokens += some
         return tokens / (time.monotonic() - started)
 
@@ -73,10 +73,10 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=24)
     parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
     options = parser.parse_args()
-    from fm9g.data.build import build_index, texts_of
-    from fm9g.data.lines import Settings
-    from fm9g.data.sources import find_sources
-    from fm9g.data.tokenizer import train_tokenizer
+    from fm9g.data.encode.tokenizer import train_tokenizer
+    from fm9g.data.prepare.index_builder import build_index, iter_texts
+    from fm9g.data.prepare.index_worker import IndexConfig
+    from fm9g.data.prepare.sources import find_sources
 
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -85,8 +85,8 @@ def main() -> None:
         source = folder / "source.jsonl"
         source.write_bytes(block * max(1, int(options.megabytes * 1e6 / len(block))))
         sources = find_sources([str(source)])
-        build_index(sources, folder / "dataset", Settings("zh"))
-        train_tokenizer(texts_of(sources, limit=len(block)), 16_000, folder / "bpe")
+        build_index(sources, folder / "dataset", IndexConfig("zh"))
+        train_tokenizer(iter_texts(sources, limit=len(block)), 16_000, folder / "bpe")
         dataset = f"Path({str(folder / 'dataset')!r})"
         tokenizers = {
             "tokenizers": str(folder / "bpe"),

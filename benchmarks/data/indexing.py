@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common import Measured, measured, records_of, report, table
 
-from fm9g.files import AppendedFile
+from fm9g.io.atomic import AppendWriter
 
 LOOP = """
 import json, sys
@@ -48,7 +48,7 @@ datasets.load_dataset("json", data_files=sys.argv[1], cache_dir=sys.argv[2])
 def make_source(path: Path, size: int) -> None:
     """Real records, written again and again until the file has its size."""
     block = b"".join(records_of("alpaca_zh_demo.json", "alpaca_en_demo.json", "wiki_demo.txt"))
-    with AppendedFile(path, 4 << 20) as file:
+    with AppendWriter(path, 4 << 20) as file:
         for _ in range(max(1, size // len(block))):
             file.write(block)
 

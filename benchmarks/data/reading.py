@@ -50,7 +50,7 @@ def main() -> None:
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
         started = time.monotonic()
-        from fm9g.data.index import IndexedDataset
+        from fm9g.data.load.indexed_dataset import IndexedDataset
 
         imported = time.monotonic() - started
         started = time.monotonic()

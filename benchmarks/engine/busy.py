@@ -34,14 +34,14 @@ def train(steps: int) -> float:
         model.init_weight(name, weight, 0)
 
     def step() -> None:
-        lengths: list[int] = []
-        while sum(lengths) < TOKENS:
-            lengths.append(min(TOKENS - sum(lengths), 1 + int(source.lognormvariate(4.5, 1))))
+        seqlens: list[int] = []
+        while sum(seqlens) < TOKENS:
+            seqlens.append(min(TOKENS - sum(seqlens), 1 + int(source.lognormvariate(4.5, 1))))
         ids = torch.randint(0, config.vocab_size, (TOKENS,))
-        borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        positions = torch.cat([torch.arange(length) for length in lengths])
+        borders = torch.tensor([0, *seqlens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        positions = torch.cat([torch.arange(length) for length in seqlens])
         rows = torch.arange(source.randint(TOKENS // 2, TOKENS))
-        model(Batch(ids, positions, borders, lengths, rows, ids.roll(-1)[rows]))[0].backward()
+        model(Batch(ids, positions, borders, seqlens, rows, ids.roll(-1)[rows]))[0].backward()
         model.zero_grad()
 
     for _ in range(10):

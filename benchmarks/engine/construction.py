@@ -29,14 +29,14 @@ from fm9g.config.load import require_config
 from fm9g.config.model import ModelConfig, load_model_config
 from fm9g.config.train import TrainConfig
 from fm9g.engine.base import Engine
-from fm9g.engine.processes import Processes
+from fm9g.engine.dist_context import DistContext
 from fm9g.plan.sizes import count_weights
-from fm9g.train.build import build_model, make_engine
+from fm9g.train.model_setup import make_engine, setup_model_and_optimizer
 
 GB = 1e9
 
 
-class First(Processes):
+class FirstRank(DistContext):
     """Rank 0 of `ranks` processes that are not there."""
 
     def __init__(self, ranks: int) -> None:
@@ -44,7 +44,7 @@ class First(Processes):
 
         self.rank, self.world_size, self.local_rank, self.local_world_size = 0, ranks, 0, 1
         self.store, self.device = dist.HashStore(), torch.device("cpu")
-        give_freed_memory_back()
+        return_freed_memory()
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
 
 
@@ -52,18 +52,18 @@ def feign_bmtrain(ranks: int) -> None:
     """Lets bmtrain run on a CPU as rank 0 of `ranks`; what others would send is a copy of this rank's."""
     for folder in ("tests", "tests/engine"):
         sys.path.append(str(Path(__file__).resolve().parents[2] / folder))
-    import bmtrain_stand_in as stand_in
+    import bmtrain_over_gloo
 
     torch.utils._device._device_constructors()  # torch.device("meta") remembers them before they are replaced
-    stand_in.install()
-    compiled: Any = stand_in._compiled
+    bmtrain_over_gloo.install()
+    compiled: Any = bmtrain_over_gloo._compiled
 
     def all_gather(source: int, target: int, count: int, dtype: int, *_: Any) -> None:
-        part = stand_in._bytes(source, count, dtype)
-        stand_in._bytes(target, count * ranks, dtype).view(ranks, -1).copy_(part)
+        part = bmtrain_over_gloo._bytes(source, count, dtype)
+        bmtrain_over_gloo._bytes(target, count * ranks, dtype).view(ranks, -1).copy_(part)
 
     def copy(source: int, target: int, count: int, dtype: int, *_: Any) -> None:
-        stand_in._bytes(target, count, dtype).copy_(stand_in._bytes(source, count, dtype))
+        bmtrain_over_gloo._bytes(target, count, dtype).copy_(bmtrain_over_gloo._bytes(source, count, dtype))
 
     compiled.ncclGetUniqueId = lambda: b""
     compiled.ncclCommInitRank = compiled.ncclCommUserRank = lambda *_: 0
@@ -71,7 +71,7 @@ def feign_bmtrain(ranks: int) -> None:
     compiled.ncclAllGather, compiled.ncclAllReduce, compiled.ncclBroadcast = all_gather, copy, copy
 
 
-def give_freed_memory_back() -> None:
+def return_freed_memory() -> None:
     """Has glibc return freed blocks to the system at once, so that what is resident is what is in use."""
     mmap_threshold, trim_threshold = -3, -1  # options of mallopt(3)
     mallopt = ctypes.CDLL(None).mallopt
@@ -95,25 +95,25 @@ def scaled(config: ModelConfig, scale: float) -> ModelConfig:
     )
 
 
-def build(engine: str, config: ModelConfig, ranks: int, zero_level: int, after_placing: Any = None) -> Engine:
-    """An engine with the model, as `fm9g train` makes it. after_placing: called before the optimizer is made."""
+def build(engine: str, config: ModelConfig, ranks: int, zero_level: int, after_sharding: Any = None) -> Engine:
+    """An engine with the model, as `fm9g train` makes it. after_sharding: called before the optimizer is made."""
     settings = TrainConfig(config="", engine=engine, device="cpu", zero_level=zero_level)
     if engine == "bmtrain":
         feign_bmtrain(ranks)
-    made = make_engine(settings, First(ranks))
-    place = made._place
+    made = make_engine(settings, FirstRank(ranks))
+    shard_model = made._shard_model
 
-    def placed(*arguments: Any) -> torch.nn.Module:
-        model = place(*arguments)
-        if after_placing:
-            after_placing()
+    def shard_and_report(*arguments: Any) -> torch.nn.Module:
+        model = shard_model(*arguments)
+        if after_sharding:
+            after_sharding()
         return model
 
     with (
-        mock.patch.object(made, "_place", placed),
-        mock.patch("fm9g.train.build.has_fast_bf16", return_value=True),  # memory is the same where it is slow
+        mock.patch.object(made, "_shard_model", shard_and_report),
+        mock.patch("fm9g.train.model_setup.has_fast_bf16", return_value=True),  # memory is the same where it is slow
     ):
-        build_model(made, settings, config, None)
+        setup_model_and_optimizer(made, settings, config, None)
     return made
 
 

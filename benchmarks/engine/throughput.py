@@ -24,12 +24,12 @@ import torch
 from fm9g.config.load import require_config
 from fm9g.config.model import ModelConfig, load_model_config
 from fm9g.config.train import TrainConfig
-from fm9g.data.pack import Pack, Sample, collate
-from fm9g.engine.processes import Processes
+from fm9g.data.load.packing import Pack, Sample, collate
+from fm9g.engine.dist_context import DistContext
 from fm9g.model.transformer import FM9G
-from fm9g.plan import GPUS, flops_a_token
-from fm9g.train.build import build_model, make_engine
+from fm9g.plan import GPUS, flops_per_token
 from fm9g.train.loop import TrainState, to_batch, train
+from fm9g.train.model_setup import make_engine, setup_model_and_optimizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -90,14 +90,14 @@ def packs(case: Case, vocabulary: int, step: int) -> list[Pack]:
 
 
 class Loader:
-    endless = True
+    is_infinite = True
 
     def __init__(self, case: Case, vocabulary: int, count: int) -> None:
         self._packs = [packs(case, vocabulary, step) for step in range(min(count, 4))]  # not what is measured
         self._step = 0
         self.times: list[float] = []
 
-    def next_step(self) -> list[Pack]:
+    def next_batch(self) -> list[Pack]:
         if torch.cuda.is_available() and self._step == WARM:
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
@@ -123,10 +123,10 @@ def run_loop(case: Case, model: ModelConfig, steps: int, device: str) -> float:
         flash="cuda" if case.flash else "none",
         **settings,
     )
-    with Processes(device) as processes:
-        engine = make_engine(config, processes)
-        with mock.patch("fm9g.train.build.has_fast_bf16", return_value=True):
-            build_model(engine, config, model, None)
+    with DistContext(device) as dist_context:
+        engine = make_engine(config, dist_context)
+        with mock.patch("fm9g.train.model_setup.has_fast_bf16", return_value=True):
+            setup_model_and_optimizer(engine, config, model, None)
         loader: Any = Loader(case, model.vocab_size, steps + WARM)
         train(config, ["all"], engine, loader, None, TrainState(0, np.zeros(1, np.int64)), lambda: None, lambda: False)
         synchronize()
@@ -145,7 +145,7 @@ def run_bare(case: Case, model: ModelConfig, steps: int, device: str) -> float:
     optimizer = torch.optim.AdamW(plain.parameters(), 1e-4, (0.9, 0.95), 1e-8, weight_decay=0.1, fused=True)
     loader, target = Loader(case, model.vocab_size, steps + WARM), torch.device(device)
     for _ in range(steps + WARM):
-        (pack,) = loader.next_step()
+        (pack,) = loader.next_batch()
         batch, _ = to_batch(pack, target)
         with torch.autocast(target.type, dtype) if dtype != torch.float32 else nullcontext():
             if case.way == "bare":
@@ -187,7 +187,7 @@ def measure(case: Case, steps: int, device: str, gpu: str) -> dict[str, Any]:
     model = model_of(case)
     seconds = (run_loop if case.way in ("torch", "bmtrain") else run_bare)(case, model, steps, device)
     speed = case.tokens / seconds
-    flops = flops_a_token(model, case.tokens // case.documents)
+    flops = flops_per_token(model, case.tokens // case.documents)
     on_gpu = device == "cuda"
     return {
         "tokens_a_second": speed,

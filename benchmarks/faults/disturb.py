@@ -21,9 +21,9 @@ for folder in (ROOT, ROOT / "tests"):
 
 import torch  # noqa: E402
 from faults import system  # noqa: E402
-from faults.attempts import Attempts  # noqa: E402
-from faults.commands import COMMANDS, Bed, kill_at_every_change, kill_at_random, kill_quickstart  # noqa: E402
-from ranks import PRELOADED, context  # noqa: E402
+from faults.attempts import AttemptResults  # noqa: E402
+from faults.commands import COMMANDS, CommandFixture, kill_at_every_change, kill_at_random, kill_quickstart  # noqa: E402
+from spawn import PRELOADED, context  # noqa: E402
 
 REPORT = Path(__file__).with_name("report.md")
 SLOW = 0.5  # seconds: of a command that takes twice as long, every third change is tried
@@ -44,74 +44,76 @@ class Size:
         return max(1, round((1 + seconds // SLOW) / self._scale))
 
 
-def kills(bed: Bed, size: Size) -> Iterator[Attempts]:
+def kills(fixture: CommandFixture, size: Size) -> Iterator[AttemptResults]:
     """SIGKILL before each change of a file"""
     for name, command in COMMANDS.items():
-        yield kill_at_every_change(bed, name, size.stride(bed.undisturbed(command).seconds))
+        yield kill_at_every_change(fixture, name, size.stride(fixture.undisturbed(command).seconds))
 
 
-def moments(bed: Bed, size: Size) -> Iterator[Attempts]:
+def moments(fixture: CommandFixture, size: Size) -> Iterator[AttemptResults]:
     """SIGKILL at random moments"""
     for name in COMMANDS:
-        yield kill_at_random(bed, name, size(20), size.seed)
-    yield kill_quickstart(bed, size(8), size.seed)
+        yield kill_at_random(fixture, name, size(20), size.seed)
+    yield kill_quickstart(fixture, size(8), size.seed)
 
 
-def disks(bed: Bed, size: Size) -> Iterator[Attempts]:
+def disks(fixture: CommandFixture, size: Size) -> Iterator[AttemptResults]:
     """Small disks"""
     if system.can_mount():
         for name in COMMANDS:
-            yield system.small_disks(bed, name, size(6))
+            yield system.small_disks(fixture, name, size(6))
 
 
-def memory(bed: Bed, size: Size) -> Iterator[Attempts]:
+def memory(fixture: CommandFixture, size: Size) -> Iterator[AttemptResults]:
     """A full /dev/shm"""
     if system.can_mount():
         for name in WORKERS:
-            yield system.no_shared_memory(bed, name, size(4))
+            yield system.no_shared_memory(fixture, name, size(4))
 
 
-def users(bed: Bed, size: Size) -> Iterator[Attempts]:
+def users(fixture: CommandFixture, size: Size) -> Iterator[AttemptResults]:
     """Folders and files of others"""
     for name in COMMANDS:
-        yield system.closed_folders(bed, name)
+        yield system.closed_folders(fixture, name)
 
 
-def clocks(bed: Bed, size: Size) -> Iterator[Attempts]:
+def clocks(fixture: CommandFixture, size: Size) -> Iterator[AttemptResults]:
     """Clocks that step"""
     for name in COMMANDS:
-        yield system.stepping_clocks(bed, name, size(4), size.seed)
+        yield system.stepping_clocks(fixture, name, size(4), size.seed)
 
 
-def signals(bed: Bed, size: Size) -> Iterator[Attempts]:
+def signals(fixture: CommandFixture, size: Size) -> Iterator[AttemptResults]:
     """SIGSTOP and SIGCONT, and workers that are killed"""
     for name in WORKERS:
-        yield system.stopped(bed, name, size(10), size.seed)
-        yield system.killed_workers(bed, name, size(20), size.seed)
+        yield system.stopped(fixture, name, size(10), size.seed)
+        yield system.killed_workers(fixture, name, size(20), size.seed)
 
 
-def pairs(bed: Bed, size: Size) -> Iterator[Attempts]:
+def pairs(fixture: CommandFixture, size: Size) -> Iterator[AttemptResults]:
     """Two at once for one target"""
     for name in COMMANDS:
-        yield system.two_at_once(bed, name, size(6), size.seed)
+        yield system.two_at_once(fixture, name, size(6), size.seed)
 
 
-def runs(bed: Bed, size: Size) -> Iterator[Attempts]:
+def runs(fixture: CommandFixture, size: Size) -> Iterator[AttemptResults]:
     """Training runs"""
-    made = system.Runs(bed)
-    yield system.vanishing_checkpoints(made, size(20), size.seed)
-    yield system.looks_while_saving(made, size(40))
-    yield system.runs_with_stepping_clocks(made, size(10), size.seed)
-    yield system.disturbed_runs(made, "a data worker is killed", size(20), size.seed, system.kill_worker, "killed")
-    yield system.disturbed_runs(made, "it or a worker is stopped", size(10), size.seed, system.stop_any, "^$")
-    yield system.disturbed_launchers(system.Runs(bed, " --nproc 2"), size(10), size.seed)
-    yield system.stopped_ranks(bed.folder / "ranks", size(10), size.seed)
+    training_runs = system.Runs(fixture)
+    yield system.vanishing_checkpoints(training_runs, size(20), size.seed)
+    yield system.looks_while_saving(training_runs, size(40))
+    yield system.runs_with_stepping_clocks(training_runs, size(10), size.seed)
+    yield system.disturbed_runs(
+        training_runs, "a data worker is killed", size(20), size.seed, system.kill_worker, "killed"
+    )
+    yield system.disturbed_runs(training_runs, "it or a worker is stopped", size(10), size.seed, system.stop_any, "^$")
+    yield system.disturbed_launchers(system.Runs(fixture, " --nproc 2"), size(10), size.seed)
+    yield system.stopped_ranks(fixture.folder / "ranks", size(10), size.seed)
     if system.can_mount():
-        yield system.full_logs(made, size(20), size.seed)
-        yield system.runs_without_shared_memory(made, size(6))
+        yield system.full_logs(training_runs, size(20), size.seed)
+        yield system.runs_without_shared_memory(training_runs, size(6))
 
 
-SECTIONS: dict[str, Callable[[Bed, Size], Iterator[Attempts]]] = {
+SECTIONS: dict[str, Callable[[CommandFixture, Size], Iterator[AttemptResults]]] = {
     section.__name__: section for section in (kills, moments, disks, memory, users, clocks, signals, pairs, runs)
 }
 
@@ -124,22 +126,22 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := set(arguments.sections) - set(SECTIONS):
         parser.error(f"no section: {', '.join(unknown)}")
-    context.set_forkserver_preload([*PRELOADED, "matplotlib.figure", "fm9g.report.page", "fm9g.data.check"])
+    context.set_forkserver_preload([*PRELOADED, "matplotlib.figure", "fm9g.report.page", "fm9g.data.inspect.check"])
     names = arguments.sections or list(SECTIONS)
-    began, found = time.monotonic(), dict[str, list[Attempts]]()
+    began, found = time.monotonic(), dict[str, list[AttemptResults]]()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        bed = Bed(Path(folder) / "bed")
+        fixture = CommandFixture(Path(folder) / "commands")
         for name in names:
             found[name] = []
-            for made in SECTIONS[name](bed, Size(arguments.scale, arguments.seed)):
-                found[name].append(made)
-                print("\n".join([_row(made), *made.problems]), flush=True)
+            for results in SECTIONS[name](fixture, Size(arguments.scale, arguments.seed)):
+                found[name].append(results)
+                print("\n".join([_row(results), *results.problems]), flush=True)
     command = f"python benchmarks/faults/disturb.py{_options(arguments)}"
     report = _report(command, found, (time.monotonic() - began) / 60)
     print(f"\n{report}")
     if len(names) == len(SECTIONS):
         REPORT.write_text(report, encoding="utf-8")
-    return any(made.problems for some in found.values() for made in some)
+    return any(results.problems for some in found.values() for results in some)
 
 
 def _options(arguments: argparse.Namespace) -> str:
@@ -147,21 +149,21 @@ def _options(arguments: argparse.Namespace) -> str:
     return scale + (f" --seed {arguments.seed}" if arguments.seed != 1 else "")
 
 
-def _row(made: Attempts) -> str:
-    met = ", ".join(f"{how} {count}" for how, count in sorted(made.met.items()))
-    return f"| {made.what} | {made.number} | {made.kills} | {met} | {len(made.problems)} |"
+def _row(results: AttemptResults) -> str:
+    met = ", ".join(f"{how} {count}" for how, count in sorted(results.outcomes.items()))
+    return f"| {results.title} | {results.count} | {results.kills} | {met} | {len(results.problems)} |"
 
 
-def _sums(some: list[Attempts]) -> str:
+def _sums(some: list[AttemptResults]) -> str:
     sums = (
-        sum(made.number for made in some),
-        sum(made.kills for made in some),
-        sum(len(made.problems) for made in some),
+        sum(results.count for results in some),
+        sum(results.kills for results in some),
+        sum(len(results.problems) for results in some),
     )
     return " | ".join(map(str, sums))
 
 
-def _report(command: str, found: dict[str, list[Attempts]], minutes: float) -> str:
+def _report(command: str, found: dict[str, list[AttemptResults]], minutes: float) -> str:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     options = command.partition("disturb.py")[2]
     lines = [
@@ -182,7 +184,7 @@ def _report(command: str, found: dict[str, list[Attempts]], minutes: float) -> s
             f"| {SECTIONS[name].__doc__} | {_sums(some)} | `python benchmarks/faults/disturb.py {name}{options}` |"
             for name, some in found.items()
         ),
-        f"| all | {_sums([made for some in found.values() for made in some])} | `{command}` |",
+        f"| all | {_sums([results for some in found.values() for results in some])} | `{command}` |",
     ]
     for name, some in found.items():
         lines += [

@@ -77,7 +77,7 @@ tests.
 
 ## By command
 
-{_table(done, "command", lambda attempt: attempt.command.verb)}
+{_table(done, "command", lambda attempt: attempt.command.subcommand)}
 
 ## By what is damaged
 

@@ -20,11 +20,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from fm9g.data.build import build_index  # noqa: E402
-from fm9g.data.lines import Settings  # noqa: E402
-from fm9g.data.records import to_line  # noqa: E402
-from fm9g.data.sources import find_sources  # noqa: E402
-from fm9g.data.tokenizer import train_tokenizer  # noqa: E402
+from fm9g.data.encode.tokenizer import train_tokenizer  # noqa: E402
+from fm9g.data.prepare.index_builder import build_index  # noqa: E402
+from fm9g.data.prepare.index_worker import IndexConfig  # noqa: E402
+from fm9g.data.prepare.records import to_line  # noqa: E402
+from fm9g.data.prepare.sources import find_sources  # noqa: E402
 
 GROWTH = 0.05  # tolerated
 REPORT = Path(__file__).with_suffix(".md")
@@ -42,15 +42,15 @@ MODEL = {
 
 def prepare(folder: Path) -> None:
     """A dataset of pairs whose documents and targets have all lengths, a tokenizer and a mixture."""
-    source = random.Random(0)
+    rng = random.Random(0)
 
     def text(longest: int) -> str:
-        return " ".join(source.choice(WORDS) for _ in range(source.randint(1, longest)))
+        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, longest)))
 
     pairs = [{"input": text(60), "output": text(120)} for _ in range(4000)]
     for name, part in (("data", pairs[:-50]), ("validation", pairs[-50:])):
         (folder / f"{name}.jsonl").write_bytes(b"".join(map(to_line, part)))
-        build_index(find_sources([str(folder / f"{name}.jsonl")]), folder / name, Settings("en"), 0)
+        build_index(find_sources([str(folder / f"{name}.jsonl")]), folder / name, IndexConfig("en"), 0)
         (folder / f"{name}.json").write_text(json.dumps([{"task_name": name, "path": str(folder / name)}]))
     train_tokenizer((pair["output"] for pair in pairs), 400, folder / "tokenizer")
 

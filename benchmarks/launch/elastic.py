@@ -32,9 +32,9 @@ fm9g's timeout is 60 s.
 WORKER = """
 import os, sys, time
 if "FM9G_AGENT" in os.environ:  # as fm9g's own workers do; torchrun has nothing like it
-    from fm9g.launch.monitor import Monitor
-    from fm9g.launch.place import find_place
-    Monitor(find_place())
+    from fm9g.launch.watchdog import Watchdog
+    from fm9g.launch.dist_env import read_dist_env
+    Watchdog(read_dist_env())
 folder, seconds = sys.argv[1], float(sys.argv[2])
 open(os.path.join(folder, os.environ["RANK"]), "w").write(str(os.getpid()))
 time.sleep(seconds)
@@ -43,10 +43,10 @@ AGENT = """
 import json, sys
 sys.path.insert(0, {root!r})
 from fm9g.launch.agent import run_agent
-from fm9g.launch.place import Nodes
+from fm9g.launch.dist_env import LaunchConfig
 node, port, worker, folder, seconds = sys.argv[1:]
-nodes = Nodes(1, nnodes=2, node_rank=int(node), master_addr="127.0.0.1", master_port=int(port))
-sys.exit(run_agent([worker, folder, seconds], nodes, timeout=60.0, command=[sys.executable]))
+launch_config = LaunchConfig(1, nnodes=2, node_rank=int(node), master_addr="127.0.0.1", master_port=int(port))
+sys.exit(run_agent([worker, folder, seconds], launch_config, timeout=60.0, command=[sys.executable]))
 """
 OUTSIDER = """
 import datetime, sys

@@ -13,7 +13,7 @@ from typing import Any
 from measure import measure_apart
 
 from fm9g.config.model import ModelConfig
-from fm9g.plan import Setup, peak
+from fm9g.plan import JobConfig, peak_memory
 
 MIB = 2**20
 SMALL = {
@@ -36,10 +36,10 @@ LARGE = {
 
 @dataclass(frozen=True)
 class Case:
-    """Changes of the model above and of the setup's defaults."""
+    """Changes of the model above and of the job's defaults."""
 
     model: dict[str, Any] = field(default_factory=dict)
-    setup: dict[str, Any] = field(default_factory=dict)
+    job: dict[str, Any] = field(default_factory=dict)
 
 
 FULL, SELECTIVE, FP32 = (
@@ -54,7 +54,7 @@ ON_CPU = (
     Case({"vocab_size": 8000}, FULL | FP32 | {"zero_level": 0}),
     Case({"vocab_size": 8000, "tie_word_embeddings": True}, SELECTIVE | {"zero_level": 2, "max_length": 128}),
     Case({"vocab_size": 3000}, FULL | {"max_length": 1500}),
-    Case({"num_layers": 8}, SELECTIVE | {"zero_level": 2, "grad_accum": 2}),
+    Case({"num_layers": 8}, SELECTIVE | {"zero_level": 2, "gradient_accumulation_steps": 2}),
     Case({"num_layers": 8}, {"max_length": 64}),
     Case({"num_layers": 8}, FULL | {"grad_ckpt_num": 3}),
     Case({"hidden_size": 128, "intermediate_size": 1024}, FULL | FP32 | {"max_length": 256, "batch_size": 4}),
@@ -62,7 +62,7 @@ ON_CPU = (
     Case({}, {"gpus": 2}),
     Case({"num_layers": 8}, FULL | {"gpus": 2, "max_length": 128}),
     Case({"vocab_size": 4000}, {"gpus": 2, "zero_level": 2}),
-    Case({"num_layers": 8}, {"gpus": 2, "zero_level": 0, "max_length": 128, "grad_accum": 2}),
+    Case({"num_layers": 8}, {"gpus": 2, "zero_level": 0, "max_length": 128, "gradient_accumulation_steps": 2}),
     Case({"num_layers": 8}, {"gpus": 2, "tp_size": 2}),
     Case({"vocab_size": 4000}, {"gpus": 2, "tp_size": 2, "sequence_parallel": False}),
     Case({"vocab_size": 4000}, FULL | {"gpus": 4, "tp_size": 2}),
@@ -71,14 +71,14 @@ ON_GPU = (
     Case(),
     Case({}, FULL),
     Case({}, SELECTIVE),
-    Case({}, FULL | {"zero_level": 2, "grad_accum": 2}),
+    Case({}, FULL | {"zero_level": 2, "gradient_accumulation_steps": 2}),
     Case({"tie_word_embeddings": True}, {"max_length": 8192}),
     Case({"num_kv_heads": 4}, {"max_length": 8192, "batch_size": 2, **FULL}),
-    Case({}, FULL | {"optimizer_offload": True}),
+    Case({}, FULL | {"offload_optimizer": True}),
     Case({}, {"engine": "bmtrain"}),
     Case({}, FULL | {"engine": "bmtrain"}),
     Case({}, FULL | {"engine": "bmtrain", "zero_level": 2}),
-    Case({}, FULL | {"engine": "bmtrain", "optimizer_offload": True}),
+    Case({}, FULL | {"engine": "bmtrain", "offload_optimizer": True}),
 )
 
 
@@ -90,21 +90,21 @@ def main() -> None:
     options = parser.parse_args()
     on_gpu = options.device == "cuda"
     cases = ON_GPU if on_gpu else ON_CPU
-    print("| case | planned MiB | measured MiB | ratio | peak at | model | setup |\n|---|---|---|---|---|---|---|")
+    print("| case | planned MiB | measured MiB | ratio | peak at | model | job |\n|---|---|---|---|---|---|---|")
     for number in options.cases or range(len(cases)):
-        model, setup = build(cases[number], on_gpu, options.flash)
-        planned, measured = peak(model, setup), measure_apart(model, setup, options.device)
+        model, job = build(cases[number], on_gpu, options.flash)
+        planned, measured = peak_memory(model, job), measure_apart(model, job, options.device)
         print(
             f"| {number} | {planned.total / MIB:.1f} | {measured / MIB:.1f} | {planned.total / measured:.3f} | "
-            f"{planned.name} | {words(cases[number].model)} | {words(cases[number].setup)} |",
+            f"{planned.name} | {words(cases[number].model)} | {words(cases[number].job)} |",
             flush=True,
         )
 
 
-def build(case: Case, on_gpu: bool, flash: bool) -> tuple[ModelConfig, Setup]:
+def build(case: Case, on_gpu: bool, flash: bool) -> tuple[ModelConfig, JobConfig]:
     base = {"max_length": 4096} if on_gpu else {"max_length": 1024}
-    return ModelConfig(**{**(LARGE if on_gpu else SMALL), **case.model}), Setup(
-        **{**base, "flash": flash, **case.setup}
+    return ModelConfig(**{**(LARGE if on_gpu else SMALL), **case.model}), JobConfig(
+        **{**base, "flash": flash, **case.job}
     )
 
 

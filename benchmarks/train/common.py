@@ -11,23 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from fm9g.config.run import load_run
-from fm9g.data.build import build_index
-from fm9g.data.lines import Settings
-from fm9g.data.records import to_line
-from fm9g.data.sources import find_sources
-from fm9g.data.tokenizer import train_tokenizer
+from fm9g.data.encode.tokenizer import train_tokenizer
+from fm9g.data.prepare.index_builder import build_index
+from fm9g.data.prepare.index_worker import IndexConfig
+from fm9g.data.prepare.records import to_line
+from fm9g.data.prepare.sources import find_sources
 from fm9g.report.files import read_metrics
-from fm9g.train.run import run_training
+from fm9g.train.runner import run_training
 
 _WORDS = "the quick brown fox jumps over lazy dogs while seven wizards quietly mix potions of many colours".split()  # noqa: SIM905
 
 
 def prepare(folder: Path, model: dict[str, Any]) -> dict[str, str]:
     """Writes a dataset, a tokenizer and a model configuration; returns the keys of a run on them."""
-    source = random.Random(0)
-    texts = [" ".join(source.choice(_WORDS) for _ in range(source.randint(20, 200))) for _ in range(2000)]
+    rng = random.Random(0)
+    texts = [" ".join(rng.choice(_WORDS) for _ in range(rng.randint(20, 200))) for _ in range(2000)]
     (folder / "data.jsonl").write_bytes(b"".join(to_line({"input": "", "output": text}) for text in texts))
-    build_index(find_sources([str(folder / "data.jsonl")]), folder / "indexed", Settings("en"), 0)
+    build_index(find_sources([str(folder / "data.jsonl")]), folder / "indexed", IndexConfig("en"), 0)
     train_tokenizer(iter(texts), 320, folder / "tokenizer")
     (folder / "mixture.json").write_text(json.dumps([{"task_name": "words", "path": "indexed"}]))
     (folder / "model.json").write_text(json.dumps(model))

@@ -21,26 +21,35 @@ for folder in (ROOT, ROOT / "tests"):
     sys.path.insert(0, str(folder))
 
 import torch  # noqa: E402
-from train.faults import KINDS, WAYS, Bed, Tally, Way, can_mount, fail_writes_at_random, kill_at_random  # noqa: E402
+from train.faults import (  # noqa: E402
+    FAULT_KINDS,
+    LAUNCH_MODES,
+    FaultStats,
+    LaunchMode,
+    RunFixture,
+    can_mount,
+    fail_writes_at_random,
+    kill_at_random,
+)
 
 REPORT = Path(__file__).with_suffix(".md")
-KILLS: dict[str, Callable[[Tally], int]] = {
-    "killed": lambda tally: tally.kills,
-    "of these while writing": lambda tally: tally.writing,
-    "before the first step": lambda tally: tally.building,
-    "runs": lambda tally: tally.courses,
-    "restarts": lambda tally: tally.restarts,
-    "steps lost at most": lambda tally: tally.lost,
-    "mismatches": lambda tally: len(tally.problems),
+KILLS: dict[str, Callable[[FaultStats], int]] = {
+    "killed": lambda stats: stats.kills,
+    "of these while writing": lambda stats: stats.killed_while_saving,
+    "before the first step": lambda stats: stats.killed_before_first_step,
+    "runs": lambda stats: stats.runs,
+    "restarts": lambda stats: stats.restarts,
+    "steps lost at most": lambda stats: stats.max_lost_steps,
+    "mismatches": lambda stats: len(stats.problems),
 }
-FAULTS: dict[str, Callable[[Tally], int]] = {
-    "lives": lambda tally: tally.faulty,
-    **{kind: partial(lambda kind, tally: tally.failed[kind], kind) for kind in (*KINDS, "delete")},
-    "ended with an error": lambda tally: tally.refused,
-    "also killed": lambda tally: tally.kills,
-    "runs": lambda tally: tally.courses,
-    "restarts": lambda tally: tally.restarts,
-    "mismatches": lambda tally: len(tally.problems),
+FAULTS: dict[str, Callable[[FaultStats], int]] = {
+    "lives": lambda stats: stats.faulty_launches,
+    **{kind: partial(lambda kind, stats: stats.failed_writes[kind], kind) for kind in (*FAULT_KINDS, "delete")},
+    "ended with an error": lambda stats: stats.refused_launches,
+    "also killed": lambda stats: stats.kills,
+    "runs": lambda stats: stats.runs,
+    "restarts": lambda stats: stats.restarts,
+    "mismatches": lambda stats: len(stats.problems),
 }
 
 
@@ -50,61 +59,69 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=100, help="lives of a run whose writes fail, over all ways")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    kinds = KINDS if can_mount() else tuple(kind for kind in KINDS if kind != "disk")
+    kinds = FAULT_KINDS if can_mount() else tuple(kind for kind in FAULT_KINDS if kind != "disk")
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        bed = Bed(Path(folder))
-        killed = _measure(arguments.kills, lambda way, count: kill_at_random(bed, way, count, arguments.seed))
-        failed = _measure(
-            arguments.faults, lambda way, count: fail_writes_at_random(bed, way, count, arguments.seed, kinds)
+        fixture = RunFixture(Path(folder))
+        killed = _measure(
+            arguments.kills, lambda launch_mode, count: kill_at_random(fixture, launch_mode, count, arguments.seed)
         )
-    problems = [problem for tally in (*killed.values(), *failed.values()) for problem in tally.problems]
+        failed = _measure(
+            arguments.faults,
+            lambda launch_mode, count: fail_writes_at_random(fixture, launch_mode, count, arguments.seed, kinds),
+        )
+    problems = [problem for stats in (*killed.values(), *failed.values()) for problem in stats.problems]
     command = f"python benchmarks/train/faults.py --kills {arguments.kills} --faults {arguments.faults}"
     if arguments.seed != 1:
         command += f" --seed {arguments.seed}"
     minutes = (time.monotonic() - began) / 60
-    report = _report(command, bed, killed, failed, minutes, "disk" in kinds)
+    report = _report(command, fixture, killed, failed, minutes, "disk" in kinds)
     REPORT.write_text(report, encoding="utf-8")
     print(f"\n{report}", *problems, sep="\n")
     return bool(problems)
 
 
-def _measure(number: int, measure: Callable[[Way, int], Tally]) -> dict[Way, Tally]:
-    """An equal part of `number` for each way."""
+def _measure(number: int, measure: Callable[[LaunchMode, int], FaultStats]) -> dict[LaunchMode, FaultStats]:
+    """An equal part of `number` for each launch mode."""
     found = {}
-    for place, way in enumerate(WAYS):
-        count = number // len(WAYS) + (place < number % len(WAYS))
-        found[way] = measure(way, count)
-        print(f"{way}: {found[way]}", flush=True)
+    for place, launch_mode in enumerate(LAUNCH_MODES):
+        count = number // len(LAUNCH_MODES) + (place < number % len(LAUNCH_MODES))
+        found[launch_mode] = measure(launch_mode, count)
+        print(f"{launch_mode}: {found[launch_mode]}", flush=True)
     return found
 
 
-def _table(columns: dict[str, Callable[[Tally], int]], found: dict[Way, Tally]) -> str:
-    everything = Tally()
-    for tally in found.values():
-        everything.add(tally)
+def _table(columns: dict[str, Callable[[FaultStats], int]], found: dict[LaunchMode, FaultStats]) -> str:
+    everything = FaultStats()
+    for stats in found.values():
+        everything.add(stats)
     rows = [["", *columns], ["---"] * (len(columns) + 1)]
     rows += [
-        [name, *(str(value(tally)) for value in columns.values())]
-        for name, tally in [*((str(way), tally) for way, tally in found.items()), ("all", everything)]
+        [name, *(str(value(stats)) for value in columns.values())]
+        for name, stats in [*((str(launch_mode), stats) for launch_mode, stats in found.items()), ("all", everything)]
     ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _report(
-    command: str, bed: Bed, killed: dict[Way, Tally], failed: dict[Way, Tally], minutes: float, disk: bool
+    command: str,
+    fixture: RunFixture,
+    killed: dict[LaunchMode, FaultStats],
+    failed: dict[LaunchMode, FaultStats],
+    minutes: float,
+    disk: bool,
 ) -> str:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     machine = f"{os.cpu_count()} cores, which others used too, {memory:.0f} GB of memory, Linux"
     software = f"Python {platform.python_version()}, torch {torch.__version__.partition('+')[0]}"
-    every = bed.save_iters
+    every = fixture.save_iters
     no_disk = "" if disk else " No small disk could be mounted here, so none was filled."
     return f"""# Runs that are killed, and whose writes fail
 
 `{command}`: {minutes:.0f} minutes.
 {machine}; {software}.
 
-A run is {bed.steps} steps of a two-layer model with dropout, with a checkpoint every {every} steps, written at once
+A run is {fixture.steps} steps of a two-layer model with dropout, with a checkpoint every {every} steps, written at once
 or beside the training (`async_save`), in one process or two. It is started again with `resume_ckpt auto` until it ends.
 After each life every checkpoint has to be whole, and the newest no older than before. At the end the weights, the
 optimizer, the data position and the counts of every checkpoint that is kept and the figures of every step have to be,

@@ -10,86 +10,86 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fm9g.checkpoint.find import checkpoints_at, checkpoints_in, find, is_checkpoint, tensor_files
-from fm9g.checkpoint.folder import MANIFEST, MODEL_CONFIG, POSITION, Advance, Checkpoint, read_manifest
-from fm9g.checkpoint.listing import damages_in, files_in, size_of, within, written_at
-from fm9g.checkpoint.tensors import (
-    Statistics,
-    TensorDifference,
+from fm9g.checkpoint.checkpoint import LOADER_STATE, MANIFEST, MODEL_CONFIG, Checkpoint, ProgressCallback, read_manifest
+from fm9g.checkpoint.find import find_checkpoints, find_path, is_checkpoint, list_checkpoints, tensor_files
+from fm9g.checkpoint.listing import file_size, find_problems, list_files, relative_message, timestamp_of
+from fm9g.checkpoint.tensor_diff import (
+    TensorDiff,
+    WeightStats,
     compare_tensors,
+    describe_nonfinite,
     dtype_of,
-    model_of,
-    not_finite,
-    statistics,
+    infer_model_config,
+    weight_stats,
 )
-from fm9g.checkpoint.weights import check_weights, read_weights
 from fm9g.config.fields import keys_of
 from fm9g.config.load import read_object
 from fm9g.config.mixture import DatasetConfig
 from fm9g.config.model import ModelConfig, load_model_config
 from fm9g.config.train import TrainConfig
 from fm9g.errors import UserError
+from fm9g.io.weights import check_weights, read_weights
 from fm9g.model.transformer import weight_shapes
 
 
 @dataclass
-class Verdict:
+class VerifyResult:
     """What reading a whole checkpoint gave. files, size: as its manifest tells. parameters: of its weights.
-    damages: in words, without the folder."""
+    problems: in words, without the folder."""
 
     files: int = 0
     size: int = 0
     parameters: int = 0
-    damages: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Between two checkpoints. configuration, counts: key, and the values of both (None: not there); of the sections
-    that both have, and None where that is none.
+class CheckpointDiff:
+    """Between two checkpoints. configuration, trainer_state: key, and the values of both (None: not there); of
+    the sections that both have, and None where that is none.
 
-    position: whether they stand at the same place in the same data; None: one of them does not tell. tensors: of the
-    kinds of tensors that both have; weights are always there.
+    loader_state: whether they stand at the same place in the same data; None: one of them does not tell.
+    tensors: of the kinds of tensors that both have; weights are always there.
     """
 
     configuration: list[tuple[str, Any, Any]] | None
-    counts: list[tuple[str, Any, Any]] | None
-    position: bool | None
-    tensors: dict[str, TensorDifference]
+    trainer_state: list[tuple[str, Any, Any]] | None
+    loader_state: bool | None
+    tensors: dict[str, TensorDiff]
 
 
-def work_of(folder: Path) -> int:
+def verify_bytes(folder: Path) -> int:
     """About how many bytes `verify` reads: every file, and those of tensors twice."""
-    return sum(map(size_of, [*files_in(folder), *tensor_files(folder).values()]))
+    return sum(map(file_size, [*list_files(folder), *tensor_files(folder).values()]))
 
 
-def verify(folder: Path, advance: Advance) -> Verdict:
+def verify(folder: Path, on_progress: ProgressCallback) -> VerifyResult:
     """Reads all of a checkpoint and finds all that is wrong with it, values that are not finite among it."""
-    verdict = Verdict()
-    bad = dict(damages_in(folder, advance))
-    verdict.damages += [f"{name}: {damage}" for name, damage in bad.items()]
+    result = VerifyResult()
+    bad = dict(find_problems(folder, on_progress))
+    result.problems += [f"{name}: {problem}" for name, problem in bad.items()]
     if MANIFEST in bad:  # then nothing is known of the others
-        return verdict
+        return result
     sizes = [size for size, _ in read_manifest(folder)[1].values()]
-    verdict.files, verdict.size = len(sizes), sum(sizes)
+    result.files, result.size = len(sizes), sum(sizes)
     files = tensor_files(folder)
     if "weights" not in files:
-        verdict.damages.append("its weight file is missing")
+        result.problems.append("its weight file is missing")
     for kind, file in files.items():
         if file.name in bad:
             continue
         try:
             tensors = read_weights(file)
             if kind == "weights":
-                verdict.parameters = sum(tensor.numel() for tensor in tensors.values())
-            if odd := not_finite(file, tensors, advance):
-                verdict.damages.append(f"{file.name}: {odd}")
+                result.parameters = sum(tensor.numel() for tensor in tensors.values())
+            if problem := describe_nonfinite(file, tensors, on_progress):
+                result.problems.append(f"{file.name}: {problem}")
             if kind != "optimizer":
                 shapes = weight_shapes(load_model_config(folder / MODEL_CONFIG).value)
                 check_weights(tensors, shapes, str(file), strict=kind == "weights")
         except UserError as error:
-            verdict.damages.append(within(folder, error))
-    return verdict
+            result.problems.append(relative_message(folder, error))
+    return result
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -97,58 +97,58 @@ def describe(path: Path) -> dict[str, Any]:
 
     configuration: what is not a default, as run_config.json holds it. data: by task, and what waits.
     """
-    checkpoint, file = _one(path)
+    checkpoint, file = _resolve(path)
     config_file, tensors = _config_file(file), read_weights(file)
     configuration = checkpoint.run_config() if checkpoint else {}
     if config_file:
         given = {key: value for key, value in read_object(config_file).items() if key != "architectures"}
         raw = {key: {"value": value, "from": str(config_file)} for key, value in given.items()}
         configuration.setdefault("model", raw)
-    place = checkpoint.folder if checkpoint else file
+    path_shown = checkpoint.folder if checkpoint else file
     return {
-        "path": str(place),
+        "path": str(path_shown),
         "step": checkpoint.step if checkpoint else None,
-        "counts": checkpoint.counts() if checkpoint else {},
-        "data": _data(_position(checkpoint)),
-        "written": datetime.fromtimestamp(written_at(place)).astimezone().isoformat(timespec="seconds"),
-        "model": load_model_config(config_file).value.to_json() if config_file else model_of(tensors),
+        "counts": checkpoint.trainer_state() if checkpoint else {},
+        "data": _data(_loader_state(checkpoint)),
+        "written": datetime.fromtimestamp(timestamp_of(path_shown)).astimezone().isoformat(timespec="seconds"),
+        "model": load_model_config(config_file).value.to_json() if config_file else infer_model_config(tensors),
         "model_from": str(config_file or "the shapes of the weights"),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "tensors": len(tensors),
         "dtypes": dict(Counter(map(dtype_of, tensors.values()))),
         "configuration": {section: _not_defaults(section, _object(keys)) for section, keys in configuration.items()},
-        "files": {str(part.relative_to(file.parent)): size_of(part) for part in files_in(place)},
+        "files": {str(part.relative_to(file.parent)): file_size(part) for part in list_files(path_shown)},
     }
 
 
-def weight_statistics(path: Path, advance: Advance) -> Iterator[Statistics]:
+def weight_statistics(path: Path, on_progress: ProgressCallback) -> Iterator[WeightStats]:
     """Of every weight of a checkpoint or a .pt file, in the order of the file."""
-    return statistics(_one(path)[1], advance)
+    return weight_stats(_resolve(path)[1], on_progress)
 
 
-def compare(a: Path, b: Path, advance: Advance) -> Difference:
-    """What is different in two checkpoint folders or .pt files. advance: told of the bytes of a's tensors."""
-    (one, file_a), (other, file_b) = _one(a), _one(b)
+def compare(a: Path, b: Path, on_progress: ProgressCallback) -> CheckpointDiff:
+    """What is different in two checkpoint folders or .pt files. on_progress: told of the bytes of a's tensors."""
+    (one, file_a), (other, file_b) = _resolve(a), _resolve(b)
     files_a, files_b = _tensors_of(one, file_a), _tensors_of(other, file_b)
     for file in (file_a, file_b):
         read_weights(file)  # what has no weights has no configuration beside it
     ours, theirs = _configuration(one, file_a), _configuration(other, file_b)
     sections = [section for section in ours if section in theirs]  # a .pt file tells of the model alone
     changes = [change for section in sections for change in _changes(ours[section], theirs[section])]
-    place_a, place_b = _position(one), _position(other)
-    return Difference(
+    loader_state_a, loader_state_b = _loader_state(one), _loader_state(other)
+    return CheckpointDiff(
         configuration=changes if sections else None,
-        counts=_changes(_counts(one), _counts(other)) if one and other else None,
-        position=None if place_a is None or place_b is None else place_a == place_b,
+        trainer_state=_changes(_trainer_state(one), _trainer_state(other)) if one and other else None,
+        loader_state=None if loader_state_a is None or loader_state_b is None else loader_state_a == loader_state_b,
         tensors={
-            kind: compare_tensors(file, files_b[kind], advance) for kind, file in files_a.items() if kind in files_b
+            kind: compare_tensors(file, files_b[kind], on_progress) for kind, file in files_a.items() if kind in files_b
         },
     )
 
 
 def tensors_size(path: Path, *kinds: str) -> int:
     """Bytes of the files of tensors of a checkpoint folder, or of a .pt file. kinds: of these alone; none: of all."""
-    return sum(size_of(file) for kind, file in _tensors_of(*_one(path)).items() if not kinds or kind in kinds)
+    return sum(file_size(file) for kind, file in _tensors_of(*_resolve(path)).items() if not kinds or kind in kinds)
 
 
 # ---- folders
@@ -158,15 +158,15 @@ def _tensors_of(checkpoint: Checkpoint | None, file: Path) -> dict[str, Path]:
     return tensor_files(checkpoint.folder) if checkpoint else {"weights": file}
 
 
-def _one(path: Path) -> tuple[Checkpoint | None, Path]:
+def _resolve(path: Path) -> tuple[Checkpoint | None, Path]:
     """The checkpoint, None for a bare file, and the weight file of what a path names. Raises UserError."""
-    there = find(path)
+    there = find_path(path)
     if there.is_file():
         return None, there
-    if not is_checkpoint(there) and (steps := checkpoints_in(there)):
+    if not is_checkpoint(there) and (steps := list_checkpoints(there)):
         names = ", ".join(step.name for step in steps)
         raise UserError(f"{path}: a run with the steps {names}; give one of them: {path / steps[-1].name}")
-    checkpoint = Checkpoint(checkpoints_at(there)[0], checksums=False)
+    checkpoint = Checkpoint(find_checkpoints(there)[0], checksums=False)
     return checkpoint, checkpoint.weight_file
 
 
@@ -183,8 +183,8 @@ def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _position(checkpoint: Checkpoint | None) -> dict[str, Any] | None:
-    return checkpoint.position() if checkpoint and (checkpoint.folder / POSITION).is_file() else None
+def _loader_state(checkpoint: Checkpoint | None) -> dict[str, Any] | None:
+    return checkpoint.loader_state() if checkpoint and (checkpoint.folder / LOADER_STATE).is_file() else None
 
 
 def _data(position: Any) -> dict[str, Any] | None:
@@ -229,10 +229,10 @@ def _configuration(checkpoint: Checkpoint | None, file: Path) -> dict[str, dict[
     return sections
 
 
-def _counts(checkpoint: Checkpoint) -> dict[str, Any]:
-    counts = checkpoint.counts()
-    tasks = _object(counts.pop("global_total_task_token", None))
-    return counts | {f"global_total_task_token.{task}": count for task, count in tasks.items()}
+def _trainer_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    trainer_state = checkpoint.trainer_state()
+    tasks = _object(trainer_state.pop("global_total_task_token", None))
+    return trainer_state | {f"global_total_task_token.{task}": count for task, count in tasks.items()}
 
 
 def _changes(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:

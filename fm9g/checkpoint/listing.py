@@ -8,17 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fm9g.checkpoint.find import checkpoints_in, leftovers_in, tensor_files
-from fm9g.checkpoint.folder import MANIFEST, Advance, Checkpoint, best_step, damaged_files, read_manifest
+from fm9g.checkpoint.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    ProgressCallback,
+    best_step,
+    find_damaged_files,
+    read_manifest,
+)
+from fm9g.checkpoint.find import list_checkpoints, stale_temp_dirs, tensor_files
 from fm9g.errors import UserError
 
 
 @dataclass(frozen=True)
-class Listed:
+class CheckpointInfo:
     """A row of a list of checkpoints.
 
-    written: seconds since 1970. size: bytes. tokens, loss, val_loss: None where they are not known. holds: some of
-    weights, optimizer, ema. damage: by the sizes of the files alone; empty: none.
+    written: seconds since 1970. size: bytes. tokens, loss, val_loss: None where they are not known. contents: some of
+    weights, optimizer, ema. problem: by the sizes of the files alone; empty: none.
     """
 
     folder: Path
@@ -27,56 +34,56 @@ class Listed:
     tokens: int | None
     loss: float | None
     val_loss: float | None
-    holds: list[str]
-    damage: str
+    contents: list[str]
+    problem: str
 
 
 @dataclass(frozen=True)
-class Run:
+class RunInfo:
     """The checkpoints of a run, in order. newest: the last whole one. best: the whole one of the least val_loss.
     leftovers: folders that a save which has not ended left, and whose they are."""
 
     folder: Path
-    checkpoints: list[Listed]
+    checkpoints: list[CheckpointInfo]
     newest: Path | None
     best: Path | None
     leftovers: list[tuple[Path, str]]
 
 
-def list_run(folder: Path) -> Run:
+def inspect_run(folder: Path) -> RunInfo:
     """Every checkpoint of a run, whole or not; none of their tensors is read."""
     listed = []
-    for step in checkpoints_in(folder):
+    for step in list_checkpoints(folder):
         with suppress(FileNotFoundError):  # a run that goes on may be deleting it
-            listed.append(_listed(step))
-    whole = [item for item in listed if not item.damage]
+            listed.append(_checkpoint_info(step))
+    whole = [item for item in listed if not item.problem]
     best = best_step(folder)
-    return Run(
+    return RunInfo(
         folder=folder,
         checkpoints=listed,
         newest=whole[-1].folder if whole else None,
         best=None if best is None else folder / str(best),
-        leftovers=leftovers_in(folder),
+        leftovers=stale_temp_dirs(folder),
     )
 
 
-def _listed(folder: Path) -> Listed:
-    damage = next((f"{name}: {damage}" for name, damage in damages_in(folder)), "")
-    counts: dict[str, Any] = {}
-    if not damage:
+def _checkpoint_info(folder: Path) -> CheckpointInfo:
+    problem = next((f"{name}: {problem}" for name, problem in find_problems(folder)), "")
+    trainer_state: dict[str, Any] = {}
+    if not problem:
         try:
-            counts = Checkpoint(folder, checksums=False, needs_optimizer=False).counts()
+            trainer_state = Checkpoint(folder, checksums=False, needs_optimizer=False).trainer_state()
         except UserError as error:
-            damage = within(folder, error)
-    return Listed(
+            problem = relative_message(folder, error)
+    return CheckpointInfo(
         folder=folder,
-        written=written_at(folder),
-        size=sum(map(size_of, files_in(folder))),
-        tokens=tokens if isinstance(tokens := counts.get("global_token_pass"), int) else None,
-        loss=_number(counts.get("loss")),
-        val_loss=_number(counts.get("val_loss")),
-        holds=list(tensor_files(folder)),
-        damage=damage,
+        written=timestamp_of(folder),
+        size=sum(map(file_size, list_files(folder))),
+        tokens=tokens if isinstance(tokens := trainer_state.get("global_token_pass"), int) else None,
+        loss=_number(trainer_state.get("loss")),
+        val_loss=_number(trainer_state.get("val_loss")),
+        contents=list(tensor_files(folder)),
+        problem=problem,
     )
 
 
@@ -84,35 +91,35 @@ def _number(value: Any) -> float | None:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def files_in(path: Path) -> list[Path]:
+def list_files(path: Path) -> list[Path]:
     """All below a folder; or the file itself."""
     return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 
-def size_of(file: Path) -> int:
+def file_size(file: Path) -> int:
     return file.stat().st_size
 
 
-def written_at(path: Path) -> float:
+def timestamp_of(path: Path) -> float:
     manifest = path / MANIFEST  # written last, and only once
     return (manifest if manifest.is_file() else path).stat().st_mtime
 
 
-def damages_in(folder: Path, advance: Advance | None = None) -> Iterator[tuple[str, str]]:
-    """The names of damaged files, and what is wrong. advance: None: the sizes alone are compared."""
+def find_problems(folder: Path, on_progress: ProgressCallback | None = None) -> Iterator[tuple[str, str]]:
+    """The names of damaged files, and what is wrong. on_progress: None: the sizes alone are compared."""
     if not (folder / MANIFEST).is_file():
         yield MANIFEST, "is missing"
         return
     try:
         step, files = read_manifest(folder)
     except UserError as error:
-        yield MANIFEST, within(folder, error).removeprefix(f"{MANIFEST}: ")
+        yield MANIFEST, relative_message(folder, error).removeprefix(f"{MANIFEST}: ")
         return
     if folder.name != str(step):
         yield MANIFEST, f"is that of step {step}; give the folder its name back"
-    yield from damaged_files(folder, files, advance is not None, advance)
+    yield from find_damaged_files(folder, files, on_progress is not None, on_progress)
 
 
-def within(folder: Path, error: UserError) -> str:
+def relative_message(folder: Path, error: UserError) -> str:
     """An error's text without the folder, which the reader knows, on one line."""
     return str(error).replace(f"{folder}/", "").replace("\n", "; ")

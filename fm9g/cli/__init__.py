@@ -1,4 +1,4 @@
-"""The command `fm9g`: its verbs, each a thin function over the library.
+"""The command `fm9g`: its subcommands, each a thin function over the library.
 
 Only what argument parsing needs is imported here, so that `--help` answers at once.
 """
@@ -13,23 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from fm9g import __version__
-from fm9g.cli.ckpt import add_ckpt_verbs
-from fm9g.cli.convert import add_convert_verb
-from fm9g.cli.data import add_data_verbs
-from fm9g.cli.lora import add_lora_verbs
-from fm9g.cli.report import add_report_verbs
-from fm9g.cli.run import add_run_verbs
+from fm9g.cli.ckpt import add_ckpt_commands
+from fm9g.cli.convert import add_convert_commands
+from fm9g.cli.data import add_data_commands
+from fm9g.cli.lora import add_lora_commands
+from fm9g.cli.report import add_report_commands
+from fm9g.cli.run import add_run_commands
 from fm9g.errors import UserError
-from fm9g.files import allow_many_open, is_too_many_open, too_many_open
-from fm9g.inputs import keep_inputs
+from fm9g.io.atomic import is_too_many_open_files, raise_open_file_limit, too_many_open_files
+from fm9g.io.inputs import protect_inputs
+from fm9g.io.utf8 import ensure_utf8_mode
 from fm9g.log import log_to_console
-from fm9g.memory import TRAINING_ADVICE, memory_as_user_error
-from fm9g.printable import as_is, printable_output
-from fm9g.threads import spin_briefly
-from fm9g.utf8 import use_utf8
+from fm9g.memory import TRAINING_OOM_ADVICE, oom_as_user_error
+from fm9g.openmp import limit_spin_wait
+from fm9g.printable import printable_output, raw_stream
 
-_LIGHTER = {  # what makes a verb take less memory
-    "train": TRAINING_ADVICE,
+_MEMORY_ADVICE = {  # what makes a subcommand take less memory
+    "train": TRAINING_OOM_ADVICE,
     "data": "give fewer --workers, end other programs, or raise the limit (ulimit -v)",
     "generate": "lower max_new_tokens, give a smaller model, or raise the limit (ulimit -v)",
 }
@@ -38,15 +38,15 @@ _LIGHTER = {  # what makes a verb take less memory
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line; returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
     if argv is None:
-        use_utf8()
+        ensure_utf8_mode()
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # a closed one is none
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - for as long as the process
     for stream in (sys.stdout, sys.stderr):  # whatever a terminal cannot show must not end the command
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    allow_many_open()
-    spin_briefly()
+    raise_open_file_limit()
+    limit_spin_wait()
     with printable_output(), log_to_console():
         return _main(sys.argv[1:] if argv is None else argv)
 
@@ -54,15 +54,17 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
-    if rest and not options.takes_keys:
-        parser.error(f"unknown arguments: {' '.join(rest)} (see fm9g {options.verb} --help)")
+    if rest and not options.accepts_overrides:
+        parser.error(f"unknown arguments: {' '.join(rest)} (see fm9g {options.command} --help)")
     try:
         if odd := [word for word in argv if "\0" in word]:
             raise UserError(f"{odd[0]}: holds a NUL character, which no path and no text on a command line has")
         options.rest = rest
         with (
-            keep_inputs(),
-            memory_as_user_error(_LIGHTER.get(options.verb, "end other programs, or raise the limit (ulimit -v)")),
+            protect_inputs(),
+            oom_as_user_error(
+                _MEMORY_ADVICE.get(options.command, "end other programs, or raise the limit (ulimit -v)")
+            ),
         ):
             return options.run(options) or 0
     except UserError as error:
@@ -82,7 +84,11 @@ def _main(argv: list[str]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         target = error.filename or "input or output"
-        known = too_many_open(target) if is_too_many_open(error) else UserError(f"{target}: {error.strerror or error}")
+        known = (
+            too_many_open_files(target)
+            if is_too_many_open_files(error)
+            else UserError(f"{target}: {error.strerror or error}")
+        )
         print(f"fm9g: {known}", file=sys.stderr)
         return 2
     except ValueError as error:
@@ -96,19 +102,31 @@ def _main(argv: list[str]) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Refuses an option that is given twice, of which one would be lost, and an empty path, which is the current
-    folder to Python, and mostly a variable of the shell that is not set."""
+    """Takes `--some-option` and `--some_option` alike. Refuses an option that is given twice, of which one would be
+    lost, and an empty path, which is the current folder to Python, and mostly a variable of the shell that is not set.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
         self.register("type", Path, _path)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        words = [word.partition("=")[0] for word in args or ()]
-        for option, action in self._option_string_actions.items():
-            if action.nargs != 0 and words.count(option) > 1:
-                self.error(f"argument {option}: is given twice; keep one of them")
+        known = {option.replace("-", "_"): option for option in self._option_string_actions if option[:2] == "--"}
+        args = [_with_known_spelling(word, known) for word in (sys.argv[1:] if args is None else args)]
+        words = [word.partition("=")[0] for word in args]
+        for action in dict.fromkeys(self._option_string_actions.values()):
+            given = [word for word in words if word in action.option_strings]
+            if action.nargs != 0 and len(given) > 1:
+                twice = f"argument {given[0]}: is given twice; keep one of them"
+                same = f"{given[0]} and {given[1]} are both given; they are the same"
+                self.error(twice if given[0] == given[1] else same)
         return super().parse_known_args(args, namespace)
+
+
+def _with_known_spelling(word: str, known: dict[str, str]) -> str:
+    """A word of a command line. known: options with underscores alone -> as the parser has them."""
+    name, equals, value = word.partition("=")
+    return known.get(name.replace("-", "_"), name) + equals + value if name[:2] == "--" else word
 
 
 def _path(word: str) -> Path:
@@ -120,31 +138,35 @@ def _path(word: str) -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser("fm9g", description="Pretrain and finetune the 9G language models.")
     parser.add_argument("--version", action="version", version=f"fm9g {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="VERB")
 
-    def verb(name: str, run: Any, help: str, under: Any = verbs, takes_keys: bool = False) -> argparse.ArgumentParser:
-        sub = under.add_parser(name, help=help, description=help)
-        sub.set_defaults(run=run, takes_keys=takes_keys)
+    def subcommand(
+        name: str, run: Any, help: str, parent: Any = subparsers, accepts_overrides: bool = False
+    ) -> argparse.ArgumentParser:
+        sub = parent.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run, accepts_overrides=accepts_overrides)
         return sub
 
     def group(name: str, help: str) -> Any:
-        sub = verbs.add_parser(name, help=help, description=help)
-        return sub.add_subparsers(dest=f"{name}_verb", required=True, metavar="VERB")
+        sub = subparsers.add_parser(name, help=help, description=help)
+        return sub.add_subparsers(dest=f"{name}_command", required=True, metavar="VERB")
 
-    quick = verb("quickstart", _quickstart, "the whole path on this machine: text, index, training, export, generation")
+    quick = subcommand(
+        "quickstart", _quickstart, "the whole path on this machine: text, index, training, export, generation"
+    )
     quick.add_argument("--out", type=Path, default=Path("quickstart"), help="folder for all that is made (%(default)s)")
     quick.add_argument("--steps", type=int, default=200, help="optimizer steps (%(default)s)")
     quick.add_argument("--overwrite", action="store_true", help="replace --out if it holds something")
 
-    add_run_verbs(verb, group)
-    add_report_verbs(verb)
-    add_ckpt_verbs(verb, group)
-    add_data_verbs(verb, group)
+    add_run_commands(subcommand, group)
+    add_report_commands(subcommand)
+    add_ckpt_commands(subcommand, group)
+    add_data_commands(subcommand, group)
 
-    add_convert_verb(verb)
-    add_lora_verbs(verb, group)
+    add_convert_commands(subcommand)
+    add_lora_commands(subcommand, group)
 
-    generate = verb("generate", _generate, "continue a prompt with the model of a Hugging Face folder")
+    generate = subcommand("generate", _generate, "continue a prompt with the model of a Hugging Face folder")
     generate.add_argument("folder", type=Path, help="a Hugging Face folder")
     generate.add_argument("--prompt", required=True, help="the text to continue")
     generate.add_argument("--chat", action="store_true", help="put the prompt into the folder's chat template")
@@ -174,7 +196,9 @@ def _generate(options: argparse.Namespace) -> None:
         for key in ("max_new_tokens", "temperature", "top_p", "repetition_penalty", "seed", "chat", "system")
     }
     begun = False
-    out = sys.stdout if as_is(sys.stdout).isatty() else as_is(sys.stdout)  # a file or a pipe gets the text itself
+    out = (
+        sys.stdout if raw_stream(sys.stdout).isatty() else raw_stream(sys.stdout)
+    )  # a file or a pipe gets the text itself
 
     def show(text: str) -> None:
         nonlocal begun

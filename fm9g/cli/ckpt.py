@@ -1,4 +1,4 @@
-"""The verbs of checkpoints: ls, verify, show, diff. None of them writes anything."""
+"""The subcommands of checkpoints: ls, verify, show, diff. None of them writes anything."""
 
 from __future__ import annotations
 
@@ -13,44 +13,48 @@ from typing import Any
 
 from fm9g.printable import printable
 
-_SHOWN = 10  # differences and names in a list that is not all of them
+_MAX_SHOWN = 10  # differences and names in a list that is not all of them
 
 
-def add_ckpt_verbs(verb: Any, group: Any) -> None:
-    """verb, group: put a verb, or a group of them, on the command line."""
+def add_ckpt_commands(subcommand: Any, group: Any) -> None:
+    """subcommand, group: put a subcommand, or a group of them, on the command line."""
     ckpt = group("ckpt", "ls, verify, show, diff: look at checkpoints; nothing is changed")
     where = "a folder, or RUN/STEP, RUN/best or RUN/last in data/checkpoints/"
-    ls = verb("ls", _ls, "the checkpoints of runs: size, loss, what they hold, whether they are whole", under=ckpt)
+    ls = subcommand(
+        "ls", _ls, "the checkpoints of runs: size, loss, what they hold, whether they are whole", parent=ckpt
+    )
     ls.add_argument(
         "runs", nargs="*", type=Path, metavar="RUN", help="a folder, or a name in data/checkpoints/; default: all there"
     )
-    verify = verb("verify", _verify, "read whole checkpoints: checksums, shapes, values; 2: something is wrong", ckpt)
+    verify = subcommand(
+        "verify", _verify, "read whole checkpoints: checksums, shapes, values; 2: something is wrong", ckpt
+    )
     verify.add_argument(
         "paths", nargs="+", type=Path, metavar="PATH", help=f"a checkpoint: {where}; or a run, for all of it"
     )
-    show = verb("show", _show, "what a checkpoint, or a 9G .pt file, is", under=ckpt)
+    show = subcommand("show", _show, "what a checkpoint, or a 9G .pt file, is", parent=ckpt)
     show.add_argument("path", type=Path, metavar="PATH", help=f"a .pt file, or a checkpoint: {where}")
     show.add_argument("--weights", action="store_true", help="also shape, type and statistics of every weight")
     show.add_argument("--json", action="store_true", help="as JSON; null: not known, or not a finite number")
-    diff = verb(
+    diff = subcommand(
         "diff", _diff, "what two checkpoints, or .pt files, differ in; 0: their weights are equal, else 1", ckpt
     )
     diff.add_argument("a", type=Path, metavar="A", help=f"a .pt file, or a checkpoint: {where}")
     diff.add_argument("b", type=Path, metavar="B", help="another one")
-    diff.add_argument("--all", action="store_true", help=f"every difference, not the {_SHOWN} largest")
+    diff.add_argument("--all", action="store_true", help=f"every difference, not the {_MAX_SHOWN} largest")
 
 
 def _ls(options: argparse.Namespace) -> None:
-    from fm9g.checkpoint.find import runs_at
-    from fm9g.checkpoint.listing import list_run
+    from fm9g.checkpoint.find import find_runs
+    from fm9g.checkpoint.listing import inspect_run
 
-    folders = [run for path in options.runs or [None] for run in runs_at(path)]
+    folders = [run for path in options.runs or [None] for run in find_runs(path)]
     rows: list[Sequence[str]] = [("run", "step", "written", "size", "tokens", "loss", "val_loss", "holds", "state")]
     notes = []
-    for run in map(list_run, dict.fromkeys(folders)):
+    for run in map(inspect_run, dict.fromkeys(folders)):
         for item in run.checkpoints:
             marks = ["resume auto"] * (item.folder == run.newest) + ["best val_loss"] * (item.folder == run.best)
-            state = f"damaged: {item.damage}" if item.damage else "whole"
+            state = f"damaged: {item.problem}" if item.problem else "whole"
             rows.append(
                 (
                     run.folder.resolve().name,
@@ -60,7 +64,7 @@ def _ls(options: argparse.Namespace) -> None:
                     "" if item.tokens is None else f"{item.tokens:,}",
                     "" if item.loss is None else f"{item.loss:.4f}",
                     "" if item.val_loss is None else f"{item.val_loss:.4f}",
-                    " +".join(item.holds),
+                    " +".join(item.contents),
                     f"{state}  <- {', '.join(marks)}" if marks else state,
                 )
             )
@@ -69,19 +73,19 @@ def _ls(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from fm9g.checkpoint.find import checkpoints_at
-    from fm9g.checkpoint.inspect import verify, work_of
+    from fm9g.checkpoint.find import find_checkpoints
+    from fm9g.checkpoint.inspect import verify, verify_bytes
     from fm9g.progress import Progress
 
     damaged = 0
-    for folder in dict.fromkeys(folder for path in options.paths for folder in checkpoints_at(path)):
-        with Progress(f"verifying {folder.name}", work_of(folder), "B") as progress:
+    for folder in dict.fromkeys(folder for path in options.paths for folder in find_checkpoints(path)):
+        with Progress(f"verifying {folder.name}", verify_bytes(folder), "B") as progress:
             found = verify(folder, progress.advance)
         if not folder.exists():
             print(printable(f"{folder}: was deleted meanwhile"), flush=True)
-        elif found.damages:
+        elif found.problems:
             damaged += 1
-            print("\n  ".join(map(printable, [f"{folder}: damaged", *found.damages])))
+            print("\n  ".join(map(printable, [f"{folder}: damaged", *found.problems])))
         else:
             size = f"{found.files} files, {_bytes(found.size)}, {found.parameters:,} parameters"
             print(printable(f"{folder}: whole: {size}, every value finite"), flush=True)
@@ -112,7 +116,7 @@ def _diff(options: argparse.Namespace) -> int:
     with Progress("comparing", tensors_size(options.a), "B") as progress:
         found = compare(options.a, options.b, progress.advance)
     print(f"A: {printable(str(options.a))}\nB: {printable(str(options.b))}")
-    for title, changes in (("configuration", found.configuration), ("counts", found.counts)):
+    for title, changes in (("configuration", found.configuration), ("counts", found.trainer_state)):
         if changes is None:
             print(f"{title}: not told by both")
         elif not changes:
@@ -123,32 +127,30 @@ def _diff(options: argparse.Namespace) -> int:
                 "\n  ".join([f"{title}: {len(changes)} {'differ' if len(changes) > 1 else 'differs'}", *_table(rows)])
             )
     places = {None: "not told by both", True: "equal", False: "not equal"}
-    print(f"data position: {places[found.position]}")
+    print(f"data position: {places[found.loader_state]}")
     for kind, tensors in found.tensors.items():
         print("\n  ".join(_tensor_lines(kind, tensors, options.all)))
     return 0 if found.tensors["weights"].equal else 1
 
 
 def _tensor_lines(kind: str, found: Any, everything: bool) -> Iterator[str]:
-    """found: a TensorDifference."""
+    """found: a TensorDiff."""
     if found.equal:
         yield f"{kind}: {found.count} tensors, equal, bit for bit"
         return
-    yield f"{kind}: of {found.count} tensors, {len(found.distances)} differ in values, {len(found.shapes)} in shape"
+    yield f"{kind}: of {found.count} tensors, {len(found.deltas)} differ in values, {len(found.shapes)} in shape"
     only = [("only in A", name) for name in found.only_a] + [("only in B", name) for name in found.only_b]
     rows = [(name, where) for where, name in only]
     rows += [(name, f"shape {a} in A, {b} in B") for name, a, b in found.shapes]
     yield from _shortened(_table(rows), everything)
-    if found.distances:
-        figures = [
-            (d.name, f"{d.largest:.3e}", f"{d.relative:.3e}", f"{d.cosine:.6f}", d.dtypes) for d in found.distances
-        ]
+    if found.deltas:
+        figures = [(d.name, f"{d.max_abs:.3e}", f"{d.relative:.3e}", f"{d.cosine:.6f}", d.dtypes) for d in found.deltas]
         header = ("", "largest |A - B|", "|A - B| / |A|", "cosine", "")
         yield from _shortened(_table([header, *figures], right=(1, 2, 3)), everything, 1)
 
 
 def _shortened(lines: list[str], everything: bool, header: int = 0) -> Iterator[str]:
-    shown = len(lines) if everything else _SHOWN + header
+    shown = len(lines) if everything else _MAX_SHOWN + header
     yield from lines[:shown]
     if len(lines) > shown:
         yield f"and {len(lines) - shown} more; --all shows them"

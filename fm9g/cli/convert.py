@@ -1,4 +1,4 @@
-"""The verb convert: Hugging Face folders to 9G files, and back."""
+"""The subcommand convert: Hugging Face folders to 9G files, and back."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any
 from fm9g.errors import UserError
 
 
-def add_convert_verb(verb: Any) -> None:
-    """verb: puts a verb on the command line."""
-    convert = verb("convert", _convert, "a Hugging Face folder to a 9G .pt file, or a 9G checkpoint to such a folder")
+def add_convert_commands(subcommand: Any) -> None:
+    """subcommand: puts a subcommand on the command line."""
+    convert = subcommand(
+        "convert", _convert, "a Hugging Face folder to a 9G .pt file, or a 9G checkpoint to such a folder"
+    )
     convert.add_argument(
         "source", type=Path, help="a Hugging Face folder, a checkpoint (RUN/STEP, RUN/best, RUN/last), or a .pt file"
     )
@@ -39,11 +41,11 @@ def add_convert_verb(verb: Any) -> None:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from fm9g.checkpoint.find import named
+    from fm9g.checkpoint.find import resolve_checkpoint_path
     from fm9g.convert.hf import export_folder, import_folder
-    from fm9g.kinds import CHECKPOINT, MODEL, WEIGHTS, check_kind
+    from fm9g.io.path_kind import CHECKPOINT, MODEL, WEIGHTS, check_kind
 
-    options.source = named(options.source)
+    options.source = resolve_checkpoint_path(options.source)
     check_kind(options.source, MODEL, CHECKPOINT, WEIGHTS)
     try:
         if options.target.suffix == ".pt":
@@ -73,14 +75,14 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     from fm9g.config.model import load_model_config
-    from fm9g.convert.hf import open_source
+    from fm9g.convert.hf import open_export_source
     from fm9g.convert.verify import verify
 
     if options.target.suffix == ".pt":
         config = load_model_config(options.target.with_suffix(".json")).value
         verdict = verify(options.source, options.target, config, options.dtype)
     else:
-        model = open_source(options.source, options.reference)
+        model = open_export_source(options.source, options.reference)
         verdict = verify(options.target, model.file, model.config, options.dtype)
     print(f"{options.target}: {verdict}")
-    return 0 if verdict.holds else 2
+    return 0 if verdict.passed else 2

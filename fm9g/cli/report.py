@@ -1,4 +1,4 @@
-"""The verbs that show how runs went: report, plot."""
+"""The subcommands that show how runs went: report, plot."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 from fm9g.printable import printable
 
 
-def add_report_verbs(verb: Any) -> None:
-    """verb: puts a verb on the command line."""
-    report = verb("report", _report, "how runs went, as one HTML page: curves, events, configuration; or side by side")
+def add_report_commands(subcommand: Any) -> None:
+    """subcommand: puts a subcommand on the command line."""
+    report = subcommand(
+        "report", _report, "how runs went, as one HTML page: curves, events, configuration; or side by side"
+    )
     _add_arguments(report, "report.html", "the page to write (%(default)s)")
-    plot = verb("plot", _plot, "the loss of runs as a picture")
+    plot = subcommand("plot", _plot, "the loss of runs as a picture")
     _add_arguments(plot, "loss.png", "the picture to write: .png, .svg or .pdf (%(default)s)")
 
 
@@ -27,25 +29,25 @@ def _add_arguments(parser: argparse.ArgumentParser, output: str, meaning: str) -
 
 
 def _report(options: argparse.Namespace) -> None:
-    from fm9g.files import require_output
+    from fm9g.io.atomic import check_output_file
     from fm9g.report.files import open_runs
     from fm9g.report.page import write_page
 
     runs = open_runs(options.runs)
     _print_notes(runs)
-    require_output(options.output, "--output", (".html", ".htm"), options.overwrite)
+    check_output_file(options.output, "--output", (".html", ".htm"), options.overwrite)
     write_page(runs, options.output)
     print(f"{options.output}: open it in a browser; it needs no network")
 
 
 def _plot(options: argparse.Namespace) -> None:
-    from fm9g.files import PICTURES, require_output
+    from fm9g.io.atomic import IMAGE_SUFFIXES, check_output_file
     from fm9g.report.files import open_runs
     from fm9g.report.plot import plot_runs
 
     runs = open_runs(options.runs)
     _print_notes(runs)
-    require_output(options.output, "--output", PICTURES, options.overwrite)
+    check_output_file(options.output, "--output", IMAGE_SUFFIXES, options.overwrite)
     plot_runs(runs, options.output)
     print(options.output)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fm9g.config.fields import key_of, option
-from fm9g.config.load import Layer, build, read_object
+from fm9g.config.load import ConfigSource, build, read_object
 from fm9g.config.train import TrainConfig
 from fm9g.errors import UserError
 
@@ -32,7 +32,7 @@ class AdapterConfig:
         help="the last half of the ranks takes out what the first half began with, so that the base is the whole one",
     )
     base: str = option("", help="where the base was when the adapter was trained", key="base_model_name_or_path")
-    base_sha256: str = option("", help="of the base's weights: fm9g.lora.base; empty: not known")
+    base_sha256: str = option("", help="of the base's weights: fm9g.lora.base_fingerprint; empty: not known")
     made_from: list[str] = option([], help="the adapters that it is the weighted sum of")
 
     def __post_init__(self) -> None:
@@ -44,7 +44,7 @@ class AdapterConfig:
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     @classmethod
-    def of_run(cls, train: TrainConfig) -> AdapterConfig:
+    def from_train_config(cls, train: TrainConfig) -> AdapterConfig:
         """Of the adapters that a run trains."""
         return cls(
             r=train.lora_r,
@@ -56,7 +56,7 @@ class AdapterConfig:
             pissa=train.init_lora_weights != "default",
         )
 
-    def in_file(self) -> AdapterConfig:
+    def for_file(self) -> AdapterConfig:
         """Of the file, from that of the layers that are trained: with PiSSA it has twice the ranks."""
         if not self.pissa:
             return self
@@ -69,4 +69,4 @@ class AdapterConfig:
 
 def load_adapter_config(path: Path) -> AdapterConfig:
     """Raises UserError for a file that is missing or not one of ours."""
-    return build(AdapterConfig, [Layer(str(path), read_object(path))]).value
+    return build(AdapterConfig, [ConfigSource(str(path), read_object(path))]).value

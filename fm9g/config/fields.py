@@ -10,7 +10,7 @@ from typing import Any
 
 from fm9g.errors import UserError
 
-_SHOWN = 5  # wrong keys of a message that names no more
+_MAX_SHOWN = 5  # wrong keys of a message that names no more
 _JSON_TYPES: dict[str, Any] = {
     "bool": {"type": "boolean"},
     "int": {"type": "integer"},
@@ -25,18 +25,33 @@ _JSON_TYPES: dict[str, Any] = {
 
 
 def option(
-    default: Any = dataclasses.MISSING, *, help: str, key: str = "", any_case: bool = False, **schema: Any
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    key: str = "",
+    aliases: tuple[str, ...] = (),
+    value_aliases: dict[str, str] | None = None,
+    case_insensitive: bool = False,
+    **schema: Any,
 ) -> Any:
     """A dataclass field that is also a key of a configuration file.
 
     default: a list stands for a fresh copy of it in every object; without a default the key is required.
     key: its name in files and on the command line when that differs from the attribute.
-    any_case: the value is folded to lower case before it is checked.
+    aliases: further names that it is read by, everywhere. value_aliases: former spelling of a value -> the present one.
+    case_insensitive: the value is folded to lower case before it is checked.
     schema: further JSON schema keywords (minimum, enum, ...).
 
-    A class of options may name in ELSEWHERE what keys of other tools are called here: see fm9g.config.foreign.
+    A class of options may name in FOREIGN_KEYS what keys of other tools are called here: see fm9g.config.foreign.
     """
-    metadata = {"help": help, "key": key, "any_case": any_case, "schema": schema}
+    metadata = {
+        "help": help,
+        "key": key,
+        "aliases": aliases,
+        "value_aliases": value_aliases or {},
+        "case_insensitive": case_insensitive,
+        "schema": schema,
+    }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -49,6 +64,30 @@ def key_of(field: dataclasses.Field) -> str:
 def keys_of(cls: type) -> dict[str, dataclasses.Field]:
     """File key -> field, in the order of declaration."""
     return {key_of(field): field for field in dataclasses.fields(cls)}
+
+
+def aliases_of(cls: type) -> dict[str, str]:
+    """Alias -> the key that it is another name of."""
+    return {alias: key for key, field in keys_of(cls).items() for alias in field.metadata["aliases"]}
+
+
+def canonical_keys(cls: type, values: dict[str, Any], origin: str) -> dict[str, Any]:
+    """The values under the keys' own names. Raises UserError where a key is given by two of its names."""
+    aliases, given = aliases_of(cls), dict[str, str]()
+    for name in values:
+        key = aliases.get(name, name)
+        if key in given:
+            raise UserError(f"{origin}: {given[key]} and {name} are both given; they are the same")
+        given[key] = name
+    return {key: values[name] for key, name in given.items()}
+
+
+def canonical_value(field: dataclasses.Field, value: Any) -> Any:
+    """The present spelling of a value."""
+    if not isinstance(value, str):
+        return value
+    value = value.lower() if field.metadata["case_insensitive"] else value
+    return field.metadata["value_aliases"].get(value, value)
 
 
 def field_schema(field: dataclasses.Field) -> dict[str, Any]:
@@ -67,13 +106,13 @@ def schema_of(cls: type) -> dict[str, Any]:
     }
 
 
-def nearest(word: str, known: list[str]) -> str:
+def did_you_mean(word: str, known: list[str]) -> str:
     """A hint for a misspelt word, or an empty string."""
     match = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
-def from_text(text: str, field: dataclasses.Field) -> Any:
+def parse_value(text: str, field: dataclasses.Field) -> Any:
     """The value that a string on the command line spells; the string itself where it spells none of the type.
 
     The 9G guide writes every value as a string ("4096", "False", "1e-2", "0" for no), so training
@@ -105,39 +144,41 @@ def check(cls: type, values: dict[str, Any], origins: dict[str, str], prefix: st
     """Raises UserError that names every wrong key: where it came from, what was found, what is allowed."""
     import jsonschema  # here, so that command lines are read without it
 
-    complaints = []
+    errors = []
     known = list(keys_of(cls))
     for error in jsonschema.Draft202012Validator(schema_of(cls)).iter_errors(values):
         if error.validator == "additionalProperties":
             for key in sorted(set(values) - set(known)):
-                hint = _elsewhere(cls, key) or nearest(key, known) or "; `fm9g config keys` lists the known ones"
-                complaints.append(f"{origins[key]}: {prefix}{key}: unknown key{hint}")
+                hint = (
+                    _foreign_hint(cls, key) or did_you_mean(key, known) or "; `fm9g config keys` lists the known ones"
+                )
+                errors.append(f"{origins[key]}: {prefix}{key}: unknown key{hint}")
         elif error.validator == "required":
             missing = [key for key in error.validator_value if key not in values]
             where = next(iter(origins.values()), "defaults")
-            complaints += [f"{where}: {prefix}{key}: missing, and it has no default" for key in missing]
+            errors += [f"{where}: {prefix}{key}: missing, and it has no default" for key in missing]
         else:
             key = str(error.absolute_path[0])
             path = prefix + ".".join(str(part) for part in error.absolute_path)
             allowed = describe(schema_of(cls)["properties"][key])
-            hint = nearest(str(error.instance), [str(v) for v in error.schema.get("enum", [])])
-            complaints.append(f"{origins[key]}: {path}: found {error.instance!r}, allowed: {allowed}{hint}")
+            hint = did_you_mean(str(error.instance), [str(v) for v in error.schema.get("enum", [])])
+            errors.append(f"{origins[key]}: {path}: found {error.instance!r}, allowed: {allowed}{hint}")
     for key, value in values.items():
         numbers = value if isinstance(value, list) else [value]
         if not all(_is_bounded(number) for number in numbers):
             found = f"{origins[key]}: {prefix}{key}: found {value!r:.60}"
-            complaints.append(f"{found}, expected a finite number up to 2^53")
+            errors.append(f"{found}, expected a finite number up to 2^53")
     for key, value in values.items():
         if isinstance(value, str) and any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in value):
-            complaints.append(f"{origins[key]}: {prefix}{key}: found {value!r}, which holds what no text has")
-    if complaints := list(dict.fromkeys(complaints)):
-        more = [f"and {len(complaints) - _SHOWN} more"] if len(complaints) > _SHOWN else []
-        raise UserError(*complaints[:_SHOWN], *more)
+            errors.append(f"{origins[key]}: {prefix}{key}: found {value!r}, which holds what no text has")
+    if errors := list(dict.fromkeys(errors)):
+        more = [f"and {len(errors) - _MAX_SHOWN} more"] if len(errors) > _MAX_SHOWN else []
+        raise UserError(*errors[:_MAX_SHOWN], *more)
 
 
-def _elsewhere(cls: type, key: str) -> str:
+def _foreign_hint(cls: type, key: str) -> str:
     """A hint for a key of another tool, or an empty string."""
-    name, colon, remark = cls.__dict__.get("ELSEWHERE", {}).get(key, "").partition(":")
+    name, colon, remark = cls.__dict__.get("FOREIGN_KEYS", {}).get(key, "").partition(":")
     if not name:
         return ""
     if name == "nothing":

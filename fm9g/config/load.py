@@ -9,20 +9,20 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from fm9g.config.fields import check, from_text, key_of, keys_of, nearest
+from fm9g.config.fields import canonical_keys, canonical_value, check, did_you_mean, key_of, keys_of, parse_value
 from fm9g.errors import UserError
-from fm9g.inputs import note_input
-from fm9g.kinds import MIXTURE, MODEL, MODEL_CONFIG, TRAIN_CONFIG, check_kind
-from fm9g.regular_file import check_regular
+from fm9g.io.inputs import register_input
+from fm9g.io.path_kind import MIXTURE, MODEL, MODEL_CONFIG, TRAIN_CONFIG, check_kind
+from fm9g.io.regular_file import check_regular
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"
-_MOST = 64 << 20  # bytes; the lists of weights of the largest models take a few MB
+_MAX_BYTES = 64 << 20  # bytes; the lists of weights of the largest models take a few MB
 
 
 @dataclass(frozen=True)
-class Layer:
-    """Some values of a configuration and the place they were written in. Later layers win.
+class ConfigSource:
+    """Some values of a configuration and the place they were written in. Later sources win.
 
     text: values may be strings that spell a number or a truth value, as the 9G guide writes them.
     """
@@ -33,7 +33,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Loaded(Generic[T]):
+class Resolved(Generic[T]):
     """A configuration and, for every key, where its value came from.
 
     notes: what the user should know about the given keys, a line each.
@@ -43,36 +43,34 @@ class Loaded(Generic[T]):
     origins: dict[str, str]
     notes: tuple[str, ...] = ()
 
-    def rows(self) -> list[tuple[str, Any, str]]:
+    def items(self) -> list[tuple[str, Any, str]]:
         return [(key_of(f), getattr(self.value, f.name), self.origins[key_of(f)]) for f in fields(self.value)]  # type: ignore[arg-type]
 
-    def changed(self, values: dict[str, Any], origin: str) -> Loaded[T]:
+    def with_values(self, values: dict[str, Any], origin: str) -> Resolved[T]:
         """The configuration with other values of some keys, from one origin. Raises UserError where they do not fit."""
         names = keys_of(type(self.value))
         value = replace(self.value, **{names[key].name: each for key, each in values.items()})  # type: ignore[type-var]
         return replace(self, value=value, origins=self.origins | dict.fromkeys(values, origin))
 
 
-def build(cls: type[T], layers: list[Layer], prefix: str = "") -> Loaded[T]:
-    """Merges the layers over the defaults and checks the result against the class's schema.
+def build(cls: type[T], sources: list[ConfigSource], prefix: str = "") -> Resolved[T]:
+    """Merges the sources over the defaults and checks the result against the class's schema.
 
     Raises UserError that names each wrong key with its origin.
     """
     known = keys_of(cls)
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for layer in layers:
-        for key, value in layer.values.items():
-            if layer.text and key in known:
+    for source in sources:
+        for key, value in canonical_keys(cls, source.values, source.origin).items():
+            if source.text and key in known:
                 if isinstance(value, str):
-                    value = from_text(value, known[key])
+                    value = parse_value(value, known[key])
                 elif known[key].type == "bool" and value in (0, 1):
                     value = bool(value)
-            if key in known and known[key].metadata["any_case"] and isinstance(value, str):
-                value = value.lower()
-            values[key] = value
-            origins[key] = layer.origin
-    check(cls, values, origins or {"": layers[0].origin}, prefix)
+            values[key] = canonical_value(known[key], value) if key in known else value
+            origins[key] = source.origin
+    check(cls, values, origins or {"": sources[0].origin}, prefix)
     kwargs = {}
     for key, value in values.items():
         kind = known[key].type
@@ -82,18 +80,18 @@ def build(cls: type[T], layers: list[Layer], prefix: str = "") -> Loaded[T]:
         config = cls(**kwargs)
     except UserError as error:  # a rule between several keys, from __post_init__
         raise UserError(f"{', '.join(dict.fromkeys(origins.values()))}: {prefix}{error}") from None
-    return Loaded(config, {key: origins.get(key, "default") for key in known})
+    return Resolved(config, {key: origins.get(key, "default") for key in known})
 
 
 def read_json(path: Path, is_input: bool = True) -> Any:
     """The content of a JSON file; UserError with file, line and column otherwise. A repeated key is an error.
 
-    is_input: see fm9g.inputs; False for what a run wrote itself, and may replace.
+    is_input: see fm9g.io.inputs; False for what a run wrote itself, and may replace.
     """
     if is_input:
-        note_input(path)
+        register_input(path)
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
         for key, value in pairs:
             if key in seen:
@@ -101,9 +99,9 @@ def read_json(path: Path, is_input: bool = True) -> Any:
             seen[key] = value
         return seen
 
-    check_regular(path, _MOST)
+    check_regular(path, _MAX_BYTES)
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once)
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=reject_duplicate_keys)
     except UserError:
         raise
     except FileNotFoundError:
@@ -160,6 +158,6 @@ def require_config(kind: str, name: str) -> Path:
             )
         raise UserError(
             f"{name!r} is neither a file nor a name in {kind}/, which has {', '.join(known) or 'none'}"
-            f"{nearest(bare_name(name), known)}"
+            f"{did_you_mean(bare_name(name), known)}"
         )
     return path

@@ -8,32 +8,32 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fm9g.config import foreign
-from fm9g.config.fields import nearest, option
-from fm9g.config.load import Layer, Loaded, build, read_json
+from fm9g.config.fields import did_you_mean, option
+from fm9g.config.load import ConfigSource, Resolved, build, read_json
 from fm9g.errors import UserError
-from fm9g.kinds import MIXTURE, check_kind
+from fm9g.io.path_kind import MIXTURE, check_kind
 
 LOSSES = ["assistant", "last", "all"]
 TURNS = ["auto", "split"]
 # Chat templates that have a name: those that come with fm9g, the tokenizer's own, and no template.
-TEMPLATE_FOLDER = Path(__file__).parents[1] / "data" / "templates"
+TEMPLATE_FOLDER = Path(__file__).parents[1] / "data" / "encode" / "templates"
 BUILT_IN = tuple(sorted(file.stem for file in TEMPLATE_FOLDER.glob("*.jinja")))
-OWN, NONE = "tokenizer", "none"
-UNUSED = "descriptive; nothing depends on it"
+TOKENIZER_TEMPLATE, NO_TEMPLATE = "tokenizer", "none"
+DESCRIPTIVE = "descriptive; nothing depends on it"
 
 
 @dataclass(frozen=True)
 class DatasetConfig:
     """One dataset of a mixture."""
 
-    ELSEWHERE: ClassVar[dict[str, str]] = foreign.DATASET
+    FOREIGN_KEYS: ClassVar[dict[str, str]] = foreign.DATASET
 
     task_name: str = option(help="unique name; the loss is reported under it", minLength=1)
     path: str = option(
         help="folder of an indexed dataset, relative to this JSON file or, if it is not there, to the current folder",
         minLength=1,
     )
-    dataset_name: str = option("", help=UNUSED)
+    dataset_name: str = option("", help=DESCRIPTIVE)
     abs_weight: float | None = option(None, help="share of the tokens of a run, relative to the others", minimum=0)
     weight: float = option(1.0, help="without abs_weight: the share is weight times the size in bytes", minimum=0)
     transforms: str | None = option(None, help="Python file with transform(data, num_sample, r), relative to this file")
@@ -43,13 +43,16 @@ class DatasetConfig:
     ave_tokens_per_line: float | None = option(None, help="average tokens of a record", exclusiveMinimum=0)
     avg_tokens: float | None = option(None, help="another name of ave_tokens_per_line", exclusiveMinimum=0)
     ave_tokens: float | None = option(None, help="another name of ave_tokens_per_line", exclusiveMinimum=0)
-    total_tokens: float | None = option(None, help=f"10^9 tokens; {UNUSED}", minimum=0)
-    template: str = option(
+    total_tokens: float | None = option(None, help=f"10^9 tokens; {DESCRIPTIVE}", minimum=0)
+    chat_template: str = option(
         "",
+        aliases=("template",),
         help="chat template: a built-in one (docs/data.md lists them), tokenizer (its own), a file, or none; default: "
         "the run's",
     )
-    loss: str = option("", help="what is learnt: assistant, last or all; default: the run's", enum=["", *LOSSES])
+    train_on: str = option(
+        "", aliases=("loss",), help="what is learnt: assistant, last or all; default: the run's", enum=["", *LOSSES]
+    )
     turns: str = option("", help="texts of a conversation: auto or split; default: the run's", enum=["", *TURNS])
     oversize_rule: str = option(
         "segment",
@@ -61,8 +64,8 @@ class DatasetConfig:
     max_samples: int = option(
         0, help="use the first records alone, so many; 0: as the run's max_samples says", minimum=0
     )
-    do_compact: bool = option(False, help=UNUSED)
-    is_long: bool = option(False, help=UNUSED)
+    do_compact: bool = option(False, help=DESCRIPTIVE)
+    is_long: bool = option(False, help=DESCRIPTIVE)
 
     @property
     def mean_tokens(self) -> float | None:
@@ -72,12 +75,12 @@ class DatasetConfig:
     def __post_init__(self) -> None:
         if not self.task_name.isprintable():
             raise UserError(f"task_name: found {self.task_name!r}, expected printable characters")
-        check_template(self.template)
+        check_template(self.chat_template)
         if sum(self.incontext_weight) <= 0:
             raise UserError("incontext_weight: at least one weight must be above 0")
 
 
-def load_mixture(path: Path, overrides: dict[str, dict[str, Any]] | None = None) -> list[Loaded[DatasetConfig]]:
+def load_mixture(path: Path, overrides: dict[str, dict[str, Any]] | None = None) -> list[Resolved[DatasetConfig]]:
     """Reads a mixture; paths inside come back absolute.
 
     overrides: task name -> `--data.TASK.KEY value` from the command line, as strings.
@@ -88,31 +91,31 @@ def load_mixture(path: Path, overrides: dict[str, dict[str, Any]] | None = None)
     content = read_json(path)
     if not isinstance(content, list) or not content:
         raise UserError(f'{path}: expected a list of at least one dataset: [{{"task_name": ..., "path": ...}}]')
-    loaded: list[Loaded[DatasetConfig]] = []
+    resolved: list[Resolved[DatasetConfig]] = []
     for number, entry in enumerate(content):
         if not isinstance(entry, dict):
             raise UserError(f"{path}: [{number}]: found {entry!r}, expected a JSON object")
-        layers = [Layer(str(path), entry)]
+        sources = [ConfigSource(str(path), entry)]
         task = str(entry.get("task_name", ""))
         if task in overrides:
-            layers.append(Layer(f"command line (--data.{task}.)", overrides.pop(task), text=True))
-        item = build(DatasetConfig, layers, prefix=f"[{number}].")
-        loaded.append(Loaded(_absolute(item.value, path), item.origins))
-    tasks = [item.value.task_name for item in loaded]
+            sources.append(ConfigSource(f"command line (--data.{task}.)", overrides.pop(task), text=True))
+        item = build(DatasetConfig, sources, prefix=f"[{number}].")
+        resolved.append(Resolved(_absolute(item.value, path), item.origins))
+    tasks = [item.value.task_name for item in resolved]
     for task in tasks:
         if tasks.count(task) > 1:
             raise UserError(f"{path}: task_name {task!r} is used {tasks.count(task)} times; give each its own")
     for task in overrides:
         raise UserError(
-            f"--data.{task}.: {path} has no such task_name; it has {', '.join(tasks)}{nearest(task, tasks)}"
+            f"--data.{task}.: {path} has no such task_name; it has {', '.join(tasks)}{did_you_mean(task, tasks)}"
         )
-    if not any(item.value.abs_weight or (item.value.abs_weight is None and item.value.weight) for item in loaded):
+    if not any(item.value.abs_weight or (item.value.abs_weight is None and item.value.weight) for item in resolved):
         raise UserError(f"{path}: every weight is 0; nothing to train on")
-    given = [item.value.task_name for item in loaded if item.value.abs_weight is not None]
-    if given and len(given) < len(loaded):
+    given = [item.value.task_name for item in resolved if item.value.abs_weight is not None]
+    if given and len(given) < len(resolved):
         without = [task for task in tasks if task not in given]
         raise UserError(f"{path}: abs_weight is missing for {', '.join(without)}; give it to all datasets or to none")
-    return loaded
+    return resolved
 
 
 def _absolute(config: DatasetConfig, file: Path) -> DatasetConfig:
@@ -125,17 +128,19 @@ def _absolute(config: DatasetConfig, file: Path) -> DatasetConfig:
         return os.path.realpath((there or places)[0])  # Path.resolve() fails on a loop of links
 
     # A template's name stands for itself; a file's, for the file.
-    template = absolute(config.template) if is_file_name(config.template) else config.template
+    template = absolute(config.chat_template) if is_file_name(config.chat_template) else config.chat_template
     transforms = absolute(config.transforms) if config.transforms else None
-    return replace(config, path=absolute(config.path), transforms=transforms, template=template)
+    return replace(config, path=absolute(config.path), transforms=transforms, chat_template=template)
 
 
 def check_template(template: str) -> None:
     """Raises UserError for a name that no template has. A file is looked for when it is read."""
-    known = [*BUILT_IN, OWN, NONE]
+    known = [*BUILT_IN, TOKENIZER_TEMPLATE, NO_TEMPLATE]
     if template and template not in known and not is_file_name(template):
-        hint = nearest(template, known) or f"; give a file such as ./{template}.jinja, or one of {', '.join(known)}"
-        raise UserError(f"template: {template!r}: no such chat template{hint}")
+        hint = (
+            did_you_mean(template, known) or f"; give a file such as ./{template}.jinja, or one of {', '.join(known)}"
+        )
+        raise UserError(f"chat_template: {template!r}: no such chat template{hint}")
 
 
 def is_file_name(template: str) -> bool:

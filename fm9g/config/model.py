@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 from fm9g.config import foreign
 from fm9g.config.fields import key_of, keys_of, option
-from fm9g.config.load import Layer, Loaded, build, read_object
+from fm9g.config.load import ConfigSource, Resolved, build, read_object
 from fm9g.errors import UserError
 
 # Keys of published files that change nothing: key -> the values that they may have, and why they change nothing.
-RETIRED: dict[str, tuple[tuple[Any, ...], str]] = {
+DEPRECATED_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "ffn_gated": ((True,), "every 9G model has gated feed-forward layers"),
     "flash_attn_mask_shape": (("1d", "2d"), "attention stays within a document, whatever the shape of a mask"),
 }
@@ -26,7 +26,7 @@ ROPE_SCALINGS = ("", "linear", "ntk-aware", "dynamic ntk", "ntk-by-parts", "yarn
 class ModelConfig:
     """Attributes carry the field's names, `key` the names in 9G files."""
 
-    ELSEWHERE: ClassVar[dict[str, str]] = foreign.MODEL
+    FOREIGN_KEYS: ClassVar[dict[str, str]] = foreign.MODEL
 
     vocab_size: int = option(help="number of token ids", minimum=1, maximum=2**24)
     hidden_size: int = option(help="width of the hidden states", key="dim_model", minimum=1, maximum=2**20)
@@ -61,7 +61,7 @@ class ModelConfig:
         "",
         help="how rotary positions stretch to longer texts",
         key="rope_scaling_type",
-        any_case=True,
+        case_insensitive=True,
         enum=list(ROPE_SCALINGS),
     )
     rope_factor: float = option(1.0, help="by how much positions stretch", key="rope_scaling_factor", minimum=1)
@@ -128,7 +128,7 @@ class ModelConfig:
             object.__setattr__(self, "orig_max_length", max(1, int(self.max_length / self.rope_factor)))
 
     @property
-    def scale_width(self) -> float:
+    def mup_width(self) -> float:
         """dim_model / dim_model_base where scale is true, else 1."""
         return self.hidden_size / self.base_hidden_size if self.scale else 1.0
 
@@ -169,12 +169,21 @@ class ModelConfig:
 
 
 # Keys that change no result of a trained model: how it is computed, how it starts, how long texts may be.
-_MANNER = ("dropout_p", "init_std", "mup_lr", "half", "half_type", "use_flash_attn", "use_checkpoint", "max_length")
+_NON_ARCHITECTURE_KEYS = (
+    "dropout_p",
+    "init_std",
+    "mup_lr",
+    "half",
+    "half_type",
+    "use_flash_attn",
+    "use_checkpoint",
+    "max_length",
+)
 
 
-def arithmetic(config: ModelConfig) -> dict[str, Any]:
+def architecture_of(config: ModelConfig) -> dict[str, Any]:
     """The keys that two configurations of one model have alike, in the terms that act."""
-    values = {key: value for key, value in config.to_json().items() if key not in _MANNER}
+    values = {key: value for key, value in config.to_json().items() if key not in _NON_ARCHITECTURE_KEYS}
     if not config.scale:
         values |= {"scale_emb": 1.0, "dim_model_base": 0}
     values["scale_depth"] = config.residual_multiplier * math.sqrt(config.num_layers)  # what does without it, too
@@ -196,7 +205,7 @@ def arithmetic(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def differ(one: Any, other: Any) -> bool:
+def values_differ(one: Any, other: Any) -> bool:
     """Whether two values of a key are not the same; some are computed, and come back by a division."""
     return not math.isclose(one, other, rel_tol=1e-6) if isinstance(one, float) else one != other
 
@@ -227,7 +236,7 @@ def check_sizes(hf: dict[str, Any], where: str) -> None:
                     raise UserError(f"{where}: {name}: found {value!r:.20}, allowed: at most {most}; is it damaged?")
 
 
-def load_model_config(path: Path, overrides: dict[str, Any] | None = None) -> Loaded[ModelConfig]:
+def load_model_config(path: Path, overrides: dict[str, Any] | None = None) -> Resolved[ModelConfig]:
     """Reads a 9G model configuration.
 
     overrides: `--model.KEY value` from the command line, as strings.
@@ -240,25 +249,25 @@ def load_model_config(path: Path, overrides: dict[str, Any] | None = None) -> Lo
         raw.setdefault("orig_max_length", raw.pop("ori_max_length"))
     if raw.get("dim_model_base") is None:
         raw.pop("dim_model_base", None)
-    layers = [Layer(str(path), raw), Layer("command line (--model.)", dict(overrides or {}), text=True)]
-    notes = [note for layer in layers for note in _without_retired(layer)]
-    loaded = build(ModelConfig, layers)
+    sources = [ConfigSource(str(path), raw), ConfigSource("command line (--model.)", dict(overrides or {}), text=True)]
+    notes = [note for source in sources for note in _without_deprecated(source)]
+    resolved = build(ModelConfig, sources)
     unscaled = {"scale_emb": 1.0, "dim_model_base": 0}  # what files that we write have
     scaled = [key for key, value in unscaled.items() if raw.get(key, value) != value]
-    if scaled and not loaded.value.scale:
+    if scaled and not resolved.value.scale:
         notes.append(f"{path}: {' and '.join(scaled)} {'change' if scaled[1:] else 'changes'} nothing: scale is false")
-    return replace(loaded, notes=tuple(notes))
+    return replace(resolved, notes=tuple(notes))
 
 
-def _without_retired(layer: Layer) -> list[str]:
-    """Takes the keys that change nothing out of a layer; returns a line for each."""
+def _without_deprecated(source: ConfigSource) -> list[str]:
+    """Takes the keys that change nothing out of a source; returns a line for each."""
     notes = []
-    for key in sorted(RETIRED.keys() & layer.values.keys()):
-        allowed, why = RETIRED[key]
-        value = layer.values.pop(key)
+    for key in sorted(DEPRECATED_KEYS.keys() & source.values.keys()):
+        allowed, why = DEPRECATED_KEYS[key]
+        value = source.values.pop(key)
         if value not in allowed and str(value).lower() not in (str(each).lower() for each in allowed):
             raise UserError(
-                f"{layer.origin}: {key}: found {value!r}, allowed: {' or '.join(map(repr, allowed))}; {why}"
+                f"{source.origin}: {key}: found {value!r}, allowed: {' or '.join(map(repr, allowed))}; {why}"
             )
-        notes.append(f"{layer.origin}: {key} changes nothing: {why}")
+        notes.append(f"{source.origin}: {key} changes nothing: {why}")
     return notes

@@ -9,14 +9,23 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fm9g.config import foreign
-from fm9g.config.fields import from_text, keys_of, option
-from fm9g.config.load import COMMAND_LINE, Layer, Loaded, bare_name, build, find_config, read_object, require_config
+from fm9g.config.fields import canonical_keys, canonical_value, keys_of, option, parse_value
+from fm9g.config.load import (
+    COMMAND_LINE,
+    ConfigSource,
+    Resolved,
+    bare_name,
+    build,
+    find_config,
+    read_object,
+    require_config,
+)
 from fm9g.config.mixture import LOSSES, TURNS, check_template
 from fm9g.errors import UserError
 
-DEFAULTS = "launch script (--default.)"
+LAUNCH_SCRIPT = "launch script (--default.)"
 # Names of the 9G guide that have no meaning any more: name -> what replaces it.
-RETIRED = {
+DEPRECATED_KEYS = {
     "dataloader": "indexed datasets are the only kind",
     "dataloader_num_threads": "dataloader_num_workers sets how many processes encode",
     "dataloader_prefetch": "dataloader_prefetch_factor sets how far they run ahead",
@@ -40,14 +49,13 @@ ADAPTER_KEYS = (
 # The linear layers of each transformer block.
 LINEAR_LAYERS = ("project_q", "project_k", "project_v", "attention_out", "w_0", "w_1", "w_out")
 _ALL_LINEAR = ("all", "all-linear")  # how LLaMA-Factory and PEFT name them together
-_SHORT = {"resume": "resume_ckpt", "load": "pretrained_model"}  # other names of keys
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Attributes are the 9G guide's names where the guide has one."""
 
-    ELSEWHERE: ClassVar[dict[str, str]] = foreign.TRAIN
+    FOREIGN_KEYS: ClassVar[dict[str, str]] = foreign.TRAIN
 
     config: str = option("", help="the model: a name in model_configs/, or a path")
     dataset_config: str = option("", help="name in dataset_configs/, or a path")
@@ -56,7 +64,9 @@ class TrainConfig:
     exp_group: str = option("", help="put before model_unique in the names of the TensorBoard and logs folders")
     output_dir: str = option("data", help="where checkpoints/, tensorboard/ and logs/ go", minLength=1)
     pretrained_model: str = option(
-        "", help="what to start from, at step 0: a 9G .pt file, a checkpoint, or a Hugging Face folder"
+        "",
+        aliases=("load",),
+        help="what to start from, at step 0: a 9G .pt file, a checkpoint, or a Hugging Face folder",
     )
     strict_state_dict: bool = option(True, help="pretrained_model must hold every weight and no other")
     only_load_model: bool = option(
@@ -67,8 +77,9 @@ class TrainConfig:
     )
     resume_ckpt: str = option(
         "",
+        aliases=("resume",),
         help="step of this run's checkpoint to go on from; auto: the newest whole one, if there is one; last: the "
-        "newest whole one; best: the one of the lowest validation loss. --resume is the same",
+        "newest whole one; best: the one of the lowest validation loss",
     )
     resume_no_optimze: bool = option(False, help="resume without the optimizer's state")
 
@@ -82,8 +93,11 @@ class TrainConfig:
     stop_when_end: bool = option(
         False, help="no dataset is repeated, whatever its allow_repeat: the run ends when all are used up"
     )
-    early_stop: int = option(
-        0, help="stop when so many evaluations in a row have not lowered the best validation loss; 0: do not", minimum=0
+    early_stopping_patience: int = option(
+        0,
+        aliases=("early_stop",),
+        help="stop when so many evaluations in a row have not lowered the best validation loss; 0: do not",
+        minimum=0,
     )
     save: bool = option(True, help="write checkpoints")
     overwrite: bool = option(False, help="start anew although the run has checkpoints, and delete these")
@@ -115,8 +129,9 @@ class TrainConfig:
     val_dataset: str = option("", help="what to evaluate on: name in dataset_configs/, or a path; empty: nothing")
     eval_iters: int = option(500, help="steps between evaluations on val_dataset; the end always evaluates", minimum=1)
     eval_batches: int = option(0, help="rows of an evaluation, over all processes, at most; 0: all the data", minimum=0)
-    max_bad_steps: int = option(
+    max_skipped_steps: int = option(
         10,
+        aliases=("max_bad_steps",),
         help="steps in a row, skipped for a loss or gradient that is not finite or for memory, after which a run ends",
         minimum=1,
     )
@@ -124,40 +139,51 @@ class TrainConfig:
         True,
         help="skip a step that does not fit in memory if an earlier one did, on one process; false: it ends the run",
     )
-    spike: float = option(
-        6.0, help="standard deviations above the last losses that mark a step's as a spike; 0: none", minimum=0
+    loss_spike_sigmas: float = option(
+        6.0,
+        aliases=("spike",),
+        help="standard deviations above the last losses that mark a step's as a spike; 0: none",
+        minimum=0,
     )
     seed: int = option(1234, help="of the weights, the order of samples and dropout", minimum=0, maximum=2**32 - 1)
 
     batch_size: int = option(1, help="a micro-batch is one row of batch_size * max_length tokens", minimum=1)
     max_length: int = option(4096, help="longest sample, in tokens", minimum=4)
-    grad_accum: int = option(1, help="micro-batches a step, on each process", minimum=1)
-    global_batch: int = option(
+    gradient_accumulation_steps: int = option(
+        1, aliases=("grad_accum",), help="micro-batches per step, on each process", minimum=1
+    )
+    global_batch_size: int = option(
         0,
-        help="micro-batches a step over all processes, whose number sets grad_accum then; 0: grad_accum on each",
+        aliases=("global_batch",),
+        help="micro-batches per step over all processes, of batch_size * max_length tokens each; their number sets "
+        "gradient_accumulation_steps then. 0: gradient_accumulation_steps on each",
         minimum=0,
     )
     dataloader_num_workers: int = option(
         1, help="processes that encode; 0: the training process itself", minimum=0, maximum=1024
     )
-    template: str = option(
+    chat_template: str = option(
         "",
+        aliases=("template",),
         help="chat template of pairs and conversations, in the datasets that name none: a built-in one (docs/data.md "
         "lists them), tokenizer (its own), a file, or none. Default: pairs are as they are, conversations are written "
         "with the tokenizer's own",
     )
-    template_date: str = option(
-        "", help="what templates write as today's date, YYYY-MM-DD; default: the first day of the run"
+    chat_template_date: str = option(
+        "",
+        aliases=("template_date",),
+        help="what templates write as today's date, YYYY-MM-DD; default: the first day of the run",
     )
-    loss: str = option(
+    train_on: str = option(
         "assistant",
-        any_case=True,
+        aliases=("loss",),
+        case_insensitive=True,
         help="what is learnt of a conversation: every turn of the assistant, its last one, or all of the text",
         enum=LOSSES,
     )
     turns: str = option(
         "auto",
-        any_case=True,
+        case_insensitive=True,
         help="texts of a conversation: auto makes as few as the template allows, several where it rewrites earlier "
         "turns; split makes one for each turn of the assistant",
         enum=TURNS,
@@ -166,12 +192,17 @@ class TrainConfig:
         False, help="run the data loader alone for train_iters steps and say how fast it is"
     )
     max_samples: int = option(0, help="use the first records of each dataset alone, so many; 0: all", minimum=0)
-    token_cache: str = option("", help="folder that keeps encoded datasets, for the next epoch or run; empty: none")
-    data_changes: str = option(
+    token_cache_dir: str = option(
+        "", aliases=("token_cache",), help="folder that keeps encoded datasets, for the next epoch or run; empty: none"
+    )
+    on_data_change: str = option(
         "refuse",
+        aliases=("data_changes",),
+        value_aliases={"carry": "allow"},
         help="on resume, of a change that makes other samples (tokenizer, transforms, seed, max_length, packs a step): "
-        "refuse it, or carry the epochs on as well as can be. Datasets may always come, go and change their share",
-        enum=["refuse", "carry"],
+        "refuse it, or allow it and continue the epochs as far as possible. Datasets may always come, go and change "
+        "their share",
+        enum=["refuse", "allow"],
     )
     dataloader_prefetch_factor: int = option(
         2, help="chunks of records each worker prepares ahead", minimum=1, maximum=1024
@@ -181,7 +212,7 @@ class TrainConfig:
     lr_scheduler: str = option(
         "cosine",
         help="learning rate schedule",
-        any_case=True,
+        case_insensitive=True,
         enum=["cosine", "warmupstabledrop", "warmupstableexp", "linear", "constant", "noam"],
     )
     warmup_iters: float = option(20, help="steps of linear warmup from rate 0; below 1: a share of all", minimum=0)
@@ -195,7 +226,7 @@ class TrainConfig:
     )
     optimizer: str = option(
         "adamw",
-        any_case=True,
+        case_insensitive=True,
         help="adamw; adamw8bit, its moments in 8 bits; adafactor; muon, for the layers' matrices, adamw for the rest",
         enum=["adamw", "adamw8bit", "adafactor", "muon"],
     )
@@ -228,13 +259,13 @@ class TrainConfig:
     lora_alpha: float = option(16.0, help="what adapters add counts alpha / r times", exclusiveMinimum=0, maximum=1e6)
     lora_dropout: float = option(0.0, help="of the adapters' inputs, in training", minimum=0, exclusiveMaximum=1)
     lora_backend: str = option(
-        "peft", any_case=True, help="the package that puts adapters into the model", enum=["peft", "opendelta"]
+        "peft", case_insensitive=True, help="the package that puts adapters into the model", enum=["peft", "opendelta"]
     )
     use_rslora: bool = option(False, help="rank-stabilized LoRA: alpha / sqrt(r) in place of alpha / r")
     use_dora: bool = option(False, help="DoRA: adapters turn weights, and their lengths are trained apart")
     init_lora_weights: str = option(
         "default",
-        any_case=True,
+        case_insensitive=True,
         help="default: B is zero; pissa: A and B are the base's largest singular vectors, which the base loses; "
         "pissa_niter_16: an approximation of them that takes less time",
         enum=["default", "pissa", "pissa_niter_16"],
@@ -244,7 +275,7 @@ class TrainConfig:
     )
     quantization: str = option(
         "none",
-        any_case=True,
+        case_insensitive=True,
         help="QLoRA: the frozen layers' weights in 4 or 8 bits, whole on every process",
         enum=["none", "nf4", "fp4", "int8"],
     )
@@ -267,7 +298,7 @@ class TrainConfig:
     use_checkpoint: bool = option(False, help="the guide's name of activation_checkpoint full")
     activation_checkpoint: str = option(
         "",
-        any_case=True,
+        case_insensitive=True,
         help="what the backward pass computes again, to save memory: full, whole layers; selective, all but matrix "
         "products and attention; none; empty: as use_checkpoint says",
         enum=["", "none", "selective", "full"],
@@ -289,8 +320,10 @@ class TrainConfig:
         1, help="processes that share each layer's work (tensor parallelism; engine torch)", minimum=1
     )
     sequence_parallel: bool = option(True, help="with tp_size: they share the tokens of the norms, too")
-    optimizer_offload: bool = option(
-        False, help="keep and run the optimizer in the host's memory, on machines with GPUs"
+    offload_optimizer: bool = option(
+        False,
+        aliases=("optimizer_offload",),
+        help="keep and run the optimizer in the host's memory, on machines with GPUs",
     )
     loss_scale: float = option(32768, help="of fp16: what losses are multiplied by at first", minimum=1)
     loss_scale_steps: int = option(1024, help="of fp16: steps without overflow after which that doubles", minimum=1)
@@ -310,7 +343,7 @@ class TrainConfig:
         return self.activation_checkpoint or ("full" if self.use_checkpoint else "none")
 
     @property
-    def sinks(self) -> list[str]:
+    def trackers(self) -> list[str]:
         """Where figures go beside console and metrics.jsonl."""
         return [name for name in map(str.strip, self.report_to.lower().split(",")) if name not in ("", "none")]
 
@@ -319,22 +352,22 @@ class TrainConfig:
         """Where this session ends."""
         return min(self.stop_iters or self.train_iters, self.train_iters)
 
-    def replicas(self, world_size: int) -> int:
+    def dp_size(self, world_size: int) -> int:
         """Groups of processes that train on different data. Raises UserError where tp_size does not divide them."""
         if world_size % self.tp_size:
             raise UserError(f"tp_size {self.tp_size} does not divide the number of processes, {world_size}")
         return world_size // self.tp_size
 
-    def iters_of_epochs(self, tokens: float, tokens_per_step: int) -> int:
+    def iters_for_epochs(self, tokens: float, tokens_per_step: int) -> int:
         """The steps that `epochs` take. tokens: of one epoch."""
         return max(1, math.ceil(self.epochs * tokens / tokens_per_step))
 
-    def packs_a_step(self, replicas: int) -> int:
+    def packs_per_step(self, dp_size: int) -> int:
         """Micro-batches a step over all processes. Raises UserError where they cannot be dealt to the replicas."""
-        packs = self.global_batch or self.grad_accum * replicas
-        if packs % replicas:
+        packs = self.global_batch_size or self.gradient_accumulation_steps * dp_size
+        if packs % dp_size:
             fits = [n for n in range(1, packs + 1) if packs % n == 0]
-            raise UserError(f"global_batch {packs} cannot be dealt to {replicas} processes; possible: {fits}")
+            raise UserError(f"global_batch_size {packs} cannot be dealt to {dp_size} processes; possible: {fits}")
         return packs
 
     def __post_init__(self) -> None:
@@ -348,11 +381,13 @@ class TrainConfig:
         is_step = step.isascii() and step.isdecimal() and len(step) < 17
         if step and step not in ("auto", "last", "best") and not is_step:
             raise UserError(f"resume_ckpt: found {step!r}, expected the number of a step, auto, last or best")
-        check_template(self.template)
-        if self.template_date and not _is_date(self.template_date):
-            raise UserError(f"template_date: found {self.template_date!r}, expected a date such as 2026-07-26")
-        if self.global_batch and self.grad_accum != 1:
-            raise UserError("global_batch and grad_accum are both given; keep one of them")
+        check_template(self.chat_template)
+        if self.chat_template_date and not _is_date(self.chat_template_date):
+            raise UserError(
+                f"chat_template_date: found {self.chat_template_date!r}, expected a date such as 2026-07-26"
+            )
+        if self.global_batch_size and self.gradient_accumulation_steps != 1:
+            raise UserError("global_batch_size and gradient_accumulation_steps are both given; keep one of them")
         if self.tp_size > 1 and self.engine == "bmtrain":
             raise UserError(f"tp_size {self.tp_size} needs --engine torch; bmtrain shards by ZeRO alone")
         if self.zero_level == 0 and self.engine == "bmtrain":
@@ -362,15 +397,15 @@ class TrainConfig:
         if self.resume_ckpt and self.overwrite:
             raise UserError("resume_ckpt and overwrite are both given; a run goes on or starts anew")
         self._check_adapters()
-        object.__setattr__(self, "lora_layer", _expanded(self.lora_layer))
-        if self.early_stop and not self.val_dataset:
-            raise UserError("early_stop needs a val_dataset to evaluate on")
+        object.__setattr__(self, "lora_layer", _expand_all_linear(self.lora_layer))
+        if self.early_stopping_patience and not self.val_dataset:
+            raise UserError("early_stopping_patience needs a val_dataset to evaluate on")
         if self.tp_size > 1 and self.neftune_alpha:
             raise UserError("neftune_alpha does not go with tp_size: its processes would draw different noise")
         named = [name.strip() for name in self.report_to.lower().split(",")]
-        if "none" in named and self.sinks:
+        if "none" in named and self.trackers:
             raise UserError(f"report_to: found {self.report_to!r}: none goes with nothing else")
-        if unknown := sorted(set(self.sinks) - {"tensorboard", "wandb", "swanlab"}):
+        if unknown := sorted(set(self.trackers) - {"tensorboard", "wandb", "swanlab"}):
             raise UserError(f"report_to: found {unknown[0]!r}, expected tensorboard, wandb, swanlab, or none")
         if self.only_run_dataloader and self.resume_ckpt:
             raise UserError("only_run_dataloader and resume_ckpt are both given; the loader alone starts at step 0")
@@ -392,7 +427,7 @@ class TrainConfig:
             )
         if not self.lora_layer and not self.adapter:
             if not self.resume_ckpt:  # a checkpoint may hold adapters
-                self.refuse_adapter_keys()
+                self.reject_adapter_keys()
             return
         if not self.pretrained_model and not self.resume_ckpt and not self.adapter:
             raise UserError("lora_layer needs a pretrained_model: adapters are trained on the weights of a model")
@@ -415,14 +450,14 @@ class TrainConfig:
         if self.lora_backend == "opendelta" and (self.use_dora or self.quantization != "none"):
             raise UserError("lora_backend opendelta has neither use_dora nor quantization; use peft")
 
-    def refuse_adapter_keys(self) -> None:
+    def reject_adapter_keys(self) -> None:
         """Raises UserError if a key of adapters is given; for a run that trains none."""
         defaults = keys_of(TrainConfig)
         if given := [key for key in ADAPTER_KEYS if getattr(self, key) != defaults[key].default]:
             raise UserError(f"{given[0]} is given and lora_layer is not: there are no adapters for it to act on")
 
 
-def _expanded(layers: list[str]) -> list[str]:
+def _expand_all_linear(layers: list[str]) -> list[str]:
     return list(LINEAR_LAYERS) if set(layers) & set(_ALL_LINEAR) else layers
 
 
@@ -435,7 +470,7 @@ def _is_date(text: str) -> bool:
 
 def load_train_config(
     name: str, overrides: dict[str, Any], defaults: dict[str, Any] | None = None
-) -> tuple[Loaded[TrainConfig], Path]:
+) -> tuple[Resolved[TrainConfig], Path]:
     """The configuration of a run: defaults < `--default.KEY` < train_configs/NAME.json < `--KEY`.
 
     name: of a file in train_configs/ or, where there is none, of a model in model_configs/.
@@ -449,34 +484,34 @@ def load_train_config(
         raise UserError("--default.config: give it as --config")
     notes: list[str] = []
     file = find_config("train_configs", name)
-    sections: list[Layer] = []
+    sections: list[ConfigSource] = []
     if file is not None and "vocab_size" not in (content := read_object(file)):
         sections = _sections(file, content)
         # A training file that names no model means the one of its own name, "7b_lora" also the one of "7b".
         known = find_config("model_configs", bare) or not bare.endswith("_lora")
         name = bare if known else bare.removesuffix("_lora")
-    layers = [
-        Layer(COMMAND_LINE, {"config": name, "model_unique": bare}),
-        Layer(DEFAULTS, defaults or {}, text=True),
+    sources = [
+        ConfigSource(COMMAND_LINE, {"config": name, "model_unique": bare}),
+        ConfigSource(LAUNCH_SCRIPT, defaults or {}, text=True),
         *sections,
-        Layer(COMMAND_LINE, overrides, text=True),
+        ConfigSource(COMMAND_LINE, overrides, text=True),
     ]
-    layers = [Layer(layer.origin, _acting(layer, notes), layer.text) for layer in layers]
-    loaded = build(TrainConfig, layers)
-    from_file = {key: value for key, value in layers[1].values.items() if loaded.origins[key] == str(file)}
-    if lost := _unlike(loaded.value, from_file):
+    sources = [ConfigSource(source.origin, _without_deprecated(source, notes), source.text) for source in sources]
+    resolved = build(TrainConfig, sources)
+    from_file = {key: value for key, value in sources[1].values.items() if resolved.origins[key] == str(file)}
+    if lost := _overridden(resolved.value, from_file):
         notes.append(f"{file} wins over the launch script: {', '.join(lost)}")
-    return replace(loaded, notes=tuple(notes)), require_config("model_configs", loaded.value.config)
+    return replace(resolved, notes=tuple(notes)), require_config("model_configs", resolved.value.config)
 
 
-def _unlike(config: TrainConfig, given: dict[str, Any]) -> list[str]:
+def _overridden(config: TrainConfig, given: dict[str, Any]) -> list[str]:
     """The given keys whose values are not those of the configuration, with both."""
     found = []
     for key, value in given.items():
         field = keys_of(TrainConfig)[key]
         mine = getattr(config, field.name)
-        read = from_text(value.lower() if field.metadata["any_case"] else value, field)
-        if (_expanded(read) if key == "lora_layer" and isinstance(read, list) else read) != mine:
+        read = parse_value(canonical_value(field, value), field)
+        if (_expand_all_linear(read) if key == "lora_layer" and isinstance(read, list) else read) != mine:
             found.append(f"{key} is {mine!r}, not {value!r}")
     return found
 
@@ -484,12 +519,12 @@ def _unlike(config: TrainConfig, given: dict[str, Any]) -> list[str]:
 def load_adapter_keys(file: Path) -> TrainConfig:
     """What a file of train_configs/ says of adapters; all other keys have their defaults. Raises UserError."""
     values = {"pretrained_model": str(file)}
-    for layer in _sections(file, read_object(file)):
-        values |= {key: value for key, value in layer.values.items() if key in ("lora_layer", *ADAPTER_KEYS)}
-    return build(TrainConfig, [Layer(str(file), values, text=True)]).value
+    for source in _sections(file, read_object(file)):
+        values |= {key: value for key, value in source.values.items() if key in ("lora_layer", *ADAPTER_KEYS)}
+    return build(TrainConfig, [ConfigSource(str(file), values, text=True)]).value
 
 
-def _sections(file: Path, content: dict[str, Any]) -> list[Layer]:
+def _sections(file: Path, content: dict[str, Any]) -> list[ConfigSource]:
     """The sections of a training file: "pretrain" and, for LoRA, "finetune", which wins."""
     for name, values in content.items():
         if name not in ("pretrain", "finetune") or not isinstance(values, dict):
@@ -498,16 +533,13 @@ def _sections(file: Path, content: dict[str, Any]) -> list[Layer]:
             )
     if not content:
         raise UserError(f'{file}: is empty; expected {{"pretrain": {{...}}}}')
-    return [Layer(str(file), content[name], text=True) for name in ("pretrain", "finetune") if name in content]
+    return [ConfigSource(str(file), content[name], text=True) for name in ("pretrain", "finetune") if name in content]
 
 
-def _acting(layer: Layer, notes: list[str]) -> dict[str, Any]:
-    """The layer's values, under their keys' own names, without those that change nothing; a note for each of these."""
-    values = {_SHORT.get(key, key): value for key, value in layer.values.items()}
-    for short, key in _SHORT.items():
-        if short in layer.values and key in layer.values:
-            raise UserError(f"{layer.origin}: {short} and {key} are both given; they are the same")
-    for key in sorted(RETIRED.keys() & values.keys()):
-        notes.append(f"{layer.origin}: {key} changes nothing: {RETIRED[key]}")
+def _without_deprecated(source: ConfigSource, notes: list[str]) -> dict[str, Any]:
+    """The source's values, under their keys' own names, without those that change nothing; a note for each of these."""
+    values = canonical_keys(TrainConfig, source.values, source.origin)
+    for key in sorted(DEPRECATED_KEYS.keys() & values.keys()):
+        notes.append(f"{source.origin}: {key} changes nothing: {DEPRECATED_KEYS[key]}")
         del values[key]
     return values

@@ -13,55 +13,56 @@ from typing import Any
 
 import torch
 
-from fm9g.checkpoint.stored import Gathered, Stored
 from fm9g.config.model import ModelConfig
-from fm9g.convert.names import Names, Table, bare, renamed
+from fm9g.convert.weight_map import NameTable, WeightMap, llama_map_with, strip_wrappers
 from fm9g.errors import UserError
+from fm9g.io.lazy_tensor import LazyConcat, LazyTensor
 
-Blocks = list[tuple[str, int]]  # q, k or v, and how many of its rows come next
-Values = dict[str, Any]
+QKVLayout = list[tuple[str, int]]  # q, k or v, and how many of its rows come next
+HFConfig = dict[str, Any]
 
 
-class UnfitError(Exception):
+class UnsupportedConfigError(Exception):
     """A key of a configuration that asks for what 9G has not. args: the key, and the reason."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """table: the names of weights. blocks: the rows of a packed weight. terms: a configuration in Llama's terms.
+    """table: the names of weights. qkv_layout: the rows of a packed weight. to_llama_config:
+    a configuration in Llama's terms.
 
     defaults: what the published configuration class takes for keys that are not given; None: transformers has the
-    class. normed_head: whether the model of a configuration normalizes the rows of its output weights before it
+    class. has_normalized_head: whether the model of a configuration normalizes the rows of its output weights before it
     multiplies with them.
     """
 
-    table: Table = field(default_factory=renamed)
-    blocks: Callable[[ModelConfig], Blocks] | None = None
-    terms: Callable[[Values], Values] = dict
-    defaults: Values | None = None
-    normed_head: Callable[[Values], bool] = lambda hf: False
+    table: NameTable = field(default_factory=llama_map_with)
+    qkv_layout: Callable[[ModelConfig], QKVLayout] | None = None
+    to_llama_config: Callable[[HFConfig], HFConfig] = dict
+    defaults: HFConfig | None = None
+    has_normalized_head: Callable[[HFConfig], bool] = lambda hf: False
 
     @property
-    def names(self) -> Names:
-        return Names(self.table)
+    def names(self) -> WeightMap:
+        return WeightMap(self.table)
 
 
-def one_after_the_other(config: ModelConfig) -> Blocks:
+def qkv_concatenated(config: ModelConfig) -> QKVLayout:
     """All queries, then all keys, then all values."""
     shared = config.num_kv_heads * config.head_dim
     return [("q", config.num_heads * config.head_dim), ("k", shared), ("v", shared)]
 
 
-def by_key_head(config: ModelConfig) -> Blocks:
+def qkv_interleaved(config: ModelConfig) -> QKVLayout:
     """For each key head the queries that share it, itself, and its values."""
     group = config.num_heads // config.num_kv_heads
     return [("q", group * config.head_dim), ("k", config.head_dim), ("v", config.head_dim)] * config.num_kv_heads
 
 
-def _qwen(hf: Values) -> Values:
+def _qwen(hf: HFConfig) -> HFConfig:
     """Qwen of 2023: two halves of a feed-forward width, and stretches that begin beyond seq_length only."""
     if not hf.get("no_bias", True):
-        raise UnfitError("no_bias", "is false: 9G has biases on queries, keys and values alone")
+        raise UnsupportedConfigError("no_bias", "is false: 9G has biases on queries, keys and values alone")
     return hf | {
         "intermediate_size": hf["intermediate_size"] // 2,
         "head_dim": hf["kv_channels"],
@@ -73,23 +74,27 @@ def _qwen(hf: Values) -> Values:
     }
 
 
-def _baichuan(hf: Values) -> Values:
+def _baichuan(hf: HFConfig) -> HFConfig:
     if "max_position_embeddings" not in hf:
-        raise UnfitError("max_position_embeddings", "is missing: a 13B of Baichuan, whose positions are ALiBi")
+        raise UnsupportedConfigError(
+            "max_position_embeddings", "is missing: a 13B of Baichuan, whose positions are ALiBi"
+        )
     return hf
 
 
-def _internlm2(hf: Values) -> Values:
+def _internlm2(hf: HFConfig) -> HFConfig:
     if hf.get("bias", True):
-        raise UnfitError("bias", "is not false: 9G has no biases on the output projection and the feed-forward layers")
+        raise UnsupportedConfigError(
+            "bias", "is not false: 9G has no biases on the output projection and the feed-forward layers"
+        )
     return hf
 
 
-def _is_baichuan2(hf: Values) -> bool:
+def _is_baichuan2(hf: HFConfig) -> bool:
     return "z_loss_weight" in hf or hf.get("vocab_size") == 125696
 
 
-_QWEN_NAMES = renamed(
+_QWEN_NAMES = llama_map_with(
     ("model.embed_tokens", "transformer.wte"),
     ("model.norm", "transformer.ln_f"),
     ("model.layers.{n}.", "transformer.h.{n}."),
@@ -101,7 +106,7 @@ _QWEN_NAMES = renamed(
     ("mlp.up_proj", "mlp.w1"),
     ("mlp.down_proj", "mlp.c_proj"),
 )
-_INTERNLM2_NAMES = renamed(
+_INTERNLM2_NAMES = llama_map_with(
     ("model.embed_tokens", "model.tok_embeddings"),
     ("lm_head", "output"),
     ("input_layernorm", "attention_norm"),
@@ -112,7 +117,7 @@ _INTERNLM2_NAMES = renamed(
     ("mlp.up_proj", "feed_forward.w3"),
     ("mlp.down_proj", "feed_forward.w2"),
 )
-_BAICHUAN_NAMES = renamed(*((f"self_attn.{part}_proj", "self_attn.W_pack") for part in "qkv"))
+_BAICHUAN_NAMES = llama_map_with(*((f"self_attn.{part}_proj", "self_attn.W_pack") for part in "qkv"))
 _COMMON = {
     "hidden_act": "silu",
     "initializer_range": 0.02,
@@ -162,26 +167,30 @@ _INTERNLM2_DEFAULTS = _COMMON_7B | {"vocab_size": 103168, "max_position_embeddin
 FAMILIES = {
     "llama": Family(),
     "mistral": Family(),
-    "qwen2": Family(terms=lambda hf: hf | {"qkv_bias": True}),
-    "qwen3": Family(terms=lambda hf: hf | {"qk_norm": True}),
+    "qwen2": Family(to_llama_config=lambda hf: hf | {"qkv_bias": True}),
+    "qwen3": Family(to_llama_config=lambda hf: hf | {"qk_norm": True}),
     "granite": Family(),
     "fm9g": Family(defaults=_COMMON | {"max_position_embeddings": 8192}),
     "minicpm": Family(defaults=_MINICPM_DEFAULTS),
     "xverse": Family(defaults=_XVERSE_DEFAULTS),
-    "Yi": Family(table=renamed(("input_layernorm", "ln1"), ("post_attention_layernorm", "ln2")), defaults=_YI_DEFAULTS),
-    "qwen": Family(table=_QWEN_NAMES, blocks=one_after_the_other, terms=_qwen, defaults=_QWEN_DEFAULTS),
+    "Yi": Family(
+        table=llama_map_with(("input_layernorm", "ln1"), ("post_attention_layernorm", "ln2")), defaults=_YI_DEFAULTS
+    ),
+    "qwen": Family(table=_QWEN_NAMES, qkv_layout=qkv_concatenated, to_llama_config=_qwen, defaults=_QWEN_DEFAULTS),
     "baichuan": Family(
         table=_BAICHUAN_NAMES,
-        blocks=one_after_the_other,
-        terms=_baichuan,
+        qkv_layout=qkv_concatenated,
+        to_llama_config=_baichuan,
         defaults=_COMMON_7B | {"vocab_size": 64000},
-        normed_head=_is_baichuan2,
+        has_normalized_head=_is_baichuan2,
     ),
-    "internlm2": Family(table=_INTERNLM2_NAMES, blocks=by_key_head, terms=_internlm2, defaults=_INTERNLM2_DEFAULTS),
+    "internlm2": Family(
+        table=_INTERNLM2_NAMES, qkv_layout=qkv_interleaved, to_llama_config=_internlm2, defaults=_INTERNLM2_DEFAULTS
+    ),
 }
 
 
-def family_of(hf: Values, where: str) -> Family:
+def family_of(hf: HFConfig, where: str) -> Family:
     """The family of a configuration. Raises UserError for one that is not known."""
     kind = hf.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
@@ -189,7 +198,7 @@ def family_of(hf: Values, where: str) -> Family:
     return FAMILIES[kind]
 
 
-def defaults_of(kind: str) -> Values:
+def default_config(kind: str) -> HFConfig:
     """What the configuration class of a model_type takes for keys that are not given."""
     if (known := FAMILIES[kind].defaults) is not None:
         return known
@@ -201,74 +210,76 @@ def defaults_of(kind: str) -> Values:
     return given | {"rope_theta": getattr(CONFIG_MAPPING[kind], "default_theta", given.get("rope_theta"))}
 
 
-def unpack(family: Family, config: ModelConfig, tensors: Mapping[str, Stored], where: str) -> dict[str, Gathered]:
+def from_hf_weights(
+    family: Family, config: ModelConfig, tensors: Mapping[str, LazyTensor], where: str
+) -> dict[str, LazyConcat]:
     """The weights of a folder under their 9G names. Raises UserError where one has none."""
     names = family.names
-    weights: dict[str, Gathered] = {}
+    weights: dict[str, LazyConcat] = {}
     unknown = []
-    for stored_as, tensor in tensors.items():
-        name = bare(stored_as, lambda name: bool(names.ours(name)))
-        ours = names.ours(name)
-        if doubled := weights.keys() & ours:
-            raise UserError(f"{where}: {stored_as}: is there twice, as {min(doubled)}; remove the one that is wrong")
-        if not ours and not name.endswith("rotary_emb.inv_freq"):  # a constant that old folders hold
-            unknown.append(stored_as)
-        elif len(ours) == 1:
-            weights[ours[0]] = Gathered((tensor,), tensor.dtype)
-        elif ours:
-            assert family.blocks, name
-            parts = _rows(tensor, family.blocks(config), f"{where}: {name}")
-            weights |= {each: Gathered(tuple(parts[_kind(each)]), tensor.dtype) for each in ours}
+    for raw_name, tensor in tensors.items():
+        name = strip_wrappers(raw_name, lambda name: bool(names.from_hf(name)))
+        native = names.from_hf(name)
+        if doubled := weights.keys() & native:
+            raise UserError(f"{where}: {raw_name}: is there twice, as {min(doubled)}; remove the one that is wrong")
+        if not native and not name.endswith("rotary_emb.inv_freq"):  # a constant that old folders hold
+            unknown.append(raw_name)
+        elif len(native) == 1:
+            weights[native[0]] = LazyConcat((tensor,), tensor.dtype)
+        elif native:
+            assert family.qkv_layout, name
+            parts = _split_qkv(tensor, family.qkv_layout(config), f"{where}: {name}")
+            weights |= {each: LazyConcat(tuple(parts[_qkv_part(each)]), tensor.dtype) for each in native}
     if unknown:
         raise UserError(f"{where}: {min(unknown)} and {len(unknown) - 1} more have no place in a 9G model")
     return weights
 
 
-def pack(family: Family, config: ModelConfig, weights: Mapping[str, Gathered]) -> dict[str, Gathered]:
+def to_hf_weights(family: Family, config: ModelConfig, weights: Mapping[str, LazyConcat]) -> dict[str, LazyConcat]:
     """A 9G model's weights under the family's names, in their order. Those that are packed must be as in a file."""
     names = family.names
-    groups: dict[str, dict[str, Gathered]] = {}
+    groups: dict[str, dict[str, LazyConcat]] = {}
     for name, tensor in weights.items():
-        theirs = names.theirs(name)
-        if theirs is None:
+        hf_name = names.to_hf(name)
+        if hf_name is None:
             raise UserError(
                 f"{tensor.parts[0].file}: {name}: the layout has no such weight; leave --keep-reference-config away"
             )
-        groups.setdefault(theirs, {})[name] = tensor
-    packed = {}
-    for theirs, group in groups.items():
+        groups.setdefault(hf_name, {})[name] = tensor
+    fused = {}
+    for hf_name, group in groups.items():
         if len(group) == 1:
-            packed[theirs] = next(iter(group.values()))
+            fused[hf_name] = next(iter(group.values()))
             continue
-        assert family.blocks, theirs
-        assert all(tensor.change is None and len(tensor.parts) == 1 for tensor in group.values()), theirs
+        assert family.qkv_layout, hf_name
+        assert all(tensor.transform is None and len(tensor.parts) == 1 for tensor in group.values()), hf_name
         rows, parts = dict.fromkeys("qkv", 0), []
-        kinds = {_kind(name): tensor.parts[0] for name, tensor in group.items()}
-        for kind, count in family.blocks(config):
+        kinds = {_qkv_part(name): tensor.parts[0] for name, tensor in group.items()}
+        for kind, count in family.qkv_layout(config):
             parts.append(kinds[kind].rows(rows[kind], rows[kind] + count))
             rows[kind] += count
-        packed[theirs] = Gathered(tuple(parts), parts[0].dtype)
-    return packed
+        fused[hf_name] = LazyConcat(tuple(parts), parts[0].dtype)
+    return fused
 
 
-def _rows(tensor: Stored, blocks: Blocks, where: str) -> dict[str, list[Stored]]:
+def _split_qkv(tensor: LazyTensor, layout: QKVLayout, where: str) -> dict[str, list[LazyTensor]]:
     """The rows of queries, keys and values in a packed weight."""
-    total = sum(count for _, count in blocks)
+    total = sum(count for _, count in layout)
     if not tensor.shape or tensor.shape[0] != total:
         raise UserError(f"{where}: shape {list(tensor.shape)}, expected {total} rows, of queries, keys and values")
-    parts: dict[str, list[Stored]] = {"q": [], "k": [], "v": []}
+    parts: dict[str, list[LazyTensor]] = {"q": [], "k": [], "v": []}
     start = 0
-    for kind, count in blocks:
+    for kind, count in layout:
         parts[kind].append(tensor.rows(start, start + count))
         start += count
     return parts
 
 
-def _kind(name: str) -> str:
+def _qkv_part(name: str) -> str:
     """q, k or v, of the 9G name of a projection."""
     return name.rsplit(".", 2)[1].removeprefix("project_")
 
 
-def normalized(rows: torch.Tensor, first: int) -> torch.Tensor:
+def normalized(rows: torch.Tensor, first_row: int) -> torch.Tensor:
     """Each row divided by its length, in fp32; same type out."""
     return torch.nn.functional.normalize(rows.float()).to(rows.dtype)

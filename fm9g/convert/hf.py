@@ -10,34 +10,34 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fm9g.checkpoint.folder import MANIFEST, MODEL_CONFIG, Checkpoint
-from fm9g.checkpoint.stored import Gathered, open_pt
-from fm9g.checkpoint.weights import check_weights
+from fm9g.checkpoint.checkpoint import MANIFEST, MODEL_CONFIG, Checkpoint
 from fm9g.config.adapter import AdapterConfig
 from fm9g.config.load import read_object
-from fm9g.config.model import ModelConfig, arithmetic, differ, load_model_config
-from fm9g.convert.architecture import from_hf_config, to_hf_config
-from fm9g.convert.card import model_card
-from fm9g.convert.companions import copy_companions, stop_ids, write_tokenizer
-from fm9g.convert.families import FAMILIES, Family, family_of, pack
-from fm9g.convert.folder import DTYPES, main_dtype, open_folder, open_weights
-from fm9g.convert.native_tokenizer import AUTO
-from fm9g.convert.stream import Output, partial_folder, pt_output, safetensors_output, write_outputs
-from fm9g.data.tokenizer import listed_ids
+from fm9g.config.model import ModelConfig, architecture_of, load_model_config, values_differ
+from fm9g.convert.aux_files import copy_aux_files, stop_ids, write_tokenizer
+from fm9g.convert.families import FAMILIES, Family, family_of, to_hf_weights
+from fm9g.convert.hf_config import from_hf_config, to_hf_config
+from fm9g.convert.hf_reader import DTYPES, main_dtype, open_hf_folder, open_pt_weights
+from fm9g.convert.model_card import model_card
+from fm9g.convert.native_tokenizer import AUTO_TOKENIZER
+from fm9g.convert.resumable_writer import OutputFile, pt_output, resumable_dir, safetensors_output, write_resumable
+from fm9g.data.encode.tokenizer import as_id_list
 from fm9g.errors import UserError
-from fm9g.files import new_file, new_folder
-from fm9g.inputs import check_output, keep_inputs
-from fm9g.kinds import MODEL, TOKENIZER, check_kind, kind_of
-from fm9g.kinds import MODEL_CONFIG as CONFIG_KIND
+from fm9g.io.atomic import atomic_dir, atomic_file
+from fm9g.io.inputs import check_output, protect_inputs
+from fm9g.io.lazy_tensor import LazyConcat, open_pt
+from fm9g.io.path_kind import MODEL, TOKENIZER, check_kind, kind_of
+from fm9g.io.path_kind import MODEL_CONFIG as MODEL_CONFIG_KIND
+from fm9g.io.weights import check_weights
 from fm9g.model.transformer import weight_shapes
 
 SHARD_BYTES = 5 * 1000**3
 FORMATS = ("safetensors", "bin")
-Check = Callable[[Mapping[str, Gathered]], None]
+WeightsCheck = Callable[[Mapping[str, LazyConcat]], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ExportSource:
     """A 9G model to be exported. file: of its weights. folder: the checkpoint it is from, None for a bare .pt file.
     tokenizer: the folder of its files, None where it is not known. adapter, base: of a merge, for its card."""
 
@@ -49,7 +49,7 @@ class Source:
     base: Path | None = None
 
 
-@keep_inputs()
+@protect_inputs()
 def import_folder(source: Path, target: Path, overwrite: bool = False, dtype: str = "") -> Path:
     """Writes the weights of a Hugging Face folder as a 9G .pt file, and its model configuration beside it.
 
@@ -62,23 +62,23 @@ def import_folder(source: Path, target: Path, overwrite: bool = False, dtype: st
         raise UserError(f"{source}: is {found}; a .pt file is made from a Hugging Face folder")
     if (source / MANIFEST).is_file():
         raise UserError(f"{source}: a 9G checkpoint; its .pt file is {Checkpoint(source).weight_file}")
-    return write_file(*open_folder(source), target, overwrite, dtype)
+    return write_pt_model(*open_hf_folder(source), target, overwrite, dtype)
 
 
-def write_file(
+def write_pt_model(
     config: ModelConfig,
-    weights: Mapping[str, Gathered],
+    weights: Mapping[str, LazyConcat],
     target: Path,
     overwrite: bool = False,
     dtype: str = "",
-    check: Check | None = None,
+    check: WeightsCheck | None = None,
 ) -> Path:
     """Writes weights as a 9G .pt file, as import_folder does; returns the path of the configuration beside it.
 
     check: is given what was written, before it takes the place of the target.
     """
     config_file = target.with_suffix(".json")
-    if config_file.is_file() and kind_of(config_file) != CONFIG_KIND:
+    if config_file.is_file() and kind_of(config_file) != MODEL_CONFIG_KIND:
         raise UserError(
             f"{target}: its configuration would replace {config_file}, which is no model configuration of ours; choose "
             "another name"
@@ -89,21 +89,21 @@ def write_file(
             raise UserError(f"{file}: is there already; choose another name or allow it to be replaced (--overwrite)")
     target = Path(os.path.realpath(target))
     # The two get their names one right after the other, when both are on the disk: a kill hardly comes between.
-    with new_file(target) as temporary, new_file(config_file) as new_config, partial_folder(target) as folder:
-        weights = _in_type(weights, dtype)
+    with atomic_file(target) as temporary, atomic_file(config_file) as new_config, resumable_dir(target) as folder:
+        weights = _cast(weights, dtype)
         if dtype:
             config = dataclasses.replace(config, half_type=dtype)
         output = pt_output(target.name, weights, folder)
-        write_outputs(folder, [output], "writing weights")
+        write_resumable(folder, [output], "writing weights")
         if check:
-            check({name: Gathered((part,), part.dtype) for name, part in open_pt(folder / output.name).items()})
+            check({name: LazyConcat((part,), part.dtype) for name, part in open_pt(folder / output.name).items()})
         new_config.write_text(json.dumps(config.to_json(), indent=4), encoding="utf-8")
         (folder / output.name).rename(temporary)
         shutil.rmtree(folder)
     return config_file
 
 
-@keep_inputs()
+@protect_inputs()
 def export_folder(
     source: Path,
     target: Path,
@@ -125,54 +125,54 @@ def export_folder(
     """
     if keep_reference and reference is None:
         raise UserError("--keep-reference-config: goes with --reference, the folder whose configuration is kept")
-    model = open_source(source, reference)
-    return write_folder(model, open_file(model), target, reference, dtype, overwrite, keep_reference, format)
+    model = open_export_source(source, reference)
+    return write_hf_folder(model, open_pt_model(model), target, reference, dtype, overwrite, keep_reference, format)
 
 
-def open_file(model: Source) -> dict[str, Gathered]:
+def open_pt_model(model: ExportSource) -> dict[str, LazyConcat]:
     """The weights of a 9G .pt file, to be read one at a time. Raises UserError where they are not the model's."""
-    stored = open_weights(model.file)
+    stored = open_pt_weights(model.file)
     check_weights(stored, weight_shapes(model.config), str(model.file), strict=True)
-    return {name: Gathered((tensor,), tensor.dtype) for name, tensor in stored.items()}
+    return {name: LazyConcat((tensor,), tensor.dtype) for name, tensor in stored.items()}
 
 
-def write_folder(
-    model: Source,
-    weights: Mapping[str, Gathered],
+def write_hf_folder(
+    model: ExportSource,
+    weights: Mapping[str, LazyConcat],
     target: Path,
     reference: Path | None,
     dtype: str = "",
     overwrite: bool = False,
     keep_reference: bool = False,
     format: str = "safetensors",
-    check: Check | None = None,
+    check: WeightsCheck | None = None,
 ) -> str:
     """Writes weights as export_folder does those of a file.
 
     model: what else is known of them. check: is given what was written, before it takes the place of the target.
     """
     target = Path(os.path.realpath(target))
-    with new_folder(target, overwrite) as temporary, partial_folder(target) as folder:
-        weights = _in_type(pack(_layout(reference, keep_reference), model.config, weights), dtype)
+    with atomic_dir(target, overwrite) as temporary, resumable_dir(target) as folder:
+        weights = _cast(to_hf_weights(_layout(reference, keep_reference), model.config, weights), dtype)
         torch_dtype = str(main_dtype(weights)).removeprefix("torch.")
         if reference and keep_reference:
             loads_as, opener = _write_reference(reference, model.folder, temporary, torch_dtype), ""
         else:
             loads_as, opener = _write_native(model, reference, temporary, torch_dtype)
-        card = model_card(model, temporary, target.name, loads_as, reference, keep_reference, opener or AUTO)
+        card = model_card(model, temporary, target.name, loads_as, reference, keep_reference, opener or AUTO_TOKENIZER)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         _write_index(weights, format, temporary)
         outputs = _outputs(weights, format, folder)
-        write_outputs(folder, outputs, "writing weights")
+        write_resumable(folder, outputs, "writing weights")
         for output in outputs:
             (folder / output.name).rename(temporary / output.name)
         if check:
-            check(open_folder(temporary)[1])
+            check(open_hf_folder(temporary)[1])
         shutil.rmtree(folder)
     return loads_as
 
 
-def open_source(source: Path, reference: Path | None) -> Source:
+def open_export_source(source: Path, reference: Path | None) -> ExportSource:
     """What is known of a checkpoint folder or .pt file. Raises UserError where that is not enough."""
     if reference is not None and not reference.is_dir():
         raise UserError(f"{reference}: no such folder; expected the Hugging Face folder that the model came from")
@@ -186,26 +186,28 @@ def open_source(source: Path, reference: Path | None) -> Source:
         raise UserError(f"{file}: no such file")
     if not folder and (file.parent / MANIFEST).is_file():  # another file of a checkpoint, such as its .ema.pt
         folder = Checkpoint(file.parent, needs_optimizer=False)
-    beside = folder.folder / MODEL_CONFIG if folder else file.with_suffix(".json")
+    config_file = folder.folder / MODEL_CONFIG if folder else file.with_suffix(".json")
     if reference is None:
-        if not beside.is_file():
+        if not config_file.is_file():
             raise UserError(
                 f"{file}: its model configuration is not known; give the folder it came from with --reference"
             )
-        config = load_model_config(beside).value
+        config = load_model_config(config_file).value
     else:
         config = from_hf_config(read_object(reference / "config.json"), str(reference / "config.json"))
         if folder:  # a .pt file may have any .json beside it
-            _check_same(load_model_config(beside).value, config, beside, reference)
+            _check_same_architecture(load_model_config(config_file).value, config, config_file, reference)
     tokenizer = reference or (folder.tokenizer if folder else None)
-    return Source(file, config, folder.folder if folder else None, tokenizer)
+    return ExportSource(file, config, folder.folder if folder else None, tokenizer)
 
 
-def _check_same(own: ModelConfig, config: ModelConfig, beside: Path, reference: Path) -> None:
-    ours, theirs = arithmetic(own), arithmetic(config)
-    if odd := [f"{key} is {ours[key]!r} there, {theirs[key]!r} here" for key in ours if differ(ours[key], theirs[key])]:
+def _check_same_architecture(own: ModelConfig, config: ModelConfig, config_file: Path, reference: Path) -> None:
+    ours, theirs = architecture_of(own), architecture_of(config)
+    if mismatched := [
+        f"{key} is {ours[key]!r} there, {theirs[key]!r} here" for key in ours if values_differ(ours[key], theirs[key])
+    ]:
         raise UserError(
-            f"{reference / 'config.json'}: describes another model than {beside}: {'; '.join(odd)}; "
+            f"{reference / 'config.json'}: describes another model than {config_file}: {'; '.join(mismatched)}; "
             "leave --reference away, or give the folder that the model came from"
         )
 
@@ -216,14 +218,14 @@ def _layout(reference: Path | None, keep_reference: bool) -> Family:
     return family_of(read_object(reference / "config.json"), str(reference / "config.json"))
 
 
-def _in_type(weights: Mapping[str, Gathered], dtype: str) -> dict[str, Gathered]:
+def _cast(weights: Mapping[str, LazyConcat], dtype: str) -> dict[str, LazyConcat]:
     wanted = DTYPES.get(dtype)
     return {name: dataclasses.replace(weight, dtype=wanted or weight.dtype) for name, weight in weights.items()}
 
 
-def _shards(weights: Mapping[str, Gathered], format: str) -> dict[str, dict[str, Gathered]]:
+def _shards(weights: Mapping[str, LazyConcat], format: str) -> dict[str, dict[str, LazyConcat]]:
     """File name -> the weights in it."""
-    shards: list[dict[str, Gathered]] = [{}]
+    shards: list[dict[str, LazyConcat]] = [{}]
     size = 0
     for name, weight in weights.items():
         if shards[-1] and size + weight.nbytes > SHARD_BYTES:
@@ -231,33 +233,33 @@ def _shards(weights: Mapping[str, Gathered], format: str) -> dict[str, dict[str,
             size = 0
         shards[-1][name] = weight
         size += weight.nbytes
-    stem = _stem(format)
+    stem = _basename(format)
     if len(shards) == 1:
         return {f"{stem}.{format}": shards[0]}
     return {f"{stem}-{number:05d}-of-{len(shards):05d}.{format}": shard for number, shard in enumerate(shards, 1)}
 
 
-def _stem(format: str) -> str:
+def _basename(format: str) -> str:
     return "model" if format == "safetensors" else "pytorch_model"
 
 
-def _outputs(weights: Mapping[str, Gathered], format: str, folder: Path) -> list[Output]:
+def _outputs(weights: Mapping[str, LazyConcat], format: str, folder: Path) -> list[OutputFile]:
     shards = _shards(weights, format)
     if format == "safetensors":
         return [safetensors_output(file, shard) for file, shard in shards.items()]
     return [pt_output(file, shard, folder) for file, shard in shards.items()]
 
 
-def _write_index(weights: Mapping[str, Gathered], format: str, folder: Path) -> None:
+def _write_index(weights: Mapping[str, LazyConcat], format: str, folder: Path) -> None:
     shards = _shards(weights, format)
     if len(shards) > 1:
         total = sum(weight.nbytes for weight in weights.values())
         where = {name: file for file, shard in shards.items() for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        _write_json(folder / f"{_stem(format)}.{format}.index.json", index)
+        _write_json(folder / f"{_basename(format)}.{format}.index.json", index)
 
 
-def _write_native(model: Source, reference: Path | None, folder: Path, dtype: str) -> tuple[str, str]:
+def _write_native(model: ExportSource, reference: Path | None, folder: Path, dtype: str) -> tuple[str, str]:
     """config.json of the native class, generation settings and tokenizer.
 
     Returns the class of transformers, and what opens the tokenizer.
@@ -277,7 +279,7 @@ def _write_native(model: Source, reference: Path | None, folder: Path, dtype: st
         if (reference / "generation_config.json").is_file():
             generation = read_object(reference / "generation_config.json")
     # Generation ends where the template that the model was trained with ends a turn, too.
-    known = listed_ids(generation.get("eos_token_id")) or listed_ids(hf["eos_token_id"])
+    known = as_id_list(generation.get("eos_token_id")) or as_id_list(hf["eos_token_id"])
     if missing := [stop for stop in stop_ids(written.tokenizer, model.tokenizer) if stop not in known]:
         both = [*missing, *known]
         generation["eos_token_id"] = both if len(both) > 1 else both[0]
@@ -288,7 +290,7 @@ def _write_native(model: Source, reference: Path | None, folder: Path, dtype: st
 
 def _write_reference(reference: Path, checkpoint: Path | None, folder: Path, dtype: str) -> str:
     """What the reference holds beside its weights."""
-    copy_companions(reference, checkpoint, folder)
+    copy_aux_files(reference, checkpoint, folder)
     hf = read_object(reference / "config.json")
     key = "dtype" if "dtype" in hf else "torch_dtype"
     if key in hf and hf[key] != dtype:

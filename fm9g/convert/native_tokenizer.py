@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from fm9g.config.load import read_object
-from fm9g.data.encoding_limits import panics_as_user_error
-from fm9g.data.tokenizer import TOKENIZER_CONFIG, load_tokenizer
+from fm9g.data.encode.encoding_limits import panics_as_user_error
+from fm9g.data.encode.tokenizer import TOKENIZER_CONFIG, load_tokenizer
 from fm9g.errors import UserError
 
-AUTO = "AutoTokenizer"
+AUTO_TOKENIZER = "AutoTokenizer"
 # What tokenizers of several families read in different ways: spaces, line ends, digits, letters of several code points.
 TEXTS = (
     "a",
@@ -29,14 +29,14 @@ Encode = Callable[[str], Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How plain text becomes ids. number: the id of a token by its spelling; None: the settings alone know it."""
+class TokenizerReader:
+    """How plain text becomes ids. token_id: the id of a token by its spelling; None: the settings alone know it."""
 
     encode: Encode
-    number: Callable[[str], int | None] | None = None
+    token_id: Callable[[str], int | None] | None = None
 
 
-def make_native(source: Path, folder: Path) -> tuple[str, str]:
+def make_native_tokenizer(source: Path, folder: Path) -> tuple[str, str]:
     """Has transformers open the tokenizer in a folder, a copy of that of source, without code that came with it.
 
     Its configuration is changed where that is needed. The folder holds the config.json of the model, which also decides
@@ -45,8 +45,8 @@ def make_native(source: Path, folder: Path) -> tuple[str, str]:
     """
     file = folder / TOKENIZER_CONFIG
     settings = read_object(file) if file.is_file() else {}
-    reading = _reading(source)
-    if reading is None:
+    reference = _reference_reader(source)
+    if reference is None:
         return "", "only its own code reads it"
     own_code = settings.pop("auto_map", None) is not None
     first, direct = "", None  # direct: settings whose class reads it right, where AutoTokenizer takes another
@@ -54,11 +54,11 @@ def make_native(source: Path, folder: Path) -> tuple[str, str]:
         changed = settings | changes
         if file.is_file() or changed:
             _write(file, changed)
-        if not (problem := _problem(folder, reading, AUTO)):
-            return AUTO, ""
+        if not (problem := _problem(folder, reference, AUTO_TOKENIZER)):
+            return AUTO_TOKENIZER, ""
         first = first or problem
         name = changed.get("tokenizer_class")
-        if direct is None and name and not _problem(folder, reading, name):
+        if direct is None and name and not _problem(folder, reference, name):
             direct = changed, problem
     if direct is None:
         return "", first or "transformers has no class for its files"
@@ -66,11 +66,11 @@ def make_native(source: Path, folder: Path) -> tuple[str, str]:
     return str(direct[0]["tokenizer_class"]), direct[1]
 
 
-def _reading(source: Path) -> Reading | None:
+def _reference_reader(source: Path) -> TokenizerReader | None:
     """How the tokenizer of a folder reads plain text: as in training, else as its file does without any settings."""
     try:
         known = load_tokenizer(source)
-        return Reading(known.encode, known.token_id)
+        return TokenizerReader(known.encode, known.token_id)
     except UserError:
         pass
     try:
@@ -78,11 +78,13 @@ def _reading(source: Path) -> Reading | None:
             import tokenizers
 
             model = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
-            return Reading(lambda text: _ids(model, source, text), model.token_to_id)
+            return TokenizerReader(lambda text: _ids(model, source, text), model.token_to_id)
         if (source / "tokenizer.model").is_file():
             import sentencepiece
 
-            return Reading(sentencepiece.SentencePieceProcessor(model_file=str(source / "tokenizer.model")).encode)
+            return TokenizerReader(
+                sentencepiece.SentencePieceProcessor(model_file=str(source / "tokenizer.model")).encode
+            )
     except Exception:  # these libraries raise bare ones for what is broken
         pass
     return None
@@ -116,11 +118,11 @@ def _named_by_model(file: Path) -> dict[str, Any]:
 
     model = sentencepiece.SentencePieceProcessor(model_file=str(file))
     ids = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
-    named = {key: model.id_to_piece(number) for key, number in ids.items() if number >= 0}
+    named = {key: model.id_to_piece(token_id) for key, token_id in ids.items() if token_id >= 0}
     return named | {"add_bos_token": model.bos_id() >= 0, "add_eos_token": False}
 
 
-def _problem(folder: Path, reading: Reading, name: str) -> str:
+def _problem(folder: Path, reference: TokenizerReader, name: str) -> str:
     """Why a class of transformers does not read the tokenizer of a folder in this way; empty where it does."""
     import transformers
 
@@ -131,27 +133,27 @@ def _problem(folder: Path, reading: Reading, name: str) -> str:
         with panics_as_user_error(folder):
             found = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             texts = [found.encode(text, add_special_tokens=False) for text in TEXTS]
-        tokens = {text: found.convert_tokens_to_ids(text) for text in _added(folder)}
+        tokens = {text: found.convert_tokens_to_ids(text) for text in _added_tokens(folder)}
     except Exception as error:  # transformers raises many kinds
         return f"transformers cannot open it: {' '.join(str(error).split())[:200]}"
     finally:
         transformers.logging.set_verbosity(verbosity)
     for text, ids in zip(TEXTS, texts):
-        if list(ids) != list(map(int, reading.encode(text))):
+        if list(ids) != list(map(int, reference.encode(text))):
             return f"transformers opens it as {type(found).__name__}, which reads {text!r} to other ids"
-    for text, number in _added(folder).items():
-        expected = reading.number(text) if reading.number else number
+    for text, token_id in _added_tokens(folder).items():
+        expected = reference.token_id(text) if reference.token_id else token_id
         if tokens[text] != expected:
             return f"transformers opens it as {type(found).__name__}, where {text} is {tokens[text]} and not {expected}"
     return ""
 
 
-def _added(folder: Path) -> dict[str, int]:
+def _added_tokens(folder: Path) -> dict[str, int]:
     """The tokens that a tokenizer's files add to its vocabulary, with their ids."""
     found = {}
     if (file := folder / TOKENIZER_CONFIG).is_file():
-        for number, token in (read_object(file).get("added_tokens_decoder") or {}).items():
-            found[token["content"] if isinstance(token, dict) else str(token)] = int(number)
+        for token_id, token in (read_object(file).get("added_tokens_decoder") or {}).items():
+            found[token["content"] if isinstance(token, dict) else str(token)] = int(token_id)
     if (file := folder / "added_tokens.json").is_file():
         found |= read_object(file)
     return found

@@ -10,25 +10,25 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from fm9g.checkpoint.folder import MANIFEST
-from fm9g.checkpoint.stored import open_pt, open_safetensors
+from fm9g.checkpoint.checkpoint import MANIFEST
 from fm9g.config.adapter import ADAPTER_CONFIG, AdapterConfig
-from fm9g.config.load import Layer, build, read_object
-from fm9g.convert.card import HUB_NAME, peft_card
-from fm9g.convert.folder import open_folder, stored_in
-from fm9g.convert.names import LLAMA, Names, bare
+from fm9g.config.load import ConfigSource, build, read_object
+from fm9g.convert.hf_reader import open_hf_folder, open_hf_tensors
+from fm9g.convert.model_card import HUB_NAME, peft_card
+from fm9g.convert.weight_map import LLAMA_MAP, WeightMap, strip_wrappers
 from fm9g.errors import UserError
-from fm9g.files import new_folder
-from fm9g.inputs import keep_inputs
-from fm9g.lora.base import base_hash
-from fm9g.lora.files import Adapter, check_adapter
+from fm9g.io.atomic import atomic_dir
+from fm9g.io.inputs import protect_inputs
+from fm9g.io.lazy_tensor import open_pt, open_safetensors
+from fm9g.lora.adapter_file import Adapter, check_adapter
+from fm9g.lora.base_fingerprint import base_fingerprint
 from fm9g.lora.inject import MAGNITUDE, A, B
 
 _PREFIX = "base_model.model."
 _PARTS = {A: ".lora_A.weight", B: ".lora_B.weight", MAGNITUDE: ".lora_magnitude_vector"}
-_NAMES = Names(LLAMA)
+_WEIGHT_MAP = WeightMap(LLAMA_MAP)
 # Values of PEFT's keys that mean what we do; other keys say how PEFT works, or how training began.
-_PLAIN: dict[str, tuple[Any, ...]] = {
+_SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "fan_in_fan_out": (False,),
@@ -40,9 +40,9 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),
 }
-_ABOUT_MODULES = ("target_modules", "exclude_modules", "layers_to_transform")
-_LINEAR = {theirs.split(".")[-2] for theirs in LLAMA.values() if "_proj." in theirs}  # q_proj, gate_proj and so on
-_VARIANTS = (
+_MODULE_KEYS = ("target_modules", "exclude_modules", "layers_to_transform")
+_LINEAR = {suffix.split(".")[-2] for suffix in LLAMA_MAP.values() if "_proj." in suffix}  # q_proj, gate_proj and so on
+_UNSUPPORTED_KEYS = (
     "alora_invocation_tokens",
     "arrow_config",
     "corda_config",
@@ -65,7 +65,7 @@ def is_peft(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and "peft_type" in read_object(folder / ADAPTER_CONFIG)
 
 
-@keep_inputs()
+@protect_inputs()
 def write_peft(adapter: Adapter, target: Path, base: str = "", overwrite: bool = False) -> None:
     """Writes an adapter as a folder that PEFT loads on the exported base.
 
@@ -73,14 +73,14 @@ def write_peft(adapter: Adapter, target: Path, base: str = "", overwrite: bool =
     it was trained on. Raises UserError where PEFT could not put the adapter on that folder.
     """
     config, tensors = adapter.config, {}
-    modules = {layer: _theirs(layer, adapter.where) for layer in adapter.layers}
+    modules = {layer: _hf_layer(layer, adapter.path) for layer in adapter.layers}
     if base:
         _check_base(base, adapter, modules)
     for name, weight in adapter.weights.items():
         layer, _, _ = name.rpartition(".lora.")
         part = name.removeprefix(layer)
         tensors[f"{_PREFIX}{modules[layer]}{_PARTS[part]}"] = weight.float().contiguous()
-    described = {
+    peft_config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base or config.base,
@@ -98,10 +98,10 @@ def write_peft(adapter: Adapter, target: Path, base: str = "", overwrite: bool =
         "inference_mode": True,
     }
     adapter.note()
-    with new_folder(target, overwrite) as folder:
+    with atomic_dir(target, overwrite) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_model.safetensors").chmod(folder.stat().st_mode & 0o666)
-        (folder / ADAPTER_CONFIG).write_text(json.dumps(described, indent=2, ensure_ascii=False), encoding="utf-8")
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(peft_config, indent=2, ensure_ascii=False), encoding="utf-8")
         card = peft_card(adapter, target.resolve().name, base or config.base, modules.values())
         (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -120,7 +120,7 @@ def _check_base(base: str, adapter: Adapter, modules: Mapping[str, str]) -> None
         raise UserError(f"--base {base}: {what}; PEFT loads Hugging Face folders, which `fm9g convert` makes")
     if not (folder / "config.json").is_file():
         raise UserError(f"--base {base}: not a Hugging Face folder (config.json is missing)")
-    stored = stored_in(folder)
+    stored = open_hf_tensors(folder)
     if missing := sorted(module for module in modules.values() if f"{module}.weight" not in stored):
         raise UserError(
             f"--base {base}: PEFT cannot put the adapter on it: it has no {missing[0]}.weight ({len(missing)} of "
@@ -135,16 +135,16 @@ def _check_base(base: str, adapter: Adapter, modules: Mapping[str, str]) -> None
             )
     wanted = adapter.config.base_sha256
     if wanted:
-        _, weights = open_folder(folder)
-        if base_hash(weights, lambda name: weights[name].read()) != wanted:
+        _, weights = open_hf_folder(folder)
+        if base_fingerprint(weights, lambda name: weights[name].read()) != wanted:
             raise UserError(
                 f"--base {base}: is not the base that the adapter was trained on ({adapter.config.base}, SHA-256 "
                 f"{wanted[:16]}): its values differ. A folder that holds the same values is fine"
             )
 
 
-def _theirs(layer: str, where: Path) -> str:
-    name = _NAMES.theirs(f"{layer}.weight")
+def _hf_layer(layer: str, where: Path) -> str:
+    name = _WEIGHT_MAP.to_hf(f"{layer}.weight")
     if name is None:
         raise UserError(f"{where}: {layer}: is no layer of a 9G model")
     return name.removesuffix(".weight")
@@ -158,23 +158,23 @@ def read_peft(folder: Path) -> Adapter:
     """
     file = folder / ADAPTER_CONFIG
     content = read_object(file)
-    for key, meant in _PLAIN.items():
+    for key, meant in _SUPPORTED_VALUES.items():
         if key in content and content[key] not in meant:
             raise UserError(f"{file}: {key}: found {content[key]!r}, which cannot be read: {_why(key)}")
-    if odd := [key for key in _VARIANTS if content.get(key)]:
+    if odd := [key for key in _UNSUPPORTED_KEYS if content.get(key)]:
         raise UserError(f"{file}: {odd[0]}: a variant of LoRA that cannot be read")
     weights = {}
     for name, tensor in _tensors(folder).items():
-        ours = _ours(name)
-        if ours is None:
+        native = _native_name(name)
+        if native is None:
             raise UserError(f"{folder}: {name}: has no place in an adapter of a 9G model")
-        weights[ours] = tensor
+        weights[native] = tensor
     keys = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "base_model_name_or_path")
     values = {key: content[key] for key in keys if content.get(key) is not None}
     values["target_modules"] = sorted({name.rpartition(".lora.")[0].rpartition(".")[2] for name in weights})
-    config = build(AdapterConfig, [Layer(str(file), values)]).value
+    config = build(AdapterConfig, [ConfigSource(str(file), values)]).value
     check_adapter(weights, config, folder)
-    modules = [_theirs(name.removesuffix(A), folder) for name in weights if name.endswith(A)]
+    modules = [_hf_layer(name.removesuffix(A), folder) for name in weights if name.endswith(A)]
     for problem in _contradictions(content, modules):
         raise UserError(f"{file}: {problem}: it is not the configuration of these weights; get both again")
     return Adapter(config, weights, folder)
@@ -185,7 +185,7 @@ def _contradictions(content: dict[str, Any], modules: list[str]) -> Iterator[str
 
     A text among its values is a pattern, which only PEFT evaluates.
     """
-    targets, excluded, numbers = (content.get(key) for key in _ABOUT_MODULES)
+    targets, excluded, numbers = (content.get(key) for key in _MODULE_KEYS)
     if isinstance(targets, list):
         yield from (f"target_modules does not name {module}" for module in modules if not _is_named(module, targets))
         for target in targets:
@@ -215,11 +215,11 @@ def _why(key: str) -> str:
     return "adapters here are of A and B of one rank for all layers, and nothing else"
 
 
-def _ours(name: str) -> str | None:
-    for part, theirs in _PARTS.items():
-        if _PREFIX in name and name.endswith(theirs):
-            weight = name.partition(_PREFIX)[2].removesuffix(theirs) + ".weight"
-            if found := _NAMES.ours(bare(weight, lambda name: bool(_NAMES.ours(name)))):
+def _native_name(name: str) -> str | None:
+    for part, suffix in _PARTS.items():
+        if _PREFIX in name and name.endswith(suffix):
+            weight = name.partition(_PREFIX)[2].removesuffix(suffix) + ".weight"
+            if found := _WEIGHT_MAP.from_hf(strip_wrappers(weight, lambda name: bool(_WEIGHT_MAP.from_hf(name)))):
                 return found[0].removesuffix(".weight") + part
     return None
 

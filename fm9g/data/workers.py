@@ -13,31 +13,33 @@ from contextlib import contextmanager
 from typing import Any
 
 from fm9g.errors import UserError
-from fm9g.memory import keep_freed_memory
-from fm9g.safe_path import protect_children
+from fm9g.io.safe_path import set_child_safe_path
+from fm9g.memory import tune_malloc
 
-protect_children()  # as soon as there may be any: multiprocessing starts one for a lock already
+set_child_safe_path()  # as soon as there may be any: multiprocessing starts one for a lock already
 
 
-MOST_WORKERS = 1024
+MAX_WORKERS = 1024
 
 
 def check_workers(count: int | None) -> None:
     """Raises UserError for so many processes as no machine runs; None stands for a number that is still chosen."""
-    if count is not None and not 0 <= count <= MOST_WORKERS:
-        raise UserError(f"workers: found {count}, expected 0 to {MOST_WORKERS}")
+    if count is not None and not 0 <= count <= MAX_WORKERS:
+        raise UserError(f"workers: found {count}, expected 0 to {MAX_WORKERS}")
 
 
-def start_workers(count: int, prepare: Callable[..., None] | None = None, *arguments: Any) -> ProcessPoolExecutor:
+def start_workers(count: int, initializer: Callable[..., None] | None = None, *arguments: Any) -> ProcessPoolExecutor:
     """A pool of processes. prepare(*arguments): run in each as it starts."""
     # spawn: a forked child of a process with torch threads or a CUDA context can hang.
     context = multiprocessing.get_context("spawn")
-    with shared_memory():
-        return ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(prepare, arguments))
+    with shared_memory_errors():
+        return ProcessPoolExecutor(
+            count, mp_context=context, initializer=_init_process, initargs=(initializer, arguments)
+        )
 
 
 @contextmanager
-def shared_memory() -> Iterator[None]:
+def shared_memory_errors() -> Iterator[None]:
     """For what processes share. Raises UserError where the system has no memory for it."""
     try:
         yield
@@ -67,16 +69,16 @@ def stop_workers(pool: ProcessPoolExecutor) -> None:
         manager.join()  # type: ignore[attr-defined]
 
 
-def _start(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _init_process(initializer: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    keep_freed_memory()
+    tune_malloc()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core is enough
-    if prepare is not None:
-        prepare(*arguments)
+    if initializer is not None:
+        initializer(*arguments)
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -5,38 +5,38 @@ from __future__ import annotations
 import argparse
 
 from fm9g.config.run import RunConfig
-from fm9g.doctor.fit import examine_memory
-from fm9g.doctor.machine import examine_machine, examine_output, examine_rendezvous
-from fm9g.doctor.packages import examine_packages
-from fm9g.doctor.report import ERROR, OK, WARNING, Line, show
+from fm9g.doctor.findings import ERROR, OK, WARNING, Finding, format_findings
+from fm9g.doctor.fit import check_memory
+from fm9g.doctor.machine import check_machine, check_output_dir, check_rendezvous
+from fm9g.doctor.packages import check_packages
 from fm9g.errors import UserError
 
-__all__ = ["ERROR", "OK", "WARNING", "Line", "add_doctor_arguments", "examine", "run_doctor", "show"]
+__all__ = ["ERROR", "OK", "WARNING", "Finding", "add_doctor_arguments", "format_findings", "run_checks", "run_doctor"]
 
 
-def examine(
+def run_checks(
     run: RunConfig | None = None,
     master_addr: str = "",
     master_port: int = 29500,
     node_rank: int = 0,
     nodes: int = 1,
     timeout: float = 5.0,
-) -> list[Line]:
+) -> list[Finding]:
     """Looks at this machine. Takes ten seconds, and minutes where it is very busy.
 
     run: also compares memory, disk and processors with what it needs. master_addr, master_port: of node 0, tried from
     here as node `node_rank` of `nodes`. timeout: seconds that node 0 has to answer.
     """
-    lines, torch = examine_packages()
-    lines += examine_machine(run, len(torch.get("gpus", ())))
+    findings, torch = check_packages()
+    findings += check_machine(run, len(torch.get("gpus", ())))
     if run:
-        lines += examine_output(run, nodes)
+        findings += check_output_dir(run, nodes)
     if master_addr:
-        lines.append(examine_rendezvous(master_addr, master_port, node_rank, timeout))
+        findings.append(check_rendezvous(master_addr, master_port, node_rank, timeout))
     if run:
-        bmtrain = any(line.name == "bmtrain" and line.status == OK for line in lines)
-        lines.append(examine_memory(run, nodes, torch, bmtrain))
-    return lines
+        bmtrain = any(finding.name == "bmtrain" and finding.status == OK for finding in findings)
+        findings.append(check_memory(run, nodes, torch, bmtrain))
+    return findings
 
 
 def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,9 +62,9 @@ def run_doctor(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         raise UserError(f"--node-rank: found {options.node_rank}, expected 0 to {options.nodes - 1} (see --nodes)")
     run = load_run(options.config, overrides, complete=False) if options.config else None
     if run and run.train.value.adapter:
-        from fm9g.convert.adapters import with_adapter
+        from fm9g.convert.merge import with_adapter
 
         run = with_adapter(run)
-    lines = examine(run, options.master_addr, options.master_port, options.node_rank, options.nodes)
-    print(show(lines))
-    return int(any(line.status == ERROR for line in lines))
+    findings = run_checks(run, options.master_addr, options.master_port, options.node_rank, options.nodes)
+    print(format_findings(findings))
+    return int(any(finding.status == ERROR for finding in findings))

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fm9g.config.run import RunConfig
-from fm9g.doctor.report import ERROR, GIB, OK, WARNING, Line
+from fm9g.doctor.findings import ERROR, GIB, OK, WARNING, Finding
 from fm9g.errors import UserError
-from fm9g.files import probe_writable
-from fm9g.launch.place import bare_address, with_port
-from fm9g.plan.setup import Setup
+from fm9g.io.atomic import check_writable
+from fm9g.launch.dist_env import join_host_port, strip_brackets
+from fm9g.plan.job import JobConfig
 from fm9g.plan.sizes import checkpoint_bytes
 
 _UNREACHABLE = "check that node 0 is up, that both are on one network, and that no firewall blocks the port"
@@ -27,55 +27,55 @@ _REFUSALS = {
 }
 
 
-def examine_machine(run: RunConfig | None, gpus: int) -> list[Line]:
+def check_machine(run: RunConfig | None, gpus: int) -> list[Finding]:
     """Its limits, and whether its processors are enough for the processes of a run."""
     return [_shared_memory(gpus > 0), _open_files(), _processors(run)]
 
 
-def _shared_memory(on_gpu: bool) -> Line:
+def _shared_memory(on_gpu: bool) -> Finding:
     if not Path("/dev/shm").is_dir():
-        return Line(WARNING, "/dev/shm", "missing", "NCCL and workers share memory there: mount a tmpfs")
+        return Finding(WARNING, "/dev/shm", "missing", "NCCL and workers share memory there: mount a tmpfs")
     size = shutil.disk_usage("/dev/shm").total
     if size < GIB:
         advice = "NCCL and workers share memory there; in a container: --shm-size 16g or --ipc host"
-        return Line(WARNING if on_gpu else OK, "/dev/shm", f"{size / 2**20:.0f} MiB", advice if on_gpu else "")
-    return Line(OK, "/dev/shm", f"{size / GIB:.1f} GiB")
+        return Finding(WARNING if on_gpu else OK, "/dev/shm", f"{size / 2**20:.0f} MiB", advice if on_gpu else "")
+    return Finding(OK, "/dev/shm", f"{size / GIB:.1f} GiB")
 
 
-def _open_files() -> Line:
+def _open_files() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= soft < 4096:
-        return Line(WARNING, "open files", f"at most {soft}", f"ulimit -n {65536 if hard < 0 else min(hard, 65536)}")
-    return Line(OK, "open files", f"at most {soft if soft >= 0 else 'any number'}")
+        return Finding(WARNING, "open files", f"at most {soft}", f"ulimit -n {65536 if hard < 0 else min(hard, 65536)}")
+    return Finding(OK, "open files", f"at most {soft if soft >= 0 else 'any number'}")
 
 
-def _processors(run: RunConfig | None) -> Line:
+def _processors(run: RunConfig | None) -> Finding:
     cores = len(os.sched_getaffinity(0))
     if run is None:
-        return Line(OK, "processors", str(cores))
+        return Finding(OK, "processors", str(cores))
     training, workers = run.train.value.n_gpus, run.train.value.dataloader_num_workers
     found = f"{cores}; the run starts {training} process{'es' * (training > 1)} here (n_gpus)"
     found += f" and {training * workers} to prepare data"
     if training * (1 + workers) > cores:
         advice = "lower dataloader_num_workers, or the workers slow the training down"
-        return Line(WARNING, "processors", found, advice if training <= cores else "lower n_gpus (or --nproc)")
-    return Line(OK, "processors", found)
+        return Finding(WARNING, "processors", found, advice if training <= cores else "lower n_gpus (or --nproc)")
+    return Finding(OK, "processors", found)
 
 
-def examine_output(run: RunConfig, nodes: int) -> Iterator[Line]:
+def check_output_dir(run: RunConfig, nodes: int) -> Iterator[Finding]:
     """Whether the run can write where it is told to, and how much of what it will write fits."""
     folder = Path(run.train.value.output_dir)
     try:
-        probe_writable(folder)
+        check_writable(folder)
     except (UserError, OSError) as error:
-        yield Line(ERROR, "output_dir", f"{folder}: {error}", "choose another --output_dir")
+        yield Finding(ERROR, "output_dir", f"{folder}: {error}", "choose another --output_dir")
         return
     kind = _file_system(folder)
     if nodes > 1 and kind in ("ext4", "xfs", "overlay", "tmpfs", "btrfs"):
-        yield Line(WARNING, "output_dir", f"{folder}: writable, {kind}: a disk of this machine alone",
+        yield Finding(WARNING, "output_dir", f"{folder}: writable, {kind}: a disk of this machine alone",
                    "node 0 alone writes there: put it on a shared file system, for another to take over")  # fmt: skip
     else:
-        yield Line(OK, "output_dir", f"{folder}: writable, {kind}")
+        yield Finding(OK, "output_dir", f"{folder}: writable, {kind}")
     yield _disk(run)
 
 
@@ -89,11 +89,11 @@ def _file_system(folder: Path) -> str:
     return next((kinds[str(parent)] for parent in (real, *real.parents) if str(parent) in kinds), "unknown")
 
 
-def _disk(run: RunConfig) -> Line:
+def _disk(run: RunConfig) -> Finding:
     config = run.train.value
     first = int(config.resume_ckpt) if config.resume_ckpt.isdecimal() else 0
     free = shutil.disk_usage(config.output_dir).free
-    size = checkpoint_bytes(run.model.value, Setup.from_run(run, nodes=1, gpus=config.tp_size))
+    size = checkpoint_bytes(run.model.value, JobConfig.from_run(run, nodes=1, gpus=config.tp_size))
     steps = range(first, min(config.stop_iters or config.train_iters, config.train_iters))
     count = -(-len(steps) // config.save_iters) if config.save else 0
     if config.save_total_limit:  # an old one goes when the new one is whole
@@ -102,20 +102,22 @@ def _disk(run: RunConfig) -> Line:
         f"{free / GIB:.1f} GiB free; {count} checkpoints of {size / GIB:.1f} GiB to come: {count * size / GIB:.1f} GiB"
     )
     if count and free < size:
-        return Line(ERROR, "disk", found, "not one fits: free space, or choose another --output_dir")
+        return Finding(ERROR, "disk", found, "not one fits: free space, or choose another --output_dir")
     if free < count * size:
-        return Line(WARNING, "disk", found, f"the first {free // size} fit: raise save_iters, or set save_total_limit")
-    return Line(OK, "disk", found)
+        return Finding(
+            WARNING, "disk", found, f"the first {free // size} fit: raise save_iters, or set save_total_limit"
+        )
+    return Finding(OK, "disk", found)
 
 
-def examine_rendezvous(address: str, port: int, node_rank: int, timeout: float) -> Line:
+def check_rendezvous(address: str, port: int, node_rank: int, timeout: float) -> Finding:
     """Node 0 must be able to listen there, the others to reach it."""
-    address = bare_address(address)
-    name, first = f"node 0 at {with_port(address, port)}", node_rank == 0
+    address = strip_brackets(address)
+    name, first = f"node 0 at {join_host_port(address, port)}", node_rank == 0
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
-        return Line(ERROR, name, f"the name is unknown here: {error}", "check it, or give an IP address")
+        return Finding(ERROR, name, f"the name is unknown here: {error}", "check it, or give an IP address")
     with socket.socket(family, kind, protocol) as endpoint:
         endpoint.settimeout(timeout)
         endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -123,5 +125,5 @@ def examine_rendezvous(address: str, port: int, node_rank: int, timeout: float) 
             (endpoint.bind if first else endpoint.connect)(target)
         except OSError as error:
             status, advice = _REFUSALS.get(error.errno or 0, (ERROR, _UNREACHABLE))
-            return Line(status, name, f"{target[0]}: {error.strerror or error}", advice)
-    return Line(OK, name, f"{target[0]}: {'this machine can listen there' if first else 'answers'}")
+            return Finding(status, name, f"{target[0]}: {error.strerror or error}", advice)
+    return Finding(OK, name, f"{target[0]}: {'this machine can listen there' if first else 'answers'}")

@@ -18,9 +18,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fm9g.doctor.report import ERROR, GIB, OK, WARNING, Line
+from fm9g.doctor.findings import ERROR, GIB, OK, WARNING, Finding
+from fm9g.io.safe_path import python_command
 from fm9g.progress import Progress
-from fm9g.safe_path import python_command
 
 _TIMEOUT = 120.0  # seconds for an import, which on a busy machine takes many times what it takes alone
 _OPTIONAL = {
@@ -72,7 +72,7 @@ class Probe:
     hung: bool = False
 
 
-def examine_packages() -> tuple[list[Line], dict[str, Any]]:
+def check_packages() -> tuple[list[Finding], dict[str, Any]]:
     """What is installed and can be imported; and what torch says of itself and this machine, nothing where it cannot.
 
     As many imports as there are processors run at once: more would slow each other down.
@@ -115,14 +115,14 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version.partition("+")[0])))
 
 
-def _python() -> Line:
+def _python() -> Finding:
     found = sys.version.split()[0]
     if not (3, 10) <= sys.version_info[:2] < (3, 14):
-        return Line(ERROR, "Python", found, "fm9g needs 3.10 to 3.13")
-    return Line(OK, "Python", found)
+        return Finding(ERROR, "Python", found, "fm9g needs 3.10 to 3.13")
+    return Finding(OK, "Python", found)
 
 
-def _requirements(probes: dict[str, Probe], torch: dict[str, Any]) -> Iterator[Line]:
+def _requirements(probes: dict[str, Probe], torch: dict[str, Any]) -> Iterator[Finding]:
     """What fm9g cannot do without: there, new enough, and the large ones importable."""
     try:
         wanted = metadata.requires("fm9g") or []
@@ -136,16 +136,16 @@ def _requirements(probes: dict[str, Probe], torch: dict[str, Any]) -> Iterator[L
         name, oldest = match[1], match[2] or "0"
         version = _version(name)
         if not version or _numbers(version) < _numbers(oldest):
-            yield Line(ERROR, name, version or "missing", f"pip install '{text}'")
+            yield Finding(ERROR, name, version or "missing", f"pip install '{text}'")
         elif name in probes and probes[name].hung:
-            yield Line(WARNING, name, f"{version}: {probes[name].failure}", _slow(f"import {name}"))
+            yield Finding(WARNING, name, f"{version}: {probes[name].failure}", _slow_import_hint(f"import {name}"))
         elif name in probes and probes[name].failure:
-            yield Line(ERROR, name, f"{version}: {probes[name].failure}", _advice(name, probes[name], torch))
+            yield Finding(ERROR, name, f"{version}: {probes[name].failure}", _install_hint(name, probes[name], torch))
         elif name in probes:
-            yield Line(OK, name, version)
+            yield Finding(OK, name, version)
         else:
             others += 1
-    yield Line(OK, "other packages", f"{others} that are needed are there")
+    yield Finding(OK, "other packages", f"{others} that are needed are there")
 
 
 def _driver() -> str:
@@ -159,84 +159,88 @@ def _driver() -> str:
     return match[1] if match else ""
 
 
-def _gpus(torch: dict[str, Any]) -> Iterator[Line]:
+def _gpus(torch: dict[str, Any]) -> Iterator[Finding]:
     driver, cuda, gpus = _driver(), torch.get("cuda"), torch.get("gpus", [])
     if not torch:
         found = f"NVIDIA driver {driver}" if driver else "no NVIDIA driver"
-        yield Line(WARNING, "GPU", f"{found}; torch could not be asked", "see the line of torch")
+        yield Finding(WARNING, "GPU", f"{found}; torch could not be asked", "see the line of torch")
         return
     if not driver and not gpus:
-        yield Line(OK, "GPU", f"none; training runs on the CPU (CUDA of torch: {cuda or 'none'})")
+        yield Finding(OK, "GPU", f"none; training runs on the CPU (CUDA of torch: {cuda or 'none'})")
         return
     oldest = _DRIVERS.get((cuda or "").split(".")[0], "0")
     if not cuda:
-        yield Line(
+        yield Finding(
             ERROR, "CUDA", f"NVIDIA driver {driver}, but torch is a build without CUDA", "install torch for CUDA"
         )
     elif driver and _numbers(driver) < _numbers(oldest):
-        yield Line(
+        yield Finding(
             ERROR, "CUDA", f"{cuda}, NVIDIA driver {driver}", f"it needs driver {oldest}, or torch for older CUDA"
         )
     elif not gpus:
-        yield Line(ERROR, "CUDA", f"{cuda}, driver {driver}, but torch sees no GPU", "look at CUDA_VISIBLE_DEVICES, "
+        yield Finding(ERROR, "CUDA", f"{cuda}, driver {driver}, but torch sees no GPU", "look at CUDA_VISIBLE_DEVICES, "
                    "nvidia-smi and, in a container, at --gpus all")  # fmt: skip
     else:
-        yield Line(OK, "CUDA", f"{cuda}, NVIDIA driver {driver or 'unknown'}")
+        yield Finding(OK, "CUDA", f"{cuda}, NVIDIA driver {driver or 'unknown'}")
     for number, (name, free, total, major, minor) in enumerate(gpus):
         found = f"{name}, {total / GIB:.1f} GiB, compute capability {major}.{minor}"
         used, kernels = total - free, {arch.split("_")[-1].rstrip("af")[:-1] for arch in torch["arch"]}
         if str(major) not in kernels:
-            yield Line(ERROR, f"GPU {number}", found, f"torch has kernels for {', '.join(torch['arch'])} only")
+            yield Finding(ERROR, f"GPU {number}", found, f"torch has kernels for {', '.join(torch['arch'])} only")
         elif major < 8:
-            yield Line(
+            yield Finding(
                 WARNING, f"GPU {number}", f"{found}, no bf16", "--model.half_type fp16; flash-attn needs 8.0, too"
             )
         elif used > 0.1 * total:
-            yield Line(
+            yield Finding(
                 WARNING, f"GPU {number}", f"{found}, {used / GIB:.1f} GiB in use", "others use it: see nvidia-smi"
             )
         else:
-            yield Line(OK, f"GPU {number}", f"{found}, bf16")
+            yield Finding(OK, f"GPU {number}", f"{found}, bf16")
     if len({tuple(gpu[:1] + gpu[2:]) for gpu in gpus}) > 1:
-        yield Line(WARNING, "GPUs", "of several kinds", "the slowest sets the pace and the smallest the memory")
+        yield Finding(WARNING, "GPUs", "of several kinds", "the slowest sets the pace and the smallest the memory")
 
 
-def _nccl(torch: dict[str, Any]) -> Line:
+def _nccl(torch: dict[str, Any]) -> Finding:
     wheels = [f"{name} {_version(name)}" for name in (f"nvidia-nccl-cu{n}" for n in (11, 12, 13)) if _version(name)]
     unknown = "none" if torch else "not known: torch could not be asked"
     found = torch.get("nccl") or ("none: gloo is used" if torch.get("gloo") else unknown)
     if len(wheels) > 1:
         advice = "they write the same file: uninstall both, then install the one torch asks for; bmtrain with --no-deps"
-        return Line(ERROR if torch.get("gpus") else WARNING, "NCCL", f"{found}; {', '.join(wheels)}", advice)
+        return Finding(ERROR if torch.get("gpus") else WARNING, "NCCL", f"{found}; {', '.join(wheels)}", advice)
     if torch.get("gpus") and not torch.get("nccl"):
-        return Line(ERROR, "NCCL", found, "install a torch build with NCCL; several GPUs cannot train together without")
-    return Line(OK, "NCCL", found)
+        return Finding(
+            ERROR, "NCCL", found, "install a torch build with NCCL; several GPUs cannot train together without"
+        )
+    return Finding(OK, "NCCL", found)
 
 
-def _optional(name: str, found: Probe | None, torch: dict[str, Any]) -> Line:
+def _optional(name: str, found: Probe | None, torch: dict[str, Any]) -> Finding:
     version, on_gpu = _version(name), bool(torch.get("gpus"))
     if found is None:
         if not on_gpu:
-            return Line(OK, name, "not needed here: no GPU" if torch else "not there")
-        return Line(WARNING if name in _OF_GPUS else OK, name, "missing", _MISSING[name])
+            return Finding(OK, name, "not needed here: no GPU" if torch else "not there")
+        return Finding(WARNING if name in _OF_GPUS else OK, name, "missing", _MISSING[name])
     if found.hung:
-        return Line(WARNING, name, f"{version}: {found.failure}", _slow(_OPTIONAL[name]))
+        return Finding(WARNING, name, f"{version}: {found.failure}", _slow_import_hint(_OPTIONAL[name]))
     if found.failure and name in _OF_GPUS and torch and not on_gpu:
-        return Line(OK, name, f"{version}, cannot be imported ({found.failure}); not needed here: no GPU")
+        return Finding(OK, name, f"{version}, cannot be imported ({found.failure}); not needed here: no GPU")
     if found.failure:
-        return Line(ERROR if on_gpu else WARNING, name, f"{version}: {found.failure}", _advice(name, found, torch))
+        return Finding(
+            ERROR if on_gpu else WARNING, name, f"{version}: {found.failure}", _install_hint(name, found, torch)
+        )
     if name == "bmtrain" and version != "1.0.1":
-        return Line(WARNING, name, version, "1.0.1 is the version fm9g is tried with")
+        return Finding(WARNING, name, version, "1.0.1 is the version fm9g is tried with")
     if name == "flash-attn" and _numbers(version) < (2, 4, 1):
-        return Line(ERROR, name, version, "2.4.1 is the first with a deterministic backward pass: upgrade it")
-    return Line(OK, name, version)
+        return Finding(ERROR, name, version, "2.4.1 is the first with a deterministic backward pass: upgrade it")
+    return Finding(OK, name, version)
 
 
-def _slow(code: str) -> str:
+def _slow_import_hint(code: str) -> str:
     return f"this machine is very busy, or the import hangs: try it alone, python -c '{code}'"
 
 
-def _advice(name: str, found: Probe, torch: dict[str, Any]) -> str:
+def _install_hint(name: str, found: Probe, torch: dict[str, Any]) -> str:
     here = f"torch {torch.get('version', '?')}, CUDA {torch.get('cuda') or 'none'}"
     here += f", cxx11abi{str(torch.get('abi', '?')).upper()}, cp{sys.version_info[0]}{sys.version_info[1]}"
     for pattern, text in _FAILURES:

@@ -14,37 +14,37 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from fm9g.engine.collect import Collected, Held
-from fm9g.engine.optimizer import Optimizer, saved_keys
-from fm9g.engine.processes import Processes
-from fm9g.engine.recompute import recompute
-from fm9g.engine.rules import Layout, OptimizerSettings
-from fm9g.engine.statistics import Statistics, statistics
-from fm9g.engine.stopwatch import Stopwatch
+from fm9g.engine.activation_checkpoint import apply_activation_checkpointing
+from fm9g.engine.comm_timer import CommTimer
+from fm9g.engine.dist_context import DistContext
+from fm9g.engine.gather import GatheredStateDict, GatherSpec
+from fm9g.engine.optimizers import OptimizerConfig, ShardLayout
+from fm9g.engine.sharded_optimizer import ShardedOptimizer, saved_keys
+from fm9g.engine.tensor_stats import TensorStats, compute_tensor_stats
 from fm9g.errors import UserError
 from fm9g.memory import is_out_of_memory
 
-Fill = Callable[[str, torch.Tensor], None]
+WeightInit = Callable[[str, torch.Tensor], None]
 
 
 @runtime_checkable
-class Keeps(Protocol):
+class HoldsQuantizedWeight(Protocol):
     """A module whose weight is no parameter: every process hands it the whole values, fp32, once."""
 
-    wanted_shape: torch.Size
+    weight_shape: torch.Size
 
-    def keep(self, weight: torch.Tensor, dtype: torch.dtype) -> None: ...
+    def set_weight(self, weight: torch.Tensor, dtype: torch.dtype) -> None: ...
 
 
 @dataclass(frozen=True)
-class Placement:
+class ParallelConfig:
     """How an engine places a model.
 
-    dtype: of the computation; every weight has an fp32 copy. narrow_frozen: weights that are not trained have none.
-    zero_level: 3, weights are gathered layer by layer, again
-    in the backward pass; 2, they stay gathered in between; 0, every process holds all. checkpointing: none, selective
-    or full, for as many of the first layers. tp_size: processes that share the work of each layer; sequence_parallel:
-    and that of the norms. offload: the optimizer works in the host's memory.
+    dtype: of the computation; every weight has an fp32 copy. frozen_in_compute_dtype: weights that are not trained have
+    none. zero_level: 3, weights are gathered layer by layer, again in the backward pass; 2, they stay gathered in
+    between; 0, every process holds all. checkpointing: none, selective or full, for as many of the first layers.
+    tp_size: processes that share the work of each layer; sequence_parallel: and that of the norms. offload: the
+    optimizer works in the host's memory.
     """
 
     dtype: torch.dtype = torch.float32
@@ -54,98 +54,104 @@ class Placement:
     tp_size: int = 1
     sequence_parallel: bool = True
     offload: bool = False
-    narrow_frozen: bool = False
+    frozen_in_compute_dtype: bool = False
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardInfo:
     """What this process holds of a weight.
 
-    shape: of the whole weight. region: the view of a whole tensor that is this part. copies: processes that hold the
-    same part; owner: this is the one of them that speaks for it. tensor, grad: the part itself and its gradient.
+    shape: of the whole weight. local_view: the view of a whole tensor that is this part. num_replicas: processes that
+    hold the same part; is_primary: this is the one of them that speaks for it. tensor, grad: the part itself and its
+    gradient.
     """
 
     shape: torch.Size
-    region: Callable[[torch.Tensor], torch.Tensor]
-    copies: int
-    owner: bool
+    local_view: Callable[[torch.Tensor], torch.Tensor]
+    num_replicas: int
+    is_primary: bool
     trainable: bool
     tensor: Callable[[], torch.Tensor]
     grad: Callable[[], torch.Tensor | None]
 
-    def held(self, local: torch.Tensor | None = None) -> Held:
+    def gather_spec(self, local: torch.Tensor | None = None) -> GatherSpec:
         """The part as it is to be collected. local: in place of its own tensor."""
-        return Held(self.shape, self.region, self.owner, self.tensor if local is None else lambda: local)
+        return GatherSpec(self.shape, self.local_view, self.is_primary, self.tensor if local is None else lambda: local)
 
 
 @dataclass
-class LossScale:
-    """Dynamic loss scaling (Micikevicius et al. 2018): halved when a gradient overflows, doubled after `steps` without.
+class DynamicLossScaler:
+    """Dynamic loss scaling (Micikevicius et al. 2018): halved when a gradient overflows, doubled after
+    `growth_interval` without.
 
-    scale: 1 and steps: 0 where there is none.
+    scale: 1 and growth_interval: 0 where there is none.
     """
 
     scale: float = 1.0
-    steps: int = 0
-    good: int = 0
+    growth_interval: int = 0
+    good_steps: int = 0
 
     def update(self, finite: bool) -> None:
-        self.good = self.good + 1 if finite else 0
+        self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
             self.scale = max(self.scale / 2, 1.0)
-        elif self.good == self.steps:
-            self.scale, self.good = self.scale * 2, 0
+        elif self.good_steps == self.growth_interval:
+            self.scale, self.good_steps = self.scale * 2, 0
 
 
 class Engine(ABC):
     """One process's part of a training run.
 
-    replica, replicas: its place among the processes that train on different data.
+    dp_rank, dp_size: its place among the processes that train on different data.
     """
 
-    def __init__(self, processes: Processes, seed: int) -> None:
+    def __init__(self, dist_context: DistContext, seed: int) -> None:
         """seed: of dropout."""
-        self.processes, self.device, self._seed = processes, processes.device, seed
-        self.replica, self.replicas = processes.rank, processes.world_size
-        self._parts: dict[str, Part] = {}
-        self.messages = Stopwatch(self.device)  # of this process's messages to others, as far as they are seen
+        self.dist_context, self.device, self._seed = dist_context, dist_context.device, seed
+        self.dp_rank, self.dp_size = dist_context.rank, dist_context.world_size
+        self._shards: dict[str, ShardInfo] = {}
+        self.comm_timer = CommTimer(self.device)  # of this process's messages to others, as far as they are seen
 
     def prepare(
         self,
         model: torch.nn.Module,
         layers: torch.nn.ModuleList,
-        fill: Fill,
-        optimizer: OptimizerSettings,
-        placement: Placement,
-        loss_scale: LossScale,
-        names: Callable[[str], str] = str,
+        init_weight: WeightInit,
+        optimizer_config: OptimizerConfig,
+        parallel_config: ParallelConfig,
+        loss_scaler: DynamicLossScaler,
+        export_name: Callable[[str], str] = str,
     ) -> None:
         """Places a model that was built on the meta device and makes its optimizer.
 
-        layers: the modules that are gathered and checkpointed one at a time. fill: writes the values of the weight of
-        that name into a tensor; it is asked on rank 0 alone, for one weight at a time. Weights that require no
-        gradient stay as they are. names: makes the name by which a weight is known outside of that in the model.
-        Raises UserError where the model does not fit in memory or cannot be placed so.
+        layers: the modules that are gathered and checkpointed one at a time. init_weight: writes the values of the
+        weight of that name into a tensor; it is asked on rank 0 alone, for one weight at a time. Weights that require
+        no gradient stay as they are. export_name: makes the name by which a weight is known outside of that in the
+        model. Raises UserError where the model does not fit in memory or cannot be placed so.
         """
-        self.loss_scale, self._placement, self._names = loss_scale, placement, names
-        for layer in list(layers)[: placement.checkpointed_layers]:
-            recompute(layer, placement.checkpointing)
+        self.loss_scaler, self._parallel_config, self._export_name = loss_scaler, parallel_config, export_name
+        for layer in list(layers)[: parallel_config.checkpointed_layers]:
+            apply_activation_checkpointing(layer, parallel_config.checkpointing)
         try:
             for path, module in model.named_modules():
-                if isinstance(module, Keeps):
-                    whole = self._spread(module.wanted_shape, functools.partial(fill, names(f"{path}.weight")))
-                    module.keep(whole, placement.dtype)
-            self._model = self._place(model.train(), layers, fill, placement)
-            self._parts = self._find_parts()
-            trained = {name: part.tensor() for name, part in self._parts.items() if part.trainable}
-            layout = Layout(lambda name: self._parts[name].shape, self._gather, self._region)
-            self._optimizer = Optimizer(trained, optimizer, layout, placement.offload)
+                if isinstance(module, HoldsQuantizedWeight):
+                    full = self._broadcast_from_rank0(
+                        module.weight_shape, functools.partial(init_weight, export_name(f"{path}.weight"))
+                    )
+                    module.set_weight(full, parallel_config.dtype)
+            self._model = self._shard_model(model.train(), layers, init_weight, parallel_config)
+            self._shards = self._local_shards()
+            trainable = {name: shard.tensor() for name, shard in self._shards.items() if shard.trainable}
+            layout = ShardLayout(lambda name: self._shards[name].shape, self._all_gather_full, self._local_view)
+            self._optimizer = ShardedOptimizer(trainable, optimizer_config, layout, parallel_config.offload)
             for name, master in self._optimizer.masters.items():
-                part = self._parts[name]
-                if trained[name].dtype != torch.float32:  # what was lost by narrowing is asked for again
-                    master.copy_(part.region(self._spread(part.shape, functools.partial(fill, name))))
-                    if name in self._optimizer.means:
-                        self._optimizer.means[name].copy_(master)
+                shard = self._shards[name]
+                if trainable[name].dtype != torch.float32:  # what was lost by narrowing is asked for again
+                    master.copy_(
+                        shard.local_view(self._broadcast_from_rank0(shard.shape, functools.partial(init_weight, name)))
+                    )
+                    if name in self._optimizer.ema:
+                        self._optimizer.ema[name].copy_(master)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -153,32 +159,36 @@ class Engine(ABC):
                 f"the model does not fit in the memory of {self.device} ({error}); `fm9g plan` tells what it takes"
             ) from None
 
-    def _named(self, model: torch.nn.Module) -> list[tuple[str, Any]]:
+    def _named_params(self, model: torch.nn.Module) -> list[tuple[str, Any]]:
         """The parameters of a model with the names by which they are known outside."""
-        return [(self._names(name), weight) for name, weight in model.named_parameters()]
+        return [(self._export_name(name), weight) for name, weight in model.named_parameters()]
 
     @abstractmethod
-    def _place(
-        self, model: torch.nn.Module, layers: torch.nn.ModuleList, fill: Fill, placement: Placement
+    def _shard_model(
+        self,
+        model: torch.nn.Module,
+        layers: torch.nn.ModuleList,
+        init_weight: WeightInit,
+        parallel_config: ParallelConfig,
     ) -> torch.nn.Module:
         """The model with its weights where they belong, filled."""
 
     @abstractmethod
-    def _find_parts(self) -> dict[str, Part]:
+    def _local_shards(self) -> dict[str, ShardInfo]:
         """The parts of all weights by full name, in the same order on every rank."""
 
-    def forward(self, batch: Any, draw: int) -> Any:
-        """The model's result for a batch, to be handed to backward. draw: of dropout's generator, a number that is this
-        batch's alone in the run."""
-        torch.manual_seed((self._seed << 31) + draw)
+    def forward(self, batch: Any, dropout_seed: int) -> Any:
+        """The model's result for a batch, to be handed to backward. dropout_seed: of dropout's generator, a number that
+        is this batch's alone in the run."""
+        torch.manual_seed((self._seed << 31) + dropout_seed)
         return self._model(batch)
 
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
+    def backward(self, loss: torch.Tensor, is_last_micro_batch: bool) -> None:
         """Adds the gradients of a loss, which is already divided by what the whole step is divided by.
 
-        last: no other batch follows in this step.
+        is_last_micro_batch: no other batch follows in this step.
         """
-        (loss * self.loss_scale.scale).backward()
+        (loss * self.loss_scaler.scale).backward()
 
     @torch.no_grad()
     def evaluate(self, batch: Any) -> Any:
@@ -197,164 +207,177 @@ class Engine(ABC):
         device alone knows: the host does not wait for it.
         """
         grads = self._grads()
-        norm = self._norm(grads) / self.loss_scale.scale
-        factor = torch.ones_like(norm) / self.loss_scale.scale
+        norm = self._grad_norm(grads) / self.loss_scaler.scale
+        factor = torch.ones_like(norm) / self.loss_scaler.scale
         if max_norm:
             factor = factor * (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        look = bool(self.loss_scale.steps) or not self._optimizer.skips
-        finite = bool(norm.isfinite()) if look else True
+        check_on_host = bool(self.loss_scaler.growth_interval) or not self._optimizer.supports_found_inf
+        finite = bool(norm.isfinite()) if check_on_host else True
         if finite:
-            weights = {name: self._parts[name].tensor() for name in grads}
-            skip = None if look else 1.0 - norm.isfinite().float()
-            self._optimizer.step(weights, grads, lr, factor, skip)
-        if self.loss_scale.steps:
-            self.loss_scale.update(finite)
-        self.clear_gradients()
+            weights = {name: self._shards[name].tensor() for name in grads}
+            found_inf = None if check_on_host else 1.0 - norm.isfinite().float()
+            self._optimizer.step(weights, grads, lr, factor, found_inf)
+        if self.loss_scaler.growth_interval:
+            self.loss_scaler.update(finite)
+        self.zero_grad()
         return norm
 
     def _grads(self) -> dict[str, torch.Tensor]:
         """The gradients of trained weights, in the same order on every rank."""
         grads = {}
-        for name, part in self._parts.items():
-            grad = part.grad() if part.trainable else None
-            if grad is None and part.trainable and not part.tensor().numel():
-                grad = part.tensor()  # nothing of it is here, but others may wait for this process
+        for name, shard in self._shards.items():
+            grad = shard.grad() if shard.trainable else None
+            if grad is None and shard.trainable and not shard.tensor().numel():
+                grad = shard.tensor()  # nothing of it is here, but others may wait for this process
             if grad is not None:
                 grads[name] = grad
         return grads
 
-    def clear_gradients(self) -> None:
+    def zero_grad(self) -> None:
         """Forgets the gradients that were added up."""
         self._model.zero_grad(set_to_none=True)
 
-    def _norm(self, grads: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _grad_norm(self, grads: dict[str, torch.Tensor]) -> torch.Tensor:
         """The norm of all gradients: each part counts once, however many processes hold it."""
         total = torch.zeros((), device=self.device)
-        by_copies: dict[int, list[torch.Tensor]] = {}
+        by_num_replicas: dict[int, list[torch.Tensor]] = {}
         for name, grad in grads.items():
             if grad.numel():
-                by_copies.setdefault(self._parts[name].copies, []).append(grad)
-        for copies, held in by_copies.items():
-            norms = torch._foreach_norm(held, 2, dtype=torch.float32)
-            total = total + torch.stack(norms).square().sum() / copies
-        with self.messages:
-            return self._add_up(total).sqrt()
+                by_num_replicas.setdefault(self._shards[name].num_replicas, []).append(grad)
+        for num_replicas, replicated in by_num_replicas.items():
+            norms = torch._foreach_norm(replicated, 2, dtype=torch.float32)
+            total = total + torch.stack(norms).square().sum() / num_replicas
+        with self.comm_timer:
+            return self._all_reduce_sum(total).sqrt()
 
-    def inspect(self) -> dict[str, tuple[Statistics, Statistics]]:
+    def tensor_stats(self) -> dict[str, tuple[TensorStats, TensorStats]]:
         """What the trained weights and the gradients of the step so far are like, by name. It waits for the device."""
         grads = self._grads()
-        copies = [self._parts[name].copies for name in grads]
-        weights = [functools.partial(self._wide, name) for name in grads]
-        unscaled = [functools.partial(torch.div, grad, self.loss_scale.scale) for grad in grads.values()]
-        tensors = list(zip([*weights, *unscaled], copies * 2))
-        found = statistics(tensors, self._add_up, self.processes.gather, self.device)
-        return dict(zip(grads, zip(found[: len(grads)], found[len(grads) :])))
+        num_replicas = [self._shards[name].num_replicas for name in grads]
+        weights = [functools.partial(self._fp32_master, name) for name in grads]
+        unscaled = [functools.partial(torch.div, grad, self.loss_scaler.scale) for grad in grads.values()]
+        tensors = list(zip([*weights, *unscaled], num_replicas * 2))
+        stats = compute_tensor_stats(tensors, self._all_reduce_sum, self.dist_context.all_gather_object, self.device)
+        return dict(zip(grads, zip(stats[: len(grads)], stats[len(grads) :])))
 
-    def _wide(self, name: str) -> torch.Tensor:
+    def _fp32_master(self, name: str) -> torch.Tensor:
         """This process's part of a weight on the device, fp32 where it is kept so."""
-        part = self._optimizer.masters.get(name)
-        return self._parts[name].tensor() if part is None else part.to(self.device)
+        master = self._optimizer.masters.get(name)
+        return self._shards[name].tensor() if master is None else master.to(self.device)
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
+    def dp_sum(self, values: torch.Tensor) -> torch.Tensor:
         """The elementwise sum over all replicas."""
-        return self._add_up(values.clone()) * self.replicas / self.processes.world_size
+        return self._all_reduce_sum(values.clone()) * self.dp_size / self.dist_context.world_size
 
     @abstractmethod
-    def _add_up(self, values: torch.Tensor) -> torch.Tensor:
+    def _all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
         """The tensor, which becomes the elementwise sum over all processes."""
 
-    def weights(self, trained: bool = False) -> Collected:
-        """Every weight by its full name, fp32, whole on rank 0's host. trained: those that are trained alone."""
+    def weights(self, trainable_only: bool = False) -> GatheredStateDict:
+        """Every weight by its full name, fp32, whole on rank 0's host. trainable_only: those that are trained alone."""
         masters = self._optimizer.masters
-        parts = {name: part for name, part in self._parts.items() if part.trainable or not trained}
-        return self._collected({name: part.held(masters.get(name)) for name, part in parts.items()})
+        shards = {name: shard for name, shard in self._shards.items() if shard.trainable or not trainable_only}
+        return self._gathered({name: shard.gather_spec(masters.get(name)) for name, shard in shards.items()})
 
-    def mean_weights(self, trained: bool = False) -> Collected:
+    def ema_weights(self, trainable_only: bool = False) -> GatheredStateDict:
         """As `weights`, the running means in place of weights that are trained; nothing where none are kept."""
-        means, masters = self._optimizer.means, self._optimizer.masters
-        parts = {name: part for name, part in self._parts.items() if means and (part.trainable or not trained)}
-        held = {name: part.held(means.get(name, masters.get(name))) for name, part in parts.items()}
-        return self._collected(held)
+        ema, masters = self._optimizer.ema, self._optimizer.masters
+        shards = {
+            name: shard for name, shard in self._shards.items() if ema and (shard.trainable or not trainable_only)
+        }
+        specs = {name: shard.gather_spec(ema.get(name, masters.get(name))) for name, shard in shards.items()}
+        return self._gathered(specs)
 
-    def optimizer_state(self) -> Collected:
+    def optimizer_state(self) -> GatheredStateDict:
         """The optimizer's state by full weight name, fp32, as `weights` gives weights: NAME.exp_avg, NAME.exp_avg_sq,
         or what else the optimizer keeps; and under "numbers" the steps made, the loss scale and good steps since."""
-        first = self.processes.rank == 0
-        held = {"numbers": Held(torch.Size([3]), _same, first, self._numbers)}
-        for name, key in self._saved():
-            part, rule = self._parts[name], self._optimizer.rules[name]
-            tensor = functools.partial(rule.saved, name, key)
-            vector = rule.vector_shape(name, key)
-            whole = Held(vector, _same, first, tensor) if vector is not None else None
-            held[f"{name}.{key}"] = whole or Held(part.shape, part.region, part.owner, tensor)
-        return self._collected(held)
+        is_rank_zero = self.dist_context.rank == 0
+        specs = {"numbers": GatherSpec(torch.Size([3]), _identity, is_rank_zero, self._scalars)}
+        for name, key in self._state_keys():
+            shard, param_optimizer = self._shards[name], self._optimizer.param_optimizers[name]
+            tensor = functools.partial(param_optimizer.export_state, name, key)
+            replicated_shape = param_optimizer.replicated_shape(name, key)
+            full = (
+                GatherSpec(replicated_shape, _identity, is_rank_zero, tensor) if replicated_shape is not None else None
+            )
+            specs[f"{name}.{key}"] = full or GatherSpec(shard.shape, shard.local_view, shard.is_primary, tensor)
+        return self._gathered(specs)
 
-    def load_optimizer_state(self, saved: dict[str, torch.Tensor]) -> None:
-        """Restores what optimizer_state gave, in any number of processes. saved: on rank 0; the others' may be empty.
+    def load_optimizer_state(self, state_dict: dict[str, torch.Tensor]) -> None:
+        """Restores what optimizer_state gave, in any number of processes. state_dict: on rank 0; the others' may be
+        empty.
 
         Raises UserError where the names or shapes do not match.
         """
-        wanted = self.optimizer_state().like
-        if self.processes.rank == 0:
-            if odd := sorted(saved.keys() ^ wanted.keys()):
+        expected = self.optimizer_state().meta
+        if self.dist_context.rank == 0:
+            if mismatched := sorted(state_dict.keys() ^ expected.keys()):
                 raise UserError(
-                    f"the optimizer's state is of another optimizer, or of other weights: {', '.join(odd[:5])}. "
+                    f"the optimizer's state is of another optimizer, or of other weights: {', '.join(mismatched[:5])}. "
                     "--resume_no_optimze true goes on without it, or of a pretrained_model --only_load_model true"
                 )
-            if odd := [name for name, like in wanted.items() if saved[name].shape != like.shape]:
-                raise UserError(f"the optimizer's state of {odd[0]} has another shape than the model's weight")
-        numbers = self._spread(torch.Size([3]), saved.get("numbers"))
-        self._optimizer.steps.copy_(numbers[0])
-        _, scale, good = numbers.tolist()
-        self.loss_scale.good = int(good)
-        if self.loss_scale.steps:
-            self.loss_scale.scale = scale
-        for name, key in self._saved():
-            part, rule = self._parts[name], self._optimizer.rules[name]
-            vector = rule.vector_shape(name, key)
-            whole = self._spread(part.shape if vector is None else vector, saved.get(f"{name}.{key}"))
-            rule.load(name, key, part.region(whole) if vector is None else whole)
+            if mismatched := [name for name, meta in expected.items() if state_dict[name].shape != meta.shape]:
+                raise UserError(f"the optimizer's state of {mismatched[0]} has another shape than the model's weight")
+        scalars = self._broadcast_from_rank0(torch.Size([3]), state_dict.get("numbers"))
+        self._optimizer.step_count.copy_(scalars[0])
+        _, scale, good_steps = scalars.tolist()
+        self.loss_scaler.good_steps = int(good_steps)
+        if self.loss_scaler.growth_interval:
+            self.loss_scaler.scale = scale
+        for name, key in self._state_keys():
+            shard, param_optimizer = self._shards[name], self._optimizer.param_optimizers[name]
+            replicated_shape = param_optimizer.replicated_shape(name, key)
+            full = self._broadcast_from_rank0(
+                shard.shape if replicated_shape is None else replicated_shape, state_dict.get(f"{name}.{key}")
+            )
+            param_optimizer.load_state(name, key, shard.local_view(full) if replicated_shape is None else full)
 
-    def load_mean_weights(self, saved: dict[str, torch.Tensor]) -> None:
-        """Restores what mean_weights gave. saved: as for load_optimizer_state."""
-        for name, mean in self._optimizer.means.items():
-            part = self._parts[name]
-            mean.copy_(part.region(self._spread(part.shape, saved.get(name))))
+    def load_ema_weights(self, state_dict: dict[str, torch.Tensor]) -> None:
+        """Restores what ema_weights gave. state_dict: as for load_optimizer_state."""
+        for name, mean in self._optimizer.ema.items():
+            shard = self._shards[name]
+            mean.copy_(shard.local_view(self._broadcast_from_rank0(shard.shape, state_dict.get(name))))
 
-    def _numbers(self) -> torch.Tensor:
-        return torch.tensor([float(self._optimizer.steps), self.loss_scale.scale, self.loss_scale.good])
+    def _scalars(self) -> torch.Tensor:
+        return torch.tensor([float(self._optimizer.step_count), self.loss_scaler.scale, self.loss_scaler.good_steps])
 
-    def _saved(self) -> list[tuple[str, str]]:
+    def _state_keys(self) -> list[tuple[str, str]]:
         """The keys of the optimizer's state, each with the name of its weight."""
-        rules = self._optimizer.rules
-        return [(name, key) for name, rule in rules.items() for key in saved_keys(rule, name)]
+        param_optimizers = self._optimizer.param_optimizers
+        return [
+            (name, key)
+            for name, param_optimizer in param_optimizers.items()
+            for key in saved_keys(param_optimizer, name)
+        ]
 
-    def _collected(self, held: dict[str, Held]) -> Collected:
-        return Collected(held, self.device, self.processes.world_size, self.processes.beside)
+    def _gathered(self, specs: dict[str, GatherSpec]) -> GatheredStateDict:
+        return GatheredStateDict(specs, self.device, self.dist_context.world_size, self.dist_context.background_group)
 
-    def _gather(self, name: str, local: torch.Tensor) -> torch.Tensor:
+    def _all_gather_full(self, name: str, local: torch.Tensor) -> torch.Tensor:
         """The whole tensor, fp32, on the device of every process, from the parts of all."""
-        part = self._parts[name]
-        whole = torch.zeros(part.shape, device=self.device)
-        if part.owner:
-            part.region(whole).copy_(local)
-        return self._add_up(whole)
+        shard = self._shards[name]
+        full = torch.zeros(shard.shape, device=self.device)
+        if shard.is_primary:
+            shard.local_view(full).copy_(local)
+        return self._all_reduce_sum(full)
 
-    def _region(self, name: str, whole: torch.Tensor) -> torch.Tensor:
-        return self._parts[name].region(whole)
+    def _local_view(self, name: str, full: torch.Tensor) -> torch.Tensor:
+        return self._shards[name].local_view(full)
 
-    def _spread(self, shape: torch.Size, content: torch.Tensor | Callable[[torch.Tensor], None] | None) -> torch.Tensor:
+    def _broadcast_from_rank0(
+        self, shape: torch.Size, content: torch.Tensor | Callable[[torch.Tensor], None] | None
+    ) -> torch.Tensor:
         """A whole tensor on the device of every process. content: on rank 0, its values or what writes them."""
-        whole = torch.empty(shape, device=self.device)
-        if self.processes.rank == 0:
+        full = torch.empty(shape, device=self.device)
+        if self.dist_context.rank == 0:
             assert content is not None
-            content(whole) if callable(content) else whole.copy_(content)
-        return self._broadcast(whole)
+            content(full) if callable(content) else full.copy_(content)
+        return self._broadcast(full)
 
     @abstractmethod
     def _broadcast(self, values: torch.Tensor) -> torch.Tensor:
         """The tensor, which becomes rank 0's on every process."""
 
 
-def _same(whole: torch.Tensor) -> torch.Tensor:
-    return whole
+def _identity(full: torch.Tensor) -> torch.Tensor:
+    return full

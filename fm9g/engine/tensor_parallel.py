@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 
-class _WholeOutput(SequenceParallel):
+class _ReplicatedOutput(SequenceParallel):
     """A sequence-parallel norm whose output (T, C) is on every process."""
 
     @staticmethod
@@ -29,40 +29,41 @@ class _WholeOutput(SequenceParallel):
         return outputs.redistribute(placements=(Replicate(),)).to_local()
 
 
-def split_layers(model: torch.nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
+def apply_tensor_parallel(model: torch.nn.Module, mesh: DeviceMesh, sequence_parallel: bool) -> None:
     """Splits attention by heads, the feed-forward layers by their width, embedding and output by the vocabulary.
 
-    sequence: between them each process holds T / tp tokens, and norms only these; else every process holds all.
+    sequence_parallel: between them each process holds T / tp tokens, and norms only these; else every process holds
+    all.
     """
-    outside: Placement = Shard(0) if sequence else Replicate()
+    outer_layout: Placement = Shard(0) if sequence_parallel else Replicate()
     # Attention also gets cos, sin, cu_seqlens and lengths, which are the same everywhere.
     attention_inputs: dict[str, Any] = {
-        "input_layouts": (outside, None, None, None, None),
+        "input_layouts": (outer_layout, None, None, None, None),
         "desired_input_layouts": (Replicate(), None, None, None, None),
     }
-    layer: dict[str, ParallelStyle] = {
+    layer_plan: dict[str, ParallelStyle] = {
         "self_att.self_attention": PrepareModuleInput(**attention_inputs),
         "self_att.self_attention.project_q": ColwiseParallel(),
         "self_att.self_attention.project_k": ColwiseParallel(),
         "self_att.self_attention.project_v": ColwiseParallel(),
-        "self_att.self_attention.attention_out": RowwiseParallel(output_layouts=outside),
-        "ffn.ffn": PrepareModuleInput(input_layouts=(outside,), desired_input_layouts=(Replicate(),)),
+        "self_att.self_attention.attention_out": RowwiseParallel(output_layouts=outer_layout),
+        "ffn.ffn": PrepareModuleInput(input_layouts=(outer_layout,), desired_input_layouts=(Replicate(),)),
         "ffn.ffn.w_in.w_0": ColwiseParallel(),
         "ffn.ffn.w_in.w_1": ColwiseParallel(),
-        "ffn.ffn.w_out": RowwiseParallel(output_layouts=outside),
+        "ffn.ffn.w_out": RowwiseParallel(output_layouts=outer_layout),
     }
-    ends: dict[str, ParallelStyle] = {
-        "input_embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=outside),
+    root_plan: dict[str, ParallelStyle] = {
+        "input_embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=outer_layout),
         "lm_head": ColwiseParallel(),  # its weight alone is used: model/loss.py
     }
-    if sequence:
-        layer["self_att.layernorm_before_attention"] = SequenceParallel(sequence_dim=0)
-        layer["ffn.layernorm_before_ffn"] = SequenceParallel(sequence_dim=0)
-        ends["encoder.output_layernorm"] = _WholeOutput(sequence_dim=0)
-    plan = ends | {f"encoder.layers.*.{name}": style for name, style in layer.items()}
-    present = {name for name, _ in model.named_modules()}
-    plan = {name: style for name, style in plan.items() if name.replace("*", "0") in present}
-    trained = {name: weight.requires_grad for name, weight in model.named_parameters()}
+    if sequence_parallel:
+        layer_plan["self_att.layernorm_before_attention"] = SequenceParallel(sequence_dim=0)
+        layer_plan["ffn.layernorm_before_ffn"] = SequenceParallel(sequence_dim=0)
+        root_plan["encoder.output_layernorm"] = _ReplicatedOutput(sequence_dim=0)
+    plan = root_plan | {f"encoder.layers.*.{name}": style for name, style in layer_plan.items()}
+    module_names = {name for name, _ in model.named_modules()}
+    plan = {name: style for name, style in plan.items() if name.replace("*", "0") in module_names}
+    trainable = {name: weight.requires_grad for name, weight in model.named_parameters()}
     parallelize_module(model, mesh, plan)
     for name, weight in model.named_parameters():  # it makes some weights anew, which ask for a gradient
-        weight.requires_grad_(trained[name])
+        weight.requires_grad_(trainable[name])

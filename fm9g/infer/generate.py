@@ -8,17 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fm9g.checkpoint.find import named
+from fm9g.checkpoint.find import resolve_checkpoint_path
 from fm9g.config.load import read_object
 from fm9g.config.model import check_sizes
 from fm9g.convert.families import FAMILIES
-from fm9g.convert.folder import check_files
-from fm9g.data.encode import stop_token_ids
-from fm9g.data.encoding_limits import panics_as_user_error
-from fm9g.data.template import Template
-from fm9g.data.tokenizer import TOKENIZER_CONFIG, listed_ids, load_tokenizer
-from fm9g.errors import UserError, said_by
-from fm9g.kinds import MODEL, check_kind
+from fm9g.convert.hf_reader import check_weight_files
+from fm9g.data.encode.encoder import stop_token_ids
+from fm9g.data.encode.encoding_limits import panics_as_user_error
+from fm9g.data.encode.template import Template
+from fm9g.data.encode.tokenizer import TOKENIZER_CONFIG, as_id_list, load_tokenizer
+from fm9g.errors import UserError, error_text
+from fm9g.io.path_kind import MODEL, check_kind
 
 
 def generate(
@@ -39,7 +39,7 @@ def generate(
     on_text: gets the continuation as it is made, in pieces; before the first one an empty text.
     Raises UserError where the folder is not one that transformers loads.
     """
-    folder = named(folder)
+    folder = resolve_checkpoint_path(folder)
     _check_folder(folder)
     for name, value, allowed in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
@@ -56,13 +56,13 @@ def generate(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from fm9g.engine.torch import has_fast_bf16
+    from fm9g.engine.fsdp import has_fast_bf16
 
     if system and not chat:
         raise UserError("system: goes with a chat (--chat)")
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # of a report of many lines about weights, which is told below in one
-    check_files(folder)  # transformers says how to run code in them
+    check_weight_files(folder)  # transformers says how to run code in them
     config = _config(folder)
     tokenizer = _open_tokenizer(folder, config)
     try:
@@ -71,7 +71,7 @@ def generate(
         )
         model, report = loaded
     except Exception as error:  # transformers and safetensors raise many kinds
-        raise UserError(f"{folder}: transformers cannot load it: {said_by(error)}") from None
+        raise UserError(f"{folder}: transformers cannot load it: {error_text(error)}") from None
     if missing := report["missing_keys"]:
         raise UserError(f"{folder}: {min(missing)} is missing; config.json and the weights do not match")
     if unexpected := report["unexpected_keys"]:
@@ -83,32 +83,32 @@ def generate(
         model.float()
     model.eval().to(device)
     torch.manual_seed(seed)
-    stops = list(
-        dict.fromkeys([*listed_ids(model.generation_config.eos_token_id), *listed_ids(model.config.eos_token_id)])
+    stop_ids = list(
+        dict.fromkeys([*as_id_list(model.generation_config.eos_token_id), *as_id_list(model.config.eos_token_id)])
     )
     if chat:
-        ours = load_tokenizer(folder)
-        if not ours.chat_template:
+        own_tokenizer = load_tokenizer(folder)
+        if not own_tokenizer.chat_template:
             raise UserError(f"{folder}: has no chat template; leave --chat away, or take a folder that has one")
-        template = Template(f"of {folder}", ours.chat_template, ours.special_tokens)
+        template = Template(f"of {folder}", own_tokenizer.chat_template, own_tokenizer.special_tokens)
         messages = [{"role": "system", "content": system}] if system else []
         prompt = template.render([*messages, {"role": "user", "content": prompt}], add_generation_prompt=True)
-        stops = list(dict.fromkeys([*stops, *stop_token_ids(ours, template)]))
+        stop_ids = list(dict.fromkeys([*stop_ids, *stop_token_ids(own_tokenizer, template)]))
     ids = _prompt_ids(tokenizer, prompt, chat)
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     )
     inputs = torch.tensor([ids], device=device)
-    pieces = _Pieces(tokenizer, on_text) if on_text else None
-    pads = [tokenizer.pad_token_id, *listed_ids(model.generation_config.pad_token_id), *stops, 0]
+    streamer = _TextStreamer(tokenizer, on_text) if on_text else None
+    pad_ids = [tokenizer.pad_token_id, *as_id_list(model.generation_config.pad_token_id), *stop_ids, 0]
     output = model.generate(
         inputs,
         attention_mask=torch.ones_like(inputs),
         max_new_tokens=max_new_tokens,
         repetition_penalty=repetition_penalty,
-        eos_token_id=stops or None,
-        pad_token_id=next(pad for pad in pads if pad is not None and pad >= 0),
-        streamer=pieces,
+        eos_token_id=stop_ids or None,
+        pad_token_id=next(pad for pad in pad_ids if pad is not None and pad >= 0),
+        streamer=streamer,
         **sampling,
     )
     return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
@@ -117,19 +117,19 @@ def generate(
 def _check_special_ids(folder: Path, config: Any) -> None:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(config, name, None)
-        if not all(type(token) is int for token in listed_ids(value)):
+        if not all(type(token) is int for token in as_id_list(value)):
             raise UserError(
                 f"{folder}/generation_config.json: {name}: found {value!r}, expected a token id or a list of them"
             )
 
 
-class _Pieces:
+class _TextStreamer:
     """A streamer of transformers: hands on the text of tokens as soon as it cannot change any more."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         self._tokenizer, self._on_text = tokenizer, on_text
         self._ids: list[int] | None = None
-        self._start = self._told = 0  # the tokens before `_start` are forgotten; those before `_told` are told
+        self._start = self._emitted = 0  # the tokens before `_start` are forgotten; those before `_emitted` are told
 
     def put(self, value: Any) -> None:
         """value: at first the ids of the prompt, then a token at a time."""
@@ -138,19 +138,19 @@ class _Pieces:
             self._on_text("")
             return
         self._ids += value.reshape(-1).tolist()
-        self._tell()
+        self._emit()
 
     def end(self) -> None:
-        self._tell(last=True)
+        self._emit(last=True)
 
-    def _tell(self, last: bool = False) -> None:
+    def _emit(self, last: bool = False) -> None:
         # The text of a token depends on those before it (spaces), and a character may be several tokens.
         ids = self._ids or []
-        before = self._decode(ids[self._start : self._told])
+        before = self._decode(ids[self._start : self._emitted])
         text = self._decode(ids[self._start :])
         if len(text) > len(before) and (last or not text.endswith("\ufffd")):
             self._on_text(text[len(before) :])
-            self._start, self._told = self._told, len(ids)
+            self._start, self._emitted = self._emitted, len(ids)
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
@@ -192,7 +192,7 @@ def _config(folder: Path) -> Any:
         content["bos_token_id"] = next(iter(content["bos_token_id"]), None)
         return AutoConfig.for_model(**content)
     except Exception as error:  # transformers raises many kinds
-        raise UserError(f"{folder}: transformers cannot load it: {said_by(error)}") from None
+        raise UserError(f"{folder}: transformers cannot load it: {error_text(error)}") from None
 
 
 def _open_tokenizer(folder: Path, config: Any) -> Any:
@@ -217,7 +217,7 @@ def _open_tokenizer(folder: Path, config: Any) -> Any:
                 f"{folder}: its tokenizer ({name}) is code that lies there, which is not run; put a tokenizer.json in "
                 "its place, which a fast tokenizer's save_pretrained writes"
             ) from None
-        raise UserError(f"{folder}: transformers cannot load its tokenizer: {said_by(error)}") from None
+        raise UserError(f"{folder}: transformers cannot load its tokenizer: {error_text(error)}") from None
 
 
 def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from fm9g.printable import printable
 
-OTHER, USER, LOST, INTERRUPTED = 1, 2, 69, 130  # exit codes; LOST is between a worker and its agent only
+# Exit codes; EXIT_CONNECTION_LOST is between a worker and its agent only.
+EXIT_FAILURE, EXIT_USER_ERROR, EXIT_CONNECTION_LOST, EXIT_INTERRUPTED = 1, 2, 69, 130
 
 
 @dataclass(frozen=True)
@@ -16,16 +17,16 @@ class Failure:
 
     rank: None where a whole node is meant. host: "" where it never said its name. code: what all processes exit with:
     2 for a user's mistake, 130 when interrupted, else 1, and only that is worth another attempt. detail: a traceback,
-    or the last lines of a log. gone: the rank cannot say it itself.
+    or the last lines of a log. unreachable: the rank cannot say it itself.
     """
 
     cause: str
     rank: int | None
     host: str
     node: int
-    code: int = OTHER
+    code: int = EXIT_FAILURE
     detail: str = ""
-    gone: bool = False
+    unreachable: bool = False
 
     @property
     def message(self) -> str:
@@ -45,19 +46,23 @@ class Failure:
 
     @staticmethod
     def from_json(values: Any) -> Failure:
-        """What a process wrote on the board; whatever that is, it is a failure."""
+        """What a process wrote on the KV store; whatever that is, it is a failure."""
         try:
             failure = Failure(**values)
             texts = (failure.cause, failure.host, failure.detail)
             numbers = (failure.node, failure.code, 0 if failure.rank is None else failure.rank)
             if all(isinstance(text, str) for text in texts) and all(type(number) is int for number in numbers):
-                return replace(failure, code=failure.code if 0 < failure.code < 256 else OTHER, gone=bool(failure.gone))
+                return replace(
+                    failure,
+                    code=failure.code if 0 < failure.code < 256 else EXIT_FAILURE,
+                    unreachable=bool(failure.unreachable),
+                )
         except TypeError:
             pass
         return Failure(f"a process ended with what is no record of a failure: {str(values)[:200]!r}", None, "", 0)
 
 
-class EndError(Exception):
+class RunFailedError(Exception):
     """Carries the failure that a run ends with."""
 
     def __init__(self, failure: Failure) -> None:
@@ -69,45 +74,45 @@ class EndError(Exception):
 class Timing:
     """How one figure, the seconds within which everything has to end, is divided. All values are seconds.
 
-    The worst case is a node that vanishes: `silence` until it is noticed, then `settle` for the other nodes to end
-    their processes and say so.
+    The worst case is a node that vanishes: `heartbeat_timeout` until it is noticed, then `settle_time` for the
+    other nodes to end their processes and say so.
     """
 
     timeout: float
 
     @property
-    def beat(self) -> float:
+    def heartbeat_interval(self) -> float:
         """Between two signs of life."""
         return min(2.0, max(0.1, self.timeout / 20))
 
     @property
-    def silence(self) -> float:
-        """Without a sign of life, or without an answer of the board."""
+    def heartbeat_timeout(self) -> float:
+        """Without a sign of life, or without an answer of the KV store."""
         return self.timeout / 2
 
     @property
-    def grace(self) -> float:
+    def grace_period(self) -> float:
         """For processes to end by themselves once a failure is recorded."""
         return self.timeout / 10
 
     @property
-    def settle(self) -> float:
+    def settle_time(self) -> float:
         """From a failure until all nodes have ended their processes."""
         return self.timeout / 5
 
 
-class Silence:
+class HeartbeatTracker:
     """Who has not given a sign of life for how long; by the clock of the one who listens, since clocks differ."""
 
     def __init__(self, now: float) -> None:
-        self._start, self._seen = now, dict[int, tuple[Any, float]]()
+        self._start, self._last_change = now, dict[int, tuple[Any, float]]()
 
-    def listen(self, signs: dict[int, Any], now: float) -> dict[int, float]:
-        """signs: for each peer something that changes while it lives; None: it has not begun. Returns the seconds since
-        each changed, or since the start."""
-        for peer, sign in signs.items():
-            if peer not in self._seen:
-                self._seen[peer] = (None, self._start)
-            if sign != self._seen[peer][0]:
-                self._seen[peer] = (sign, now)
-        return {peer: now - self._seen[peer][1] for peer in signs}
+    def update(self, statuses: dict[int, Any], now: float) -> dict[int, float]:
+        """statuses: for each peer something that changes while it lives; None: it has not begun. Returns the
+        seconds since each changed, or since the start."""
+        for peer, status in statuses.items():
+            if peer not in self._last_change:
+                self._last_change[peer] = (None, self._start)
+            if status != self._last_change[peer][0]:
+                self._last_change[peer] = (status, now)
+        return {peer: now - self._last_change[peer][1] for peer in statuses}

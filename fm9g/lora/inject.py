@@ -19,27 +19,27 @@ from torch import nn
 
 from fm9g.config.adapter import AdapterConfig
 from fm9g.errors import UserError
-from fm9g.packages import without_bitsandbytes
+from fm9g.import_utils import without_bitsandbytes
 
 A, B, MAGNITUDE = ".lora.lora_A", ".lora.lora_B", ".lora.magnitude"
-_NAMES = (  # of PEFT's modules
+_PEFT_NAME_PATTERNS = (  # of PEFT's modules
     (re.compile(r"\.base_layer\.(weight|bias)$"), r".\1"),
     (re.compile(r"\.lora_([AB])\.default\.weight$"), r".lora.lora_\1"),
     (re.compile(r"\.lora_magnitude_vector\.default\.weight$"), MAGNITUDE),
 )
 
 
-def known_as(name: str) -> str:
+def canonical_name(name: str) -> str:
     """The name of a parameter in files, from that in a model with adapters."""
-    for pattern, template in _NAMES:
+    for pattern, template in _PEFT_NAME_PATTERNS:
         name = pattern.sub(template, name)
     return name
 
 
-def chosen_layers(linear: Iterable[str], wanted: Iterable[str]) -> list[str]:
+def select_target_layers(linear: Iterable[str], wanted: Iterable[str]) -> list[str]:
     """Those of the full names of linear layers that end in one of the wanted names."""
     names = list(wanted)
-    return [name for name in linear if any(_ends_in(name, end) for end in names)]
+    return [name for name in linear if any(_name_matches(name, end) for end in names)]
 
 
 def linear_layers(layers: nn.ModuleList, prefix: str = "encoder.layers") -> dict[str, nn.Linear]:
@@ -48,7 +48,7 @@ def linear_layers(layers: nn.ModuleList, prefix: str = "encoder.layers") -> dict
     return {name: module for name, module in found if isinstance(module, nn.Linear)}
 
 
-def inject(model: nn.Module, layers: nn.ModuleList, config: AdapterConfig, backend: str = "peft") -> list[str]:
+def inject_adapters(model: nn.Module, layers: nn.ModuleList, config: AdapterConfig, backend: str = "peft") -> list[str]:
     """Gives linear layers of a model on the meta device adapters, and has nothing else trained.
 
     layers: the model's, where alone linear layers are called as modules. backend: peft or opendelta.
@@ -57,41 +57,45 @@ def inject(model: nn.Module, layers: nn.ModuleList, config: AdapterConfig, backe
     """
     linear = linear_layers(layers)
     for wanted in config.layers:
-        if not any(_ends_in(name, wanted) for name in linear):
+        if not any(_name_matches(name, wanted) for name in linear):
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
             raise UserError(f"lora_layer: {wanted!r} is not the name of a linear layer; these are: {known}")
-    chosen = chosen_layers(linear, config.layers)
-    for name in chosen if config.pissa else ():
-        if config.r > (most := min(linear[name].in_features, linear[name].out_features)):
-            raise UserError(f"lora_r {config.r}: {name} has {most} singular vectors; PiSSA cannot take more of them")
+    targets = select_target_layers(linear, config.layers)
+    for name in targets if config.pissa else ():
+        if config.r > (max_rank := min(linear[name].in_features, linear[name].out_features)):
+            raise UserError(
+                f"lora_r {config.r}: {name} has {max_rank} singular vectors; PiSSA cannot take more of them"
+            )
     model.requires_grad_(False)
     with torch.device("meta"):
-        _by_opendelta(model, chosen, config) if backend == "opendelta" else _by_peft(model, chosen, config)
+        (_inject_with_opendelta if backend == "opendelta" else _inject_with_peft)(model, targets, config)
     for name, weight in model.named_parameters():
-        weight.requires_grad_(".lora." in known_as(name))
-    return chosen
+        weight.requires_grad_(".lora." in canonical_name(name))
+    return targets
 
 
-def put_in(module: nn.Module, prefix: str, config: AdapterConfig, weights: Mapping[str, torch.Tensor]) -> None:
+def load_adapter_into(
+    module: nn.Module, prefix: str, config: AdapterConfig, weights: Mapping[str, torch.Tensor]
+) -> None:
     """Gives linear layers of a module with real weights the adapters that a file has for them, by PEFT.
 
     prefix: of the module's names in the model, with its dot. weights: as in the file.
     """
     linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
     if names := [name for name in linear if prefix + name + A in weights]:
-        _by_peft(module, names, replace(config, dropout=0.0))  # nothing is trained here
-        known = {name: prefix + known_as(name) for name, _ in module.named_parameters()}
+        _inject_with_peft(module, names, replace(config, dropout=0.0))  # nothing is trained here
+        known = {name: prefix + canonical_name(name) for name, _ in module.named_parameters()}
         values = {name: weights[file].float() for name, file in known.items() if file in weights}
         module.load_state_dict(values, strict=False, assign=True)
 
 
-def _ends_in(name: str, wanted: str) -> bool:
+def _name_matches(name: str, wanted: str) -> bool:
     return name == wanted or name.endswith(f".{wanted}")
 
 
-def _by_peft(model: nn.Module, names: list[str], config: AdapterConfig) -> None:
+def _inject_with_peft(model: nn.Module, names: list[str], config: AdapterConfig) -> None:
     with import_peft() as peft:
-        settings = peft.LoraConfig(
+        lora_config = peft.LoraConfig(
             r=config.r,
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,
@@ -100,7 +104,7 @@ def _by_peft(model: nn.Module, names: list[str], config: AdapterConfig) -> None:
             use_dora=config.dora,
             init_lora_weights=False,  # an engine fills them, as all weights
         )
-        peft.inject_adapter_in_model(settings, model, low_cpu_mem_usage=True)
+        peft.inject_adapter_in_model(lora_config, model, low_cpu_mem_usage=True)
 
 
 @contextlib.contextmanager
@@ -117,7 +121,7 @@ def import_peft() -> Iterator[Any]:
         yield peft
 
 
-def _by_opendelta(model: nn.Module, names: list[str], config: AdapterConfig) -> None:
+def _inject_with_opendelta(model: nn.Module, names: list[str], config: AdapterConfig) -> None:
     kind = import_opendelta().LoraModel
     # Its freeze_module is not used: that would have the model's state_dict() leave out what is frozen.
     kind(
@@ -134,7 +138,7 @@ def import_opendelta() -> Any:
     if "opendelta" in sys.modules:
         return sys.modules["opendelta"]
     try:
-        with _stand_ins():
+        with _stub_modules():
             import opendelta
     except ImportError as error:
         raise UserError(
@@ -145,7 +149,7 @@ def import_opendelta() -> Any:
 
 
 @contextlib.contextmanager
-def _stand_ins() -> Iterator[None]:
+def _stub_modules() -> Iterator[None]:
     """Modules in place of those that OpenDelta imports and that LoRA has no use for."""
     absent: dict[str, tuple[str, ...]] = {
         "turtle": ("back",),

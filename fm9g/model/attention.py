@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fm9g.model.sizes import pad_rows
+from fm9g.model.padding import pad_rows
 
-_LENGTHS = 64  # of which the tokens of a document are a multiple, see pad_rows
-_QUERIES = 1024  # of a document that are compared with the keys of their windows at a time
+_SEQLEN_MULTIPLE = 64  # of which the tokens of a document are a multiple, see pad_rows
+_QUERY_CHUNK = 1024  # of a document that are compared with the keys of their windows at a time
 
 
 @cache
@@ -55,27 +55,27 @@ def packed_kernel(query: torch.Tensor, key: torch.Tensor, flash: bool) -> str:
     return "varlen" if fits and varlen_operators() else ""
 
 
-def attend(
+def varlen_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     cu_seqlens: torch.Tensor,
-    lengths: list[int],
+    seqlens: list[int],
     flash: bool,
     scale: float | None = None,
     window: int = 0,
 ) -> torch.Tensor:
     """Attention of query (T, H, D) over key and value (T, K, D); returns (T, H, D).
 
-    cu_seqlens: (documents + 1,) int32 borders on the tensors' device; lengths: the same documents' lengths on the host.
+    cu_seqlens: (documents + 1,) int32 borders on the tensors' device; seqlens: the same documents' lengths on the host.
     flash: use a kernel for packed rows where there is one for these tensors, see packed_kernel.
     scale: of the products of queries and keys; None: 1 / sqrt(D).
     window: the tokens of its document that a token attends to, itself and those right before it; 0: all before it.
     """
     kernel = packed_kernel(query, key, flash)
-    seen = (window - 1, 0) if window else (-1, 0)  # tokens before and after a query
+    window_size = (window - 1, 0) if window else (-1, 0)  # tokens before and after a query
     if kernel == "flash_attn":
-        longest = max(lengths)
+        max_seqlen = max(seqlens)
         # Deterministic: else its backward pass adds in an order that differs from run to run.
         return flash_attn_kernel()(
             query,
@@ -83,18 +83,18 @@ def attend(
             value,
             cu_seqlens,
             cu_seqlens,
-            longest,
-            longest,
+            max_seqlen,
+            max_seqlen,
             softmax_scale=scale,
             causal=True,
-            window_size=seen if window else (-1, -1),
+            window_size=window_size if window else (-1, -1),
             deterministic=True,
         )
     if kernel == "varlen":
-        return _Varlen.apply(query, key, value, cu_seqlens, max(lengths), scale, seen)  # type: ignore[no-untyped-call]
+        return _Varlen.apply(query, key, value, cu_seqlens, max(seqlens), scale, window_size)  # type: ignore[no-untyped-call]
     # One call a document costs the sum of the squared lengths; one call with a mask, the square of the sum.
-    documents = zip(query.split(lengths), key.split(lengths), value.split(lengths))
-    return torch.cat([part for document in documents for part in _document(*document, scale, window)])
+    documents = zip(query.split(seqlens), key.split(seqlens), value.split(seqlens))
+    return torch.cat([part for document in documents for part in _document_attention(*document, scale, window)])
 
 
 class _Varlen(torch.autograd.Function):
@@ -111,33 +111,33 @@ class _Varlen(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         cu_seqlens: torch.Tensor,
-        longest: int,
+        max_seqlen: int,
         scale: float | None,
-        seen: tuple[int, int],
+        window_size: tuple[int, int],
     ) -> torch.Tensor:
-        ctx.sizes = longest, longest, seen == (-1, 0)
-        ctx.scale, ctx.seen = scale, list(seen)
-        output, normalizer, state = varlen_operators()._varlen_attn(
-            query, key, value, cu_seqlens, cu_seqlens, *ctx.sizes, ctx.scale, ctx.seen
+        ctx.sizes = max_seqlen, max_seqlen, window_size == (-1, 0)
+        ctx.scale, ctx.window_size = scale, list(window_size)
+        output, logsumexp, rng_state = varlen_operators()._varlen_attn(
+            query, key, value, cu_seqlens, cu_seqlens, *ctx.sizes, ctx.scale, ctx.window_size
         )
-        ctx.save_for_backward(query, key, value, output, normalizer, cu_seqlens, state)
+        ctx.save_for_backward(query, key, value, output, logsumexp, cu_seqlens, rng_state)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
-        *tensors, cu_seqlens, state = ctx.saved_tensors
+        *tensors, cu_seqlens, rng_state = ctx.saved_tensors
         before = torch.get_deterministic_debug_mode()
         torch.set_deterministic_debug_mode("error")
         try:
             grads = varlen_operators()._varlen_attn_backward(
-                grad.contiguous(), *tensors, cu_seqlens, cu_seqlens, *ctx.sizes, state, ctx.scale, ctx.seen
+                grad.contiguous(), *tensors, cu_seqlens, cu_seqlens, *ctx.sizes, rng_state, ctx.scale, ctx.window_size
             )
         finally:
             torch.set_deterministic_debug_mode(before)
         return *grads, None, None, None, None
 
 
-def _document(
+def _document_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, window: int
 ) -> list[torch.Tensor]:
     """The attention of one document, (L, H, D), in parts to be joined. With a window its cost grows with L, not L^2."""
@@ -145,12 +145,14 @@ def _document(
     if not window or length <= window:
         return [_scaled_dot_product(query, key, value, scale)]
     parts = []
-    for start in range(0, length, _QUERIES):
-        end = min(start + _QUERIES, length)
-        first = max(0, start - window + 1)  # of the keys that these queries see
-        ages = torch.arange(start, end, device=query.device)[:, None] - torch.arange(first, end, device=query.device)
-        seen = (ages >= 0) & (ages < window)
-        parts.append(_scaled_dot_product(query[start:end], key[first:end], value[first:end], scale, seen))
+    for start in range(0, length, _QUERY_CHUNK):
+        end = min(start + _QUERY_CHUNK, length)
+        key_start = max(0, start - window + 1)  # of the keys that these queries see
+        distances = torch.arange(start, end, device=query.device)[:, None] - torch.arange(
+            key_start, end, device=query.device
+        )
+        mask = (distances >= 0) & (distances < window)
+        parts.append(_scaled_dot_product(query[start:end], key[key_start:end], value[key_start:end], scale, mask))
     return parts
 
 
@@ -159,20 +161,20 @@ def _scaled_dot_product(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: float | None,
-    seen: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """seen: (queries, keys), which keys a query attends to; None: it and all before it."""
+    """mask: (queries, keys), which keys a query attends to; None: it and all before it."""
     queries, keys = len(query), len(key)
-    query, key, value = (pad_rows(tokens, _LENGTHS) for tokens in (query, key, value))
-    if seen is not None:
-        seen = F.pad(seen, (0, len(key) - keys, 0, len(query) - queries))
-        seen[queries:, 0] = True  # a softmax over nothing is not a number, and neither are its gradients
+    query, key, value = (pad_rows(tokens, _SEQLEN_MULTIPLE) for tokens in (query, key, value))
+    if mask is not None:
+        mask = F.pad(mask, (0, len(key) - keys, 0, len(query) - queries))
+        mask[queries:, 0] = True  # a softmax over nothing is not a number, and neither are its gradients
     output = F.scaled_dot_product_attention(
         query.transpose(0, 1)[None],
         key.transpose(0, 1)[None],
         value.transpose(0, 1)[None],
-        attn_mask=seen,
-        is_causal=seen is None,
+        attn_mask=mask,
+        is_causal=mask is None,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )

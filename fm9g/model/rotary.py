@@ -12,13 +12,13 @@ import torch
 from fm9g.config.model import ModelConfig
 
 
-def _frequencies(theta: float | torch.Tensor, dim: int, device: torch.device) -> torch.Tensor:
+def _inverse_frequencies(theta: float | torch.Tensor, dim: int, device: torch.device) -> torch.Tensor:
     """theta^(-2i/D): (D/2,) for one theta, (T, D/2) for thetas of shape (T, 1)."""
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
     return 1.0 / (theta**exponents)
 
 
-def _by_parts(config: ModelConfig, inv_freq: torch.Tensor) -> torch.Tensor:
+def _ntk_by_parts(config: ModelConfig, inv_freq: torch.Tensor) -> torch.Tensor:
     """Keeps fast frequencies, divides slow ones by the factor, blends those between: NTK-by-parts and YaRN (Peng et al.
     2023, section 3.2)."""
     dim, theta = config.head_dim, config.rope_theta
@@ -35,13 +35,13 @@ def _by_parts(config: ModelConfig, inv_freq: torch.Tensor) -> torch.Tensor:
 
 def _llama3(config: ModelConfig, inv_freq: torch.Tensor) -> torch.Tensor:
     """Keeps fast frequencies, divides slow ones by the factor, blends those between: the manner of Llama 3.1."""
-    turns = inv_freq * config.orig_max_length / (2 * math.pi)  # within the original length
+    rotations = inv_freq * config.orig_max_length / (2 * math.pi)  # within the original length
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-    fast = ((turns - low) / (high - low)).clamp(0, 1)
+    fast = ((rotations - low) / (high - low)).clamp(0, 1)
     return inv_freq / config.rope_factor * (1 - fast) + inv_freq * fast
 
 
-def cos_sin(
+def rotary_cos_sin(
     config: ModelConfig, positions: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines (T, D), fp32, for positions (T,) in documents with borders cu_seqlens."""
@@ -51,15 +51,15 @@ def cos_sin(
         theta *= factor ** (dim / (dim - 2))
     elif kind == "dynamic ntk":
         # The stretch follows each document's own length, so that packing changes nothing.
-        lengths = cu_seqlens.diff().to(torch.float32)
-        growth = (factor * lengths / config.orig_max_length - (factor - 1)).clamp(min=1.0)
+        seqlens = cu_seqlens.diff().to(torch.float32)
+        growth = (factor * seqlens / config.orig_max_length - (factor - 1)).clamp(min=1.0)
         stretched = theta * growth ** (dim / (dim - 2))
         theta = stretched.repeat_interleave(cu_seqlens.diff(), output_size=len(positions))[:, None]
-    inv_freq = _frequencies(theta, dim, device)
+    inv_freq = _inverse_frequencies(theta, dim, device)
     if kind == "linear":
         inv_freq = inv_freq / factor
     elif kind in ("ntk-by-parts", "yarn"):
-        inv_freq = _by_parts(config, inv_freq)
+        inv_freq = _ntk_by_parts(config, inv_freq)
     elif kind == "llama3":
         inv_freq = _llama3(config, inv_freq)
     angles = positions[:, None].to(torch.float32) * inv_freq
@@ -67,9 +67,9 @@ def cos_sin(
     return angles.cos() * config.rotary_multiplier, angles.sin() * config.rotary_multiplier
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turns x (T, heads, D) by its positions, in fp32, over half-split pairs; same type out."""
-    wide = x.float()
-    left, right = wide.chunk(2, dim=-1)
-    turned = wide * cos[:, None, :] + torch.cat((-right, left), dim=-1) * sin[:, None, :]
-    return turned.to(x.dtype)
+    x_fp32 = x.float()
+    left, right = x_fp32.chunk(2, dim=-1)
+    rotated = x_fp32 * cos[:, None, :] + torch.cat((-right, left), dim=-1) * sin[:, None, :]
+    return rotated.to(x.dtype)

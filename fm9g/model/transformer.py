@@ -15,25 +15,25 @@ import torch.nn.functional as F
 from torch import nn
 
 from fm9g.config.model import ModelConfig
-from fm9g.model.attention import attend
-from fm9g.model.loss import Objective, linear_cross_entropy
-from fm9g.model.rotary import cos_sin, rotate
+from fm9g.model.attention import varlen_attention
+from fm9g.model.loss import LossConfig, linear_cross_entropy
+from fm9g.model.rotary import apply_rotary_emb, rotary_cos_sin
 
 
 @dataclass(frozen=True)
 class Batch:
     """One packed row on the model's device; lengths alone is on the host.
 
-    input_ids, positions: (T,). cu_seqlens: (documents + 1,) int32; lengths: the same documents' lengths.
-    target_rows: (R,) the positions that have a target; targets: (R,) int64, the token after each of them.
+    input_ids, positions: (T,). cu_seqlens: (documents + 1,) int32; seqlens: the same documents' lengths.
+    target_positions: (R,) the positions that have a target; targets: (R,) int64, the token after each of them.
     target_weights: (R,) fp32, what each counts in the loss; None: all count 1.
     """
 
     input_ids: torch.Tensor
     positions: torch.Tensor
     cu_seqlens: torch.Tensor
-    lengths: list[int]
-    target_rows: torch.Tensor
+    seqlens: list[int]
+    target_positions: torch.Tensor
     targets: torch.Tensor
     target_weights: torch.Tensor | None = None
 
@@ -47,8 +47,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        x_fp32 = x.float()
+        return (x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
 
 
 class Attention(nn.Module):
@@ -59,30 +59,30 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim, self.flash, self.scale = config.head_dim, config.use_flash_attn, config.attention_scale or None
         self.window = window
-        query, shared = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.project_q = nn.Linear(config.hidden_size, query, bias=config.qkv_bias)
-        self.project_k = nn.Linear(config.hidden_size, shared, bias=config.qkv_bias)
-        self.project_v = nn.Linear(config.hidden_size, shared, bias=config.qkv_bias)
-        self.attention_out = nn.Linear(query, config.hidden_size, bias=False)
+        q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.project_q = nn.Linear(config.hidden_size, q_dim, bias=config.qkv_bias)
+        self.project_k = nn.Linear(config.hidden_size, kv_dim, bias=config.qkv_bias)
+        self.project_v = nn.Linear(config.hidden_size, kv_dim, bias=config.qkv_bias)
+        self.attention_out = nn.Linear(q_dim, config.hidden_size, bias=False)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor, lengths: list[int]
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor, seqlens: list[int]
     ) -> torch.Tensor:
         query = self.project_q(x).unflatten(-1, (-1, self.head_dim))  # (T, H, D)
         key = self.project_k(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
         if self.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key = apply_rotary_emb(query, cos, sin), apply_rotary_emb(key, cos, sin)
         value = self.project_v(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
-        mixed = attend(query, key, value, cu_seqlens, lengths, self.flash, self.scale, self.window)
-        return self.attention_out(mixed.flatten(-2))  # (T, C)
+        attn_out = varlen_attention(query, key, value, cu_seqlens, seqlens, self.flash, self.scale, self.window)
+        return self.attention_out(attn_out.flatten(-2))  # (T, C)
 
 
-class Gate(nn.Module):
+class GatedLinear(nn.Module):
     """act(w_0 x) * (w_1 x)."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -100,71 +100,71 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.w_in = Gate(config)
+        self.w_in = GatedLinear(config)
         self.w_out = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.w_out(self.w_in(x))
 
 
-class AttentionBranch(nn.Module):
+class AttentionBlock(nn.Module):
     def __init__(self, config: ModelConfig, window: int) -> None:
         super().__init__()
         self.layernorm_before_attention = RMSNorm(config.hidden_size, config.norm_eps)
         self.self_attention = Attention(config, window)
 
 
-class FeedForwardBranch(nn.Module):
+class FeedForwardBlock(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.layernorm_before_ffn = RMSNorm(config.hidden_size, config.norm_eps)
         self.ffn = FeedForward(config)
 
 
-class Layer(nn.Module):
+class TransformerBlock(nn.Module):
     """One pre-norm transformer layer: two residual branches."""
 
     def __init__(self, config: ModelConfig, window: int) -> None:
         super().__init__()
-        self.self_att = AttentionBranch(config, window)
-        self.ffn = FeedForwardBranch(config)
+        self.self_att = AttentionBlock(config, window)
+        self.ffn = FeedForwardBlock(config)
         self.residual_multiplier, self.dropout = config.residual_multiplier, config.dropout
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor, lengths: list[int]
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cu_seqlens: torch.Tensor, seqlens: list[int]
     ) -> torch.Tensor:
         normed = self.self_att.layernorm_before_attention(x)
-        x = self._add(x, self.self_att.self_attention(normed, cos, sin, cu_seqlens, lengths))
+        x = self._add(x, self.self_att.self_attention(normed, cos, sin, cu_seqlens, seqlens))
         return self._add(x, self.ffn.ffn(self.ffn.layernorm_before_ffn(x)))
 
     def _add(self, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
         return x + F.dropout(branch, self.dropout, self.training) * self.residual_multiplier
 
 
-class Encoder(nn.Module):
+class TransformerStack(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(config, window) for window in config.windows)
+        self.layers = nn.ModuleList(TransformerBlock(config, window) for window in config.windows)
         self.output_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
 
 
 class FM9G(nn.Module):
     """A 9G language model. Build it under torch.device("meta") and let an engine fill it, or call init_weight."""
 
-    def __init__(self, config: ModelConfig, objective: Objective | None = None, noise: float = 0.0) -> None:
-        """objective: None: plain cross entropy. noise: the alpha of NEFTune (Jain et al. 2023) on embeddings, in
-        training."""
+    def __init__(self, config: ModelConfig, loss_config: LossConfig | None = None, neftune_alpha: float = 0.0) -> None:
+        """loss_config: None: plain cross entropy. neftune_alpha: the alpha of NEFTune (Jain et al. 2023) on embeddings,
+        in training."""
         super().__init__()
-        self.config, self._objective, self._noise = config, objective or Objective(), noise
+        self.config, self._loss_config, self._neftune_alpha = config, loss_config or LossConfig(), neftune_alpha
         self.input_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.encoder = Encoder(config)
+        self.encoder = TransformerStack(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of a packed row: its sum over targets, in nats, and (R,) the loss of each target (no gradient)."""
-        hidden = self.hidden_states(batch)[batch.target_rows]
-        return linear_cross_entropy(hidden, self.output_weight, batch.targets, self._objective, batch.target_weights)
+        hidden = self.hidden_states(batch)[batch.target_positions]
+        return linear_cross_entropy(hidden, self.output_weight, batch.targets, self._loss_config, batch.target_weights)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """(T, V) scores of the token after each position."""
@@ -172,19 +172,19 @@ class FM9G(nn.Module):
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """(T, C) what the output weights are applied to."""
-        cos, sin = cos_sin(self.config, batch.positions, batch.cu_seqlens)
+        cos, sin = rotary_cos_sin(self.config, batch.positions, batch.cu_seqlens)
         x = self.input_embedding(batch.input_ids) * self.config.embedding_multiplier
-        if self._noise and self.training:
-            x = x + self._noise_for(x, batch)
+        if self._neftune_alpha and self.training:
+            x = x + self._neftune_noise(x, batch)
         for layer in self.encoder.layers:
-            x = layer(x, cos, sin, batch.cu_seqlens, batch.lengths)
-        return self.encoder.output_layernorm(x) / self.config.scale_width
+            x = layer(x, cos, sin, batch.cu_seqlens, batch.seqlens)
+        return self.encoder.output_layernorm(x) / self.config.mup_width
 
-    def _noise_for(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _neftune_noise(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         """(T, C) uniform in +-alpha / sqrt(length of the document * C)."""
-        spans = batch.cu_seqlens.diff()
-        bounds = self._noise / (spans * x.shape[-1]).sqrt()
-        bound = bounds.repeat_interleave(spans, output_size=len(x))[:, None]  # (T, 1)
+        seqlens = batch.cu_seqlens.diff()
+        bounds = self._neftune_alpha / (seqlens * x.shape[-1]).sqrt()
+        bound = bounds.repeat_interleave(seqlens, output_size=len(x))[:, None]  # (T, 1)
         return ((torch.rand_like(x, dtype=torch.float32) * 2 - 1) * bound).to(x.dtype)
 
     @property
@@ -195,20 +195,20 @@ class FM9G(nn.Module):
     def init_weight(self, name: str, weight: torch.Tensor, seed: int) -> None:
         """Fills a weight with its initial values, a function of its name and the seed alone.
 
-        Linear layers: normal with init_std / sqrt(scale_width); embedding and output: normal with init_std.
+        Linear layers: normal with init_std / sqrt(mup_width); embedding and output: normal with init_std.
         """
         if name.endswith(".bias"):
             weight.zero_()
         elif weight.dim() == 1:
             weight.fill_(1.0)
         else:
-            std = self.config.init_std / (self.config.scale_width**0.5 if is_width_scaled(name) else 1.0)
+            std = self.config.init_std / (self.config.mup_width**0.5 if is_mup_scaled(name) else 1.0)
             generator = torch.Generator(weight.device).manual_seed((seed << 32) + zlib.crc32(name.encode()))
             weight.normal_(0.0, std, generator=generator)
 
 
-def is_width_scaled(name: str) -> bool:
-    """Whether a weight is that of a linear layer, whose learning rate muP divides by scale_width."""
+def is_mup_scaled(name: str) -> bool:
+    """Whether a weight is that of a linear layer, whose learning rate muP divides by mup_width."""
     return name.startswith("encoder.layers.") and name.endswith(".weight") and "norm" not in name
 
 

@@ -1,28 +1,28 @@
 """What training takes before it is begun: memory, disk and time (`fm9g plan`). Pure arithmetic: torch is not needed."""
 
 from fm9g.plan.command import add_plan_arguments, run_plan
-from fm9g.plan.estimate import Plan, plan, suggest
-from fm9g.plan.memory import Moment, moments, peak
-from fm9g.plan.setup import GPUS, Gpu, Setup
-from fm9g.plan.show import alternatives, draw, table
-from fm9g.plan.sizes import checkpoint_bytes, count_weights, flops_a_token
+from fm9g.plan.estimate import JobEstimate, estimate_job, suggest
+from fm9g.plan.job import GPUS, Gpu, JobConfig
+from fm9g.plan.memory import StepPhase, peak_memory, step_phases
+from fm9g.plan.render import format_suggestions, format_table, plot_memory
+from fm9g.plan.sizes import checkpoint_bytes, count_weights, flops_per_token
 
 __all__ = [
     "GPUS",
     "Gpu",
-    "Moment",
-    "Plan",
-    "Setup",
+    "JobConfig",
+    "JobEstimate",
+    "StepPhase",
     "add_plan_arguments",
-    "alternatives",
     "checkpoint_bytes",
     "count_weights",
-    "draw",
-    "flops_a_token",
-    "moments",
-    "peak",
-    "plan",
+    "estimate_job",
+    "flops_per_token",
+    "format_suggestions",
+    "format_table",
+    "peak_memory",
+    "plot_memory",
     "run_plan",
+    "step_phases",
     "suggest",
-    "table",
 ]

@@ -7,14 +7,14 @@ import json
 import re
 from pathlib import Path
 
-from fm9g.config.fields import nearest
+from fm9g.config.fields import did_you_mean
 from fm9g.config.run import RunConfig, load_run
 from fm9g.errors import UserError
-from fm9g.files import PICTURES, require_output
-from fm9g.plan.estimate import Plan, plan, suggest
-from fm9g.plan.lighter import other_ways
-from fm9g.plan.setup import GPUS, Gpu, Setup
-from fm9g.plan.show import alternatives, draw, table, verdict
+from fm9g.io.atomic import IMAGE_SUFFIXES, check_output_file
+from fm9g.plan.alternatives import find_alternatives
+from fm9g.plan.estimate import JobEstimate, estimate_job, suggest
+from fm9g.plan.job import GPUS, Gpu, JobConfig
+from fm9g.plan.render import format_suggestions, format_table, format_verdict, plot_memory
 
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
@@ -51,62 +51,64 @@ def run_plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     given = parse_tokens(options.tokens) if options.tokens else None
     run = load_run(options.config, overrides, complete=False)
     if options.plot:
-        require_output(options.plot, "--plot", PICTURES, options.overwrite)
+        check_output_file(options.plot, "--plot", IMAGE_SUFFIXES, options.overwrite)
     if run.train.value.adapter:
-        from fm9g.convert.adapters import with_adapter
+        from fm9g.convert.merge import with_adapter
 
         run = with_adapter(run)
     model = run.model.value
     gpus = run.train.value.n_gpus if options.gpus is None else options.gpus
-    setup = Setup.from_run(run, options.nodes, gpus)
-    made = plan(model, setup, gpu, options.mfu)
-    tokens, why = (given, "--tokens") if given else _tokens_of(run, setup)
+    job = JobConfig.from_run(run, options.nodes, gpus)
+    estimate = estimate_job(model, job, gpu, options.mfu)
+    tokens, why = (given, "--tokens") if given else _tokens_of(run, job)
     described = options.gpu_memory is not None or options.gpu_flops is not None
     name = "GPU" if described else options.gpu.upper()
-    found = [] if made.fits else suggest(model, setup, gpu, options.mfu)
-    if run.train.value.global_batch:  # which sets grad_accum, and is what the user gives
-        found = [(in_global_batch(changes, other), other) for changes, other in found]
+    found = [] if estimate.fits else suggest(model, job, gpu, options.mfu)
+    if run.train.value.global_batch_size:  # which sets gradient_accumulation_steps, and is what the user gives
+        found = [(with_global_batch_size(changes, other), other) for changes, other in found]
     if options.plot:
-        better = found or suggest(model, setup, gpu, options.mfu)
-        draw({"as configured": made} | {changes or "the same": other for changes, other in better}, options.plot)
+        better = found or suggest(model, job, gpu, options.mfu)
+        plot_memory(
+            {"as configured": estimate} | {changes or "the same": other for changes, other in better}, options.plot
+        )
     if options.json:
         others = [{"changes": changes, **other.to_json(tokens)} for changes, other in found]
-        print(json.dumps({**made.to_json(tokens), "suggestions": others}, indent=1))
+        print(json.dumps({**estimate.to_json(tokens), "suggestions": others}, indent=1))
     else:
-        print(table(made))
-        if not made.fits:
-            print(f"\n{alternatives(found, [] if found else other_ways(model, setup, gpu))}")
-        print(f"\n{verdict(made, name, tokens, why)}")
-    return 0 if made.fits else 1
+        print(format_table(estimate))
+        if not estimate.fits:
+            print(f"\n{format_suggestions(found, [] if found else find_alternatives(model, job, gpu))}")
+        print(f"\n{format_verdict(estimate, name, tokens, why)}")
+    return 0 if estimate.fits else 1
 
 
-def _tokens_of(run: RunConfig, setup: Setup) -> tuple[float | None, str]:
+def _tokens_of(run: RunConfig, job: JobConfig) -> tuple[float | None, str]:
     """The tokens of the configured run and the key that sets them; or None and why they are not known."""
     config = run.train.value
     if not config.epochs:
         key = "stop_iters" if config.last_step < config.train_iters else "train_iters"
-        return config.last_step * setup.tokens_a_step, key
-    from fm9g.train.data import count_tokens
+        return config.last_step * job.tokens_per_step, key
+    from fm9g.train.data_loading import count_tokens
 
     try:
         tokens = count_tokens(run)
     except UserError as error:
         return None, f"the data of epochs {config.epochs:g} cannot be read here ({error}); --tokens gives its size"
-    return config.iters_of_epochs(tokens, setup.tokens_a_step) * setup.tokens_a_step, f"epochs {config.epochs:g}"
+    return config.iters_for_epochs(tokens, job.tokens_per_step) * job.tokens_per_step, f"epochs {config.epochs:g}"
 
 
-def in_global_batch(changes: str, other: Plan) -> str:
-    """Changes that `suggest` found, for a run whose global_batch sets its grad_accum."""
-    packs = other.setup.grad_accum * other.setup.data_parallel
-    words = [word for word in changes.split("--") if word and not word.startswith("grad_accum")]
-    more = [f"global_batch {packs}"] if "--batch_size" in changes else []
+def with_global_batch_size(changes: str, other: JobEstimate) -> str:
+    """Changes that `suggest` found, for a run whose global_batch_size sets its gradient_accumulation_steps."""
+    packs = other.job.gradient_accumulation_steps * other.job.data_parallel
+    words = [word for word in changes.split("--") if word and not word.startswith("gradient_accumulation_steps")]
+    more = [f"global_batch_size {packs}"] if "--batch_size" in changes else []
     return " ".join(f"--{word.strip()}" for word in [*words, *more])
 
 
 def _gpu(name: str, memory: float | None, flops: float | None) -> Gpu:
     known = {key.lower(): gpu for key, gpu in GPUS.items()}
     if name.lower() not in known:
-        raise UserError(f"--gpu: unknown: {name!r}{nearest(name.upper(), list(GPUS))}; known: {', '.join(GPUS)}; "
+        raise UserError(f"--gpu: unknown: {name!r}{did_you_mean(name.upper(), list(GPUS))}; known: {', '.join(GPUS)}; "
                         "another one is described by --gpu-memory and --gpu-flops")  # fmt: skip
     gpu = known[name.lower()]
     chosen = Gpu(gpu.memory if memory is None else memory, gpu.flops if flops is None else flops)

@@ -1,4 +1,4 @@
-"""From a model, a setup and GPUs to memory, disk and days; and the settings near by that fit."""
+"""From a model, a job and GPUs to memory, disk and days; and the settings near by that fit."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 from fm9g.config.model import ModelConfig
 from fm9g.errors import UserError
 from fm9g.plan import sizes
-from fm9g.plan.memory import COMPONENTS, Moment, peak
-from fm9g.plan.setup import CHOICES, GIB, GPUS, Gpu, Setup
+from fm9g.plan.job import GIB, GPUS, SEARCH_SPACE, Gpu, JobConfig
+from fm9g.plan.memory import COMPONENTS, StepPhase, peak_memory
 
-IDLE = 0.04  # of all memory, what lies between tensors; an assumption, on the careful side
+FRAGMENTATION = 0.04  # of all memory, what lies between tensors; an assumption, on the careful side
 # For the order of suggestions alone: bytes a second between a GPU and the others of its node, those of other nodes, and
 # its host; and weights a second that a GPU's share of the host's processors updates.
 _NODE, _NETWORK, _HOST, _HOST_UPDATES = 200e9, 25e9, 20e9, 0.4e9
@@ -22,17 +22,17 @@ _SELECTIVE = 0.05  # of a step: norms, rotations and activations once more
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a setup takes. memory: the fullest moment of a GPU; bytes. flops_a_token: of the model, without what is
-    computed again. step_seconds: a guess that is good for comparing setups alone."""
+class JobEstimate:
+    """What a job takes. memory: the fullest moment of a GPU; bytes. flops_per_token: of the model, without what is
+    computed again. step_seconds: a guess that is good for comparing jobs alone."""
 
     model: ModelConfig
-    setup: Setup
+    job: JobConfig
     gpu: Gpu
     weights: int
-    memory: Moment
+    memory: StepPhase
     checkpoint: int
-    flops_a_token: float
+    flops_per_token: float
     mfu: float
     step_seconds: float
 
@@ -44,7 +44,7 @@ class Plan:
     @property
     def overhead(self) -> float:
         """Bytes that no tensor holds."""
-        return IDLE * self.memory.total + self.gpu.context * GIB
+        return FRAGMENTATION * self.memory.total + self.gpu.context * GIB
 
     @property
     def free(self) -> float:
@@ -56,17 +56,17 @@ class Plan:
         return self.free >= 0
 
     @property
-    def tokens_a_second(self) -> float:
+    def tokens_per_second(self) -> float:
         """At the stated MFU (Chowdhery et al. 2022, appendix B)."""
-        return self.setup.nodes * self.setup.gpus * self.gpu.flops * self.mfu / self.flops_a_token
+        return self.job.nodes * self.job.gpus * self.gpu.flops * self.mfu / self.flops_per_token
 
     def days(self, tokens: float) -> float:
-        return tokens / self.tokens_a_second / 86400
+        return tokens / self.tokens_per_second / 86400
 
     def to_json(self, tokens: float | None) -> dict[str, Any]:
         """Bytes, seconds and counts. tokens: of the whole run; None: unknown."""
         return {
-            "setup": asdict(self.setup),
+            "setup": asdict(self.job),
             "gpu": asdict(self.gpu),
             "parameters": self.weights,
             "memory": {name: round(getattr(self.memory, name)) for name in COMPONENTS},
@@ -76,102 +76,102 @@ class Plan:
             "free": round(self.free),
             "fits": self.fits,
             "checkpoint": self.checkpoint,
-            "tokens_a_step": self.setup.tokens_a_step,
-            "flops_a_token": self.flops_a_token,
+            "tokens_a_step": self.job.tokens_per_step,
+            "flops_a_token": self.flops_per_token,
             "mfu": self.mfu,
-            "tokens_a_second": self.tokens_a_second,
+            "tokens_a_second": self.tokens_per_second,
             "tokens": tokens,
-            "steps": None if tokens is None else math.ceil(tokens / self.setup.tokens_a_step),
+            "steps": None if tokens is None else math.ceil(tokens / self.job.tokens_per_step),
             "days": None if tokens is None else self.days(tokens),
         }
 
 
-def plan(model: ModelConfig, setup: Setup, gpu: Gpu = GPUS["A100"], mfu: float = 0.4) -> Plan:
+def estimate_job(model: ModelConfig, job: JobConfig, gpu: Gpu = GPUS["A100"], mfu: float = 0.4) -> JobEstimate:
     """What training a model so takes. mfu: share of the GPUs' peak that the model's own FLOPs are.
 
-    Raises UserError where the setup cannot be.
+    Raises UserError where the job cannot be.
     """
-    setup.check(model)
-    return Plan(
+    job.check(model)
+    return JobEstimate(
         model=model,
-        setup=setup,
+        job=job,
         gpu=gpu,
         weights=sizes.count_weights(model),
-        memory=peak(model, setup),
-        checkpoint=sizes.checkpoint_bytes(model, setup),
-        flops_a_token=sizes.flops_a_token(model, setup.max_length, setup.adapters(model)),
+        memory=peak_memory(model, job),
+        checkpoint=sizes.checkpoint_bytes(model, job),
+        flops_per_token=sizes.flops_per_token(model, job.max_length, job.adapters(model)),
         mfu=mfu,
-        step_seconds=_step_seconds(model, setup, gpu, mfu),
+        step_seconds=_step_seconds(model, job, gpu, mfu),
     )
 
 
-def _step_seconds(model: ModelConfig, setup: Setup, gpu: Gpu, mfu: float) -> float:
+def _step_seconds(model: ModelConfig, job: JobConfig, gpu: Gpu, mfu: float) -> float:
     """Computation, or messages where they take longer, and a tenth of these; then what waits for both.
 
     Without recomputation a GPU is taken to reach `mfu`. Messages of ZeRO (Rajbhandari et al. 2020, section 7).
     """
-    again = {"none": 0.0, "selective": _SELECTIVE, "full": 1 / 3}[setup.activation_checkpoint]
-    flops = setup.row * sizes.flops_a_token(model, setup.max_length, setup.adapters(model)) / setup.tp_size
-    computing = flops / gpu.flops / mfu * (1 + again * min(1, setup.grad_ckpt_num / model.num_layers))
-    held, e = sizes.count_weights(model) / setup.tp_size, setup.width
-    speed = _NODE if setup.nodes == 1 else _NETWORK
-    reduced = e if setup.engine == "bmtrain" else 4
-    several = setup.data_parallel > 1
-    gathered = e * {0: 0, 2: 1, 3: 2}[setup.zero_level]
-    often, once = (gathered, 2 * reduced) if setup.zero_level == 0 else (gathered + reduced, 0)
-    messages = held * often / speed * several
-    exchanged = 4 * model.num_layers * 2 * setup.row * model.hidden_size * e * (setup.tp_size > 1) / _NODE
+    again = {"none": 0.0, "selective": _SELECTIVE, "full": 1 / 3}[job.activation_checkpoint]
+    flops = job.row * sizes.flops_per_token(model, job.max_length, job.adapters(model)) / job.tp_size
+    computing = flops / gpu.flops / mfu * (1 + again * min(1, job.grad_ckpt_num / model.num_layers))
+    num_weights, e = sizes.count_weights(model) / job.tp_size, job.width
+    speed = _NODE if job.nodes == 1 else _NETWORK
+    reduced = e if job.engine == "bmtrain" else 4
+    several = job.data_parallel > 1
+    gathered = e * {0: 0, 2: 1, 3: 2}[job.zero_level]
+    often, once = (gathered, 2 * reduced) if job.zero_level == 0 else (gathered + reduced, 0)
+    messages = num_weights * often / speed * several
+    exchanged = 4 * model.num_layers * 2 * job.row * model.hidden_size * e * (job.tp_size > 1) / _NODE
     micro_batch = max(computing, messages) + messages / 10 + exchanged
-    mine = held / (setup.data_parallel if setup.zero_level else 1)
-    offloading = mine * (8 / _HOST + 1 / _HOST_UPDATES) * setup.optimizer_offload
-    return micro_batch * setup.grad_accum + held * once / speed * several + offloading
+    mine = num_weights / (job.data_parallel if job.zero_level else 1)
+    offloading = mine * (8 / _HOST + 1 / _HOST_UPDATES) * job.offload_optimizer
+    return micro_batch * job.gradient_accumulation_steps + num_weights * once / speed * several + offloading
 
 
 def suggest(
-    model: ModelConfig, setup: Setup, gpu: Gpu = GPUS["A100"], mfu: float = 0.4, count: int = 5
-) -> list[tuple[str, Plan]]:
-    """Setups that fit and differ from this one as little as needed, with as many tokens a step: changes and plans.
+    model: ModelConfig, job: JobConfig, gpu: Gpu = GPUS["A100"], mfu: float = 0.4, count: int = 5
+) -> list[tuple[str, JobEstimate]]:
+    """Jobs that fit and differ from this one as little as needed, with as many tokens a step: changes and plans.
 
     The fastest by estimate come first. One that changes all that a faster one does, and more, is left out.
     """
     found = []
-    for other in _neighbours(model, setup):
-        made = plan(model, other, gpu, mfu)
-        if made.fits:
-            found.append((frozenset(_changes(setup, other)), made))
+    for other in _candidates(model, job):
+        estimate = estimate_job(model, other, gpu, mfu)
+        if estimate.fits:
+            found.append((frozenset(_changed_options(job, other)), estimate))
     found.sort(key=lambda item: (item[1].step_seconds, len(item[0])))
-    kept: list[tuple[frozenset[str], Plan]] = []
-    for changes, made in found:  # those kept are as fast or faster
-        if not any({_key(c) for c in before} <= {_key(c) for c in changes} for before, _ in kept):
-            kept.append((changes, made))
-    return [(" ".join(sorted(changes)), made) for changes, made in kept[:count]]
+    chosen: list[tuple[frozenset[str], JobEstimate]] = []
+    for changes, estimate in found:  # those kept are as fast or faster
+        if not any({_option_name(c) for c in before} <= {_option_name(c) for c in changes} for before, _ in chosen):
+            chosen.append((changes, estimate))
+    return [(" ".join(sorted(changes)), estimate) for changes, estimate in chosen[:count]]
 
 
-def _neighbours(model: ModelConfig, setup: Setup) -> Iterator[Setup]:
-    packs, layers = setup.tokens_a_step // setup.max_length, model.num_layers
-    ways = [n for n in range(1, setup.gpus + 1) if setup.gpus % n == 0]
-    batches = [n for n in range(1, setup.batch_size + 1) if setup.batch_size % n == 0]
-    engines = ("bmtrain", "torch") if setup.engine == "bmtrain" else ("torch",)
-    choices = (engines, CHOICES["zero_level"], CHOICES["activation_checkpoint"], ways, (False, True), batches)
+def _candidates(model: ModelConfig, job: JobConfig) -> Iterator[JobConfig]:
+    packs, layers = job.tokens_per_step // job.max_length, model.num_layers
+    ways = [n for n in range(1, job.gpus + 1) if job.gpus % n == 0]
+    batches = [n for n in range(1, job.batch_size + 1) if job.batch_size % n == 0]
+    engines = ("bmtrain", "torch") if job.engine == "bmtrain" else ("torch",)
+    choices = (engines, SEARCH_SPACE["zero_level"], SEARCH_SPACE["activation_checkpoint"], ways, (False, True), batches)
     for engine, level, kind, tp, offload, batch in itertools.product(*choices):
-        if tp > 1 and setup.lora_layer:
+        if tp > 1 and job.lora_layer:
             continue
-        ranks = setup.nodes * setup.gpus // tp
-        if packs % (batch * ranks) or (setup.optimizer_offload and not offload):
+        ranks = job.nodes * job.gpus // tp
+        if packs % (batch * ranks) or (job.offload_optimizer and not offload):
             continue
         try:
             other = replace(
-                setup,
+                job,
                 engine=engine,
                 zero_level=level,
                 activation_checkpoint=kind,
-                grad_ckpt_num=setup.grad_ckpt_num
-                if kind == setup.activation_checkpoint
-                else max(setup.grad_ckpt_num, layers),
+                grad_ckpt_num=job.grad_ckpt_num
+                if kind == job.activation_checkpoint
+                else max(job.grad_ckpt_num, layers),
                 tp_size=tp,
-                optimizer_offload=offload,
+                offload_optimizer=offload,
                 batch_size=batch,
-                grad_accum=packs // (batch * ranks),
+                gradient_accumulation_steps=packs // (batch * ranks),
             )
             other.check(model)
         except UserError:
@@ -179,12 +179,12 @@ def _neighbours(model: ModelConfig, setup: Setup) -> Iterator[Setup]:
         yield other
 
 
-def _changes(before: Setup, after: Setup) -> Iterator[str]:
+def _changed_options(before: JobConfig, after: JobConfig) -> Iterator[str]:
     """`--key value` for each key that differs and means something."""
     for key, value in asdict(after).items():
         if value != getattr(before, key) and (key != "grad_ckpt_num" or after.activation_checkpoint != "none"):
             yield f"--{key} {str(value).lower()}"
 
 
-def _key(change: str) -> str:
+def _option_name(change: str) -> str:
     return change.split()[0]

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 from fm9g.config.model import ModelConfig
 from fm9g.plan import sizes
-from fm9g.plan.setup import QUANTIZED, Setup
+from fm9g.plan.job import QUANTIZED, JobConfig
 
 COMPONENTS = ("weights", "gradients", "optimizer", "activations", "loss", "buffers")
 
 
 @dataclass(frozen=True)
-class Moment:
+class StepPhase:
     """Bytes of each component at a moment of the step.
 
     weights, gradients, optimizer: what lasts from step to step or micro-batch to micro-batch, this rank's part.
@@ -40,51 +40,65 @@ class Moment:
         return sum(getattr(self, name) for name in COMPONENTS)
 
 
-def peak(model: ModelConfig, setup: Setup) -> Moment:
+def peak_memory(model: ModelConfig, job: JobConfig) -> StepPhase:
     """The fullest moment."""
-    return max(moments(model, setup), key=lambda moment: moment.total)
+    return max(step_phases(model, job), key=lambda phase: phase.total)
 
 
-def moments(model: ModelConfig, setup: Setup) -> Iterator[Moment]:
+def step_phases(model: ModelConfig, job: JobConfig) -> Iterator[StepPhase]:
     """All moments of a step that may be the fullest, first to last."""
-    if setup.lora_layer:
-        held = _Held.of_adapters(model, setup)
+    if job.lora_layer:
+        engine = _EngineMemory.of_adapters(model, job)
     else:
-        held = _bmtrain(model, setup) if setup.engine == "bmtrain" else _torch(model, setup)
-    e, layers = setup.width, model.num_layers
-    kept, shared, grad = _kept(model, setup), sizes.shared_bytes(model, setup), setup.row * e * model.hidden_size
-    whole = sizes.layer_bytes(model, setup)
-    if e == 4 and setup.activation_checkpoint != "none":
-        whole -= sizes.input_bytes(model, setup)  # the first norm keeps its input itself, which is there already
+        engine = _bmtrain(model, job) if job.engine == "bmtrain" else _torch(model, job)
+    e, layers = job.width, model.num_layers
+    saved, shared, grad = (
+        _saved_activations(model, job),
+        sizes.shared_bytes(model, job),
+        job.row * e * model.hidden_size,
+    )
+    whole = sizes.layer_bytes(model, job)
+    if e == 4 and job.activation_checkpoint != "none":
+        whole -= sizes.input_bytes(model, job)  # the first norm keeps its input itself, which is there already
 
-    def moment(name: str, done: int, activations: float, loss: float, buffers: float) -> Moment:
+    def phase(name: str, done: int, activations: float, loss: float, buffers: float) -> StepPhase:
         """done: layers whose gradients are there."""
-        done = done if setup.grad_accum == 1 and not held.lasting else layers + 1
-        gradients = held.layer_gradient * min(done, layers) + held.root_gradient * (done > layers)
-        return Moment(name, held.weights, gradients, held.optimizer, activations, loss, buffers)
+        done = done if job.gradient_accumulation_steps == 1 and not engine.lasting else layers + 1
+        gradients = engine.layer_gradient * min(done, layers) + engine.root_gradient * (done > layers)
+        return StepPhase(name, engine.weights, gradients, engine.optimizer, activations, loss, buffers)
 
-    in_loss, in_head = sizes.loss_bytes(model, setup)
-    everything, several = shared + sum(kept) + sizes.end_bytes(model, setup), setup.grad_accum > 1
-    yield moment("the loss", 0, everything, in_loss, held.output + held.gathered(layers))
-    yield moment("gradient of the output layer", 0, everything + grad, in_head, held.root + held.gathered(layers))
+    in_loss, in_head = sizes.loss_bytes(model, job)
+    everything, several = shared + sum(saved) + sizes.end_bytes(model, job), job.gradient_accumulation_steps > 1
+    yield phase("the loss", 0, everything, in_loss, engine.output + engine.gathered(layers))
+    yield phase("gradient of the output layer", 0, everything + grad, in_head, engine.root + engine.gathered(layers))
     for layer in reversed(range(layers)):
-        done, below = layers - 1 - layer, shared + sum(kept[:layer]) + grad
-        own = kept[layer] if kept[layer] == whole else sizes.input_bytes(model, setup) + whole
-        around = held.root + held.gathered(layer + 1) + held.layer * (not held.stays) + held.message * (done > 0)
-        started = held.whole_gradient * (held.message == 0)
-        in_gate = own + sizes.feed_forward_bytes(model, setup)
-        at_end = own - whole + sizes.norm_backward_bytes(model, setup)
-        yield moment(f"layer {layer}, feed-forward", done, below + in_gate, held.head_gradient, around + started)
-        yield moment(f"layer {layer}, its end", done, below + at_end, held.head_gradient, around + held.whole_gradient)
-        dealt = held.root + held.gathered(layer) + held.whole_gradient + held.message + held.layer_gradient * several
-        yield moment(f"layer {layer}, reduction", done + 1, below, held.head_gradient, dealt)
-    yield moment("gradients outside layers", layers, shared + grad, 0, held.root + held.root_whole + held.message)
-    yield moment("reduction outside layers", layers + 1, shared, 0, held.root_whole + held.root_message)
-    yield moment("the optimizer", layers + 1, 0, 0, held.stepping)
+        done, below = layers - 1 - layer, shared + sum(saved[:layer]) + grad
+        own = saved[layer] if saved[layer] == whole else sizes.input_bytes(model, job) + whole
+        around = (
+            engine.root + engine.gathered(layer + 1) + engine.layer * (not engine.stays) + engine.message * (done > 0)
+        )
+        started = engine.whole_gradient * (engine.message == 0)
+        in_gate = own + sizes.feed_forward_bytes(model, job)
+        at_end = own - whole + sizes.norm_backward_bytes(model, job)
+        yield phase(f"layer {layer}, feed-forward", done, below + in_gate, engine.head_gradient, around + started)
+        yield phase(
+            f"layer {layer}, its end", done, below + at_end, engine.head_gradient, around + engine.whole_gradient
+        )
+        dealt = (
+            engine.root
+            + engine.gathered(layer)
+            + engine.whole_gradient
+            + engine.message
+            + engine.layer_gradient * several
+        )
+        yield phase(f"layer {layer}, reduction", done + 1, below, engine.head_gradient, dealt)
+    yield phase("gradients outside layers", layers, shared + grad, 0, engine.root + engine.root_whole + engine.message)
+    yield phase("reduction outside layers", layers + 1, shared, 0, engine.root_whole + engine.root_message)
+    yield phase("the optimizer", layers + 1, 0, 0, engine.stepping)
 
 
 @dataclass(frozen=True)
-class _Held:
+class _EngineMemory:
     """Bytes that an engine holds; "root" is what is outside layers.
 
     layer, root: gathered weights; output: those at the loss; ahead: of the next layer, which is gathered meanwhile.
@@ -111,36 +125,36 @@ class _Held:
     lasting: bool
 
     @classmethod
-    def of_adapters(cls, model: ModelConfig, setup: Setup) -> _Held:
+    def of_adapters(cls, model: ModelConfig, job: JobConfig) -> _EngineMemory:
         """With LoRA: frozen weights in the computation's precision alone; gradients and optimizer of adapters alone.
 
         Quantized matrices are whole on every process, and one at a time is made anew from its bits.
         """
-        e, adapters, layers = setup.width, setup.adapters(model), model.num_layers
+        e, adapters, layers = job.width, job.adapters(model), model.num_layers
         matrices, largest = sizes.matrix_weights(model)
-        few = setup.quantization != "none"
+        few = job.quantization != "none"
         n, r = sizes.layer_weights(model) - matrices * few, sizes.root_weights(model)
-        bits = QUANTIZED.get(setup.quantization, 0.0) * matrices * layers
-        bmtrain = setup.engine == "bmtrain"
-        shards = setup.data_parallel if setup.zero_level else 1
+        bits = QUANTIZED.get(job.quantization, 0.0) * matrices * layers
+        bmtrain = job.engine == "bmtrain"
+        shards = job.data_parallel if job.zero_level else 1
         masters = 4 if not bmtrain or e == 4 else 4 + e
-        held = adapters * layers / shards
+        num_weights = adapters * layers / shards
         return cls(
-            weights=e * (n * layers + r) / shards + masters * held + bits,
-            optimizer=0 if setup.optimizer_offload else sizes.state_bytes(model, setup) * held,
+            weights=e * (n * layers + r) / shards + masters * num_weights + bits,
+            optimizer=0 if job.offload_optimizer else sizes.state_bytes(model, job) * num_weights,
             layer_gradient=4 * adapters / shards,
             root_gradient=0,
             layer=e * (n + adapters),
             root=e * r * (not bmtrain) + e * largest * few,
             output=e * (sizes.head_weights(model) if bmtrain else r) + e * largest * few,
-            ahead=e * (n + adapters) * (shards > 1 and setup.zero_level == 3 and not bmtrain),
+            ahead=e * (n + adapters) * (shards > 1 and job.zero_level == 3 and not bmtrain),
             head_gradient=0,
             whole_gradient=e * adapters,
             root_whole=0,
             message=4 * adapters,
             root_message=0,
             stepping=0,
-            stays=setup.zero_level != 3 or (bmtrain and setup.activation_checkpoint == "none"),
+            stays=job.zero_level != 3 or (bmtrain and job.activation_checkpoint == "none"),
             lasting=bmtrain,
         )
 
@@ -149,49 +163,49 @@ class _Held:
         return self.layer * layers * self.stays + self.ahead * (layers > 1)
 
 
-def _torch(model: ModelConfig, setup: Setup) -> _Held:
+def _torch(model: ModelConfig, job: JobConfig) -> _EngineMemory:
     """FSDP2: fp32 shards; a layer's weights gathered in the computation's precision, its gradients reduced in fp32."""
-    e, ways, layers = setup.width, setup.tp_size, model.num_layers
+    e, ways, layers = job.width, job.tp_size, model.num_layers
     n, r = sizes.layer_weights(model, ways), sizes.root_weights(model, ways)
-    shards = setup.data_parallel if setup.zero_level else 1
+    shards = job.data_parallel if job.zero_level else 1
     total = (n * layers + r) / shards
-    return _Held(
+    return _EngineMemory(
         weights=4 * total,
-        optimizer=0 if setup.optimizer_offload else sizes.state_bytes(model, setup) * total,
+        optimizer=0 if job.offload_optimizer else sizes.state_bytes(model, job) * total,
         layer_gradient=4 * n / shards,
         root_gradient=4 * r / shards,
         layer=e * n,
         root=e * r,
         output=e * r,
-        ahead=e * n * (shards > 1 and setup.zero_level == 3),
+        ahead=e * n * (shards > 1 and job.zero_level == 3),
         head_gradient=e * sizes.head_weights(model, ways),
         whole_gradient=e * n,
         root_whole=e * (r + sizes.head_weights(model, ways) * model.tie_word_embeddings),
         message=4 * n,
         root_message=4 * r,
         stepping=0,
-        stays=setup.zero_level != 3,
+        stays=job.zero_level != 3,
         lasting=False,
     )
 
 
-def _bmtrain(model: ModelConfig, setup: Setup) -> _Held:
+def _bmtrain(model: ModelConfig, job: JobConfig) -> _EngineMemory:
     """bmtrain: shards of weights and gradients in the computation's precision, fp32 copies beside the moments.
 
     Gradients of several micro-batches add up in fp32. A block's buffers for weights and gradients are whole while it
     runs; without checkpointing the weights stay, since what the backward pass keeps names them. Weights outside blocks
     are gathered for each use and released.
     """
-    e, layers = setup.width, model.num_layers
+    e, layers = job.width, model.num_layers
     n, r = sizes.layer_weights(model), sizes.root_weights(model)
-    total, head = (n * layers + r) / setup.data_parallel, sizes.head_weights(model)
-    masters, several = 4 * (e < 4), setup.grad_accum > 1
-    return _Held(
+    total, head = (n * layers + r) / job.data_parallel, sizes.head_weights(model)
+    masters, several = 4 * (e < 4), job.gradient_accumulation_steps > 1
+    return _EngineMemory(
         weights=e * total,
-        optimizer=(0 if setup.optimizer_offload else (sizes.state_bytes(model, setup) + masters) * total)
+        optimizer=(0 if job.offload_optimizer else (sizes.state_bytes(model, job) + masters) * total)
         + masters * total * several,
-        layer_gradient=e * n / setup.data_parallel,
-        root_gradient=e * r / setup.data_parallel,
+        layer_gradient=e * n / job.data_parallel,
+        root_gradient=e * r / job.data_parallel,
         layer=e * n,
         root=0,
         output=e * head,
@@ -202,16 +216,16 @@ def _bmtrain(model: ModelConfig, setup: Setup) -> _Held:
         message=0,
         root_message=0,
         stepping=masters * total * (not several),
-        stays=setup.zero_level != 3 or setup.activation_checkpoint == "none",
+        stays=job.zero_level != 3 or job.activation_checkpoint == "none",
         lasting=True,
     )
 
 
-def _kept(model: ModelConfig, setup: Setup) -> list[float]:
+def _saved_activations(model: ModelConfig, job: JobConfig) -> list[float]:
     """Bytes that each layer keeps from its forward to its backward pass."""
-    whole = sizes.layer_bytes(model, setup)
-    if setup.activation_checkpoint == "none":
+    whole = sizes.layer_bytes(model, job)
+    if job.activation_checkpoint == "none":
         return [whole] * model.num_layers
-    less = sizes.input_bytes if setup.activation_checkpoint == "full" else sizes.selective_bytes
-    few = min(setup.grad_ckpt_num, model.num_layers)
-    return [less(model, setup)] * few + [whole] * (model.num_layers - few)
+    less = sizes.input_bytes if job.activation_checkpoint == "full" else sizes.selective_bytes
+    few = min(job.grad_ckpt_num, model.num_layers)
+    return [less(model, job)] * few + [whole] * (model.num_layers - few)

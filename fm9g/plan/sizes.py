@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from fm9g.config.model import ModelConfig
-from fm9g.plan.setup import Setup
+from fm9g.plan.job import JobConfig
 
 LOSS_ROWS = 1024  # of logits at a time, in fm9g/model/loss.py
 
@@ -89,35 +89,35 @@ def count_weights(model: ModelConfig) -> int:
     return model.num_layers * layer_weights(model) + root_weights(model)
 
 
-def trained_weights(model: ModelConfig, setup: Setup) -> int:
+def trained_weights(model: ModelConfig, job: JobConfig) -> int:
     """The weights of all adapters, or of the model where there are none."""
-    return setup.adapters(model) * model.num_layers or count_weights(model)
+    return job.adapters(model) * model.num_layers or count_weights(model)
 
 
-def checkpoint_bytes(model: ModelConfig, setup: Setup) -> int:
+def checkpoint_bytes(model: ModelConfig, job: JobConfig) -> int:
     """Of a checkpoint on disk: the trained weights, their running mean, and the optimizer's state, all in fp32."""
-    state = 0.0 if setup.save_model_only else _fp32_state_bytes(model, setup)
-    return round((4 + 4 * bool(setup.ema_decay) + state) * trained_weights(model, setup))
+    state = 0.0 if job.save_model_only else _fp32_state_bytes(model, job)
+    return round((4 + 4 * bool(job.ema_decay) + state) * trained_weights(model, job))
 
 
-def state_bytes(model: ModelConfig, setup: Setup) -> float:
+def state_bytes(model: ModelConfig, job: JobConfig) -> float:
     """What the optimizer keeps in memory for a weight, on average over the model: moments, and the mean of weights."""
     in_8_bits = 2 * (1 + 4 / 256)  # a byte each, and an fp32 scale for 256
-    moments = in_8_bits if setup.optimizer == "adamw8bit" else _fp32_state_bytes(model, setup)
-    return moments + 4 * bool(setup.ema_decay)
+    moments = in_8_bits if job.optimizer == "adamw8bit" else _fp32_state_bytes(model, job)
+    return moments + 4 * bool(job.ema_decay)
 
 
-def _fp32_state_bytes(model: ModelConfig, setup: Setup) -> float:
+def _fp32_state_bytes(model: ModelConfig, job: JobConfig) -> float:
     """The optimizer's state for a weight, on average, in fp32: in checkpoints all of them are, adamw8bit too."""
-    if setup.optimizer == "adafactor":
+    if job.optimizer == "adafactor":
         return 0.0  # a row and a column of each matrix
-    if setup.optimizer == "muon":  # one mean of a matrix in layers; adapters are such
-        matrices = 1.0 if setup.lora_layer else model.num_layers * layer_weights(model) / count_weights(model)
+    if job.optimizer == "muon":  # one mean of a matrix in layers; adapters are such
+        matrices = 1.0 if job.lora_layer else model.num_layers * layer_weights(model) / count_weights(model)
         return 4 * matrices + 8 * (1 - matrices)
     return 8.0
 
 
-def flops_a_token(model: ModelConfig, max_length: int, adapters: int = 0) -> float:
+def flops_per_token(model: ModelConfig, max_length: int, adapters: int = 0) -> float:
     """Of forward and backward, for documents of max_length tokens; what is recomputed is not counted.
 
     6 for each weight that multiplies, and for causal attention half of 12 L Q max_length (Kaplan et al. 2020, section
@@ -141,19 +141,19 @@ def attended(windows: Collection[int], lengths: Iterable[int]) -> float:
 
 
 def flops_of(model: ModelConfig, tokens: float, squares: float, adapters: int = 0) -> float:
-    """As flops_a_token, of documents with so many tokens in all. squares: of their lengths, as `attended` adds up."""
+    """As flops_per_token, of documents with so many tokens in all. squares: of their lengths, as `attended` adds up."""
     multiplied = model.num_layers * layer_weights(model) + head_weights(model)
     each = (4 if adapters else 6) * multiplied + 6 * model.num_layers * adapters
     return each * tokens + 6 * model.num_layers * Widths.of(model).q * squares
 
 
-def norm_bytes(w: Widths, setup: Setup) -> float:
+def norm_bytes(w: Widths, job: JobConfig) -> float:
     """Kept by an RMSNorm for a token: its input in fp32, where its weight is trained the normed value, and the
     statistic; not its output."""
-    return 4 * w.c + setup.width * w.c * (not setup.lora_layer) + 4
+    return 4 * w.c + job.width * w.c * (not job.lora_layer) + 4
 
 
-def layer_bytes(model: ModelConfig, setup: Setup) -> float:
+def layer_bytes(model: ModelConfig, job: JobConfig) -> float:
     """Kept by a layer for its backward pass, for a row, on one rank.
 
     Attention: the output of the norm, rotated queries and keys, values, the output (once more where torch joins those
@@ -162,71 +162,71 @@ def layer_bytes(model: ModelConfig, setup: Setup) -> float:
     What is there for a matrix's own gradient alone is kept where the matrix is trained, or has an adapter: the outputs
     of the norms, the joined output of attention, and the product.
     """
-    w, e = Widths.of(model, setup.tp_size), setup.width
-    norm, out = norm_bytes(w, setup), float(e * w.c)
-    if setup.split_tokens > 1:
-        norm, out = norm / setup.split_tokens, out + out / setup.split_tokens  # its share, and whole for the matrices
-    outs = out * (setup.trains("project_q", "project_k", "project_v") + setup.trains("w_0", "w_1"))
-    joined = e * w.q * (not setup.flash and setup.trains("attention_out"))
+    w, e = Widths.of(model, job.tp_size), job.width
+    norm, out = norm_bytes(w, job), float(e * w.c)
+    if job.split_tokens > 1:
+        norm, out = norm / job.split_tokens, out + out / job.split_tokens  # its share, and whole for the matrices
+    outs = out * (job.trains("project_q", "project_k", "project_v") + job.trains("w_0", "w_1"))
+    joined = e * w.q * (not job.flash and job.trains("attention_out"))
     attention = e * (2 * w.q + 2 * w.k) + joined + 4 * w.heads
     if model.qk_norm:  # inputs in fp32, and the normed values
         attention += (4 + e) * (w.q + w.k)
     dropout = 2 * w.c * (model.dropout > 0)
-    return setup.row * (2 * norm + outs + attention + e * w.f * (3 + setup.trains("w_out")) + dropout)
+    return job.row * (2 * norm + outs + attention + e * w.f * (3 + job.trains("w_out")) + dropout)
 
 
-def input_bytes(model: ModelConfig, setup: Setup) -> float:
+def input_bytes(model: ModelConfig, job: JobConfig) -> float:
     """A layer's input, which is all that full checkpointing keeps of it."""
-    return setup.row * setup.width * model.hidden_size / setup.split_tokens
+    return job.row * job.width * model.hidden_size / job.split_tokens
 
 
-def selective_bytes(model: ModelConfig, setup: Setup) -> float:
+def selective_bytes(model: ModelConfig, job: JobConfig) -> float:
     """Kept of a layer by selective checkpointing: its input, and what attention and matrices give, those of adapters
     among them."""
-    w, e = Widths.of(model, setup.tp_size), setup.width
-    adapters = sum(setup.lora_r + out for _, out in _adapter_widths(model, setup.lora_layer))
+    w, e = Widths.of(model, job.tp_size), job.width
+    adapters = sum(job.lora_r + out for _, out in _adapter_widths(model, job.lora_layer))
     kept = e * adapters + e * (w.q + 2 * w.k) + e * w.q + 4 * w.heads + 2 * e * w.f + 2 * e * w.c
-    return setup.row * kept + input_bytes(model, setup)
+    return job.row * kept + input_bytes(model, job)
 
 
-def feed_forward_bytes(model: ModelConfig, setup: Setup) -> float:
+def feed_forward_bytes(model: ModelConfig, job: JobConfig) -> float:
     """Above layer_bytes at the fullest moment of a layer's backward pass, which is that of the gate's product.
 
     Then the product, where it was kept, has gone, and the gradients of product, gate and factor are there.
     """
-    w, e = Widths.of(model, setup.tp_size), setup.width
-    return setup.row * e * w.f * (3 - setup.trains("w_out"))
+    w, e = Widths.of(model, job.tp_size), job.width
+    return job.row * e * w.f * (3 - job.trains("w_out"))
 
 
-def norm_backward_bytes(model: ModelConfig, setup: Setup) -> float:
+def norm_backward_bytes(model: ModelConfig, job: JobConfig) -> float:
     """At the end of a layer's backward pass: what its first norm kept, and four gradients in fp32."""
-    w, e = Widths.of(model, setup.tp_size), setup.width
-    return setup.row * (norm_bytes(w, setup) + 16 * w.c + 2 * e * w.c) / setup.split_tokens
+    w, e = Widths.of(model, job.tp_size), job.width
+    return job.row * (norm_bytes(w, job) + 16 * w.c + 2 * e * w.c) / job.split_tokens
 
 
-def shared_bytes(model: ModelConfig, setup: Setup) -> float:
+def shared_bytes(model: ModelConfig, job: JobConfig) -> float:
     """There once for a row, all the time: ids, positions and targets, losses, angles of the rotation."""
-    return setup.row * (40 + 8 * model.head_dim)
+    return job.row * (40 + 8 * model.head_dim)
 
 
-def end_bytes(model: ModelConfig, setup: Setup) -> float:
+def end_bytes(model: ModelConfig, job: JobConfig) -> float:
     """Between the last layer and the loss: what the last norm keeps, its output, and the gradient of that."""
-    w, e = Widths.of(model), setup.width
-    return setup.row * (norm_bytes(w, setup) / setup.split_tokens + 2 * e * w.c)
+    w, e = Widths.of(model), job.width
+    return job.row * (norm_bytes(w, job) / job.split_tokens + 2 * e * w.c)
 
 
-def loss_bytes(model: ModelConfig, setup: Setup) -> tuple[float, float]:
+def loss_bytes(model: ModelConfig, job: JobConfig) -> tuple[float, float]:
     """In fm9g/model/loss.py: at its fullest chunk, and in the backward pass, when the weights' gradient is scaled.
 
     A chunk: logits in fp32, those of the chunk before with their copy in the computation's precision, and either the
     logits as the matrix gives them or the differences that logsumexp takes; or its part of the weights' gradient. With
     adapters the weights have none.
     """
-    ids, e, weight = -(-model.vocab_size // setup.tp_size), setup.width, head_weights(model, setup.tp_size)
-    first, second = min(LOSS_ROWS, setup.row), min(LOSS_ROWS, max(0, setup.row - LOSS_ROWS))
+    ids, e, weight = -(-model.vocab_size // job.tp_size), job.width, head_weights(model, job.tp_size)
+    first, second = min(LOSS_ROWS, job.row), min(LOSS_ROWS, max(0, job.row - LOSS_ROWS))
     copy = e * (e < 4)
     logits = ids * max(8 * first, (4 + copy) * first + (6 if copy else 8) * second)
-    if setup.lora_layer:
+    if job.lora_layer:
         return logits, 0.0
     product = ids * (4 + copy) * first + e * weight
     return 4 * weight + max(logits, product), (8 + copy) * weight

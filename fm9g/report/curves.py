@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from fm9g.report.files import number
+from fm9g.report.files import finite_or_none
 
-MOST_POINTS = 2000  # of a curve: more than a screen has columns
-_MOST_BLOCKS = 300
+MAX_POINTS = 2000  # of a curve: more than a screen has columns
+_MAX_BINS = 300
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class Curve:
         return int(np.isfinite(self.values).sum())
 
     def after(self, step: float) -> Curve:
-        kept = self.steps > step
-        return Curve(self.steps[kept], self.values[kept])
+        keep = self.steps > step
+        return Curve(self.steps[keep], self.values[keep])
 
 
 def curve(metrics: list[dict[str, Any]], key: str) -> Curve:
     """The values of `key` where it was written down; an empty curve where it never was."""
     lines = [line for line in metrics if key in line]
-    values = [number(line[key]) for line in lines]
+    values = [finite_or_none(line[key]) for line in lines]
     return Curve(
         np.array([line["step"] for line in lines], float),
         np.array([np.nan if value is None else value for value in values], float),
@@ -45,43 +45,43 @@ def running_mean(curve: Curve) -> Curve:
     the first fall of a loss. A missing value stays a gap.
     """
     count = len(curve.values)
-    places, reach = np.arange(count), max(min(5, count // 20), count // 200)
-    first = np.maximum(0, places - reach)
-    end = np.minimum(count, places + np.minimum(reach, places) + 1)
+    indices, radius = np.arange(count), max(min(5, count // 20), count // 200)
+    start = np.maximum(0, indices - radius)
+    end = np.minimum(count, indices + np.minimum(radius, indices) + 1)
     known = np.isfinite(curve.values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, curve.values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])
-    means = (sums[end] - sums[first]) / np.maximum(1, counts[end] - counts[first])
+    means = (sums[end] - sums[start]) / np.maximum(1, counts[end] - counts[start])
     return Curve(curve.steps, np.where(known, means, np.nan))
 
 
-def thin(curve: Curve, most: int = MOST_POINTS) -> Curve:
-    """At most `most` points of a curve: lowest and highest of each stretch, so that no peak is lost."""
+def downsample(curve: Curve, max_points: int = MAX_POINTS) -> Curve:
+    """At most `max_points` points of a curve: lowest and highest of each stretch, so that no peak is lost."""
     count = len(curve.values)
-    if count <= most:
+    if count <= max_points:
         return curve
-    length = -(-count // (most // 2))  # of a stretch
+    length = -(-count // (max_points // 2))  # of a stretch
     values = np.concatenate([curve.values, np.full(-count % length, np.nan)]).reshape(-1, length)
     known = np.isfinite(values)
     # A stretch without values keeps its first place, so a gap stays one.
     extremes = [np.where(known, values, np.inf).argmin(1), np.where(known, values, -np.inf).argmax(1)]
-    places = np.unique(np.concatenate(extremes) + np.tile(np.arange(len(values)) * length, 2))
-    return Curve(curve.steps[places], curve.values[places])
+    indices = np.unique(np.concatenate(extremes) + np.tile(np.arange(len(values)) * length, 2))
+    return Curve(curve.steps[indices], curve.values[indices])
 
 
-def blocks(metrics: list[dict[str, Any]], keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def binned_means(metrics: list[dict[str, Any]], keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """(N + 1,) steps that bound N stretches, and (keys, N) the mean of each key in each.
 
     A logged figure is a mean over the steps since the line before. Missing values count as 0.
     """
-    lines = [line for line in metrics if any(number(line.get(key)) is not None for key in keys)]
+    lines = [line for line in metrics if any(finite_or_none(line.get(key)) is not None for key in keys)]
     ends = np.array([line["step"] for line in lines], float)
-    values = np.array([[number(line.get(key)) or 0.0 for line in lines] for key in keys])
+    values = np.array([[finite_or_none(line.get(key)) or 0.0 for line in lines] for key in keys])
     if not lines:
         return np.zeros(1), values.reshape(len(keys), 0)
     first = ends[0] - (ends[1] - ends[0] if len(ends) > 1 else 1)
     edges = np.concatenate([[max(0.0, first) if ends[0] > 0 else first], ends])
     weights = np.diff(edges)
-    parts = np.array_split(np.arange(len(lines)), min(len(lines), _MOST_BLOCKS))
-    means = [(values[:, part] * weights[part]).sum(1) / weights[part].sum() for part in parts]
-    return np.array([edges[0], *(edges[part[-1] + 1] for part in parts)]), np.array(means).T
+    bins = np.array_split(np.arange(len(lines)), min(len(lines), _MAX_BINS))
+    means = [(values[:, part] * weights[part]).sum(1) / weights[part].sum() for part in bins]
+    return np.array([edges[0], *(edges[part[-1] + 1] for part in bins)]), np.array(means).T

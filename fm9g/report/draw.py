@@ -1,4 +1,4 @@
-"""Figures of the page as SVG, made by matplotlib, whose colours are the page's: they follow a light or dark screen."""
+"""Figures of the page as SVG, made by matplotlib, whose colors are the page's: they follow a light or dark screen."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from xml.etree import ElementTree
 import numpy as np
 
 from fm9g.printable import printable
-from fm9g.report.curves import MOST_POINTS, Curve, running_mean, thin
+from fm9g.report.curves import MAX_POINTS, Curve, downsample, running_mean
 
-COLOURS = 8  # the page knows so many, --c0 to --c7
+COLORS = 8  # the page knows so many, --c0 to --c7
 WIDE, NARROW = (10.0, 3.6), (5.4, 2.9)  # inches; the page scales them
 _INK, _GRID = "#00fd01", "#00fd02"
-_VARIABLES = {_INK: "var(--ink)", _GRID: "var(--grid)"} | {f"#00fe0{i}": f"var(--c{i})" for i in range(COLOURS)}
+_VARIABLES = {_INK: "var(--ink)", _GRID: "var(--grid)"} | {f"#00fe0{i}": f"var(--c{i})" for i in range(COLORS)}
 _SVG, _LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-_FEW = 40  # points of a curve that are drawn one by one
-_MOST_MARKS = 200  # of a kind
+_MAX_DOTS = 40  # points of a curve that are drawn one by one
+_MAX_MARKS = 200  # of a kind
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text, in a font that the reader's machine has for it
     "text.parse_math": False,  # a dollar is a dollar
@@ -47,7 +47,7 @@ class Line:
     """A curve of a figure. smooth: the running mean is drawn, and the values only faintly."""
 
     curve: Curve
-    colour: int
+    color: int
     smooth: bool = False
     dashed: bool = False
 
@@ -59,7 +59,7 @@ class Mark:
     step: int
     symbol: str
     text: str
-    colour: int | None = None
+    color: int | None = None
     low: bool = False
 
 
@@ -76,12 +76,12 @@ def draw_lines(
     """A figure of curves over steps. focus: shows what comes after a step, from a lowest to a highest value."""
     with _figure(wide, ylabel) as (figure, axes):
         for line in lines:
-            _plot(axes, line, focus[0] if focus else -np.inf, MOST_POINTS if wide else MOST_POINTS // 2)
+            _plot(axes, line, focus[0] if focus else -np.inf, MAX_POINTS if wide else MAX_POINTS // 2)
         if len(steps := np.unique(np.concatenate([line.curve.steps for line in lines]))) == 1:
             axes.set_xlim(steps[0] - 1, steps[0] + 1)
         if log:
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(plain)  # a scale brings its own, in formulas
+            axes.yaxis.set_major_formatter(format_number)  # a scale brings its own, in formulas
             axes.yaxis.set_minor_formatter("")
         if focus:
             axes.set_ylim(*focus[1:])
@@ -89,21 +89,23 @@ def draw_lines(
         return _to_svg(figure, name, title, notes)
 
 
-def draw_blocks(name: str, title: str, edges: np.ndarray, values: np.ndarray, colours: list[int], ylabel: str) -> str:
+def draw_stacked_areas(
+    name: str, title: str, edges: np.ndarray, values: np.ndarray, colors: list[int], ylabel: str
+) -> str:
     """A figure of areas on top of each other. edges: (N + 1,) steps, values: (areas, N)."""
     with _figure(True, ylabel) as (figure, axes):
         tops = np.cumsum(values, axis=0)
         bottom = np.zeros(values.shape[1])
-        for top, colour in zip(tops, colours):
+        for top, color in zip(tops, colors):
             pair = (np.append(edge, edge[-1:]) for edge in (bottom, top))
-            axes.fill_between(edges, *pair, step="post", color=_colour(colour), alpha=0.75, linewidth=0)
+            axes.fill_between(edges, *pair, step="post", color=_color(color), alpha=0.75, linewidth=0)
             bottom = top
         axes.set_ylim(bottom=0)
         axes.margins(x=0)
         return _to_svg(figure, name, title, {})
 
 
-def plain(value: float, _: Any = None) -> str:
+def format_number(value: float, _: Any = None) -> str:
     """A number as people write it: 1,234,000 or 0.0003."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.6g}"
 
@@ -121,25 +123,25 @@ def _figure(wide: bool, ylabel: str) -> Iterator[tuple[Any, Any]]:
         axes = figure.add_subplot(xlabel="step", ylabel=ylabel)
         axes.grid()
         axes.xaxis.set_major_locator(MaxNLocator(8 if wide else 5, integer=True))
-        axes.xaxis.set_major_formatter(plain)
-        axes.yaxis.set_major_formatter(plain)
+        axes.xaxis.set_major_formatter(format_number)
+        axes.yaxis.set_major_formatter(format_number)
         yield figure, axes
 
 
-def _plot(axes: Any, line: Line, start: float, most: int) -> None:
-    """start: only what comes after this step. most: points to draw."""
-    shown, colour, dashes = line.curve.after(start), _colour(line.colour), (0, (5, 2)) if line.dashed else "-"
-    few, smooth = len(shown) <= _FEW, line.smooth and len(shown) > 1
-    values = thin(shown, most)
-    bold = thin(running_mean(line.curve).after(start), most) if smooth else values
+def _plot(axes: Any, line: Line, start: float, max_points: int) -> None:
+    """start: only what comes after this step. max_points: points to draw."""
+    shown, color, dashes = line.curve.after(start), _color(line.color), (0, (5, 2)) if line.dashed else "-"
+    is_short, smooth = len(shown) <= _MAX_DOTS, line.smooth and len(shown) > 1
+    values = downsample(shown, max_points)
+    bold = downsample(running_mean(line.curve).after(start), max_points) if smooth else values
     if smooth:
-        axes.plot(values.steps, values.values, color=colour, alpha=0.3, linewidth=0.8)
-    axes.plot(bold.steps, bold.values, color=colour, linewidth=1.8, linestyle=dashes)
-    alone = np.isfinite(shown.values) if few else _lonely(shown.values)
-    axes.plot(shown.steps[alone], shown.values[alone], ".", color=colour, markersize=5 if few else 3)
+        axes.plot(values.steps, values.values, color=color, alpha=0.3, linewidth=0.8)
+    axes.plot(bold.steps, bold.values, color=color, linewidth=1.8, linestyle=dashes)
+    isolated = np.isfinite(shown.values) if is_short else _is_isolated(shown.values)
+    axes.plot(shown.steps[isolated], shown.values[isolated], ".", color=color, markersize=5 if is_short else 3)
 
 
-def _lonely(values: np.ndarray) -> np.ndarray:
+def _is_isolated(values: np.ndarray) -> np.ndarray:
     """Which values have no neighbour that a line could be drawn to."""
     there = np.concatenate([[False], np.isfinite(values), [False]])
     return there[1:-1] & ~there[:-2] & ~there[2:]
@@ -151,24 +153,24 @@ def _plot_marks(axes: Any, marks: list[Mark]) -> dict[str, str]:
     by_kind: dict[tuple[str, int | None], list[Mark]] = {}
     taken: dict[int, int] = {}  # at a step
     for mark in marks:
-        by_kind.setdefault((mark.symbol, mark.colour), []).append(mark)
+        by_kind.setdefault((mark.symbol, mark.color), []).append(mark)
     for same in by_kind.values():
-        for mark in same[:: math.ceil(len(same) / _MOST_MARKS)]:
-            colour = _INK if mark.colour is None else _colour(mark.colour)
+        for mark in same[:: math.ceil(len(same) / _MAX_MARKS)]:
+            color = _INK if mark.color is None else _color(mark.color)
             if not mark.low:
-                axes.axvline(mark.step, color=colour, linewidth=0.7, linestyle=":", alpha=0.7)
-            place, size = (0.015, 3) if mark.low else (0.97 - 0.06 * taken.get(mark.step, 0), 6)
+                axes.axvline(mark.step, color=color, linewidth=0.7, linestyle=":", alpha=0.7)
+            height, size = (0.015, 3) if mark.low else (0.97 - 0.06 * taken.get(mark.step, 0), 6)
             taken[mark.step] = taken.get(mark.step, 0) + (not mark.low)
             (point,) = axes.plot(
-                [mark.step], [place], mark.symbol, color=colour, markersize=size, transform=axes.get_xaxis_transform()
+                [mark.step], [height], mark.symbol, color=color, markersize=size, transform=axes.get_xaxis_transform()
             )
             notes[f"mark{len(notes)}"] = mark.text
             point.set_gid(f"mark{len(notes) - 1}")
     return notes
 
 
-def _colour(number: int) -> str:
-    return f"#00fe0{number % COLOURS}"
+def _color(number: int) -> str:
+    return f"#00fe0{number % COLORS}"
 
 
 def _to_svg(figure: Any, name: str, title: str, notes: dict[str, str]) -> str:
@@ -193,25 +195,25 @@ def _to_svg(figure: Any, name: str, title: str, notes: dict[str, str]) -> str:
         if "metadata" in tag or tag == "style":  # a style would hold for the whole page
             parents[element].remove(element)
             continue
-        _mend(element, name, used, notes)
+        _fix_svg(element, name, used, notes)
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", _LINK)
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def _mend(element: ElementTree.Element, name: str, used: set[str], notes: dict[str, str]) -> None:
-    """Makes colours variables, ids those of this figure, and paths short."""
-    identity = element.attrib.pop("id", "")
-    if identity in notes:
+def _fix_svg(element: ElementTree.Element, name: str, used: set[str], notes: dict[str, str]) -> None:
+    """Makes colors variables, ids those of this figure, and paths short."""
+    element_id = element.attrib.pop("id", "")
+    if element_id in notes:
         note = ElementTree.Element(f"{{{_SVG}}}title")
-        note.text = printable(notes[identity])
+        note.text = printable(notes[element_id])
         element.insert(0, note)
-    elif identity in used:
-        element.set("id", f"{name}-{identity}")
+    elif element_id in used:
+        element.set("id", f"{name}-{element_id}")
     for key, value in element.attrib.items():
         if key == "style":
             value = re.sub(r"#00f[de]0\d", lambda match: _VARIABLES.get(match[0], match[0]), value)
-            value = re.sub(r"font(-family)?:[^;]*;?", _size_alone, value)
+            value = re.sub(r"font(-family)?:[^;]*;?", _font_size_only, value)
         elif key == "d":
             value = re.sub(r"-?\d+\.\d+", lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."), value)
             value = " ".join(value.split())
@@ -221,7 +223,7 @@ def _mend(element: ElementTree.Element, name: str, used: set[str], notes: dict[s
         element.set(key, value)
 
 
-def _size_alone(match: re.Match[str]) -> str:
+def _font_size_only(match: re.Match[str]) -> str:
     """The size from a `font:` shorthand: the family is the page's."""
     size = re.search(r"[\d.]+px", match[0])
     return f"font-size: {size[0]};" if size else ""

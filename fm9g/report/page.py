@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from fm9g import __version__
-from fm9g.files import new_file
+from fm9g.io.atomic import atomic_file
 from fm9g.printable import printable_lines
-from fm9g.report.checkpoints import checkpoints
+from fm9g.report.checkpoints import advise_checkpoints
 from fm9g.report.files import Run
 from fm9g.report.panels import sections
-from fm9g.report.tables import NONE, configuration, datasets, events, results, validation_datasets, versions
+from fm9g.report.tables import MISSING, configuration, datasets, events, results, validation_datasets, versions
 
 _TEMPLATE = "page.html.jinja"
 
@@ -18,7 +18,7 @@ _TEMPLATE = "page.html.jinja"
 def write_page(runs: list[Run], output: Path) -> None:
     """Writes the page; what was under `output` is replaced. Raises UserError where it cannot be written."""
     text = render(runs)
-    with new_file(output) as temporary:
+    with atomic_file(output) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -41,12 +41,12 @@ def render(runs: list[Run]) -> str:
     return environment.get_template(_TEMPLATE).render(
         runs=runs,
         several=len(runs) > 1,
-        none=NONE,
+        none=MISSING,
         results=results(runs),
         sections=sections(runs),
         events=events(runs, routine=False),
         routine=events(runs, routine=True),
-        checkpoints=[(run, found) for run in runs if (found := checkpoints(run))],
+        checkpoints=[(run, found) for run in runs if (found := advise_checkpoints(run))],
         datasets=[(run, rows) for run in runs if (rows := datasets(run))],
         validation=[(run, rows) for run in runs if (rows := validation_datasets(run))],
         groups=groups,

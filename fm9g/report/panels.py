@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from fm9g.report.curves import Curve, blocks, curve, running_mean
+from fm9g.report.curves import Curve, binned_means, curve, running_mean
 from fm9g.report.devices import memory_caption, mfu_caption
-from fm9g.report.draw import COLOURS, Line, Mark, draw_blocks, draw_lines
+from fm9g.report.draw import COLORS, Line, Mark, draw_lines, draw_stacked_areas
 from fm9g.report.files import Run
 
 # kind of an event -> matplotlib's marker, the same sign as text, in words
-KINDS = {
+EVENT_KINDS = {
     "resume": (">", "▶", "resumed from a checkpoint"),
     "spike": ("^", "▲", "jump of the loss"),
     "skip": ("x", "✕", "step skipped"),
@@ -28,8 +28,8 @@ KINDS = {
     "start": ("", "", "started"),
     "end": ("", "", "ended"),
 }
-_OTHER = ("P", "✚", "other event")
-TIMES = {
+_OTHER_EVENT = ("P", "✚", "other event")
+TIME_METRICS = {
     "Time/compute": "computing",
     "Time/data": "waiting for data",
     "Time/communication": "communication between processes",
@@ -39,12 +39,12 @@ TIMES = {
 
 
 @dataclass(frozen=True)
-class Key:
-    """An entry of a legend. shape: line, dash, area, or the sign of a mark; colour: None for that of the text."""
+class LegendEntry:
+    """An entry of a legend. symbol: line, dash, area, or the sign of a mark; color: None for that of the text."""
 
-    shape: str
+    symbol: str
     label: str
-    colour: int | None = None
+    color: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Panel:
     title: str
     caption: str
     svg: str
-    keys: list[Key]
+    legend: list[LegendEntry]
     wide: bool = False
 
 
@@ -70,7 +70,7 @@ class Section:
 
 def sections(runs: list[Run]) -> list[Section]:
     """All figures there are values for, under their headings; a heading without any is left out."""
-    made = [
+    every = [
         Section(
             "loss",
             "Loss",
@@ -93,7 +93,7 @@ def sections(runs: list[Run]) -> list[Section]:
         ),
         Section("speed", "Speed and memory", "What the hardware makes of it.", list(_speed(runs))),
     ]
-    return [section for section in made if section.panels]
+    return [section for section in every if section.panels]
 
 
 def tasks_of(run: Run) -> list[str]:
@@ -129,7 +129,7 @@ def _loss(runs: list[Run]) -> Iterator[Panel]:
     caption += " Signs at the upper edge: events, which are listed below." if mark_keys else ""
     svg = draw_lines("loss", "Loss of the whole run", lines, "loss (nats per token)", marks, wide=True)
     yield Panel("The whole run", caption, svg, keys + mark_keys, wide=True)
-    if focus := _close_up(lines):
+    if focus := _zoom_range(lines):
         svg = draw_lines("loss-late", "Loss, close up", lines, "loss (nats per token)", wide=True, focus=focus)
         without = (
             f"The same without the first {focus[0]:,.0f} steps, and larger; what is far above the rest is cut off."
@@ -137,28 +137,28 @@ def _loss(runs: list[Run]) -> Iterator[Panel]:
         yield Panel("Close up", without, svg, keys, wide=True)
 
 
-def _train_and_val(runs: list[Run], task: str) -> tuple[list[Line], list[Key]]:
+def _train_and_val(runs: list[Run], task: str) -> tuple[list[Line], list[LegendEntry]]:
     """The two losses of each run. task: its name with a slash before it, or nothing for the whole."""
     lines, keys, dashed = [], [], False
     for number, run in enumerate(runs):
         train, val = curve(run.metrics, f"Loss/train{task}"), curve(run.metrics, f"Loss/val{task}")
-        val_colour = number if len(runs) > 1 else 1
+        val_color = number if len(runs) > 1 else 1
         if len(train):
             lines.append(Line(train, number, smooth=True))
         if len(val):
-            lines.append(Line(val, val_colour, dashed=True))
+            lines.append(Line(val, val_color, dashed=True))
             dashed = True
         if len(runs) > 1 and (len(train) or len(val)):
-            keys.append(Key("line", run.name, number))
+            keys.append(LegendEntry("line", run.name, number))
         elif len(runs) == 1:
-            keys += [Key("line", "training", 0)] if len(train) else []
-            keys += [Key("dash", "validation: text it does not learn from", 1)] if len(val) else []
+            keys += [LegendEntry("line", "training", 0)] if len(train) else []
+            keys += [LegendEntry("dash", "validation: text it does not learn from", 1)] if len(val) else []
     if len(runs) > 1 and dashed:
-        keys.append(Key("dash", "validation: text it does not learn from"))
+        keys.append(LegendEntry("dash", "validation: text it does not learn from"))
     return lines, keys
 
 
-def _close_up(lines: list[Line]) -> tuple[float, float, float] | None:
+def _zoom_range(lines: list[Line]) -> tuple[float, float, float] | None:
     """(step, lowest, highest) for a look at the late part of the loss, where the whole is mostly its first fall."""
     means = [running_mean(line.curve) if line.smooth else line.curve for line in lines]
     last = max(mean.steps[-1] for mean in means)
@@ -175,33 +175,33 @@ def _close_up(lines: list[Line]) -> tuple[float, float, float] | None:
     return start, low - room, high + room
 
 
-def _marks(runs: list[Run]) -> tuple[list[Mark], list[Key]]:
+def _marks(runs: list[Run]) -> tuple[list[Mark], list[LegendEntry]]:
     marks, found = [], {}
     for number, run in enumerate(runs):
         for event in run.events:
-            sign, shape, words = KINDS.get(event["kind"], _OTHER)
-            if not sign or (event["kind"] == "best" and is_routine(run, event)):
+            marker, symbol, words = EVENT_KINDS.get(event["kind"], _OTHER_EVENT)
+            if not marker or (event["kind"] == "best" and is_routine(run, event)):
                 continue
             text = f"{run.name}, step {event['step']:,}: {event['text'] or words}"
-            colour = number if len(runs) > 1 else None
-            marks.append(Mark(event["step"], sign, text, colour, low=event["kind"] == "save"))
-            found[shape] = words
-    order = [*KINDS.values(), _OTHER]
-    return marks, [Key(shape, found[shape]) for _, shape, _ in order if shape in found]
+            color = number if len(runs) > 1 else None
+            marks.append(Mark(event["step"], marker, text, color, low=event["kind"] == "save"))
+            found[symbol] = words
+    order = [*EVENT_KINDS.values(), _OTHER_EVENT]
+    return marks, [LegendEntry(symbol, found[symbol]) for _, symbol, _ in order if symbol in found]
 
 
 def _tasks(runs: list[Run]) -> Iterator[Panel]:
     tasks = list(dict.fromkeys(task for run in runs for task in [*tasks_of(run), *validation_tasks_of(run)]))
-    if len(runs) == 1 and len(tasks) <= COLOURS:  # few curves: in one figure
+    if len(runs) == 1 and len(tasks) <= COLORS:  # few curves: in one figure
         lines, keys = [], []
         for number, task in enumerate(tasks):
             train = curve(runs[0].metrics, f"Loss/train/{task}")
             val = curve(runs[0].metrics, f"Loss/val/{task}")
             lines += [Line(train, number, smooth=True)] if len(train) else []
             lines += [Line(val, number, dashed=True)] if len(val) else []
-            keys += [Key("line", task, number)] if len(train) or len(val) else []
+            keys += [LegendEntry("line", task, number)] if len(train) or len(val) else []
         if any(line.dashed for line in lines):
-            keys.append(Key("dash", "validation"))
+            keys.append(LegendEntry("dash", "validation"))
         if lines:
             svg = draw_lines("tasks", "Loss of each dataset", lines, "loss (nats per token)", wide=True)
             yield Panel("All datasets", "Faint: logged steps; bold: running mean.", svg, keys, wide=True)
@@ -213,14 +213,14 @@ def _tasks(runs: list[Run]) -> Iterator[Panel]:
 
 
 def _optimizer(runs: list[Run]) -> Iterator[Panel]:
-    yield from _each(
+    yield from _metric_panel(
         runs,
         "Optimizer/lr",
         "Learning rate",
         "How far a step moves the weights. It usually rises at the start (warm-up) and falls towards the end.",
         smooth=False,
     )
-    yield from _each(
+    yield from _metric_panel(
         runs,
         "Optimizer/grad_norm",
         "Gradient norm",
@@ -230,7 +230,7 @@ def _optimizer(runs: list[Run]) -> Iterator[Panel]:
     )
     scales = np.concatenate([curve(run.metrics, "Optimizer/scale").values for run in runs])
     if len(np.unique(scales[np.isfinite(scales)])) > 1:  # it moves in fp16 alone
-        yield from _each(
+        yield from _metric_panel(
             runs,
             "Optimizer/scale",
             "Loss scale",
@@ -240,17 +240,17 @@ def _optimizer(runs: list[Run]) -> Iterator[Panel]:
 
 
 def _speed(runs: list[Run]) -> Iterator[Panel]:
-    yield from _each(
+    yield from _metric_panel(
         runs, "Throughput/tokens_per_second", "Tokens per second", "Over all processes. Dips are saving or evaluation."
     )
-    yield from _each(
+    yield from _metric_panel(
         runs,
         "Throughput/mfu",
         "Use of the hardware (MFU), %",
         mfu_caption(runs),
-        change=lambda values: 100 * values,
+        transform=lambda values: 100 * values,
     )
-    yield from _each(
+    yield from _metric_panel(
         runs,
         "Memory/peak_gb",
         "Peak memory, GB",
@@ -258,40 +258,40 @@ def _speed(runs: list[Run]) -> Iterator[Panel]:
         smooth=False,
     )
     for number, run in enumerate(runs):
-        yield from _times(number, run, len(runs) > 1)
+        yield from _time_panel(number, run, len(runs) > 1)
 
 
-def _times(number: int, run: Run, several: bool) -> Iterator[Panel]:
-    edges, values = blocks(run.metrics, list(TIMES))
+def _time_panel(number: int, run: Run, several: bool) -> Iterator[Panel]:
+    edges, values = binned_means(run.metrics, list(TIME_METRICS))
     total = (values * np.diff(edges)).sum()
     if not values.size or total <= 0:
         return
     shares = (values * np.diff(edges)).sum(1) / total
-    used = [place for place, share in enumerate(shares) if share > 0]
-    labels = list(TIMES.values())
+    used = [index for index, share in enumerate(shares) if share > 0]
+    labels = list(TIME_METRICS.values())
     title = f"Where the time goes: {run.name}" if several else "Where the time goes"
-    svg = draw_blocks(f"times{number}", title, edges, values[used], used, "seconds per step")
-    keys = [Key("area", f"{labels[place]}, {_percent(shares[place])}", place) for place in used]
+    svg = draw_stacked_areas(f"times{number}", title, edges, values[used], used, "seconds per step")
+    keys = [LegendEntry("area", f"{labels[index]}, {_percent(shares[index])}", index) for index in used]
     caption = "Seconds per step, by what they were spent on. The more of it is computing, the better."
     yield Panel(title, caption, svg, keys, wide=True)
 
 
-def _each(
+def _metric_panel(
     runs: list[Run],
     key: str,
     title: str,
     caption: str,
     smooth: bool = True,
     log: bool = False,
-    change: Callable[[Any], Any] = lambda values: values,
+    transform: Callable[[Any], Any] = lambda values: values,
 ) -> Iterator[Panel]:
     """A figure of one value, a curve a run. log: with a logarithmic axis where the values ask for one."""
     lines, keys = [], []
     for number, run in enumerate(runs):
         found = curve(run.metrics, key)
         if len(found):
-            lines.append(Line(Curve(found.steps, change(found.values)), number, smooth))
-            keys += [Key("line", run.name, number)] if len(runs) > 1 else []
+            lines.append(Line(Curve(found.steps, transform(found.values)), number, smooth))
+            keys += [LegendEntry("line", run.name, number)] if len(runs) > 1 else []
     if not lines:
         return
     values = np.concatenate([line.curve.values for line in lines])

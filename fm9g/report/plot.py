@@ -8,21 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from fm9g.errors import UserError
-from fm9g.files import new_file
+from fm9g.io.atomic import atomic_file
 from fm9g.printable import printable
-from fm9g.report.curves import curve, running_mean, thin
+from fm9g.report.curves import curve, downsample, running_mean
 from fm9g.report.files import METRICS_FILE, Run, read_metrics
 
-_MARKED = ("resume", "spike", "skip", "oom", "early_stop")
-_MOST_MARKS = 12  # more would hide the curve
-_CHINESE = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "SimHei")
+_MARKED_KINDS = ("resume", "spike", "skip", "oom", "early_stop")
+_MAX_MARKS = 12  # more would hide the curve
+_CJK_FONTS = (
+    "Noto Sans CJK SC",
+    "Source Han Sans SC",
+    "WenQuanYi Micro Hei",
+    "Microsoft YaHei",
+    "PingFang SC",
+    "SimHei",
+)
 
 
 def plot_loss(metrics_file: Path, picture: Path, marks: dict[int, str] | None = None) -> None:
     """Draws a run's loss, its running mean, the validation loss and the learning rate.
 
-    picture: its suffix, one of fm9g.files.PICTURES, says the format. marks: step -> what happened there. Raises
-    UserError.
+    picture: its suffix, one of fm9g.io.atomic.IMAGE_SUFFIXES, says the format. marks: step -> what happened there.
+    Raises UserError.
     """
     metrics = read_metrics(metrics_file)
     if not metrics:
@@ -36,7 +43,7 @@ def plot_runs(runs: list[Run], picture: Path) -> None:
         raise UserError(f"{runs[0].folder / METRICS_FILE}: holds no loss, so there is nothing to draw")
     marks: dict[int, str] = {}
     for event in runs[0].events if len(runs) == 1 else ():
-        if event["kind"] in _MARKED and (event["step"] in marks or len(marks) < _MOST_MARKS):
+        if event["kind"] in _MARKED_KINDS and (event["step"] in marks or len(marks) < _MAX_MARKS):
             before = marks.get(event["step"], "")
             marks[event["step"]] = f"{before}{', ' if before else ''}{event['kind'].replace('_', ' ')}"
     _draw({"loss" if len(runs) == 1 else run.name: run.metrics for run in runs}, picture, marks)
@@ -47,8 +54,8 @@ def _draw(runs: dict[str, list[dict[str, Any]]], picture: Path, marks: dict[int,
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    style: Any = {"svg.hashsalt": "fm9g", "text.parse_math": False, "font.family": ["DejaVu Sans", *_chinese_font()]}
-    with matplotlib.rc_context(style), new_file(picture) as temporary, warnings.catch_warnings():
+    style: Any = {"svg.hashsalt": "fm9g", "text.parse_math": False, "font.family": ["DejaVu Sans", *_cjk_font()]}
+    with matplotlib.rc_context(style), atomic_file(picture) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of signs that no font of this machine has; they show as boxes
         figure = Figure(figsize=(9, 5), layout="constrained")
         FigureCanvasAgg(figure)
@@ -57,7 +64,7 @@ def _draw(runs: dict[str, list[dict[str, Any]]], picture: Path, marks: dict[int,
         for number, (name, metrics) in enumerate(runs.items()):
             handles += _plot_run(axes, printable(name), metrics, f"C{number}", several=len(runs) > 1)
         if len(runs) == 1:
-            handles += _plot_rate(axes, next(iter(runs.values())))
+            handles += _plot_lr(axes, next(iter(runs.values())))
         for step, text in marks.items():
             axes.axvline(step, color="grey", linestyle="--", linewidth=1)
             # At the upper edge, whatever the curve does.
@@ -77,14 +84,14 @@ def _draw(runs: dict[str, list[dict[str, Any]]], picture: Path, marks: dict[int,
         figure.savefig(temporary, format=kind, dpi=120, metadata=dates)
 
 
-def _plot_run(axes: Any, name: str, metrics: list[dict[str, Any]], colour: str, several: bool) -> Iterable[Any]:
+def _plot_run(axes: Any, name: str, metrics: list[dict[str, Any]], color: str, several: bool) -> Iterable[Any]:
     """The lines that the legend shows. A name that begins with _ would be left out there, but for the space."""
     train, val = curve(metrics, "Loss/train"), curve(metrics, "Loss/val")
-    shown, mean = thin(train), thin(running_mean(train))
+    shown, mean = downsample(train), downsample(running_mean(train))
     dot = "." if len(shown) == 1 else ""
-    (faint,) = axes.plot(shown.steps, shown.values, dot + "-", color=colour, alpha=0.3, label=f"\u200b{name}")
+    (faint,) = axes.plot(shown.steps, shown.values, dot + "-", color=color, alpha=0.3, label=f"\u200b{name}")
     (bold,) = axes.plot(
-        mean.steps, mean.values, color=colour, label=f"\u200b{name}" if several else "running mean of the loss"
+        mean.steps, mean.values, color=color, label=f"\u200b{name}" if several else "running mean of the loss"
     )
     lines = [bold] if several else [faint, bold]
     if len(val):
@@ -92,15 +99,15 @@ def _plot_run(axes: Any, name: str, metrics: list[dict[str, Any]], colour: str, 
             val.steps,
             val.values,
             ".--",
-            color=colour if several else "C2",
+            color=color if several else "C2",
             label=f"\u200b{name}, validation" if several else "validation loss",
         )
         lines.append(dashed)
     return lines
 
 
-def _plot_rate(axes: Any, metrics: list[dict[str, Any]]) -> Iterable[Any]:
-    rate = thin(curve(metrics, "Optimizer/lr"))
+def _plot_lr(axes: Any, metrics: list[dict[str, Any]]) -> Iterable[Any]:
+    rate = downsample(curve(metrics, "Optimizer/lr"))
     if not len(rate):
         return []
     right = axes.twinx()
@@ -108,9 +115,9 @@ def _plot_rate(axes: Any, metrics: list[dict[str, Any]]) -> Iterable[Any]:
     return right.plot(rate.steps, rate.values, color="C1", linestyle=":", label="learning rate")
 
 
-def _chinese_font() -> list[str]:
+def _cjk_font() -> list[str]:
     """A font of this machine for what matplotlib's own cannot show, where there is one."""
     from matplotlib import font_manager
 
     known = set(font_manager.get_font_names())
-    return [name for name in _CHINESE if name in known][:1]
+    return [name for name in _CJK_FONTS if name in known][:1]

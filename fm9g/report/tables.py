@@ -14,11 +14,11 @@ from fm9g.config.model import ModelConfig
 from fm9g.config.train import TrainConfig
 from fm9g.report.curves import curve, running_mean
 from fm9g.report.devices import describe_devices, memory_note
-from fm9g.report.files import Run, number
-from fm9g.report.panels import KINDS, is_routine, tasks_of, validation_tasks_of
+from fm9g.report.files import Run, finite_or_none
+from fm9g.report.panels import EVENT_KINDS, is_routine, tasks_of, validation_tasks_of
 
-NONE = "\u2013"
-DEFAULT = "default"  # the origin of a value that nobody set
+MISSING = "\u2013"
+DEFAULT_ORIGIN = "default"  # the origin of a value that nobody set
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ def results(runs: list[Run]) -> list[Row]:
         ("MFU", "share of the hardware's arithmetic in use, on average", _mfu),
         ("Peak memory", memory_note(runs), _memory),
         ("Skipped steps", "left out as their numbers were not usable", lambda run: _last(run, "Run/skipped", ",.0f")),
-        ("Trained on", "the devices", lambda run: describe_devices(run) or NONE),
+        ("Trained on", "the devices", lambda run: describe_devices(run) or MISSING),
         ("Duration", "while it ran, without the pauses between sessions", lambda run: _duration(run.events)),
-        ("Started", "UTC", lambda run: _clock(run.events[0]["time"]) if run.events else NONE),
+        ("Started", "UTC", lambda run: _utc_time(run.events[0]["time"]) if run.events else MISSING),
     ]
-    made = [Row(label, note, [(cell(run), "") for run in runs]) for label, note, cell in rows]
-    return [row for row in made if any(value != NONE for value, _ in row.cells)]
+    rows_of_runs = [Row(label, note, [(cell(run), "") for run in runs]) for label, note, cell in rows]
+    return [row for row in rows_of_runs if any(value != MISSING for value, _ in row.cells)]
 
 
 def events(runs: list[Run], routine: bool) -> list[dict[str, str]]:
@@ -69,8 +69,8 @@ def events(runs: list[Run], routine: bool) -> list[dict[str, str]]:
     found.sort(key=lambda pair: (pair[0]["time"] or 0, pair[0]["step"]))
     rows = []
     for event, name in found:
-        _, sign, words = KINDS.get(event["kind"], ("", "✚", event["kind"]))
-        row = {"run": name, "time": _clock(event["time"]), "step": f"{event['step']:,}"}
+        _, sign, words = EVENT_KINDS.get(event["kind"], ("", "✚", event["kind"]))
+        row = {"run": name, "time": _utc_time(event["time"]), "step": f"{event['step']:,}"}
         rows.append({**row, "kind": words, "sign": sign, "text": event["text"]})
     return rows
 
@@ -85,15 +85,15 @@ def datasets(run: Run) -> list[dict[str, str]]:
         rows.append(
             {
                 "dataset": task,
-                "records": _figure(number(item.get("records")), ",.0f"),
-                "tokens per sample": _figure(number(item.get("tokens_a_sample")), ",.1f"),
-                "share wanted": _figure(number(item.get("share")), ".1%"),
-                "share so far": _figure(tokens / total if tokens is not None and total else None, ".1%"),
-                "tokens so far": _count(tokens),
-                "epochs so far": _figure(_last_value(run, f"Epoch/{task}"), ".2f"),
-                "template": str(item.get("template") or NONE),
-                "what is learnt": str(item.get("loss") or NONE),
-                "path": str(item.get("path") or NONE),
+                "records": _format(finite_or_none(item.get("records")), ",.0f"),
+                "tokens per sample": _format(finite_or_none(item.get("tokens_a_sample")), ",.1f"),
+                "share wanted": _format(finite_or_none(item.get("share")), ".1%"),
+                "share so far": _format(tokens / total if tokens is not None and total else None, ".1%"),
+                "tokens so far": _format_count(tokens),
+                "epochs so far": _format(_last_value(run, f"Epoch/{task}"), ".2f"),
+                "template": str(item.get("template") or MISSING),
+                "what is learnt": str(item.get("loss") or MISSING),
+                "path": str(item.get("path") or MISSING),
             }
         )
     return _without_empty_columns(rows)
@@ -108,19 +108,19 @@ def validation_datasets(run: Run) -> list[dict[str, str]]:
         rows.append(
             {
                 "dataset": task,
-                "records": _figure(number(item.get("records")), ",.0f"),
+                "records": _format(finite_or_none(item.get("records")), ",.0f"),
                 "loss at the end": _last(run, loss),
                 "best loss": _best(run, loss),
                 "perplexity at the end": _last(run, f"Perplexity/val/{task}"),
-                "template": str(item.get("template") or NONE),
-                "path": str(item.get("path") or NONE),
+                "template": str(item.get("template") or MISSING),
+                "path": str(item.get("path") or MISSING),
             }
         )
     return _without_empty_columns(rows)
 
 
 def _without_empty_columns(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    used = [key for key in (rows[0] if rows else {}) if any(row[key] != NONE for row in rows)]
+    used = [key for key in (rows[0] if rows else {}) if any(row[key] != MISSING for row in rows)]
     return [{key: row[key] for key in used} for row in rows]
 
 
@@ -152,9 +152,11 @@ def versions(runs: list[Run]) -> list[Row]:
 
 def _row(key: str, meaning: str, items: list[dict[str, Any] | None]) -> Row:
     """items: of each run; None where it lacks the key, {} where nothing was recorded at all."""
-    known = {json.dumps(item["value"], sort_keys=True) if item else NONE for item in items if item != {}}
+    known = {json.dumps(item["value"], sort_keys=True) if item else MISSING for item in items if item != {}}
     cells = [
-        (_text(item["value"]), str(item.get("from") or "")) if item else (NONE if item is None else "not recorded", "")
+        (_format_value(item["value"]), str(item.get("from") or ""))
+        if item
+        else (MISSING if item is None else "not recorded", "")
         for item in items
     ]
     return Row(key, meaning, cells, differs=len(known) > 1)
@@ -164,7 +166,7 @@ def _group(title: str, rows: Iterable[tuple[Row, list[dict[str, Any] | None]]]) 
     shown: list[Row] = []
     defaults: list[Row] = []
     for row, items in rows:
-        untouched = not row.differs and all(item.get("from") == DEFAULT for item in items if item)
+        untouched = not row.differs and all(item.get("from") == DEFAULT_ORIGIN for item in items if item)
         (defaults if untouched else shown).append(row)
     return Group(title, shown, defaults)
 
@@ -175,7 +177,7 @@ def _meaning(section: str, key: str) -> str:
     return field.metadata["help"] if field else ""
 
 
-def _text(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, str):
@@ -194,51 +196,51 @@ def _tokens(run: Run) -> str:
     if total is None:
         parts = [tokens for task in tasks_of(run) if (tokens := _last_value(run, f"Tokens/{task}")) is not None]
         total = sum(parts) if parts else None
-    return _count(total)
+    return _format_count(total)
 
 
-def _values(run: Run, key: str) -> list[tuple[int, float]]:
-    return [(line["step"], value) for line in run.metrics if (value := number(line.get(key))) is not None]
+def _series(run: Run, key: str) -> list[tuple[int, float]]:
+    return [(line["step"], value) for line in run.metrics if (value := finite_or_none(line.get(key))) is not None]
 
 
 def _last_value(run: Run, key: str) -> float | None:
-    return next((value for line in reversed(run.metrics) if (value := number(line.get(key))) is not None), None)
+    return next((value for line in reversed(run.metrics) if (value := finite_or_none(line.get(key))) is not None), None)
 
 
-def _last(run: Run, key: str, form: str = ",.4f") -> str:
-    return _figure(_last_value(run, key), form)
+def _last(run: Run, key: str, spec: str = ",.4f") -> str:
+    return _format(_last_value(run, key), spec)
 
 
 def _smooth_loss(run: Run) -> str:
     means = running_mean(curve(run.metrics, "Loss/train")).values
     known = means[means == means]  # NaN is not itself
-    return _figure(float(known[-1]), ".4f") if len(known) else NONE
+    return _format(float(known[-1]), ".4f") if len(known) else MISSING
 
 
 def _best(run: Run, key: str) -> str:
-    if not (values := _values(run, key)):
-        return NONE
+    if not (values := _series(run, key)):
+        return MISSING
     step, value = min(values, key=lambda pair: pair[1])
     return f"{value:,.4f} at step {step:,}"
 
 
 def _mean_rate(run: Run, key: str) -> float | None:
     """The harmonic mean: each logged rate is over about as many tokens, so this is all tokens by all time."""
-    rates = [value for _, value in _values(run, key) if value > 0]
+    rates = [value for _, value in _series(run, key) if value > 0]
     return len(rates) / sum(1 / rate for rate in rates) if rates else None
 
 
 def _rate(run: Run) -> str:
-    return _figure(_mean_rate(run, "Throughput/tokens_per_second"), ",.0f")
+    return _format(_mean_rate(run, "Throughput/tokens_per_second"), ",.0f")
 
 
 def _mfu(run: Run) -> str:
-    return _figure(_mean_rate(run, "Throughput/mfu"), ".1%")
+    return _format(_mean_rate(run, "Throughput/mfu"), ".1%")
 
 
 def _memory(run: Run) -> str:
-    values = [value for _, value in _values(run, "Memory/peak_gb")]
-    return f"{max(values):,.1f} GB" if values else NONE
+    values = [value for _, value in _series(run, "Memory/peak_gb")]
+    return f"{max(values):,.1f} GB" if values else MISSING
 
 
 def _duration(found: list[dict[str, Any]]) -> str:
@@ -251,7 +253,7 @@ def _duration(found: list[dict[str, Any]]) -> str:
             seconds += max(0.0, event["time"] - before)
         before = event["time"]
     if seconds <= 0:
-        return NONE
+        return MISSING
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -259,22 +261,22 @@ def _duration(found: list[dict[str, Any]]) -> str:
     return " ".join(part for part in [*parts, "" if days or hours else f"{rest} s"] if part)
 
 
-def _clock(seconds: float | None) -> str:
+def _utc_time(seconds: float | None) -> str:
     """UTC, so that the page is the same wherever it is made."""
     if seconds is None:
-        return NONE
+        return MISSING
     try:
         moment = datetime(1970, 1, 1, tzinfo=timezone.utc) + timedelta(seconds=seconds)
     except OverflowError:
-        return NONE
+        return MISSING
     return moment.strftime("%Y-%m-%d %H:%M:%S")
 
 
-def _count(value: float | None) -> str:
+def _format_count(value: float | None) -> str:
     if value is None:
-        return NONE
+        return MISSING
     return f"{value / 1e9:,.2f} billion" if value >= 1e9 else f"{value:,.0f}"
 
 
-def _figure(value: float | None, form: str) -> str:
-    return NONE if value is None else format(value, form)
+def _format(value: float | None, spec: str) -> str:
+    return MISSING if value is None else format(value, spec)

@@ -12,17 +12,17 @@ import pytest
 import torch
 from support import small_model
 
-from fm9g.checkpoint.find import runs_at
-from fm9g.checkpoint.folder import MANIFEST, Snapshot, save_checkpoint
-from fm9g.checkpoint.inspect import compare, describe, verify, weight_statistics, work_of
-from fm9g.checkpoint.listing import list_run
-from fm9g.checkpoint.weights import read_weights
+from fm9g.checkpoint.checkpoint import MANIFEST, Snapshot, save_checkpoint
+from fm9g.checkpoint.find import find_runs
+from fm9g.checkpoint.inspect import compare, describe, verify, verify_bytes, weight_statistics
+from fm9g.checkpoint.listing import inspect_run
 from fm9g.cli import main
 from fm9g.errors import UserError
+from fm9g.io.weights import read_weights
 from fm9g.model.transformer import weight_shapes
 
 MODEL = small_model(hidden_size=8, head_dim=4, intermediate_size=12, vocab_size=16)
-BASE = Path("data") / "checkpoints"
+CHECKPOINTS_DIR = Path("data") / "checkpoints"
 POSITION = {
     "fingerprint": {"datasets": {"few": {"records": 50}, "many": {"records": 150}}},
     "streams": {
@@ -44,10 +44,10 @@ class Given:
     """Tensors that are there already, as a snapshot takes them."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.like = tensors
+        self.meta = tensors
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return iter(self.like.items())
+        return iter(self.meta.items())
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -61,18 +61,18 @@ def save(run: str, step: int, weights: dict[str, torch.Tensor] | None = None, **
         step=step,
         weights=Given(weights),
         optimizer=Given({f"{name}.exp_avg": weight * 0.5 for name, weight in weights.items()}),
-        means=None,
-        position=POSITION,
-        counts={
+        ema=None,
+        loader_state=POSITION,
+        trainer_state={
             "iteration": step,
             "global_token_pass": 1000 * step,
             "global_total_task_token": {"few": 400 * step, "many": 600 * step},
             **counts,
         },
-        documents={"config.json": MODEL.to_json(), "run_config.json": RUN_CONFIG},
+        json_files={"config.json": MODEL.to_json(), "run_config.json": RUN_CONFIG},
         tokenizer_files={"tokenizer.json": "{}"},
     )
-    return save_checkpoint(BASE / run, snapshot)
+    return save_checkpoint(CHECKPOINTS_DIR / run, snapshot)
 
 
 def file_of(folder: Path, suffix: str = ".pt") -> Path:
@@ -132,14 +132,14 @@ def test_ls_shows_what_each_checkpoint_holds_and_which_are_next_and_best(capsys:
         "3,000 weights +optimizer whole <- resume auto",
     ]
     _, of_m = run(capsys, "ls", "m")
-    assert of_m == run(capsys, "ls", BASE / "m")[1]
+    assert of_m == run(capsys, "ls", CHECKPOINTS_DIR / "m")[1]
     assert [line.split() for line in of_m.splitlines()[1:]] == [line.split() for line in lines[:3]]
 
 
 def test_ls_counts_every_file_and_tells_the_time_of_writing() -> None:
     folder = save("m", 5)
     os.utime(folder / MANIFEST, (1e9, 1e9))
-    [item] = list_run(folder.parent).checkpoints
+    [item] = inspect_run(folder.parent).checkpoints
     assert item.size == sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     assert (item.written, item.tokens, item.loss, item.val_loss) == (1e9, 5000, None, None)
 
@@ -150,9 +150,9 @@ def test_ls_never_offers_a_damaged_checkpoint(capsys: pytest.CaptureFixture) -> 
         file.truncate(100)
     (bare / MANIFEST).unlink()
     (odd / MANIFEST).write_text("[]")
-    found = list_run(whole.parent)
+    found = inspect_run(whole.parent)
     assert (found.newest, found.best) == (whole, whole)
-    reasons = [item.damage.partition(":")[0] for item in found.checkpoints]
+    reasons = [item.problem.partition(":")[0] for item in found.checkpoints]
     assert reasons == ["", file_of(cut).name, MANIFEST, MANIFEST]
     out = run(capsys, "ls", "m")[1].splitlines()
     assert "damaged: fm9g_live_checkpoint-2.pt: has 100 of" in out[2]
@@ -166,16 +166,20 @@ def test_a_run_without_a_whole_checkpoint_has_neither_a_best_nor_a_last(name: st
         file_of(save("m", step, val_loss=1.0)).write_bytes(b"cut")
     assert main(["ckpt", "show", f"m/{name}"]) == 2
     assert capsys.readouterr().err == (
-        f"fm9g: {BASE / 'm'}: no checkpoint is whole (`fm9g ckpt ls` says why); its steps: 1, 2\n"
+        f"fm9g: {CHECKPOINTS_DIR / 'm'}: no checkpoint is whole (`fm9g ckpt ls` says why); its steps: 1, 2\n"
     )
 
 
 def test_ls_mentions_what_an_interrupted_save_left_and_leaves_it(capsys: pytest.CaptureFixture) -> None:
     save("m", 1)
-    left = [BASE / "m" / ".7.4242.tmp", BASE / "m" / ".5.4242.old", BASE / "new" / ".1.4242.tmp"]
+    left = [
+        CHECKPOINTS_DIR / "m" / ".7.4242.tmp",
+        CHECKPOINTS_DIR / "m" / ".5.4242.old",
+        CHECKPOINTS_DIR / "new" / ".1.4242.tmp",
+    ]
     for folder in left:
         folder.mkdir(parents=True)
-    (BASE / "m" / ".cache").mkdir()
+    (CHECKPOINTS_DIR / "m" / ".cache").mkdir()
     out = run(capsys, "ls")[1]
     assert "m/.7.4242.tmp: unfinished: a process is writing 7, or ended before it had" in out
     assert "m/.5.4242.old: the old 5, moved aside" in out
@@ -187,14 +191,14 @@ def test_ls_mentions_what_an_interrupted_save_left_and_leaves_it(capsys: pytest.
 def test_a_loss_that_is_not_a_number_is_not_the_best() -> None:
     save("m", 1, val_loss=math.nan)
     second = save("m", 2, val_loss=9.0)
-    assert list_run(second.parent).best == second
+    assert inspect_run(second.parent).best == second
 
 
 def test_a_run_may_be_called_by_a_number() -> None:
     save("2024", 1)
-    assert [run.name for run in runs_at(None)] == ["2024"]
+    assert [run.name for run in find_runs(None)] == ["2024"]
     with pytest.raises(UserError, match="one checkpoint; give the folder of its run"):
-        runs_at(BASE / "2024" / "1")
+        find_runs(CHECKPOINTS_DIR / "2024" / "1")
 
 
 # ---- verify
@@ -222,12 +226,14 @@ def test_verify_names_every_damage_of_every_checkpoint_of_a_run(capsys: pytest.C
     seal(last)
     status, out = run(capsys, "verify", "m")
     assert status == 2
-    assert out.splitlines()[0].startswith(f"{BASE / 'm' / '1'}: whole: ")
-    assert f"{BASE / 'm' / '2'}: damaged\n" in out
+    assert out.splitlines()[0].startswith(f"{CHECKPOINTS_DIR / 'm' / '1'}: whole: ")
+    assert f"{CHECKPOINTS_DIR / 'm' / '2'}: damaged\n" in out
     assert "  fm9g_live_checkpoint-2.pt: its content has changed\n" in out
     assert "  tokenizer/tokenizer.json: has 3 of 2 bytes\n" in out
     assert "  config.json: is missing\n" in out
-    assert f"{BASE / 'm' / '3'}: damaged\n  fm9g_live_checkpoint-3.rank-0.opt: not a whole weight file" in out
+    assert (
+        f"{CHECKPOINTS_DIR / 'm' / '3'}: damaged\n  fm9g_live_checkpoint-3.rank-0.opt: not a whole weight file" in out
+    )
     assert len(out.splitlines()) == 7
     assert run(capsys, "verify", whole)[0] == 0
 
@@ -237,18 +243,18 @@ def test_verify_finds_what_checksums_do_not_show() -> None:
     bad = torch.ones(8)
     bad[2:4] = torch.tensor([math.nan, -math.inf])
     put_weights(folder, encoder__output_layernorm__weight=bad)
-    [damage] = verify(folder, no_progress).damages
+    [damage] = verify(folder, no_progress).problems
     assert damage == "fm9g_live_checkpoint-1.pt: 2 values are not finite, in encoder.output_layernorm.weight"
     (folder / "tokenizer" / "tokenizer.json").unlink()
-    assert verify(folder, no_progress).damages == ["tokenizer/tokenizer.json: is missing", damage]
+    assert verify(folder, no_progress).problems == ["tokenizer/tokenizer.json: is missing", damage]
     put_weights(folder, encoder__output_layernorm__weight=torch.ones(9), lm_head__weight=None)
-    [damage] = verify(folder, no_progress).damages
+    [damage] = verify(folder, no_progress).problems
     assert "encoder.output_layernorm.weight: shape [9], expected [8]" in damage
     put_weights(folder, lm_head__weight=None)
-    assert verify(folder, no_progress).damages == ["fm9g_live_checkpoint-1.pt: lm_head.weight is missing"]
+    assert verify(folder, no_progress).problems == ["fm9g_live_checkpoint-1.pt: lm_head.weight is missing"]
     put_weights(folder)
     put_weights(folder, ".ema.pt", encoder__output_layernorm__weight=torch.ones(8) * math.inf)
-    [damage] = verify(folder, no_progress).damages
+    [damage] = verify(folder, no_progress).problems
     assert damage.startswith("fm9g_live_checkpoint-1.ema.pt: 8 values are not finite")
 
 
@@ -256,12 +262,12 @@ def test_verify_takes_a_checkpoint_without_optimizer_but_not_without_weights() -
     folder = save("m", 1)
     file_of(folder, ".rank-0.opt").unlink()
     seal(folder)
-    assert verify(folder, no_progress).damages == []
+    assert verify(folder, no_progress).problems == []
     file_of(folder).unlink()
     seal(folder)
-    assert verify(folder, no_progress).damages == ["its weight file is missing"]
+    assert verify(folder, no_progress).problems == ["its weight file is missing"]
     moved = folder.rename(folder.parent / "2")
-    assert verify(moved, no_progress).damages[0] == "manifest.json: is that of step 1; give the folder its name back"
+    assert verify(moved, no_progress).problems[0] == "manifest.json: is that of step 1; give the folder its name back"
 
 
 def test_verify_counts_as_many_bytes_as_it_foretells() -> None:
@@ -272,7 +278,7 @@ def test_verify_counts_as_many_bytes_as_it_foretells() -> None:
         done += count
 
     verify(folder, advance)
-    foretold = work_of(folder)
+    foretold = verify_bytes(folder)
     assert 0.5 * foretold < done <= foretold  # the small model's files are mostly names
 
 
@@ -284,7 +290,7 @@ def test_show_tells_what_a_checkpoint_is(capsys: pytest.CaptureFixture) -> None:
     status, out = run(capsys, "show", "m/7")
     assert status == 0
     lines = [" ".join(line.split()) for line in out.splitlines()]
-    assert lines[0] == str(BASE / "m" / "7")
+    assert lines[0] == str(CHECKPOINTS_DIR / "m" / "7")
     assert "tokens 7,000: few 2,800, many 4,200" in lines
     assert "loss 2.5" in lines
     assert not any(line.startswith("val_loss") for line in lines)
@@ -351,7 +357,7 @@ def test_show_tells_of_a_bare_file_what_its_shapes_and_its_neighbour_tell(capsys
 
 
 def test_statistics_are_those_of_numpy_over_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fm9g.checkpoint.tensors._PIECE", 7)
+    monkeypatch.setattr("fm9g.checkpoint.tensor_diff._CHUNK_ELEMENTS", 7)
     values = 100 + torch.randn(10, 9, generator=torch.Generator().manual_seed(1))
     values[3, 3], values[4, 4] = math.nan, math.inf
     kinds = {"a": values, "turned": values.T, "half": values.half(), "none": torch.full((3,), math.nan)}
@@ -434,14 +440,14 @@ def test_diff_tells_configuration_counts_position_and_the_largest_differences(ca
 
 
 def test_distances_are_those_of_numpy_over_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fm9g.checkpoint.tensors._PIECE", 7)
+    monkeypatch.setattr("fm9g.checkpoint.tensor_diff._CHUNK_ELEMENTS", 7)
     one = torch.randn(10, 9, generator=torch.Generator().manual_seed(1))
     two = one + 0.1 * torch.randn(10, 9, generator=torch.Generator().manual_seed(2))
     torch.save({"w": one}, "a.pt")
     torch.save({"w": two}, "b.pt")
-    [found] = compare(Path("a.pt"), Path("b.pt"), no_progress).tensors["weights"].distances
+    [found] = compare(Path("a.pt"), Path("b.pt"), no_progress).tensors["weights"].deltas
     x, y = one.double().numpy().ravel(), two.double().numpy().ravel()
-    assert found.largest == pytest.approx(abs(x - y).max(), rel=1e-12)
+    assert found.max_abs == pytest.approx(abs(x - y).max(), rel=1e-12)
     assert found.relative == pytest.approx(np.linalg.norm(x - y) / np.linalg.norm(x), rel=1e-12)
     assert found.cosine == pytest.approx(x @ y / np.linalg.norm(x) / np.linalg.norm(y), rel=1e-12)
 
@@ -456,9 +462,9 @@ def test_diff_of_files_finds_names_shapes_types_signs_and_what_is_not_a_number(c
     weights = found.tensors["weights"]
     assert (weights.only_a, weights.only_b, weights.count) == (["left"], ["right"], 8)
     assert weights.shapes == [("shape", [3, 2], [2, 3])]
-    assert [d.name for d in weights.distances] == ["nan", "most", "type", "zero"]
-    assert [d.largest for d in weights.distances[1:]] == [5.0, 0.0, 0.0]
-    assert weights.distances[2].dtypes == "float16, int16"
+    assert [d.name for d in weights.deltas] == ["nan", "most", "type", "zero"]
+    assert [d.max_abs for d in weights.deltas[1:]] == [5.0, 0.0, 0.0]
+    assert weights.deltas[2].dtypes == "float16, int16"
     status, out = run(capsys, "diff", "a.pt", "b.pt")
     assert status == 1
     assert "shape  shape [3, 2] in A, [2, 3] in B" in out
@@ -484,8 +490,8 @@ def test_nothing_is_ever_written(here: Path, capsys: pytest.CaptureFixture) -> N
     save("m", 1)
     cut = save("m", 2)
     file_of(cut).write_bytes(b"")
-    (BASE / "m" / ".3.4242.tmp").mkdir()
-    (BASE / "m" / ".4.4242.old").mkdir()
+    (CHECKPOINTS_DIR / "m" / ".3.4242.tmp").mkdir()
+    (CHECKPOINTS_DIR / "m" / ".4.4242.old").mkdir()
 
     def state() -> dict:
         return {file: file.stat().st_mtime_ns for file in [here, *here.rglob("*")]}

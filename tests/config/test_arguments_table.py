@@ -10,7 +10,7 @@ import pytest
 from support import ROOT
 
 from fm9g.config.fields import keys_of
-from fm9g.config.train import RETIRED, TrainConfig
+from fm9g.config.train import DEPRECATED_KEYS, TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -21,19 +21,19 @@ def script() -> dict[str, Any]:
 def test_the_committed_table_is_what_the_script_makes(script: dict[str, Any]) -> None:
     made = script["table"]()
     assert (ROOT / "docs" / "arguments.md").read_text(encoding="utf-8") == made, "run `make docs`"
-    for name in [*keys_of(TrainConfig), *RETIRED]:
+    for name in [*keys_of(TrainConfig), *DEPRECATED_KEYS]:
         assert made.count(f"\n| `{name}` |") == 1
 
 
 @pytest.mark.parametrize(
     ("key", "file"),
     [
-        ("lr", "train/schedule.py"),
-        ("early_stop", "train/desk.py"),  # of an attribute
-        ("use_checkpoint", "train/build.py"),  # through a property
-        ("template", "config/run.py"),  # out of a list of names
-        ("zero_level", "plan/setup.py"),  # out of one that has a name
-        ("seed", "data/check.py"),  # of one that is built
+        ("lr", "train/lr_schedule.py"),
+        ("early_stopping_patience", "train/callbacks.py"),  # of an attribute
+        ("use_checkpoint", "train/model_setup.py"),  # through a property
+        ("chat_template", "config/run.py"),  # out of a list of names
+        ("zero_level", "plan/job.py"),  # out of one that has a name
+        ("seed", "data/inspect/check.py"),  # of one that is built
     ],
 )
 def test_places_are_found(script: dict[str, Any], key: str, file: str) -> None:
@@ -44,4 +44,4 @@ def test_places_are_found(script: dict[str, Any], key: str, file: str) -> None:
 def test_keys_of_models_and_datasets_are_not_taken_for_those_of_training(script: dict[str, Any]) -> None:
     places = script["find_places"]()
     assert "model/transformer.py" not in {file for files in places.values() for file in files}
-    assert places["loss"] == places["max_samples"] == ["config/run.py"]  # elsewhere it is the dataset's
+    assert places["train_on"] == places["max_samples"] == ["config/run.py"]  # elsewhere it is the dataset's

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
-from fm9g.config.fields import keys_of
+from fm9g.config.fields import aliases_of, keys_of
 from fm9g.config.load import bare_name, read_json, require_config
 from fm9g.config.mixture import DatasetConfig, load_mixture
-from fm9g.config.model import RETIRED as RETIRED_MODEL
+from fm9g.config.model import DEPRECATED_KEYS as DEPRECATED_MODEL_KEYS
 from fm9g.config.model import ModelConfig, load_model_config
 from fm9g.config.run import load_run
-from fm9g.config.train import RETIRED, TrainConfig, load_adapter_keys, load_train_config
+from fm9g.config.train import DEPRECATED_KEYS, TrainConfig, load_adapter_keys, load_train_config
 from fm9g.errors import UserError
 
 GUIDE = """
@@ -138,7 +138,7 @@ def test_the_guides_way_of_writing_values_is_understood() -> None:
 
 @pytest.mark.parametrize("key", GUIDE)
 def test_every_parameter_of_the_guide_is_known_in_exactly_one_way(key: str) -> None:
-    assert (key in keys_of(TrainConfig)) + (key in RETIRED) == 1
+    assert (key in keys_of(TrainConfig)) + (key in DEPRECATED_KEYS) == 1
 
 
 def test_a_parameter_that_changes_nothing_says_so() -> None:
@@ -179,8 +179,8 @@ def test_wrong_values_on_the_command_line_are_refused(key: str, value: str, expe
 @pytest.mark.parametrize("cls", [TrainConfig, ModelConfig, DatasetConfig])
 def test_what_other_tools_call_a_key_leads_to_a_key(cls: type) -> None:
     known = {f"model.{key}" for key in keys_of(ModelConfig)} | keys_of(cls).keys() | {"nothing"}
-    for theirs, ours in cls.ELSEWHERE.items():
-        assert theirs not in keys_of(cls)
+    for theirs, ours in cls.FOREIGN_KEYS.items():
+        assert theirs not in {*keys_of(cls), *aliases_of(cls)}
         assert re.split(r"[ :,]", ours)[0] in known, theirs
 
 
@@ -294,7 +294,7 @@ def test_every_published_file_loads(file: Path, monkeypatch: pytest.MonkeyPatch)
             assert any(f"{file.parent.name}/{file.name}: {key} changes nothing" in note for note in run.notes)
         assert run.model.value.orig_max_length == content.get("ori_max_length", 8192)
         assert run.train.value.checkpointing == ("full" if content.get("use_checkpoint") else "none")
-        acting = content.keys() - RETIRED_MODEL.keys() - {"architectures", "ori_max_length"}
+        acting = content.keys() - DEPRECATED_MODEL_KEYS.keys() - {"architectures", "ori_max_length"}
         assert {key: run.model.value.to_json()[key] for key in acting} == {key: content[key] for key in acting}
     elif file.parent.name == "train_configs":
         for key, value in {**content["pretrain"], **content.get("finetune", {})}.items():
@@ -349,7 +349,10 @@ def test_overrides_reach_the_model_and_the_mixture(tmp_path: Path) -> None:
 
 
 def test_configuration_does_not_import_torch() -> None:
-    code = "import sys, fm9g.config.run, fm9g.data.index, fm9g.data.build; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, fm9g.config.run, fm9g.data.load.indexed_dataset, fm9g.data.prepare.index_builder; "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -366,8 +369,8 @@ def test_model_defaults_are_derived() -> None:
         ("model_unique", "", "expected a plain name"),
         ("model_unique", "..", "expected a plain name"),
         ("exp_group", "a/b", "expected a plain name"),
-        ("template", "chatm", "'chatm': no such chat template; did you mean 'chatml'"),
-        ("template", "mine", r"give a file such as ./mine.jinja, or one of .*, tokenizer, none"),
+        ("chat_template", "chatm", "'chatm': no such chat template; did you mean 'chatml'"),
+        ("chat_template", "mine", r"give a file such as ./mine.jinja, or one of .*, tokenizer, none"),
         ("resume_ckpt", "²", "expected the number of a step"),
         ("resume_ckpt", "9" * 5000, "expected the number of a step"),
         ("train_iters", "9" * 40, r"train_iters: found \d+, expected a finite number up to 2\^53"),
@@ -403,7 +406,7 @@ def test_a_message_is_short_whatever_a_file_holds(tmp_path: Path, model_file: Pa
     assert re.fullmatch(r"a.json: key: found x+\[[\d,]+ characters\]x+, allowed: 1", str(long))
 
 
-@pytest.mark.parametrize("key", ["path", "transforms", "template"])
+@pytest.mark.parametrize("key", ["path", "transforms", "chat_template"])
 def test_a_loop_of_links_in_a_mixture_is_a_file_that_is_not_there(key: str, tmp_path: Path) -> None:
     (tmp_path / "loop.jinja").symlink_to("loop.jinja")
     entry = {"task_name": "t", "path": "data", key: "./loop.jinja"}

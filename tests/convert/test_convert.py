@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import ROOT, small_model
 
-from fm9g.checkpoint.weights import read_weights, write_weights
 from fm9g.cli import main
 from fm9g.config.model import ModelConfig
 from fm9g.convert import hf
-from fm9g.convert.architecture import from_hf_config, native_type, to_hf_config
 from fm9g.convert.hf import export_folder, import_folder
-from fm9g.convert.names import LLAMA, Names
+from fm9g.convert.hf_config import from_hf_config, native_model_type, to_hf_config
+from fm9g.convert.weight_map import LLAMA_MAP, WeightMap
 from fm9g.errors import UserError
+from fm9g.io.weights import read_weights, write_weights
 from fm9g.model.transformer import weight_shapes
 
 
@@ -56,13 +56,13 @@ def run_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., o
 
 
 def test_the_table_has_both_directions() -> None:
-    names = Names(LLAMA)
-    for ours, theirs in LLAMA.items():
+    names = WeightMap(LLAMA_MAP)
+    for ours, theirs in LLAMA_MAP.items():
         for part in ("weight", "bias"):
             one, other = ours.format(n=12, p=part), theirs.format(n=12, p=part)
-            assert (names.theirs(one), names.ours(other)) == (other, [one])
-    assert names.ours("model.layers.1.mlp.experts.0.weight") == []
-    assert names.theirs("encoder.layers.x.ffn.ffn.w_out.weight") is None
+            assert (names.to_hf(one), names.from_hf(other)) == (other, [one])
+    assert names.from_hf("model.layers.1.mlp.experts.0.weight") == []
+    assert names.to_hf("encoder.layers.x.ffn.ffn.w_out.weight") is None
 
 
 def test_the_guides_tools_go_there_and_back(
@@ -148,8 +148,8 @@ def test_generation_settings_travel_along(folder: Path, tmp_path: Path) -> None:
 def test_a_sentencepiece_model_is_exported_with_equal_ids(shared: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from fm9g.convert.companions import write_tokenizer
-    from fm9g.data.tokenizer import load_tokenizer
+    from fm9g.convert.aux_files import write_tokenizer
+    from fm9g.data.encode.tokenizer import load_tokenizer
 
     source = shared / "tokenizers" / "9g-2b"
     written = write_tokenizer(source, None, tmp_path).tokenizer
@@ -211,7 +211,7 @@ def test_cut_and_malicious_files_are_refused_and_nothing_in_them_runs(folder: Pa
 
 def test_scaled_models_with_biases_have_no_class() -> None:
     with pytest.raises(UserError, match="no transformers class has both"):
-        native_type(small_model(qkv_bias=True, scale=True, base_hidden_size=16))
+        native_model_type(small_model(qkv_bias=True, scale=True, base_hidden_size=16))
 
 
 def test_a_minicpm_configuration_is_read() -> None:

@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import make_batch, small_model
 
-from fm9g.checkpoint.weights import read_weights, write_weights
 from fm9g.cli import main
-from fm9g.config.load import Layer, build
+from fm9g.config.load import ConfigSource, build
 from fm9g.config.model import ModelConfig, load_model_config
-from fm9g.convert.architecture import from_hf_config
-from fm9g.convert.folder import open_folder
 from fm9g.convert.hf import export_folder, import_folder
+from fm9g.convert.hf_config import from_hf_config
+from fm9g.convert.hf_reader import open_hf_folder
 from fm9g.errors import UserError
+from fm9g.io.weights import read_weights, write_weights
 from fm9g.model.transformer import FM9G, weight_shapes
 
 BASE = {
@@ -76,7 +76,7 @@ def our_logits(config: ModelConfig, weights: dict[str, torch.Tensor]) -> torch.T
 def their_logits(model: torch.nn.Module) -> torch.Tensor:
     batch = make_batch()
     with torch.no_grad():
-        return torch.cat([model(ids[None]).logits[0] for ids in batch.input_ids.split(batch.lengths)])
+        return torch.cat([model(ids[None]).logits[0] for ids in batch.input_ids.split(batch.seqlens)])
 
 
 def assert_equal_files(one: Path, other: Path) -> None:
@@ -267,7 +267,7 @@ def test_the_output_weights_of_baichuan2_are_normalized_as_its_code_does(changes
     else:
         remote_folder("baichuan", tmp_path / "hf", **changes)
     before = load_file(tmp_path / "hf" / "model.safetensors")["lm_head.weight"]
-    weights = open_folder(tmp_path / "hf")[1]
+    weights = open_hf_folder(tmp_path / "hf")[1]
     expected = torch.nn.functional.normalize(before)
     assert not torch.allclose(before, expected)
     torch.testing.assert_close(weights["lm_head.weight"].read(), expected)
@@ -283,7 +283,7 @@ def test_every_size_goes_there_and_back_bit_for_bit(size: str, tmp_path: Path) -
     small = {"vocab_size": 500, "num_layers": 3, "dim_head": 8, "num_heads": 2 * group, "num_kv_heads": 2}
     small |= {"dim_model": 64, "dim_ff": 96, "dim_model_base": 16}
     values = {key: value for key, value in shipped.to_json().items() if key != "architectures"}
-    config = build(ModelConfig, [Layer(size, {**values, **small})]).value
+    config = build(ModelConfig, [ConfigSource(size, {**values, **small})]).value
     generator = torch.Generator().manual_seed(0)
     weights = {
         name: torch.randn(shape, generator=generator).bfloat16() for name, shape in weight_shapes(config).items()
@@ -296,7 +296,7 @@ def test_every_size_goes_there_and_back_bit_for_bit(size: str, tmp_path: Path) -
     assert list(again) == list(weights)
     assert all(torch.equal(again[name], weights[name]) for name in weights)
     back = load_model_config(tmp_path / "back.json").value
-    assert (back.scale_width, back.embedding_multiplier) == (config.scale_width, config.embedding_multiplier)
+    assert (back.mup_width, back.embedding_multiplier) == (config.mup_width, config.embedding_multiplier)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "granite"])
@@ -328,7 +328,7 @@ def test_keys_that_are_not_given_are_as_in_the_class_of_transformers(kind: str) 
         assert {key: getattr(ours, key) for key in expected} == expected
         if kind == "granite":
             scales = (theirs.embedding_multiplier, theirs.attention_multiplier, theirs.logits_scaling)
-            assert (ours.embedding_multiplier, ours.attention_multiplier, ours.scale_width) == scales
+            assert (ours.embedding_multiplier, ours.attention_multiplier, ours.mup_width) == scales
             assert ours.residual_multiplier == pytest.approx(theirs.residual_multiplier)
 
 
@@ -357,7 +357,7 @@ def test_keys_that_are_not_given_are_as_in_the_published_classes() -> None:
 def test_only_scaled_models_of_9g_have_the_learning_rates_of_mup(kind: str) -> None:
     scaled = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16, "logits_scaling": 2.0}
     config = from_hf_config({**BASE, **scaled, "model_type": kind}, "config.json")
-    assert config.scale_width == 2.0
+    assert config.mup_width == 2.0
     assert config.mup_lr == (kind == "fm9g")
 
 
@@ -371,12 +371,12 @@ def test_only_scaled_models_of_9g_have_the_learning_rates_of_mup(kind: str) -> N
 @pytest.mark.parametrize("kind", ["llama", "qwen"])
 def test_names_with_a_wrapper_in_them_are_recognised(kind: str, front: str, inside: str, tmp_path: Path) -> None:
     (native_folder if kind == "llama" else remote_folder)(kind, tmp_path / "hf")
-    expected = open_folder(tmp_path / "hf")[1]
+    expected = open_hf_folder(tmp_path / "hf")[1]
     expected = {name: weight.read() for name, weight in expected.items()}
     file = tmp_path / "hf" / "model.safetensors"
     wrapped = {front + name.replace("0.", f"0.{inside}", 1): tensor for name, tensor in load_file(file).items()}
     save_file(wrapped, file)
-    found = open_folder(tmp_path / "hf")[1]
+    found = open_hf_folder(tmp_path / "hf")[1]
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name].read(), expected[name]) for name in expected)
     # transformers knows none of these names, and would make new weights.
@@ -389,10 +389,10 @@ def test_a_weight_that_is_there_with_and_without_a_wrapper_is_refused(tmp_path: 
     weights = load_file(file)
     save_file({**weights, "module.model.norm.weight": torch.zeros(32)}, file)
     with pytest.raises(UserError, match=r"is there twice, as encoder.output_layernorm.weight"):
-        open_folder(tmp_path / "hf")
+        open_hf_folder(tmp_path / "hf")
     save_file({**weights, "module.model.extra": torch.zeros(32)}, file)
     with pytest.raises(UserError, match=r"module.model.extra and 0 more have no place"):
-        open_folder(tmp_path / "hf")
+        open_hf_folder(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("front", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
@@ -436,7 +436,7 @@ def test_tied_weights_are_read_as_transformers_reads_them(case: str, tmp_path: P
             del weights[name]
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"input_embedding.weight is missing"):
-        open_folder(tmp_path / "hf")
+        open_hf_folder(tmp_path / "hf")
 
 
 def test_an_untied_model_needs_its_output_weights(tmp_path: Path) -> None:
@@ -446,7 +446,7 @@ def test_an_untied_model_needs_its_output_weights(tmp_path: Path) -> None:
     del weights["lm_head.weight"]
     save_file(weights, file)
     with pytest.raises(UserError, match=r"lm_head.weight is missing"):
-        open_folder(tmp_path / "hf")
+        open_hf_folder(tmp_path / "hf")
 
 
 REFUSED = {
@@ -506,6 +506,6 @@ def test_norms_of_queries_are_only_in_layouts_that_have_them(tmp_path: Path) -> 
     config = small_model(qk_norm=True)
     assert "encoder.layers.1.self_att.self_attention.q_norm.weight" in weight_shapes(config)
     with pytest.raises(UserError, match="qkv_bias with qk_norm: no transformers class has both"):
-        from fm9g.convert.architecture import native_type
+        from fm9g.convert.hf_config import native_model_type
 
-        native_type(small_model(qk_norm=True, qkv_bias=True))
+        native_model_type(small_model(qk_norm=True, qkv_bias=True))

@@ -12,9 +12,9 @@ from fm9g.cli import main
 from fm9g.config.load import read_object
 from fm9g.config.model import ModelConfig, load_model_config
 from fm9g.convert import verify
-from fm9g.convert.architecture import from_hf_config, native_type, to_hf_config
-from fm9g.convert.folder import open_folder
 from fm9g.convert.hf import export_folder, import_folder
+from fm9g.convert.hf_config import from_hf_config, native_model_type, to_hf_config
+from fm9g.convert.hf_reader import open_hf_folder
 from fm9g.errors import UserError
 from fm9g.model import attention
 from fm9g.model.transformer import FM9G
@@ -101,7 +101,7 @@ def make_folder(kind: str, changes: dict, folder: Path) -> torch.nn.Module:
 
 def assert_same_logits(folder: Path, theirs: torch.nn.Module) -> ModelConfig:
     """Compares documents of all lengths, alone there, packed into one row here."""
-    config, weights = open_folder(folder)
+    config, weights = open_hf_folder(folder)
     model = FM9G(config)
     model.load_state_dict({name: weight.read() for name, weight in weights.items()})
     batch = make_batch(LENGTHS)
@@ -127,7 +127,7 @@ def test_positions_turn_as_in_transformers_at_every_length(case: str, tmp_path: 
 def test_the_stretch_of_every_kind_does_something(tmp_path: Path) -> None:
     """Else the comparisons above would hold of a model that heeds none of it."""
     make_folder("llama", {}, tmp_path / "hf")
-    _, weights = open_folder(tmp_path / "hf")
+    _, weights = open_hf_folder(tmp_path / "hf")
     batch, seen = make_batch(LENGTHS), []
     for case, changes in ROPES.items():
         model = FM9G(from_hf_config({**read_object(tmp_path / "hf" / "config.json"), **changes}, case))
@@ -153,7 +153,7 @@ def test_the_stretch_of_every_kind_does_something(tmp_path: Path) -> None:
 def test_windows_slide_as_in_transformers_at_every_length(
     case: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_QUERIES", block)
+    monkeypatch.setattr(attention, "_QUERY_CHUNK", block)
     kind, changes, windows = WINDOWS[case]
     theirs = make_folder(kind, changes, tmp_path / "hf")
     config = assert_same_logits(tmp_path / "hf", theirs)
@@ -167,11 +167,11 @@ def test_windows_slide_as_in_transformers_at_every_length(
 
 
 def test_windows_that_no_class_has_are_not_exported() -> None:
-    assert native_type(small_model(sliding_window=8)) == "mistral"
+    assert native_model_type(small_model(sliding_window=8)) == "mistral"
     with pytest.raises(UserError, match="sliding windows of some layers: no transformers class"):
-        native_type(small_model(sliding_window=8, layer_types=MIXED))
+        native_model_type(small_model(sliding_window=8, layer_types=MIXED))
     with pytest.raises(UserError, match="scaled arithmetic with sliding windows"):
-        native_type(small_model(sliding_window=8, scale=True, base_hidden_size=16))
+        native_model_type(small_model(sliding_window=8, scale=True, base_hidden_size=16))
 
 
 @pytest.mark.parametrize(
@@ -242,13 +242,13 @@ def test_verification_looks_beyond_the_lengths_at_which_the_arithmetic_changes(
     wrong = {"sliding_window": 41} if what == "window" else {"rope_scaling_factor": 1.5}
     (tmp_path / "m.json").write_text(json.dumps(values | wrong))
     config = load_model_config(tmp_path / "m.json").value
-    assert not verify.verify(tmp_path / "hf", tmp_path / "m.pt", config).holds
+    assert not verify.verify(tmp_path / "hf", tmp_path / "m.pt", config).passed
 
 
 def test_verification_says_which_lengths_are_too_long_for_this_machine(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "_WORK", 1e5)
+    monkeypatch.setattr(verify, "_MAX_WORK", 1e5)
     make_folder("mistral", {"sliding_window": 1000}, tmp_path / "hf")
     assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "m.pt"), "--verify"]) == 0
     said = capsys.readouterr().out

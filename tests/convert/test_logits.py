@@ -25,7 +25,7 @@ def make(changes: dict) -> tuple[FM9G, list[list[int]], torch.Tensor]:
     batch = make_batch()
     with torch.no_grad():
         logits = model.logits(batch)
-    return model, [ids.tolist() for ids in batch.input_ids.split(batch.lengths)], logits
+    return model, [ids.tolist() for ids in batch.input_ids.split(batch.seqlens)], logits
 
 
 @pytest.mark.parametrize("kind", KINDS)

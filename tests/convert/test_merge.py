@@ -11,22 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import LAYERS, logits, make_adapter, make_model
+from random_adapters import LAYERS, logits, make_adapter, make_model
 from safetensors.torch import load_file
 from support import ROOT, small_model
 
-from fm9g.checkpoint.folder import checksum
-from fm9g.checkpoint.weights import read_weights, write_weights
+import fm9g.convert.merge as merge_module
+from fm9g.checkpoint.checkpoint import checksum
 from fm9g.cli import main
 from fm9g.config.adapter import ADAPTER_CONFIG
-from fm9g.convert import adapters
-from fm9g.convert.adapters import merge
 from fm9g.convert.hf import export_folder
+from fm9g.convert.merge import merge
 from fm9g.convert.peft import write_peft
 from fm9g.errors import UserError
-from fm9g.lora.base import base_hash
-from fm9g.lora.files import Adapter, open_adapter, save_adapter
-from fm9g.lora.inject import B, put_in
+from fm9g.io.weights import read_weights, write_weights
+from fm9g.lora.adapter_file import Adapter, open_adapter, save_adapter
+from fm9g.lora.base_fingerprint import base_fingerprint
+from fm9g.lora.inject import B, load_adapter_into
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def base(tmp_path: Path) -> Path:
 @pytest.fixture
 def adapter(base: Path, tmp_path: Path) -> Adapter:
     weights = read_weights(base)
-    found = base_hash(weights, weights.__getitem__)
+    found = base_fingerprint(weights, weights.__getitem__)
     made = make_adapter(make_model(qkv_bias=True), base=str(base), base_sha256=found)
     save_adapter(made, tmp_path / "adapter")
     return open_adapter(tmp_path / "adapter")
@@ -50,7 +50,7 @@ def adapter(base: Path, tmp_path: Path) -> Adapter:
 
 def expected(adapter: Adapter) -> torch.Tensor:
     model = make_model(qkv_bias=True)
-    put_in(model, "", adapter.config, adapter.weights)
+    load_adapter_into(model, "", adapter.config, adapter.weights)
     return logits(model)
 
 
@@ -62,8 +62,8 @@ def loaded(weights: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def test_a_merged_file_says_what_base_and_adapter_say(base: Path, adapter: Adapter, tmp_path: Path) -> None:
     found = merge(base, adapter, tmp_path / "merged.pt")
-    assert found.change > 0.05
-    assert found.exact < 1e-5
+    assert found.max_change > 0.05
+    assert found.merge_error < 1e-5
     torch.testing.assert_close(loaded(read_weights(tmp_path / "merged.pt")), expected(adapter), atol=2e-5, rtol=1e-5)
     assert json.loads((tmp_path / "merged.json").read_text())["dim_model"] == 32
 
@@ -86,14 +86,14 @@ def test_the_command_takes_what_there_is(
     with torch.no_grad():
         theirs = model(ids[None]).logits[0]
     ours = make_model(qkv_bias=True)
-    put_in(ours, "", adapter.config, adapter.weights)
+    load_adapter_into(ours, "", adapter.config, adapter.weights)
     torch.testing.assert_close(logits(ours, ids), theirs, atol=2e-5, rtol=1e-5)
 
 
 def test_sums_are_made_in_fp32_whatever_is_stored(base: Path, adapter: Adapter, tmp_path: Path) -> None:
     narrow = {name: weight.bfloat16() for name, weight in read_weights(base).items()}
     write_weights(base, narrow, narrow.items())
-    other = dataclasses.replace(adapter.config, base_sha256=base_hash(narrow, narrow.__getitem__))
+    other = dataclasses.replace(adapter.config, base_sha256=base_fingerprint(narrow, narrow.__getitem__))
     adapter = dataclasses.replace(adapter, config=other)
     merge(base, adapter, tmp_path / "same.pt")
     merge(base, adapter, tmp_path / "wide.pt", dtype="fp32")
@@ -136,7 +136,7 @@ def test_a_merge_that_changes_what_the_model_says_is_an_error(
 
 def test_dropout_of_training_is_not_part_of_a_merge(base: Path, adapter: Adapter, tmp_path: Path) -> None:
     config = dataclasses.replace(adapter.config, dropout=0.5)
-    assert merge(base, dataclasses.replace(adapter, config=config), tmp_path / "m.pt").exact < 1e-5
+    assert merge(base, dataclasses.replace(adapter, config=config), tmp_path / "m.pt").merge_error < 1e-5
 
 
 def test_what_is_read_is_never_replaced(base: Path, adapter: Adapter, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_what_is_read_is_never_replaced(base: Path, adapter: Adapter, tmp_path: 
 def test_a_target_is_replaced_only_by_what_was_checked(
     base: Path, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapters, "_ROUNDING", -1.0)
+    monkeypatch.setattr(merge_module, "_ROUNDING", -1.0)
     for target in (tmp_path / "keep.pt", tmp_path / "keep"):
         target.write_bytes(b"good") if target.suffix else target.mkdir()
         with pytest.raises(UserError, match="Nothing was written"):
@@ -187,20 +187,20 @@ def test_a_merge_of_a_bare_file_takes_the_tokenizer_that_trained(
 def test_rows_that_are_written_apart_are_those_that_were_compared(
     base: Path, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fm9g.convert import stream
+    from fm9g.convert import resumable_writer
 
     merge(base, adapter, tmp_path / "one.pt")
-    monkeypatch.setattr(stream, "_PIECE", 300)  # a few rows at a time
+    monkeypatch.setattr(resumable_writer, "_CHUNK_BYTES", 300)  # a few rows at a time
     merge(base, adapter, tmp_path / "other.pt")
     one, other = read_weights(tmp_path / "one.pt"), read_weights(tmp_path / "other.pt")
     assert all(torch.allclose(weight, other[name], atol=1e-6) for name, weight in one.items())
 
 
 def test_what_was_begun_with_another_adapter_is_not_gone_on_with(base: Path, adapter: Adapter) -> None:
-    _, weights = adapters.open_base(base, None)
+    _, weights = merge_module.open_base(base, None)
     other = dataclasses.replace(adapter, weights={name: weight * 2 for name, weight in adapter.weights.items()})
     name = f"{adapter.layers[0]}.weight"
-    one, two = (adapters._with_adapter(name, weights[name], each).change for each in (adapter, other))
+    one, two = (merge_module._with_adapter(name, weights[name], each).transform for each in (adapter, other))
     assert one is not None
     assert two is not None
     assert one.__name__ != two.__name__
@@ -262,7 +262,7 @@ def test_a_base_with_sliding_windows_is_merged(tmp_path: Path) -> None:
     save_adapter(made, tmp_path / "adapter")
     found = merge(tmp_path / "m.pt", open_adapter(tmp_path / "adapter"), tmp_path / "merged")
     assert found.written == "MistralForCausalLM"
-    assert found.change > 0.05
+    assert found.max_change > 0.05
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["sliding_window"] == 8
 
 

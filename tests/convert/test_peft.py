@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import logits, make_adapter, make_model
+from random_adapters import logits, make_adapter, make_model
 from safetensors.torch import load_file, save_file
 from support import small_model
 
-from fm9g.checkpoint.weights import write_weights
-from fm9g.convert.adapters import import_peft, read_adapter
 from fm9g.convert.hf import export_folder
+from fm9g.convert.merge import import_peft, read_adapter
 from fm9g.convert.peft import read_peft, write_peft
 from fm9g.errors import UserError
-from fm9g.lora.base import base_hash
-from fm9g.lora.files import open_adapter
-from fm9g.lora.inject import put_in
+from fm9g.io.weights import write_weights
+from fm9g.lora.adapter_file import open_adapter
+from fm9g.lora.base_fingerprint import base_fingerprint
+from fm9g.lora.inject import load_adapter_into
 
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -51,7 +51,7 @@ def test_the_exported_adapter_gives_equal_logits_on_the_exported_base(tmp_path: 
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "peft"
     )
     ours = make_model(**changes)
-    put_in(ours, "", adapter.config, adapter.weights)
+    load_adapter_into(ours, "", adapter.config, adapter.weights)
     ids = torch.randint(0, 320, (1, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         theirs = loaded.eval()(ids).logits[0]
@@ -81,7 +81,7 @@ def test_an_adapter_that_peft_trained_is_read(tmp_path: Path) -> None:
     assert (config.r, config.scaling, len(config.base_sha256)) == (4, 2.0, 64)
     adapter = open_adapter(tmp_path / "ours")
     ours = make_model()
-    put_in(ours, "", adapter.config, adapter.weights)
+    load_adapter_into(ours, "", adapter.config, adapter.weights)
     ids = torch.arange(5, 45)
     with torch.no_grad():
         theirs = model.eval()(ids[None]).logits[0]
@@ -170,7 +170,7 @@ def test_a_base_that_peft_cannot_put_the_adapter_on_is_refused(
 def test_a_base_of_other_shapes_or_values_is_refused(tmp_path: Path) -> None:
     base, model = export(tmp_path), make_model()
     weights = dict(model.named_parameters())
-    config = {"base": "m.pt", "base_sha256": base_hash(weights, weights.__getitem__)}
+    config = {"base": "m.pt", "base_sha256": base_fingerprint(weights, weights.__getitem__)}
     write_peft(make_adapter(model, **config), tmp_path / "same", base=str(base))
     wider = make_adapter(make_model(intermediate_size=64))
     with pytest.raises(UserError, match=r"gate_proj.weight is \[48, 32\], the adapter is for \[64, 32\]"):

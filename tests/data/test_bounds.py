@@ -16,21 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT, index, small_model, write_jsonl
+from support import ROOT, index_dataset, small_model, write_jsonl
 
 from fm9g.config.mixture import DatasetConfig
 from fm9g.config.model import load_model_config
-from fm9g.convert.architecture import from_hf_config, to_hf_config
-from fm9g.convert.folder import stored_in
-from fm9g.data import build, encoding_limits, readers, sources, template, transform
-from fm9g.data.columns import columns_from_file
-from fm9g.data.index import IndexedDataset
-from fm9g.data.lines import Settings
-from fm9g.data.mixture import Mixture
-from fm9g.data.sources import Source, find_sources
-from fm9g.data.template import BoundsError, Template, load_template
-from fm9g.data.tokenizer import load_tokenizer, train_tokenizer
-from fm9g.data.transform import load_transform
+from fm9g.convert.hf_config import from_hf_config, to_hf_config
+from fm9g.convert.hf_reader import open_hf_tensors
+from fm9g.data.encode import encoding_limits, template, transform
+from fm9g.data.encode.template import Template, TemplateLimitError, load_template
+from fm9g.data.encode.tokenizer import load_tokenizer, train_tokenizer
+from fm9g.data.encode.transform import load_transform
+from fm9g.data.load.indexed_dataset import IndexedDataset
+from fm9g.data.load.mixture import Mixture
+from fm9g.data.prepare import index_builder, readers, sources
+from fm9g.data.prepare.columns import columns_from_file
+from fm9g.data.prepare.index_worker import IndexConfig
+from fm9g.data.prepare.sources import DataSource, find_sources
 from fm9g.errors import UserError
 
 MESSAGES = [{"role": "user", "content": "a"}]
@@ -72,13 +73,13 @@ def test_a_record_that_never_ends_is_left_early(
     monkeypatch: pytest.MonkeyPatch, format: str, unit: str, piece: bytes
 ) -> None:
     @contextmanager
-    def opened(source: Source) -> Iterator[Any]:
+    def open_decompressed(source: DataSource) -> Iterator[Any]:
         yield io.BufferedReader(Endless(piece))
 
-    monkeypatch.setattr(sources, "MAX_RECORD", 1 << 20)
-    monkeypatch.setattr(readers, "opened", opened)
+    monkeypatch.setattr(sources, "MAX_RECORD_BYTES", 1 << 20)
+    monkeypatch.setattr(readers, "open_decompressed", open_decompressed)
     with pytest.raises(UserError, match=r"a: a record is longer than 1 MB"):
-        list(readers.records(Source("a", format, text_unit=unit)))
+        list(readers.read_records(DataSource("a", format, text_unit=unit)))
 
 
 def test_records_of_parquet_are_read_few_at_a_time_where_they_are_long(
@@ -90,21 +91,21 @@ def test_records_of_parquet_are_read_few_at_a_time_where_they_are_long(
     # Of different letters: repeated texts would be stored once.
     texts = ["".join(random.Random(i).choices("abcdefgh", k=20_000)) for i in range(12)]
     pq.write_table(pyarrow.table({"input": [""] * 12, "output": texts}), file, use_dictionary=False, compression=None)
-    monkeypatch.setattr(readers, "_BATCH", 40_000)
-    assert readers._rows_at_a_time(pq.ParquetFile(file).metadata) == 1
-    assert len(list(readers.records(Source(str(file), "parquet")))) == 12
+    monkeypatch.setattr(readers, "_BATCH_BYTES", 40_000)
+    assert readers._rows_per_batch(pq.ParquetFile(file).metadata) == 1
+    assert len(list(readers.read_records(DataSource(str(file), "parquet")))) == 12
     for module in (sources, readers):
-        monkeypatch.setattr(module, "MAX_RECORD", 15_000)
+        monkeypatch.setattr(module, "MAX_RECORD_BYTES", 15_000)
     with pytest.raises(UserError, match=r"a\.parquet: a record is longer than 0 MB"):
-        list(readers.records(Source(str(file), "parquet")))
+        list(readers.read_records(DataSource(str(file), "parquet")))
 
 
 def test_few_long_records_are_held_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.json"
     turns = [{"role": "user", "content": "a" * 40}, {"role": "assistant", "content": "b" * 40}]
     file.write_text(json.dumps([{"messages": turns}] * 7))
-    monkeypatch.setattr(build, "_RANGE", 100)
-    tasks = list(build._tasks(Source(str(file), "json"), Settings("en")))
+    monkeypatch.setattr(index_builder, "_CHUNK_BYTES", 100)
+    tasks = list(index_builder._make_tasks(DataSource(str(file), "json"), IndexConfig("en")))
     assert [len(arguments[0]) for _, arguments, _ in tasks] == [2, 2, 2, 1]
 
 
@@ -113,15 +114,15 @@ def test_xz_that_wants_much_memory_is_refused(tmp_path: Path, monkeypatch: pytes
 
     file = tmp_path / "a.jsonl.xz"
     file.write_bytes(lzma.compress(b'{"input": "", "output": "a"}\n'))
-    monkeypatch.setattr(sources, "_XZ_MEMORY", 1 << 20)
+    monkeypatch.setattr(sources, "_XZ_MEMORY_LIMIT", 1 << 20)
     with pytest.raises(UserError, match=r"a\.jsonl\.xz: cannot be decompressed.*[Mm]emory"):
-        index(file, tmp_path / "out", "en")
+        index_dataset(file, tmp_path / "out", "en")
 
 
 def test_a_record_of_an_index_that_is_too_long_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"input": "", "output": "a"}, {"input": "", "output": "b" * 3000}])
-    index(tmp_path / "a.jsonl", tmp_path / "out", "en")
-    monkeypatch.setattr(sources, "MAX_RECORD", 1000)
+    index_dataset(tmp_path / "a.jsonl", tmp_path / "out", "en")
+    monkeypatch.setattr(sources, "MAX_RECORD_BYTES", 1000)
     dataset = IndexedDataset(tmp_path / "out")
     assert dataset[0]["output"] == "a"
     with pytest.raises(UserError, match=r"data\.jsonl, line 2: has 0 MB, and a record at most"):
@@ -157,7 +158,7 @@ OPENERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "SentencePiece model": ("a.model", load_tokenizer),
     "vocabulary": ("vocab.txt", load_tokenizer),
     "file of a tokenizer": ("t/tokenizer.json", lambda path: load_tokenizer(path.parent)),
-    "weights": ("h/model-1.safetensors", lambda path: stored_in(path.parent)),
+    "weights": ("h/model-1.safetensors", lambda path: open_hf_tensors(path.parent)),
 }
 
 
@@ -179,7 +180,7 @@ def test_a_pipe_that_is_named_as_data_is_read(tmp_path: Path) -> None:
     os.mkfifo(path)
     writer = threading.Thread(target=path.write_bytes, args=[b'{"input": "", "output": "a"}\n'], daemon=True)
     writer.start()
-    assert index(path, tmp_path / "out", "en")["nlines"] == 1
+    assert index_dataset(path, tmp_path / "out", "en")["nlines"] == 1
     writer.join()
 
 
@@ -217,7 +218,9 @@ def test_a_pipe_that_is_named_as_data_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_a_template_makes_no_text_without_bounds(text: str) -> None:
-    with pytest.raises(BoundsError, match=r"^chat template t(, line \d)?: makes a text, list or number that is too l"):
+    with pytest.raises(
+        TemplateLimitError, match=r"^chat template t(, line \d)?: makes a text, list or number that is too l"
+    ):
         Template("t", text).render(MESSAGES)
 
 
@@ -237,16 +240,18 @@ def test_a_template_makes_no_text_without_bounds(text: str) -> None:
     ],
 )
 def test_a_template_does_not_go_on_and_on(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setattr(template, "SECONDS", 0.1)
-    with pytest.raises(BoundsError, match=r"^chat template t, line 1: takes more than 0\.1 seconds \(has it a loop"):
+    monkeypatch.setattr(template, "MAX_SECONDS", 0.1)
+    with pytest.raises(
+        TemplateLimitError, match=r"^chat template t, line 1: takes more than 0\.1 seconds \(has it a loop"
+    ):
         Template("t", text).render(MESSAGES)
 
 
 @pytest.mark.parametrize("sum", ["n.x + n.x", "n.x ~ n.x"])
 def test_a_template_that_adds_and_adds_is_ended_by_its_memory(monkeypatch: pytest.MonkeyPatch, sum: str) -> None:
-    monkeypatch.setattr(template, "MEMORY", 1 << 20)
+    monkeypatch.setattr(template, "MAX_MEMORY", 1 << 20)
     text = "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = " + sum + " %}{% endfor %}"
-    with pytest.raises(BoundsError, match=r"^chat template t, line 1: takes more than 1 MB of memory"):
+    with pytest.raises(TemplateLimitError, match=r"^chat template t, line 1: takes more than 1 MB of memory"):
         Template("t", text).render(MESSAGES)
 
 
@@ -297,7 +302,7 @@ def test_long_messages_are_within_bounds(text: str) -> None:
 
 def dataset(folder: Path, text: str) -> DatasetConfig:
     write_jsonl(folder / "a.jsonl", [{"messages": [*MESSAGES, {"role": "assistant", "content": text}]}])
-    index(folder / "a.jsonl", folder / "data", "en")
+    index_dataset(folder / "a.jsonl", folder / "data", "en")
     return DatasetConfig(task_name="task", path=str(folder / "data"))
 
 
@@ -306,7 +311,7 @@ def test_a_template_that_came_with_a_model_ends_a_run(tmp_path: Path, monkeypatc
     (tmp_path / "t" / "chat_template.jinja").write_text(
         "{% for i in range(99999) %}{% for i in range(99999) %}{% endfor %}{% endfor %}"
     )
-    monkeypatch.setattr(template, "SECONDS", 0.1)
+    monkeypatch.setattr(template, "MAX_SECONDS", 0.1)
     mixture = Mixture([dataset(tmp_path, "b")], str(tmp_path / "t"), 64, 1)
     with pytest.raises(UserError, match=r"^chat template tokenizer, line 1: takes more than"):
         mixture.encode(0, [0])
@@ -349,11 +354,11 @@ def test_a_tokenizer_that_never_ends_ends_the_process_with_a_message(tmp_path: P
     """Each of the words is below the limit of the engine, which no signal reaches."""
     folder = with_regex(tmp_path / "t", "(a+)+$")
     program = (
-        "from fm9g.data import encoding_limits as limits\n"
-        "from fm9g.data.tokenizer import load_tokenizer\n"
+        "import fm9g.data.encode.encoding_limits as limits\n"
+        "from fm9g.data.encode.tokenizer import load_tokenizer\n"
         f"tokenizer = load_tokenizer({str(folder)!r})\n"
-        "limits.SECONDS, limits._LOOK = 0.2, 0.1\n"
-        "limits.RATE = 10**12\n"
+        "limits.BASE_SECONDS, limits._CHECK_INTERVAL = 0.2, 0.1\n"
+        "limits.CHARACTERS_PER_SECOND = 10**12\n"
         "tokenizer.encode(('a' * 19 + 'b') * 100_000)\n"
     )
     ended = subprocess.run(
@@ -386,7 +391,7 @@ def test_a_program_that_was_stopped_has_its_time_to_encode_afterwards(
     def leave(status: int) -> None:
         raise SystemExit(status)
 
-    watch = encoding_limits._Watch
+    watch = encoding_limits._EncodingWatchdog
     monkeypatch.setattr(watch, "_process", os.getpid())  # so that no thread starts
     monkeypatch.setattr(encoding_limits, "time", StandStill(looks))
     monkeypatch.setattr(os, "_exit", leave)
@@ -403,7 +408,7 @@ def test_a_program_that_was_stopped_has_its_time_to_transform_afterwards(
     monkeypatch.setattr(transform, "time", clock)
 
     def block() -> None:
-        with transform.guarded("t", 20.0):
+        with transform.guard_user_code("t", 20.0):
             for _ in range(seconds):
                 clock.sleep(1.0)
                 signal.raise_signal(signal.SIGALRM)
@@ -416,8 +421,8 @@ def test_a_program_that_was_stopped_has_its_time_to_transform_afterwards(
 
 
 def test_usual_texts_are_far_from_the_limit_of_time() -> None:
-    assert encoding_limits.SECONDS >= 60
-    assert encoding_limits.RATE <= 50_000
+    assert encoding_limits.BASE_SECONDS >= 60
+    assert encoding_limits.CHARACTERS_PER_SECOND <= 50_000
 
 
 HUGE = 10**9

@@ -9,11 +9,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from support import index, write_jsonl
+from support import index_dataset, write_jsonl
 
 from fm9g.cli import main
-from fm9g.data.index import IndexedDataset
-from fm9g.data.scan import TOKENS_PER_UNIT, units
+from fm9g.data.load.indexed_dataset import IndexedDataset
+from fm9g.data.prepare.fast_scan import TOKENS_PER_UNIT, count_units
 from fm9g.errors import UserError
 
 RECORDS = [{"input": "问题", "output": "回答一"}, {"input": "", "output": "second"}, {"input": "", "output": "最后"}]
@@ -27,7 +27,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def dataset(tmp_path: Path, source: Path) -> Path:
-    index(source, tmp_path / "out", "zh")
+    index_dataset(source, tmp_path / "out", "zh")
     return tmp_path / "out"
 
 
@@ -56,20 +56,20 @@ def test_the_four_files_hold_what_the_format_says(dataset: Path, source: Path) -
 
 def test_lengths_fall_into_their_buckets_and_long_samples_are_cut(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [{"output": "w " * words} for words in (10, 3000, 200_000)])
-    meta = index(source, tmp_path / "out", "en")
+    meta = index_dataset(source, tmp_path / "out", "en")
     counts = {name: count for name, count in meta["length_distribute"].items() if count}
     assert counts == {"less_4k": 1, "4k-8k": 1, "more_256k": 1}
     source = write_jsonl(tmp_path / "b.jsonl", [{"output": "x" * 51}])
-    assert index(source, tmp_path / "out2", "en")["data_sample"] == {"input": "", "output": "x" * 50 + "..."}
+    assert index_dataset(source, tmp_path / "out2", "en")["data_sample"] == {"input": "", "output": "x" * 50 + "..."}
 
 
 def test_tokens_are_estimated_by_language() -> None:
     lines = ["一二三 四", "one two\tthree ", "", " x"]
     block = np.frombuffer("".join(line + "\n" for line in lines).encode(), np.uint8)
     ends = np.cumsum([len(line.encode()) + 1 for line in lines])
-    assert units(block, ends, "zh").tolist() == [len(line) for line in lines]
+    assert count_units(block, ends, "zh").tolist() == [len(line) for line in lines]
     for language in ("en", "code"):
-        assert units(block, ends, language).tolist() == [len(line.split()) for line in lines]
+        assert count_units(block, ends, language).tolist() == [len(line.split()) for line in lines]
     assert TOKENS_PER_UNIT == {"zh": 0.7, "en": 1.5, "code": 1.5}
 
 
@@ -101,7 +101,7 @@ def test_byte_order_mark_crlf_blank_lines_and_a_missing_newline_are_put_right(tm
     source = tmp_path / "a.jsonl"
     one, other = b'{"input": "", "output": "a"}', b'{"input":"","output":"b"}'
     source.write_bytes(b"\xef\xbb\xbf" + one + b"\r\n\n  \n" + other)
-    index(source, tmp_path / "out", "en")
+    index_dataset(source, tmp_path / "out", "en")
     assert (tmp_path / "out" / "data.jsonl").read_bytes() == one + b"\n" + other + b"\n"
 
 
@@ -120,34 +120,34 @@ def test_bad_input_is_refused_and_leaves_nothing_behind(tmp_path: Path, content:
     source = tmp_path / "a.jsonl"
     source.write_bytes(content)
     with pytest.raises(UserError, match=expected):
-        index(source, tmp_path / "out", "en")
+        index_dataset(source, tmp_path / "out", "en")
     assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_a_missing_file_and_a_wrong_language_are_refused(tmp_path: Path, source: Path) -> None:
     with pytest.raises(UserError, match=r"none.jsonl: no such file"):
-        index(tmp_path / "none.jsonl", tmp_path / "out", "en")
+        index_dataset(tmp_path / "none.jsonl", tmp_path / "out", "en")
     with pytest.raises(UserError, match="language: found 'fr', expected one of zh, en, code"):
-        index(source, tmp_path / "out", "fr")
+        index_dataset(source, tmp_path / "out", "fr")
 
 
 def test_an_output_folder_that_holds_something_is_kept(tmp_path: Path, source: Path, dataset: Path) -> None:
     (dataset / "mine.txt").write_text("precious")
     with pytest.raises(UserError, match="the folder holds something"):
-        index(source, dataset, "zh")
+        index_dataset(source, dataset, "zh")
     source.write_text("bad")
     with pytest.raises(UserError, match="line 1"):
-        index(source, dataset, "zh", overwrite=True)
+        index_dataset(source, dataset, "zh", overwrite=True)
     assert (dataset / "mine.txt").read_text() == "precious"
     write_jsonl(source, RECORDS[:1])
-    index(source, dataset, "zh", overwrite=True)
+    index_dataset(source, dataset, "zh", overwrite=True)
     assert len(IndexedDataset(dataset)) == 1
     assert not (dataset / "mine.txt").exists()
 
 
 def test_the_folder_of_the_source_is_never_the_output(source: Path) -> None:
     with pytest.raises(UserError, match=r"holds .*a.jsonl, which is read"):
-        index(source, source.parent, "zh", overwrite=True)
+        index_dataset(source, source.parent, "zh", overwrite=True)
     assert source.exists()
 
 
@@ -183,7 +183,7 @@ def test_a_full_disk_is_reported_and_nothing_half_written_stays(
 
     monkeypatch.setattr(h5py.File, "create_dataset", full)
     with pytest.raises(UserError, match="the disk is full; nothing was changed"):
-        index(source, tmp_path / "out", "zh")
+        index_dataset(source, tmp_path / "out", "zh")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
 
@@ -255,12 +255,12 @@ def test_placeholders_are_noted(tmp_path: Path, capsys) -> None:
 
 
 def test_notes_are_the_same_with_several_processes(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fm9g.data import build
+    from fm9g.data.prepare import index_builder
 
     records = [{"text": "{{a}}", "id": n, "train": n % 3 != 0} for n in range(50)]
     expected = notes(tmp_path, records, capsys)
     assert len(expected) == 4
-    monkeypatch.setattr(build, "_RANGE", 101)
+    monkeypatch.setattr(index_builder, "_CHUNK_BYTES", 101)
     assert notes(tmp_path, records, capsys, "--workers", "2") == expected
 
 
@@ -328,8 +328,8 @@ def test_records_in_another_language_are_left_out_and_counted(tmp_path: Path, ca
 
 
 def test_a_tokenizer_is_not_trained_on_ids(tmp_path: Path) -> None:
-    from fm9g.data.build import texts_of
-    from fm9g.data.sources import find_sources
+    from fm9g.data.prepare.index_builder import iter_texts
+    from fm9g.data.prepare.sources import find_sources
 
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"x": "y"}}}
     turns = [
@@ -337,13 +337,13 @@ def test_a_tokenizer_is_not_trained_on_ids(tmp_path: Path) -> None:
         {"role": "tool", "content": "3", "tool_call_id": "c1"},
     ]
     source = write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}])
-    assert list(texts_of(find_sources([str(source)]))) == ["f", "y", "t", "3"]
+    assert list(iter_texts(find_sources([str(source)]))) == ["f", "y", "t", "3"]
 
 
 _MANY_FILES = """
 import os, resource, sys
 from pathlib import Path
-from fm9g.data.index import IndexedDataset
+from fm9g.data.load.indexed_dataset import IndexedDataset
 from fm9g.errors import UserError
 
 folders = sorted(Path(sys.argv[1]).iterdir())
@@ -369,7 +369,7 @@ except UserError as error:
 
 def test_there_may_be_more_datasets_than_open_files(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "s.jsonl", [{"input": "", "output": str(i)} for i in (1, 2)])
-    index(source, tmp_path / "dataset", "en")
+    index_dataset(source, tmp_path / "dataset", "en")
     (tmp_path / "many").mkdir()
     for number in range(100):
         (tmp_path / "many" / str(number)).symlink_to(tmp_path / "dataset")
@@ -385,8 +385,8 @@ def test_there_may_be_more_datasets_than_open_files(tmp_path: Path) -> None:
 
 def test_a_dataset_that_is_replaced_while_it_is_read_is_noticed(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "s.jsonl", [{"input": "", "output": "a"}])
-    index(source, tmp_path / "dataset", "en")
+    index_dataset(source, tmp_path / "dataset", "en")
     dataset = IndexedDataset(tmp_path / "dataset")
-    index(source, tmp_path / "dataset", "en", overwrite=True)
+    index_dataset(source, tmp_path / "dataset", "en", overwrite=True)
     with pytest.raises(UserError, match="was changed or replaced while it was read"):
         dataset[0]

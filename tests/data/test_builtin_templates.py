@@ -11,14 +11,14 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import fm9g.data.template
-from fm9g.data.template import Template
+import fm9g.data.encode.template
+from fm9g.data.encode.template import Template
 from fm9g.errors import UserError
 
 Messages = list[dict[str, Any]]
 Record = tuple[Messages, list[dict[str, Any]] | None]
 
-FOLDER = Path(fm9g.data.template.__file__).parent / "templates"
+FOLDER = Path(fm9g.data.encode.template.__file__).parent / "templates"
 TEXTS = {file.stem: file.read_text(encoding="utf-8") for file in sorted(FOLDER.glob("*.jinja"))}
 BOTH = {"bos_token": "<s>", "eos_token": "</s>"}
 # Of the families in this file; the others have tests of their own.

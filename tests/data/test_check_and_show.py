@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from support import records, text
+from support import make_records, random_text
 
 from fm9g.cli import main
-from fm9g.data import check as check_module
-from fm9g.data.check import check, open_mixture
-from fm9g.data.encode import LONG_INPUT, OVERSIZE
-from fm9g.data.loader import Loader
-from fm9g.data.show import show, wants_color
-from fm9g.data.tokenizer import load_tokenizer
+from fm9g.data.encode.encoder import LONG_INPUT, OVERSIZE
+from fm9g.data.encode.tokenizer import load_tokenizer
+from fm9g.data.inspect import check as check_module
+from fm9g.data.inspect.check import check_mixture, open_named_mixture
+from fm9g.data.inspect.show import show_samples, wants_color
+from fm9g.data.load.loader import Loader
 from fm9g.errors import UserError
 
 Make = Callable[..., Path]
@@ -31,16 +31,16 @@ CHAT = {
 }
 
 
-def z(read: int, learnt: int) -> dict:
+def z(read: int, trained: int) -> dict:
     """A record of read + learnt + 1 tokens: no two Z are merged by the tests' tokenizer, and eos comes behind."""
-    return {"input": "Z" * read, "output": "Z" * learnt}
+    return {"input": "Z" * read, "output": "Z" * trained}
 
 
 @pytest.fixture
 def run_check(tokenizer_path: Path, tmp_path: Path) -> Callable[..., dict]:
     def run(path: Path, **keys: object) -> dict:
         output = tmp_path / "data_check"
-        report = check(
+        report = check_mixture(
             str(path), output, **{"tokenizer_path": str(tokenizer_path), "max_length": 16, "steps": 20, **keys}
         )
         assert json.loads((output / "check.json").read_text(encoding="utf-8")) == report
@@ -123,7 +123,7 @@ def test_padding_and_epochs_of_a_case_that_is_plain(
     assert (ten["run_tokens"], ten["run_records"], ten["run_epochs"]) == (200, 20, 4.0)
     assert (ten["share_wanted"], ten["share_realised"]) == (1.0, 1.0)
     assert report["notes"] == ["37.5% of the positions are padding; a larger batch_size has less"]
-    monkeypatch.setattr(check_module, "_SIMULATED", 10)
+    monkeypatch.setattr(check_module, "_MAX_SIMULATED_SAMPLES", 10)
     report = run_check(path, steps=100, packs=2)  # most of it is extrapolated
     assert report["packing"]["rows"] == 10
     assert report["datasets"]["ten"]["run_tokens"] == 2000
@@ -134,14 +134,14 @@ def test_the_forecast_is_what_the_loader_does(
     make_mixture: Make, run_check: Callable[..., dict], tokenizer_path: Path
 ) -> None:
     path = make_mixture(
-        {"a": records(60), "b": records(40, seed=1, longest=200), "c": records(30, seed=2)},
+        {"a": make_records(60), "b": make_records(40, seed=1, longest=200), "c": make_records(30, seed=2)},
         a={"abs_weight": 3.0},
         c={"allow_repeat": False, "oversize_rule": "head"},
     )
     report = run_check(path, max_length=64, batch_size=2, steps=30, packs=4, seed=5)
-    mixture, _ = open_mixture(str(path), tokenizer_path=str(tokenizer_path), max_length=64, batch_size=2, seed=5)
-    with Loader(mixture, global_batch=4) as loader:
-        packs = [pack for _ in range(30) for pack in loader.next_step()]
+    mixture, _ = open_named_mixture(str(path), tokenizer_path=str(tokenizer_path), max_length=64, batch_size=2, seed=5)
+    with Loader(mixture, global_batch_size=4) as loader:
+        packs = [pack for _ in range(30) for pack in loader.next_batch()]
     tokens = np.sum([np.bincount(pack.task_ids[pack.task_ids >= 0], minlength=3) for pack in packs], axis=0)
     figures = list(report["datasets"].values())
     assert [item["run_tokens"] for item in figures] == tokens.tolist()
@@ -152,7 +152,7 @@ def test_the_forecast_is_what_the_loader_does(
 def test_a_dataset_that_is_used_up_leaves_its_tokens_to_the_others(
     make_mixture: Make, run_check: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check_module, "_SIMULATED", 8)
+    monkeypatch.setattr(check_module, "_MAX_SIMULATED_SAMPLES", 8)
     sixes = [{"input": "", "output": f"ZZZ{i:02}"} for i in range(50)]
     data = {"once": sixes[:20], "again": sixes}
     path = make_mixture(data, once={"allow_repeat": False}, again={"abs_weight": 2.0})
@@ -167,9 +167,9 @@ def test_a_dataset_that_is_used_up_leaves_its_tokens_to_the_others(
 
 
 def test_notes_on_shares(make_mixture: Make, run_check: Callable[..., dict]) -> None:
-    data = {"small": records(2), "big": records(200), "never": records(3), "mute": [z(20, 1), z(30, 1)]}
+    data = {"small": make_records(2), "big": make_records(200), "never": make_records(3), "mute": [z(20, 1), z(30, 1)]}
     path = make_mixture(data, never={"abs_weight": 0.0})
-    report = run_check(path, max_length=20, steps=1, packs=1, template="")
+    report = run_check(path, max_length=20, steps=1, packs=1, chat_template="")
     notes = "\n".join(report["notes"])
     assert re.search(r"small: has 1\.\d\d% of the mixture's tokens and is to be 33\.33% of the run", notes)
     assert "never: its share is 0: nothing is drawn from it" in notes
@@ -190,7 +190,7 @@ def test_a_sample_is_spread_over_the_dataset(make_mixture: Make, run_check: Call
 def test_only_its_own_output_is_replaced_unasked(
     make_mixture: Make, tokenizer_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    path, output = make_mixture({"a": records(20)}), tmp_path / "out"
+    path, output = make_mixture({"a": make_records(20)}), tmp_path / "out"
     command = ["data", "check", str(path), "--tokenizer", str(tokenizer_path), "--steps", "5", "--output", str(output)]
     assert main(command) == main(command) == 0
     (output / "mine").touch()
@@ -207,7 +207,7 @@ def test_the_table_names_every_dataset(
     make_mixture: Make, tokenizer_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     names = [f"dataset_with_a_long_name_{i}" for i in range(5)] + ["中文"]
-    path = make_mixture({name: records(20) for name in names})
+    path = make_mixture({name: make_records(20) for name in names})
     command = ["data", "check", str(path), "--tokenizer", str(tokenizer_path), "--output", str(tmp_path / "out")]
     assert main([*command, "--max_length", "40", "--steps", "5", "--packs", "2"]) == 0
     printed = capsys.readouterr().out
@@ -230,12 +230,12 @@ def test_the_table_names_every_dataset(
         ({"workers": 10**40}, "workers: found 1000.*, expected 0 to 1024"),
         ({"sample": 0}, "--sample: found 0"),
         ({"max_length": 2}, "max_length"),
-        ({"loss": "some"}, "loss"),
-        ({"template": "chatmk"}, "chatml"),
+        ({"train_on": "some"}, "train_on"),
+        ({"chat_template": "chatmk"}, "chatml"),
     ],
 )
 def test_mistakes_of_a_check(make_mixture: Make, run_check: Callable, arguments: dict, message: str) -> None:
-    path = make_mixture({"a": records(5)})
+    path = make_mixture({"a": make_records(5)})
     with pytest.raises(UserError, match=message):
         run_check(path, **arguments)
 
@@ -245,7 +245,7 @@ def test_a_bad_record_is_named(make_mixture: Make, run_check: Callable, tmp_path
     with pytest.raises(UserError, match=r"a, line 2 of .*: a conversation needs a template"):
         run_check(path)
     assert not (tmp_path / "data_check").exists()
-    assert run_check(path, template="chatml", max_length=400)["datasets"]["a"]["records"] == 2
+    assert run_check(path, chat_template="chatml", max_length=400)["datasets"]["a"]["records"] == 2
 
 
 def test_marks_are_on_exactly_what_is_learnt(make_mixture: Make, run_show: Callable[..., list[str]]) -> None:
@@ -253,7 +253,7 @@ def test_marks_are_on_exactly_what_is_learnt(make_mixture: Make, run_show: Calla
     border, text = run_show(path, "--task", "a", "--record", "1")
     assert text == "<s>Who? «me, 深⏎\nyes</s>»"
     assert re.match(r"a, line 1: \d+ tokens, \d+ learnt$", border)
-    assert run_show(path, "--task", "a", "--record", "1", "--loss", "all")[1] == "<s>«Who? me, 深⏎\nyes</s>»"
+    assert run_show(path, "--task", "a", "--record", "1", "--train_on", "all")[1] == "<s>«Who? me, 深⏎\nyes</s>»"
     assert run_show(path, "--task", "a", "--record", "2") == [
         "a, line 2: 0 tokens, 0 learnt, skipped: no output",
         "ZZZ",
@@ -262,16 +262,16 @@ def test_marks_are_on_exactly_what_is_learnt(make_mixture: Make, run_show: Calla
         "<s><|im_start|>user⏎\nQ?<|im_end|>⏎\n<|im_start|>assistant⏎\n«Z⏎\nX<|im_end|>»⏎\n"
         "<|im_start|>user⏎\nW 深度<|im_end|>⏎\n<|im_start|>assistant⏎\n«Y 学习<|im_end|></s>»"
     )
-    arguments = "--task", "chat", "--record", "1", "--template", "chatml"
+    arguments = "--task", "chat", "--record", "1", "--chat_template", "chatml"
     assert run_show(path, *arguments, max_length=400)[1] == chat
-    last = run_show(path, *arguments, "--loss", "last", max_length=400)[1]
+    last = run_show(path, *arguments, "--train_on", "last", max_length=400)[1]
     assert last == chat.replace("«", "", 1).replace("»", "", 1)
     assert run_show(path, *arguments)[0].endswith(" cut: the first of 130 tokens (oversize_rule segment)")
 
 
 def test_colours_tell_what_a_token_is(make_mixture: Make, run_show: Callable[..., list[str]]) -> None:
     path = make_mixture({"chat": [CHAT]})
-    arguments = "--record", "1", "--template", "chatml", "--color", "always"
+    arguments = "--record", "1", "--chat_template", "chatml", "--color", "always"
     text = run_show(path, *arguments, max_length=400)[1]
     parts = re.findall(r"\x1b\[([\d;]+)m([^\x1b]+)\x1b\[0m", text)
     of = {code: "".join(part for found, part in parts if found == code) for code, _ in parts}
@@ -319,10 +319,10 @@ def test_pieces_and_what_is_cut_or_dropped(make_mixture: Make, run_show: Callabl
 def test_samples_come_in_the_order_of_training(
     make_mixture: Make, run_show: Callable[..., list[str]], tokenizer_path: Path
 ) -> None:
-    path = make_mixture({"a": records(50), "b": records(50, seed=1)})
-    mixture, _ = open_mixture(str(path), tokenizer_path=str(tokenizer_path), max_length=128, seed=9)
-    with Loader(mixture, global_batch=1) as loader:
-        packs = [loader.next_step()[0] for _ in range(2)]
+    path = make_mixture({"a": make_records(50), "b": make_records(50, seed=1)})
+    mixture, _ = open_named_mixture(str(path), tokenizer_path=str(tokenizer_path), max_length=128, seed=9)
+    with Loader(mixture, global_batch_size=1) as loader:
+        packs = [loader.next_batch()[0] for _ in range(2)]
     tokenizer = load_tokenizer(tokenizer_path)
     expected = []
     for pack in packs:
@@ -364,7 +364,7 @@ def test_spaces_of_a_sentencepiece_model(make_mixture: Make, run_show: Callable,
     source, tokenizer = random.Random(0), tmp_path / "tokenizer.model"
     with tokenizer.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([text(source, 30) for _ in range(200)]),
+            sentence_iterator=iter([random_text(source, 30) for _ in range(200)]),
             model_writer=file,
             vocab_size=90,
             hard_vocab_limit=False,
@@ -391,15 +391,17 @@ def test_spaces_of_a_sentencepiece_model(make_mixture: Make, run_show: Callable,
 def test_mistakes_of_a_look(
     make_mixture: Make, tokenizer_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], message: str
 ) -> None:
-    path = make_mixture({"a": records(5), "b": records(5)})
+    path = make_mixture({"a": make_records(5), "b": make_records(5)})
     assert main(["data", "show", str(path), "--tokenizer", str(tokenizer_path), *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_show_is_a_library_too(make_mixture: Make, tokenizer_path: Path) -> None:
-    mixture, file = open_mixture(str(make_mixture({"a": [z(0, 3)]})), tokenizer_path=str(tokenizer_path), max_length=8)
+    mixture, file = open_named_mixture(
+        str(make_mixture({"a": [z(0, 3)]})), tokenizer_path=str(tokenizer_path), max_length=8
+    )
     settings = {"count": 1, "task": "", "record": None, "packs": False, "color": True, "full": False}
-    legend, _, text = show(mixture, **settings)
+    legend, _, text = show_samples(mixture, **settings)
     assert "\x1b[32mlearnt\x1b[0m" in legend
     assert text == "\x1b[33m<s>\x1b[0m\x1b[32mZZZ\x1b[0m\x1b[1;33m</s>\x1b[0m"
     assert file.name == "mixture.json"

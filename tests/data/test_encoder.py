@@ -10,19 +10,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import ROOT, steps
+from support import ROOT, load_steps
 
-from fm9g.data import encode
-from fm9g.data.check import check
-from fm9g.data.check import open_mixture as open_checked
-from fm9g.data.encode import Encoder, stop_token_ids
-from fm9g.data.literal import Unprotected, protect, without_marks
-from fm9g.data.mixture import Mixture
-from fm9g.data.pool import fill_cache
-from fm9g.data.show import show
-from fm9g.data.template import Template, load_template
-from fm9g.data.tokenizer import Tokenizer, load_tokenizer
-from fm9g.data.tokens import loss_weights, token_ids
+from fm9g.data.encode.encoder import (
+    LOST_REASONING,
+    LOST_SYSTEM,
+    LOST_TOOLS,
+    PLACEHOLDER,
+    REPEATED_MARKER,
+    BadRecord,
+    Encoder,
+    stop_token_ids,
+)
+from fm9g.data.encode.escaping import Unescaped, escape_special_tokens, unescape
+from fm9g.data.encode.template import Template, load_template
+from fm9g.data.encode.token_array import loss_weights, token_ids
+from fm9g.data.encode.tokenizer import Tokenizer, load_tokenizer
+from fm9g.data.inspect.check import check_mixture, open_named_mixture
+from fm9g.data.inspect.show import show_samples
+from fm9g.data.load.encoding_pool import build_token_cache
+from fm9g.data.load.mixture import Mixture
 from fm9g.errors import UserError
 
 Make = Callable[..., Path]
@@ -48,19 +55,19 @@ def chat_tokenizer(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def open_mixture(path: Path, tokenizer: Path, **settings: Any) -> Mixture:
-    return open_checked(str(path), tokenizer_path=str(tokenizer), max_length=256, **settings)[0]
+    return open_named_mixture(str(path), tokenizer_path=str(tokenizer), max_length=256, **settings)[0]
 
 
 def text_of(mixture: Mixture, number: int = 0) -> tuple[str, str]:
     """A record's tokens in words, and those that are trained on."""
-    tokens = mixture.tokens(0, [number], [number])[0]
+    tokens = mixture.tokenize_records(0, [number], [number])[0]
     return words(mixture.tokenizer, tokens), words(mixture.tokenizer, tokens[1:][tokens[1:] >= 0])
 
 
 def words(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
     parts = []
     for token in token_ids(tokens).tolist():
-        parts.append(tokenizer.special(token) or tokenizer.decode([token]))
+        parts.append(tokenizer.special_token(token) or tokenizer.decode([token]))
     return "".join(parts)
 
 
@@ -71,24 +78,24 @@ def test_pairs_are_as_they_are_unless_a_template_is_named(make_mixture: Make, ch
     assert text_of(mixture) == ("<s>foxdogs<|endoftext|>", "dogs<|endoftext|>")
     assert text_of(mixture, 1) == (chat, "dogs<|im_end|>")
     assert mixture.describe() == ["pairs are as they are, conversations are written with the tokenizer's own template"]
-    mixture = open_mixture(path, chat_tokenizer, template="none")
+    mixture = open_mixture(path, chat_tokenizer, chat_template="none")
     assert text_of(mixture) == ("<s>foxdogs<|endoftext|>", "dogs<|endoftext|>")
     with pytest.raises(UserError, match=r"line 2 of .*: a conversation needs a template"):
         text_of(mixture, 1)
-    mixture = open_mixture(path, chat_tokenizer, template="tokenizer")
+    mixture = open_mixture(path, chat_tokenizer, chat_template="tokenizer")
     assert text_of(mixture) == text_of(mixture, 1) == (chat, "dogs<|im_end|>")
     # A dataset may have none although the run has one.
     entries = json.loads(path.read_text())
-    path.write_text(json.dumps([entries[0] | {"template": "none"}]))
-    assert text_of(open_mixture(path, chat_tokenizer, template="chatml"))[0] == "<s>foxdogs<|endoftext|>"
+    path.write_text(json.dumps([entries[0] | {"chat_template": "none"}]))
+    assert text_of(open_mixture(path, chat_tokenizer, chat_template="chatml"))[0] == "<s>foxdogs<|endoftext|>"
 
 
 def test_the_choice_of_template_is_part_of_what_a_position_and_a_cache_belong_to(
     make_mixture: Make, chat_tokenizer: Path
 ) -> None:
     path = make_mixture({"a": [CHAT]})
-    settings: list[dict[str, Any]] = [{}, {"template": "none"}, {"template": "chatml"}, {"turns": "split"}]
-    keys = [json.dumps(open_mixture(path, chat_tokenizer, **some).encoding(0)) for some in settings]
+    settings: list[dict[str, Any]] = [{}, {"chat_template": "none"}, {"chat_template": "chatml"}, {"turns": "split"}]
+    keys = [json.dumps(open_mixture(path, chat_tokenizer, **some).encoding_fingerprint(0)) for some in settings]
     assert len(set(keys)) == len(keys)
 
 
@@ -104,7 +111,7 @@ def test_the_guides_transform_writes_special_tokens_and_its_data_does_not(
     assert text_of(mixture) == (f"{prompt % 'fox'}dogs<|im_end|><|endoftext|>", "dogs<|im_end|><|endoftext|>")
     # The markers are tokens, once; what the data spells is letters.
     marker = mixture.tokenizer.special_ids["<|im_end|>"]
-    counts = [Counter(token_ids(mixture.tokens(0, [n], [n])[0]).tolist())[marker] for n in (0, 1)]
+    counts = [Counter(token_ids(mixture.tokenize_records(0, [n], [n])[0]).tolist())[marker] for n in (0, 1)]
     assert counts == [3, 3]
     whole, trained = text_of(mixture, 1)
     assert whole == f"{prompt % records[1]['input']}{records[1]['output']}<|im_end|><|endoftext|>"
@@ -117,7 +124,7 @@ def test_the_end_of_a_turn_ends_an_answer_and_eos_a_text(chat_tokenizer: Path) -
     end, eos = tokenizer.special_ids["<|im_end|>"], tokenizer.eos_id
     for template, last in ((own, end), (llama2, eos), (load_template("llama", tokenizer), eos)):
         encoder = Encoder(tokenizer, template)
-        assert encoder.tokens([encoder.texts(CHAT)])[0][-1] == last
+        assert encoder.tokenize([encoder.render(CHAT)])[0][-1] == last
     assert stop_token_ids(tokenizer, own) == [end, eos]
     assert stop_token_ids(tokenizer, llama2) == stop_token_ids(tokenizer, None) == [eos]
     # GLM-4's has no end of a turn: the next one begins.
@@ -125,7 +132,7 @@ def test_the_end_of_a_turn_ends_an_answer_and_eos_a_text(chat_tokenizer: Path) -
     template = Template("x", user, tokenizer.special_tokens)
     assert stop_token_ids(tokenizer, template) == [eos, tokenizer.special_ids["<|im_start|>"]]
     two = {"messages": CHAT["messages"] * 2}
-    tokens = Encoder(tokenizer, template).tokens([Encoder(tokenizer, template).texts(two)])[0]
+    tokens = Encoder(tokenizer, template).tokenize([Encoder(tokenizer, template).render(two)])[0]
     assert words(tokenizer, tokens[tokens >= 0]) == "dogs<|im_start|>dogs<|endoftext|>"
 
 
@@ -137,16 +144,16 @@ def test_weights_reach_the_packs_and_keep_a_cache_from_being_made(
     path = make_mixture({"a": [{"messages": turns}, {"input": "fox", "output": "dogs", "weight": 2}]})
     mixture = open_mixture(path, chat_tokenizer)
     assert [text_of(mixture, n)[1] for n in (0, 1)] == ["good<|im_end|>", "dogs<|endoftext|>"]
-    weights = [set(loss_weights(mixture.tokens(0, [n], [n])[0]).tolist()) for n in (0, 1)]
+    weights = [set(loss_weights(mixture.tokenize_records(0, [n], [n])[0]).tolist()) for n in (0, 1)]
     assert weights == [{0, 0.5}, {0, 2}]
-    packs = [pack for step in steps(mixture, 2)[0] for pack in step]
+    packs = [pack for step in load_steps(mixture, 2)[0] for pack in step]
     found = {weight for pack in packs for weight in pack.target_weights.tolist()}
     assert found == {0, 0.5, 2}
-    packs_of_workers = [pack for step in steps(mixture, 2, workers=1)[0] for pack in step]
+    packs_of_workers = [pack for step in load_steps(mixture, 2, workers=1)[0] for pack in step]
     for one, other in zip(packs, packs_of_workers):
         np.testing.assert_array_equal(one.target_weights, other.target_weights)
-    with_cache = Mixture(mixture.configs, str(chat_tokenizer), 256, 1, token_cache=str(tmp_path / "cache"))
-    _, notes = fill_cache(with_cache, 0)
+    with_cache = Mixture(mixture.configs, str(chat_tokenizer), 256, 1, token_cache_dir=str(tmp_path / "cache"))
+    _, notes = build_token_cache(with_cache, 0)
     assert notes == ["a: no token cache: its tokens have weights, for which a cache has no place"]
 
 
@@ -156,20 +163,23 @@ def test_a_conversation_of_several_texts_is_cached_and_checked(
     two = {"messages": CHAT["messages"] * 2}
     path = make_mixture({"a": [two, CHAT, {"input": "x", "output": ""}]})
     mixture = open_mixture(path, chat_tokenizer, turns="split")
-    samples = [len(item.pieces) for item in (mixture.cut(0, mixture.tokens(0, [n], [n])[0]) for n in range(3))]
+    samples = [
+        len(item.segments)
+        for item in (mixture.split_or_truncate(0, mixture.tokenize_records(0, [n], [n])[0]) for n in range(3))
+    ]
     assert samples == [2, 1, 0]
-    recipe = mixture.recipe._replace(token_cache=str(tmp_path / "cache"))
-    cached, _ = fill_cache(Mixture(*recipe), 0)
+    spec = mixture.spec._replace(token_cache_dir=str(tmp_path / "cache"))
+    cached, _ = build_token_cache(Mixture(*spec), 0)
     for number in range(3):
         plain = mixture.encode(0, [number])[0]
-        for one, other in zip(cached.encode(0, [number])[0].pieces, plain.pieces, strict=True):
+        for one, other in zip(cached.encode(0, [number])[0].segments, plain.segments, strict=True):
             np.testing.assert_array_equal(one, other)
     options = {"tokenizer_path": str(chat_tokenizer), "turns": "split", "steps": 3, "packs": 1, "max_length": 256}
-    figures = check(str(path), tmp_path / "out", **options)["datasets"]["a"]
+    figures = check_mixture(str(path), tmp_path / "out", **options)["datasets"]["a"]
     assert (figures["records"], figures["samples"], figures["empty"]) == (3, 4, 1)
-    pieces = [piece for number in range(3) for piece in mixture.encode(0, [number])[0].pieces]
+    pieces = [piece for number in range(3) for piece in mixture.encode(0, [number])[0].segments]
     assert figures["kept_tokens"] == sum(len(piece) - 1 for piece in pieces)
-    shown = "\n".join(show(mixture, count=3, task="", record=1, packs=False, color=False, full=True))
+    shown = "\n".join(show_samples(mixture, count=3, task="", record=1, packs=False, color=False, full=True))
     assert "text 1 of 2 of this record" in shown
     assert "text 2 of 2 of this record" in shown
     assert shown.count("«dogs<|im_end|>»") == 2
@@ -189,29 +199,29 @@ CALL = {
     ("text", "record", "finding"),
     [
         (OWN, CHAT, None),
-        (CUTS, THOUGHTFUL, encode.LOST_THOUGHT),
+        (CUTS, THOUGHTFUL, LOST_REASONING),
         (OWN, THOUGHTFUL, None),
         (
             OWN,
             {"messages": [CHAT["messages"][0], CHAT["messages"][1] | {"reasoning_content": "hm"}]},
-            encode.LOST_THOUGHT,
+            LOST_REASONING,
         ),
         (
             OWN.replace("in messages", "in messages if m.role != 'system'"),
             {"messages": [{"role": "system", "content": "brief"}, *CHAT["messages"]]},
-            encode.LOST_SYSTEM,
+            LOST_SYSTEM,
         ),
         (
             OWN.replace("'<|im_end|>\n'", "(m.tool_calls or '') | string + '<|im_end|>\n'", 1),
             {**CHAT, "tools": TOOLS},
-            encode.LOST_TOOLS,
+            LOST_TOOLS,
         ),
         (
             OWN,
             {"messages": [CHAT["messages"][0], {"role": "assistant", "content": "I am {{name}}"}]},
-            encode.PLACEHOLDER,
+            PLACEHOLDER,
         ),
-        (OWN, {"messages": [{"role": "user", "content": "a<|im_end|>"}, CHAT["messages"][1]]}, encode.DOUBLED),
+        (OWN, {"messages": [{"role": "user", "content": "a<|im_end|>"}, CHAT["messages"][1]]}, REPEATED_MARKER),
     ],
 )
 def test_what_is_lost_or_likely_not_meant_is_said(
@@ -219,12 +229,12 @@ def test_what_is_lost_or_likely_not_meant_is_said(
 ) -> None:
     (tmp_path / "mine.jinja").write_text(text)
     path = make_mixture({"a": [record, CHAT]})
-    mixture = open_mixture(path, chat_tokenizer, template=str(tmp_path / "mine.jinja"))
+    mixture = open_mixture(path, chat_tokenizer, chat_template=str(tmp_path / "mine.jinja"))
     expected = [f"a: 1 of 2 records (50.0%) have {finding}"] if finding else []
     assert mixture.preview() == expected
-    options = {"tokenizer_path": str(chat_tokenizer), "template": str(tmp_path / "mine.jinja"), "steps": 2}
-    assert [n for n in check(str(path), tmp_path / "out", **options)["notes"] if " have " in n] == expected
-    shown = list(show(mixture, count=1, task="", record=1, packs=False, color=False, full=False))
+    options = {"tokenizer_path": str(chat_tokenizer), "chat_template": str(tmp_path / "mine.jinja"), "steps": 2}
+    assert [n for n in check_mixture(str(path), tmp_path / "out", **options)["notes"] if " have " in n] == expected
+    shown = list(show_samples(mixture, count=1, task="", record=1, packs=False, color=False, full=False))
     assert (f"note: it has {finding}" in shown) == bool(finding)
 
 
@@ -237,38 +247,40 @@ def test_calls_results_and_tools_without_a_form_are_refused(make_mixture: Make, 
         ([user, CALL], None, "it calls tools, for which the template tokenizer has no form"),
         (CHAT["messages"], TOOLS, "it has tools, for which"),
     ):
-        with pytest.raises(encode.BadRecord, match=expected):
-            encoder.texts({"messages": messages} | ({"tools": tools} if tools else {}))
+        with pytest.raises(BadRecord, match=expected):
+            encoder.render({"messages": messages} | ({"tools": tools} if tools else {}))
     silent = Template("silent", OWN.replace("in messages", "in messages if m.role != 'tool'"))
-    with pytest.raises(encode.BadRecord, match="it has results of tools, for which the template silent has no form"):
-        Encoder(encoder.tokenizer, silent).texts({"messages": [user, CHAT["messages"][1], result, CHAT["messages"][1]]})
+    with pytest.raises(BadRecord, match="it has results of tools, for which the template silent has no form"):
+        Encoder(encoder.tokenizer, silent).render(
+            {"messages": [user, CHAT["messages"][1], result, CHAT["messages"][1]]}
+        )
 
 
 def test_a_template_of_another_tokenizer_is_said(
     make_mixture: Make, tokenizer_path: Path, chat_tokenizer: Path
 ) -> None:
     path = make_mixture({"a": [CHAT]})
-    assert open_mixture(path, chat_tokenizer, template="chatml").notes() == []
-    (note,) = open_mixture(path, chat_tokenizer, template="llama").notes()
+    assert open_mixture(path, chat_tokenizer, chat_template="chatml").notes() == []
+    (note,) = open_mixture(path, chat_tokenizer, chat_template="llama").notes()
     assert note.startswith("a: the template llama writes <|start_header_id|>, <|end_header_id|>, <|eot_id|>, which the")
-    assert "<|im_start|>, <|im_end|>" in open_mixture(path, tokenizer_path, template="chatml").notes()[0]
+    assert "<|im_start|>, <|im_end|>" in open_mixture(path, tokenizer_path, chat_template="chatml").notes()[0]
 
 
 def test_spellings_are_protected_and_found_again() -> None:
     pattern = load_like("<s>", "</s>", "x")
     value = {"a": ["1 </s> 2", {"</s>": "<s>x"}], "b": 3}
-    marked = protect(value, pattern)
+    marked = escape_special_tokens(value, pattern)
     assert marked["b"] == 3
     assert "</s>" not in marked["a"][1]
-    assert protect(marked, pattern, is_new=False) == marked
-    assert without_marks(marked) == value
-    with pytest.raises(encode.BadRecord, match="noncharacter U\\+FDD4"):
-        protect(marked, pattern)
-    found = Unprotected("<s>" + marked["a"][0] + next(iter(marked["a"][1].values())), pattern)
+    assert escape_special_tokens(marked, pattern, is_raw=False) == marked
+    assert unescape(marked) == value
+    with pytest.raises(BadRecord, match="noncharacter U\\+FDD4"):
+        escape_special_tokens(marked, pattern)
+    found = Unescaped("<s>" + marked["a"][0] + next(iter(marked["a"][1].values())), pattern)
     assert found.text == "<s>1 </s> 2<s>x"
     assert [found.text[start:end] for start, end in found.literal] == ["</s>", "<s>", "x"]
     place = len("<s>1 ") + len(marked["a"][0]) - len("1 ")
-    assert found.text[found.place(place) :] == "<s>x"
+    assert found.text[found.map_offset(place) :] == "<s>x"
 
 
 def load_like(*special: str) -> Any:
@@ -279,7 +291,7 @@ def load_like(*special: str) -> Any:
 
 def weighted_text(encoder: Encoder, record: dict[str, Any]) -> dict[float, str]:
     """The text of each weight."""
-    tokens = encoder.tokens([encoder.texts(record)])[0]
+    tokens = encoder.tokenize([encoder.render(record)])[0]
     weights = loss_weights(tokens)
     return {weight: words(encoder.tokenizer, tokens[weights == weight]) for weight in sorted(set(weights.tolist()))}
 
@@ -312,9 +324,9 @@ def test_calls_without_tools_are_refused_where_only_the_template_for_tools_has_a
     )
     encoder = Encoder(tokenizer, template)
     messages = [CHAT["messages"][0], CALL]
-    assert '"name": "fox"' in encoder.texts({"messages": messages, "tools": TOOLS}).samples[0].text  # type: ignore[union-attr]
-    with pytest.raises(encode.BadRecord, match="it calls tools, for which the template x has no form"):
-        encoder.texts({"messages": messages})
+    assert '"name": "fox"' in encoder.render({"messages": messages, "tools": TOOLS}).samples[0].text  # type: ignore[union-attr]
+    with pytest.raises(BadRecord, match="it calls tools, for which the template x has no form"):
+        encoder.render({"messages": messages})
 
 
 def test_a_template_that_would_write_arguments_as_python_does_gets_their_json(chat_tokenizer: Path) -> None:
@@ -357,9 +369,9 @@ def test_borders_cost_no_more_than_the_text_is_long(chat_tokenizer: Path, monkey
     costs = []
     for count in (20, 80):
         turns = [{"role": role, "content": f"fox {n} dogs"} for n in range(count) for role in ("user", "assistant")]
-        chat = encoder.texts({"messages": turns})
+        chat = encoder.render({"messages": turns})
         encoded = 0
-        encoder.tokens([chat])
+        encoder.tokenize([chat])
         costs.append(encoded / len(chat.samples[0].text))  # type: ignore[union-attr]
     assert costs[1] < 1.5 * costs[0]
 
@@ -370,7 +382,7 @@ def test_the_end_marker_of_a_masked_end_is_masked(chat_tokenizer: Path) -> None:
     answer = {"role": "assistant", "content": "dogs\n", "content_weights": [[4, 1], [1, 0]]}
     assert weighted_text(encoder, {"messages": [CHAT["messages"][0], answer]})[1] == "dogs"
     # With all of the text, it ends at its end marker.
-    tokens = Encoder(tokenizer, encoder.template, "all").tokens([encoder.texts(CHAT)])[0]
+    tokens = Encoder(tokenizer, encoder.template, "all").tokenize([encoder.render(CHAT)])[0]
     assert words(tokenizer, tokens).endswith("dogs<|im_end|>")
 
 
@@ -380,8 +392,8 @@ def test_a_template_that_writes_pairs_of_turns_is_refused(chat_tokenizer: Path) 
         "{% for i in range(0, messages | length - 1, 2) %}"
         "{{ messages[i].content + messages[i + 1].content }}{% endfor %}"
     )
-    with pytest.raises(encode.BadRecord, match="its prompt for message 2 does not hold message 1"):
-        Encoder(tokenizer, Template("x", text, tokenizer.special_tokens)).texts(CHAT)
+    with pytest.raises(BadRecord, match="its prompt for message 2 does not hold message 1"):
+        Encoder(tokenizer, Template("x", text, tokenizer.special_tokens)).render(CHAT)
 
 
 def test_keys_of_arguments_are_text(chat_tokenizer: Path) -> None:
@@ -391,6 +403,6 @@ def test_keys_of_arguments_are_text(chat_tokenizer: Path) -> None:
     for word in ("fox", "<|im_end|>"):
         function = {"name": "f", "arguments": {f"k{word}": f"v{word}"}}
         call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
-        ids = token_ids(encoder.tokens([encoder.texts({"messages": [CHAT["messages"][0], call]})])[0]).tolist()
+        ids = token_ids(encoder.tokenize([encoder.render({"messages": [CHAT["messages"][0], call]})])[0]).tolist()
         counts.append(ids.count(tokenizer.special_ids["<|im_end|>"]))
     assert counts == [2, 2]

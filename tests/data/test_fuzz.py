@@ -10,12 +10,12 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import index, records, write_jsonl
+from support import index_dataset, make_records, write_jsonl
 
 from fm9g.config.mixture import load_mixture
-from fm9g.data.index import IndexedDataset
-from fm9g.data.records import to_line
-from fm9g.data.shapes import BadRecord, canonical
+from fm9g.data.load.indexed_dataset import IndexedDataset
+from fm9g.data.prepare.record_formats import BadRecord, canonicalize
+from fm9g.data.prepare.records import to_line
 from fm9g.errors import UserError
 
 QUICK = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -35,7 +35,7 @@ CHATS = [
         "loss_mask": [0, 1, 1],
     },
 ]
-LINES = [json.dumps(record, ensure_ascii=False).encode() for record in [*records(6), *CHATS]]
+LINES = [json.dumps(record, ensure_ascii=False).encode() for record in [*make_records(6), *CHATS]]
 SEEDS = {
     "jsonl": b"\n".join(LINES) + b"\n",
     "json": b"[" + b",".join(LINES) + b"]",
@@ -81,7 +81,7 @@ def test_the_converter(kind: str, changes: list, skip_bad: bool, as_is: bool) ->
         source, output = Path(name) / f"a.{kind}", Path(name) / "out"
         source.write_bytes(mutated(SEEDS[kind], changes))
         try:
-            meta = index(source, output, "zh", skip_bad=skip_bad, as_is=as_is)
+            meta = index_dataset(source, output, "zh", skip_bad=skip_bad, as_is=as_is)
         except UserError as error:
             assert str(source) in str(error)  # noqa: PT017
             assert not output.exists()
@@ -115,7 +115,7 @@ def test_records_of_any_shape(record: dict) -> None:
         source = Path(name) / "a.json"
         source.write_text(json.dumps(record), encoding="utf-8")
         with contextlib.suppress(UserError):
-            index(source, Path(name) / "out", "en")
+            index_dataset(source, Path(name) / "out", "en")
             assert len(IndexedDataset(Path(name) / "out")) == 1
 
 
@@ -155,11 +155,11 @@ def test_what_is_canonical_stays_as_it_is_also_when_it_was_stored() -> None:
     @given(chats | st.dictionaries(keys, values, max_size=5))
     def check(record: dict) -> None:
         with contextlib.suppress(BadRecord):
-            result = canonical(record)[1]
-            assert canonical(result)[1] is result
+            result = canonicalize(record)[1]
+            assert canonicalize(result)[1] is result
             read = json.loads(to_line(result))
             assert read == result
-            assert canonical(read)[1] is read
+            assert canonicalize(read)[1] is read
             kept.append(result)
 
     check()
@@ -188,7 +188,7 @@ def _dataset() -> Path:
     folder = Path(tempfile.gettempdir()) / "fm9g-fuzz"
     if not hasattr(_dataset, "made"):
         shutil.rmtree(folder, ignore_errors=True)
-        index(write_jsonl(folder.with_suffix(".jsonl"), records(12, 1)), folder, "en")
+        index_dataset(write_jsonl(folder.with_suffix(".jsonl"), make_records(12, 1)), folder, "en")
         _dataset.made = True  # type: ignore[attr-defined]
     return folder
 
@@ -204,8 +204,8 @@ entries = st.dictionaries(
             "transforms",
             "allow_repeat",
             "nlines",
-            "template",
-            "loss",
+            "chat_template",
+            "train_on",
             "oversize_rule",
         ]
     ),

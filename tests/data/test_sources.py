@@ -16,14 +16,14 @@ import time
 from pathlib import Path
 
 import pytest
-from support import ROOT, index, records, write_jsonl
+from support import ROOT, index_dataset, make_records, write_jsonl
 
 from fm9g.cli import main
-from fm9g.data import sources
-from fm9g.data.build import build_index, texts_of
-from fm9g.data.index import IndexedDataset
-from fm9g.data.lines import Settings
-from fm9g.data.sources import find_sources
+from fm9g.data.load.indexed_dataset import IndexedDataset
+from fm9g.data.prepare import sources
+from fm9g.data.prepare.index_builder import build_index, iter_texts
+from fm9g.data.prepare.index_worker import IndexConfig
+from fm9g.data.prepare.sources import find_sources
 from fm9g.errors import UserError
 
 RECORDS = [
@@ -78,7 +78,7 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_every_format_gives_the_same_records(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(FILES[name])
-    index(tmp_path / name, tmp_path / "out", "zh")
+    index_dataset(tmp_path / name, tmp_path / "out", "zh")
     assert content(tmp_path / "out") == RECORDS
 
 
@@ -93,17 +93,17 @@ def test_zst_parquet_and_a_datasets_folder_give_the_same_records(tmp_path: Path)
     made = datasets.Dataset.from_list(RECORDS)
     made.save_to_disk(str(tmp_path / "folder"))
     for name in ("a.jsonl.zst", "a.parquet", "folder"):
-        index(tmp_path / name, tmp_path / "out", "zh", overwrite=True)
+        index_dataset(tmp_path / name, tmp_path / "out", "zh", overwrite=True)
         assert content(tmp_path / "out") == RECORDS, name
     datasets.DatasetDict(train=made, test=made).save_to_disk(str(tmp_path / "splits"))
     with pytest.raises(UserError, match="holds several splits; name one of them: test, train"):
         find_sources([str(tmp_path / "splits")])
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nonsense PAR1")
     with pytest.raises(UserError, match=r"bad.parquet: not a parquet file"):
-        index(tmp_path / "bad.parquet", tmp_path / "no", "zh")
+        index_dataset(tmp_path / "bad.parquet", tmp_path / "no", "zh")
     (tmp_path / "cut.jsonl.zst").write_bytes(zst(JSONL * 1000)[:-20])
     with pytest.raises(UserError, match=r"cut.jsonl.zst"):
-        index(tmp_path / "cut.jsonl.zst", tmp_path / "no", "zh")
+        index_dataset(tmp_path / "cut.jsonl.zst", tmp_path / "no", "zh")
 
 
 def test_text_is_read_by_lines_paragraphs_or_files(tmp_path: Path) -> None:
@@ -113,13 +113,13 @@ def test_text_is_read_by_lines_paragraphs_or_files(tmp_path: Path) -> None:
 
     def outputs(name: str, unit: str = "") -> list[str]:
         found = find_sources([str(tmp_path / name)], text_unit=unit)
-        build_index(found, tmp_path / "out", Settings("en"), overwrite=True)
+        build_index(found, tmp_path / "out", IndexConfig("en"), overwrite=True)
         return [record["output"] for record in content(tmp_path / "out")]
 
     assert outputs("a.txt") == ["one", "two", "three"]
     assert outputs("a.txt", "paragraph") == ["one\ntwo", "three"]
     assert outputs("a.md") == ["one\ntwo\n\n \nthree"]
-    assert list(texts_of(find_sources([str(tmp_path / "a.txt")]))) == ["one", "two", "three"]
+    assert list(iter_texts(find_sources([str(tmp_path / "a.txt")]))) == ["one", "two", "three"]
 
 
 def test_folders_and_globs_are_read_in_order_without_what_is_no_data(tmp_path: Path) -> None:
@@ -130,9 +130,9 @@ def test_folders_and_globs_are_read_in_order_without_what_is_no_data(tmp_path: P
     (raw / "README.md").write_text("about")
     (raw / ".hidden.jsonl").write_text("no")
     (raw / "picture.png").write_bytes(b"\x89PNG")
-    index(tmp_path / "raw", tmp_path / "out", "zh")
+    index_dataset(tmp_path / "raw", tmp_path / "out", "zh")
     assert content(tmp_path / "out") == RECORDS
-    index(tmp_path / "raw" / "**" / "[01].jsonl", tmp_path / "glob", "zh")
+    index_dataset(tmp_path / "raw" / "**" / "[01].jsonl", tmp_path / "glob", "zh")
     assert content(tmp_path / "glob") == RECORDS[:2]
     for path, expected in (
         ("nothing*.jsonl", "matches no file"),
@@ -148,7 +148,7 @@ def test_folders_and_globs_are_read_in_order_without_what_is_no_data(tmp_path: P
 
 def test_stdin_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(JSONL)))
-    index(Path("-"), tmp_path / "out", "zh")
+    index_dataset(Path("-"), tmp_path / "out", "zh")
     assert content(tmp_path / "out") == RECORDS
 
 
@@ -200,7 +200,7 @@ def test_a_folder_inside_what_is_read_is_no_output(tmp_path: Path) -> None:
 def test_a_mistake_is_named_and_nothing_is_left(tmp_path: Path, name: str, data: bytes, expected: str) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=expected) as error:
-        index(tmp_path / name, tmp_path / "out", "en")
+        index_dataset(tmp_path / name, tmp_path / "out", "en")
     assert name in str(error.value)
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
@@ -208,7 +208,7 @@ def test_a_mistake_is_named_and_nothing_is_left(tmp_path: Path, name: str, data:
 def test_integers_beyond_64_bits_and_escaped_nul_are_kept(tmp_path: Path) -> None:
     line = b'{"input": "", "output": "a\\u0000b", "id": 123456789012345678901234567890}\n'
     (tmp_path / "a.jsonl").write_bytes(line)
-    index(tmp_path / "a.jsonl", tmp_path / "out", "en")
+    index_dataset(tmp_path / "a.jsonl", tmp_path / "out", "en")
     assert content(tmp_path / "out")[0]["output"] == "a\0b"
 
 
@@ -217,31 +217,31 @@ def test_a_line_far_longer_than_a_block_is_a_line_and_one_that_never_ends_is_not
 ) -> None:
     long = b'{"input": "", "output": "' + b"word " * (2 << 20) + b'"}\n'
     (tmp_path / "a.jsonl").write_bytes(b'{"input": "", "output": "a"}\n' + long + b'{"input": "", "output": "b"}\n')
-    meta = index(tmp_path / "a.jsonl", tmp_path / "out", "en")
+    meta = index_dataset(tmp_path / "a.jsonl", tmp_path / "out", "en")
     assert (meta["nlines"], meta["length_distribute"]["more_256k"]) == (3, 1)
     assert content(tmp_path / "out")[2]["output"] == "b"
-    monkeypatch.setattr(sources, "MAX_RECORD", 1 << 20)
+    monkeypatch.setattr(sources, "MAX_RECORD_BYTES", 1 << 20)
     with pytest.raises(UserError, match="a record is longer than 1 MB; is this the right format"):
-        index(tmp_path / "a.jsonl", tmp_path / "no", "en")
+        index_dataset(tmp_path / "a.jsonl", tmp_path / "no", "en")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_any_number_of_processes_gives_the_same_files(tmp_path: Path, workers: int, monkeypatch) -> None:
     """Ranges far shorter than the lines, so that their borders fall everywhere."""
-    from fm9g.data import build
+    from fm9g.data.prepare import index_builder
 
-    lines = [*records(300, 5, longest=60), {"input": "", "output": "长" * 5000}, *records(20, 6)]
+    lines = [*make_records(300, 5, longest=60), {"input": "", "output": "长" * 5000}, *make_records(20, 6)]
     whole = write_jsonl(tmp_path / "a.jsonl", lines)
-    index(whole, tmp_path / "whole", "zh")
-    monkeypatch.setattr(build, "_RANGE", 101)
-    meta = index(whole, tmp_path / "parts", "zh", workers=workers)
+    index_dataset(whole, tmp_path / "whole", "zh")
+    monkeypatch.setattr(index_builder, "_CHUNK_BYTES", 101)
+    meta = index_dataset(whole, tmp_path / "parts", "zh", workers=workers)
     assert meta == json.loads((tmp_path / "whole" / "meta.json").read_text())
     for name in ("data.jsonl", "index", "index.h5"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     with whole.open("ab") as file:
         file.write(b"bad\n")
     with pytest.raises(UserError, match=r"a.jsonl, line 322: not JSON.*'bad'"):
-        index(whole, tmp_path / "no", "zh", workers=workers)
+        index_dataset(whole, tmp_path / "no", "zh", workers=workers)
 
 
 def test_bad_records_can_be_left_out_and_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -264,20 +264,20 @@ def test_bad_records_can_be_left_out_and_are_listed(tmp_path: Path, capsys: pyte
 
 
 def test_a_split_is_of_the_share_and_keeps_copies_together(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", records(1000, 1) * 2)
-    report = build_index(find_sources([str(source)]), tmp_path / "out", Settings("en", split=0.1, seed=3))
+    source = write_jsonl(tmp_path / "a.jsonl", make_records(1000, 1) * 2)
+    report = build_index(find_sources([str(source)]), tmp_path / "out", IndexConfig("en", split=0.1, seed=3))
     train, validation = ([json.dumps(r) for r in content(tmp_path / "out" / side)] for side in ("train", "validation"))
     assert len(train) + len(validation) == 2000
     assert len(validation) == pytest.approx(200, abs=60)
     assert not set(train) & set(validation)
     assert [meta["nlines"] for meta in report.metas.values()] == [len(train), len(validation)]
-    other = build_index(find_sources([str(source)]), tmp_path / "other", Settings("en", split=0.1, seed=4))
+    other = build_index(find_sources([str(source)]), tmp_path / "other", IndexConfig("en", split=0.1, seed=4))
     assert [meta["nlines"] for meta in other.metas.values()] != [len(train), len(validation)]
     write_jsonl(source, RECORDS[:1])
     with pytest.raises(UserError, match="no record of 1 fell into validation"):
-        build_index(find_sources([str(source)]), tmp_path / "few", Settings("en", split=0.01))
+        build_index(find_sources([str(source)]), tmp_path / "few", IndexConfig("en", split=0.01))
     with pytest.raises(UserError, match=r"split: found 1\.5"):
-        build_index(find_sources([str(source)]), tmp_path / "few", Settings("en", split=1.5))
+        build_index(find_sources([str(source)]), tmp_path / "few", IndexConfig("en", split=1.5))
 
 
 def test_other_keys_are_mapped_or_kept_as_they_are(tmp_path: Path) -> None:
@@ -305,22 +305,22 @@ def test_a_dataset_info_of_llama_factory_is_understood(tmp_path: Path) -> None:
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", RECORDS)
-    from fm9g.data import build
+    from fm9g.data.prepare import index_builder
 
-    convert = build.convert_range
+    convert = index_builder.convert_range
 
     def growing(*arguments):
         with source.open("ab") as file:
             file.write(b" ")
         return convert(*arguments)
 
-    monkeypatch.setattr(build, "convert_range", growing)
+    monkeypatch.setattr(index_builder, "convert_range", growing)
     with pytest.raises(UserError, match="was changed while it was read"):
-        index(source, tmp_path / "out", "zh")
+        index_dataset(source, tmp_path / "out", "zh")
 
 
 def test_an_interrupted_indexing_leaves_the_old_dataset(tmp_path: Path) -> None:
-    index(write_jsonl(tmp_path / "old.jsonl", RECORDS), tmp_path / "out", "zh")
+    index_dataset(write_jsonl(tmp_path / "old.jsonl", RECORDS), tmp_path / "out", "zh")
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     pipe = tmp_path / "pipe.jsonl"
     os.mkfifo(pipe)
@@ -341,7 +341,7 @@ def test_an_interrupted_indexing_leaves_the_old_dataset(tmp_path: Path) -> None:
         process.communicate()
         assert process.returncode in (130, -signal.SIGKILL)
         assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
-    index(tmp_path / "old.jsonl", tmp_path / "out", "zh", overwrite=True)
+    index_dataset(tmp_path / "old.jsonl", tmp_path / "out", "zh", overwrite=True)
     assert not list(tmp_path.glob(".out.*"))  # what the killed process left is gone
 
 
@@ -350,7 +350,7 @@ def test_pipes_are_read_to_their_end(tmp_path: Path) -> None:
         os.mkfifo(tmp_path / name)
         writer = threading.Thread(target=(tmp_path / name).write_bytes, args=(data,))
         writer.start()
-        index(tmp_path / name, tmp_path / "out", "zh", overwrite=True)
+        index_dataset(tmp_path / name, tmp_path / "out", "zh", overwrite=True)
         writer.join()
         assert content(tmp_path / "out") == RECORDS
 
@@ -360,13 +360,13 @@ def test_streams_of_one_compressed_file_are_all_read_or_refused(tmp_path: Path, 
     compress = {"xz": lzma.compress, "bz2": bz2.compress}[kind]
     parts = [compress(JSONL) for _ in range(3)]
     (tmp_path / f"good.jsonl.{kind}").write_bytes(b"".join(parts))
-    index(tmp_path / f"good.jsonl.{kind}", tmp_path / "out", "zh")
+    index_dataset(tmp_path / f"good.jsonl.{kind}", tmp_path / "out", "zh")
     assert content(tmp_path / "out") == RECORDS * 3
     for number, damaged in enumerate((b"X" + parts[1][1:], b"junk")):
         bad = tmp_path / f"bad{number}.jsonl.{kind}"
         bad.write_bytes(parts[0] + damaged)
         with pytest.raises(UserError, match=f"bad{number}.*cannot be decompressed"):
-            index(bad, tmp_path / "no", "zh")
+            index_dataset(bad, tmp_path / "no", "zh")
 
 
 def test_a_file_is_read_once_and_nothing_hidden_is(tmp_path: Path) -> None:
@@ -406,12 +406,12 @@ def test_a_file_is_read_once_and_nothing_hidden_is(tmp_path: Path) -> None:
 def test_more_mistakes(tmp_path: Path, name: str, data: str, expected: str) -> None:
     (tmp_path / name).write_text(data)
     with pytest.raises(UserError, match=expected):
-        index(tmp_path / name, tmp_path / "out", "en")
+        index_dataset(tmp_path / name, tmp_path / "out", "en")
 
 
 def test_what_is_left_out_is_listed_whole(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[{"output": "a", "output": "b"}, {"output": "c"}]')
-    index(tmp_path / "a.json", tmp_path / "out", "en", skip_bad=True)
+    index_dataset(tmp_path / "a.json", tmp_path / "out", "en", skip_bad=True)
     (line,) = (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()
     assert json.loads(line)["content"] == '{"output": "a", "output": "b"}'
 
@@ -424,26 +424,26 @@ def test_numbers_are_never_changed(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"a": [1.0, float("nan")]}), tmp_path / "a.parquet")
     for name in ("a.json", "a.parquet"):
         with pytest.raises(UserError, match="not finite"):
-            index(tmp_path / name, tmp_path / "out", "en", as_is=True)
+            index_dataset(tmp_path / name, tmp_path / "out", "en", as_is=True)
     call = '{"name": "f", "arguments": {"n": 1180591620717411303424}}'
     turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": call}, {"from": "gpt", "value": "a"}]
     write_jsonl(tmp_path / "calls.jsonl", [{"conversations": turns}])
     with pytest.raises(UserError, match="cannot be written as JSON: Integer exceeds 64-bit range"):
-        index(tmp_path / "calls.jsonl", tmp_path / "calls", "en")
+        index_dataset(tmp_path / "calls.jsonl", tmp_path / "calls", "en")
 
 
 def test_line_ends_of_old_macs_and_odd_csv_lines(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"one\rtwo\rthree")
-    index(tmp_path / "a.txt", tmp_path / "a", "en")
+    index_dataset(tmp_path / "a.txt", tmp_path / "a", "en")
     assert [record["output"] for record in content(tmp_path / "a")] == ["one", "two", "three"]
     (tmp_path / "a.csv").write_bytes(b"\n\ninput,output\n\na,b\n")
-    index(tmp_path / "a.csv", tmp_path / "b", "en")
+    index_dataset(tmp_path / "a.csv", tmp_path / "b", "en")
     assert content(tmp_path / "b") == [{"input": "a", "output": "b"}]
 
 
 def test_a_wrong_number_of_processes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="workers: found -1"):
-        index(write_jsonl(tmp_path / "a.jsonl", RECORDS), tmp_path / "out", "en", workers=-1)
+        index_dataset(write_jsonl(tmp_path / "a.jsonl", RECORDS), tmp_path / "out", "en", workers=-1)
 
 
 CALLS = [
@@ -481,18 +481,18 @@ def test_nulls_that_arrow_fills_in_are_not_read(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     datasets.disable_progress_bars()
     datasets.Dataset(table).save_to_disk(str(tmp_path / "saved"))
-    index(write_jsonl(tmp_path / "a.jsonl", CALLS), tmp_path / "lines", "en")
+    index_dataset(write_jsonl(tmp_path / "a.jsonl", CALLS), tmp_path / "lines", "en")
     as_lines = content(tmp_path / "lines")
     assert as_lines[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"city": "P"}
     for name in ("a.parquet", "saved"):
-        index(tmp_path / name, tmp_path / "out", "en", overwrite=True)
+        index_dataset(tmp_path / name, tmp_path / "out", "en", overwrite=True)
         assert content(tmp_path / "out") == as_lines, name
-        index(tmp_path / name, tmp_path / "out", "en", overwrite=True, as_is=True)
+        index_dataset(tmp_path / name, tmp_path / "out", "en", overwrite=True, as_is=True)
         assert content(tmp_path / "out") == CALLS, name
     nulls = json.loads(json.dumps(CALLS).replace('"P"', "null"))
     for name in ("nulls.jsonl", "nulls.json"):
         (tmp_path / name).write_text(json.dumps(nulls[0]))
-        index(tmp_path / name, tmp_path / "out", "en", overwrite=True)
+        index_dataset(tmp_path / name, tmp_path / "out", "en", overwrite=True)
         (record,) = content(tmp_path / "out")
         assert record["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"city": None}
 
@@ -507,7 +507,7 @@ def test_lists_of_turns_as_columns_are_read_from_parquet_and_text_from_csv(tmp_p
     with (tmp_path / "a.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["messages", "tools"], [json.dumps(turns), ""]])
     for name in ("a.parquet", "a.csv"):
-        index(tmp_path / name, tmp_path / "out", "en", overwrite=True)
+        index_dataset(tmp_path / name, tmp_path / "out", "en", overwrite=True)
         assert content(tmp_path / "out") == [{"messages": turns}]
 
 
@@ -527,14 +527,14 @@ def test_what_is_stored_holds_no_number_that_is_not_finite(tmp_path: Path, numbe
         (tmp_path / "a.json").write_text(f"[{text}]")
         (tmp_path / "a.jsonl").write_text(text)
         with pytest.raises(UserError, match=r"a\.parquet, row 1: .*(not finite|weight: found (nan|inf), expected)"):
-            index(tmp_path / "a.parquet", tmp_path / "out", "en")
+            index_dataset(tmp_path / "a.parquet", tmp_path / "out", "en")
         with pytest.raises(UserError, match=r"a\.json, record 1 .*(NaN|not finite|found inf)"):
-            index(tmp_path / "a.json", tmp_path / "out", "en")
+            index_dataset(tmp_path / "a.json", tmp_path / "out", "en")
         with pytest.raises(UserError, match=r"a\.jsonl, line 1: not JSON"):
-            index(tmp_path / "a.jsonl", tmp_path / "out", "en")
+            index_dataset(tmp_path / "a.jsonl", tmp_path / "out", "en")
     left_out = {"text": "a", "perplexity": number}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([left_out]), tmp_path / "a.parquet")
-    index(tmp_path / "a.parquet", tmp_path / "out", "en")
+    index_dataset(tmp_path / "a.parquet", tmp_path / "out", "en")
     assert content(tmp_path / "out") == [{"input": "", "output": "a"}]
 
 
@@ -565,8 +565,8 @@ def test_what_nests_too_deeply_or_is_too_long_is_a_bad_record(tmp_path: Path, li
         (tmp_path / name).write_text(text)
         for settings in ({}, {"as_is": True}):
             with contextlib.suppress(UserError):
-                index(tmp_path / name, tmp_path / f"no-{name}", "en", **settings)
-        index(tmp_path / name, tmp_path / "out", "en", overwrite=True, skip_bad=True)
+                index_dataset(tmp_path / name, tmp_path / f"no-{name}", "en", **settings)
+        index_dataset(tmp_path / name, tmp_path / "out", "en", overwrite=True, skip_bad=True)
         rejects = [json.loads(reject) for reject in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
         assert content(tmp_path / "out") == [json.loads(GOOD)] * 2
         assert [reject["where"] for reject in rejects] == ["line 2" if name == "a.jsonl" else "record 2 (line 1)"]
@@ -578,21 +578,21 @@ def test_how_deep_is_too_deep_depends_on_python_but_never_ends_in_a_traceback(tm
         line = f'{{"input": "q", "output": "a", "meta": {"[" * levels + "]" * levels}}}'
         for name in ("a.jsonl", "a.json"):
             (tmp_path / name).write_text(f"{GOOD}\n{line}\n" if name == "a.jsonl" else f"[{GOOD}, {line}]")
-            index(tmp_path / name, tmp_path / "out", "en", overwrite=True, skip_bad=True)
+            index_dataset(tmp_path / name, tmp_path / "out", "en", overwrite=True, skip_bad=True)
             assert content(tmp_path / "out")[0] == json.loads(GOOD)
 
 
 def test_the_end_of_a_deep_record_is_not_looked_for_in_a_string_that_is_cut_off(tmp_path: Path) -> None:
-    record = f'{{"meta": {DEEP}, "text": "{"}" * (3 * sources.CHUNK)}"}}'
+    record = f'{{"meta": {DEEP}, "text": "{"}" * (3 * sources.CHUNK_BYTES)}"}}'
     (tmp_path / "a.json").write_text(f"[{record}, {GOOD}]")
-    index(tmp_path / "a.json", tmp_path / "out", "en", skip_bad=True)
+    index_dataset(tmp_path / "a.json", tmp_path / "out", "en", skip_bad=True)
     assert content(tmp_path / "out") == [json.loads(GOOD)]
 
 
 def test_a_deep_record_at_the_end_of_a_json_file_that_breaks_off_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(f'[{GOOD}, {{"text": "a", "meta": "[" , "more": {DEEP[:150_000]}')
     with pytest.raises(UserError, match=r"a\.json, line 1, record 2: not JSON: it breaks off"):
-        index(tmp_path / "a.json", tmp_path / "out", "en")
+        index_dataset(tmp_path / "a.json", tmp_path / "out", "en")
 
 
 def test_a_damaged_page_of_parquet_is_seen(tmp_path: Path) -> None:
@@ -610,4 +610,4 @@ def test_a_damaged_page_of_parquet_is_seen(tmp_path: Path) -> None:
     content = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(content.replace(b"precious 7", b"previous 7"))
     with pytest.raises(UserError, match=r"a\.parquet"):
-        index(tmp_path / "a.parquet", tmp_path / "out", "en")
+        index_dataset(tmp_path / "a.parquet", tmp_path / "out", "en")

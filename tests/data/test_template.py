@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from fm9g.data.conversation import Rendered, render_samples
-from fm9g.data.template import Template, load_template
-from fm9g.data.tokenizer import load_tokenizer
+from fm9g.data.encode.conversation import RenderedSample, render_samples
+from fm9g.data.encode.template import Template, load_template
+from fm9g.data.encode.tokenizer import load_tokenizer
 from fm9g.errors import UserError
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -86,18 +86,18 @@ PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>\n{% endfor %}"
 PLAIN_TEXT = "<user>q1</>\n<assistant>a1</>\n<user>q2</>\n<assistant>a2\n</>\n"
 
 
-def cut(rendered: Rendered) -> list[str]:
+def cut(rendered: RenderedSample) -> list[str]:
     return [rendered.text[start:end] for start, end in rendered.targets]
 
 
-def one(template: Template, messages: list[dict], tools: list[dict] | None = None, **options) -> Rendered:
+def one(template: Template, messages: list[dict], tools: list[dict] | None = None, **options) -> RenderedSample:
     """The only text of a conversation."""
     (rendered,) = render_samples(template, messages, tools, **options)
     return rendered
 
 
-def shown(rendered: Rendered) -> list[str]:
-    return [rendered.text[start:end] for start, end in rendered.contents]
+def shown(rendered: RenderedSample) -> list[str]:
+    return [rendered.text[start:end] for start, end in rendered.content_spans]
 
 
 def test_texts_and_token_ids_are_those_of_transformers(tokenizer_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_texts_and_token_ids_are_those_of_transformers(tokenizer_path: Path) -> 
     templates = [load_template(name, TOKENIZER) for name in BUILT_IN]
     templates += [Template(name, text, TOKENS) for name, text in made.items()]
     for template in templates:
-        theirs.chat_template = template.texts["default"]
+        theirs.chat_template = template.sources["default"]
         cases = [(name, messages, None) for name, messages in CHATS.items()]
         if template.name == "filters":
             cases += [("tools", CHATS["system"], TOOLS)]
@@ -160,7 +160,7 @@ def test_the_built_in_templates_write_what_they_are_known_for() -> None:
         # Where there is no such token, nothing takes its place; and no other program stumbles over our tags.
         bare = load_template(name, SimpleNamespace(special_tokens={}, chat_template=None))
         assert bare.render(messages, add_generation_prompt=True) == re.sub("</?s>", "", text)
-        assert "generation %" not in bare.texts["default"]
+        assert "generation %" not in bare.sources["default"]
     assert Template("x", "{{ bos_token is defined }}").render([]) == "False"
 
 
@@ -243,7 +243,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_a_text_for_each() -> None:
     thoughts = "<think>t</think>\n\n"
     messages = chat(("user", "q"), ("assistant", f"{thoughts}a"), ("user", "r"), ("assistant", f"{thoughts}b"))
     forgetful = Template("forgetful", FORGETFUL)
-    first, second = render_samples(forgetful, messages, with_contents=True)
+    first, second = render_samples(forgetful, messages, with_content_spans=True)
     assert first.text == forgetful.render(messages[:2])
     assert cut(first) == [f"{thoughts}a</>"]
     assert second.text == forgetful.render(messages)
@@ -320,7 +320,7 @@ def test_a_turn_that_no_generation_from_its_prompt_gives_is_refused() -> None:
         one(whole, TWO_TURNS)
 
 
-def weighted(rendered: Rendered) -> list[tuple[str, float]]:
+def weighted(rendered: RenderedSample) -> list[tuple[str, float]]:
     return list(zip(cut(rendered), rendered.weights))
 
 
@@ -376,10 +376,12 @@ def test_of_several_templates_tool_use_is_taken_for_tools(tokenizer_path: Path) 
 
 
 def test_what_a_template_has_no_form_for_is_known() -> None:
-    assert load_template("chatml", TOKENIZER).drops(TOOLS) == frozenset()
-    assert load_template("llama2", TOKENIZER).drops(TOOLS) == frozenset()  # it says so itself
-    assert Template("x", PLAIN).drops(TOOLS) == {"tools", "calls"}
-    assert Template("x", "{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}").drops(TOOLS) == {
+    assert load_template("chatml", TOKENIZER).ignored_features(TOOLS) == frozenset()
+    assert load_template("llama2", TOKENIZER).ignored_features(TOOLS) == frozenset()  # it says so itself
+    assert Template("x", PLAIN).ignored_features(TOOLS) == {"tools", "calls"}
+    assert Template("x", "{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}").ignored_features(
+        TOOLS
+    ) == {
         "tools",
         "calls",
         "results",
@@ -414,18 +416,18 @@ def test_contents_are_found_where_they_stand_and_not_in_the_template() -> None:
     for name in BUILT_IN:
         contents = ["system", "user", " a\n", "end|>\ufdd0"]
         contents = [text.strip() for text in contents] if name.startswith("llama") else contents
-        rendered = one(load_template(name, TOKENIZER), messages, with_contents=True)
+        rendered = one(load_template(name, TOKENIZER), messages, with_content_spans=True)
         assert shown(rendered) == contents
         # Each follows its own header.
-        before = [rendered.text[:start] for start, _ in rendered.contents]
+        before = [rendered.text[:start] for start, _ in rendered.content_spans]
         ends = ("<<SYS>>\n", "<</SYS>>\n\n", "[/INST] ", "[/INST] ") if name == "llama2" else ("\n",) * 4
         assert all(text.endswith(end) for text, end in zip(before, ends)), (name, before)
-        assert "user" not in rendered.text[rendered.contents[1][1] : rendered.contents[2][0]]
+        assert "user" not in rendered.text[rendered.content_spans[1][1] : rendered.content_spans[2][0]]
     # Found by searching, where a template compares contents or refuses some.
     known = "{% if m.content not in ('', 'q1', 'a1', 'q2', 'a2\\n') %}{{ raise_exception('unknown') }}{% endif %}"
     for do in ("{{ 'Q' if m.content == 'q1' else 'x' }}", known):
         search = Template("search", f"{{% for m in messages %}}{do}{{{{ m.content | trim }}}};{{% endfor %}}")
-        rendered = one(search, [*chat(("system", "")), *TWO_TURNS], with_contents=True)
+        rendered = one(search, [*chat(("system", "")), *TWO_TURNS], with_content_spans=True)
         assert shown(rendered) == ["q1", "a1", "q2", "a2"]
 
 
@@ -490,12 +492,12 @@ def test_load_template_knows_built_in_names_files_and_the_tokenizers_own(tmp_pat
     tokens = {"bos_token": "<b>", "eos_token": "<e>"}
     own = SimpleNamespace(special_tokens=tokens, chat_template="own{{ bos_token }}{{ eos_token }}")
     assert load_template("tokenizer", own).render([]) == "own<b><e>"
-    with pytest.raises(UserError, match=r"has no chat template of its own.*--template chatml"):
+    with pytest.raises(UserError, match=r"has no chat template of its own.*--chat_template chatml"):
         load_template("tokenizer", TOKENIZER)
     file = tmp_path / "九.jinja"
     file.write_text("文件{{ bos_token }}", encoding="utf-8")
     template = load_template(str(file), TOKENIZER)
-    assert (template.texts["default"], template.render([])) == ("文件{{ bos_token }}", "文件<s>")
+    assert (template.sources["default"], template.render([])) == ("文件{{ bos_token }}", "文件<s>")
     file.write_text("\n{{", encoding="utf-8")
     with pytest.raises(UserError, match=r"九\.jinja, line 2: "):
         load_template(str(file), TOKENIZER)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fm9g.data.tokenizer import load_tokenizer, train_tokenizer
+from fm9g.data.encode.tokenizer import load_tokenizer, train_tokenizer
 from fm9g.errors import UserError
 
 TEXT = "九格大模型 makes\n  code: x = 1\t深度🚀"
@@ -105,8 +105,8 @@ def test_a_tokenizer_is_trained_on_words_without_an_end(tmp_path: Path, word: st
 
 
 def test_ordinary_texts_train_the_tokenizer_that_they_did(tmp_path: Path, tokenizer_path: Path) -> None:
-    from fm9g.data.tokenizer import _pieces
+    from fm9g.data.encode.tokenizer import _split_long_runs
 
-    assert list(_pieces("")) == [""]
-    assert list(_pieces("a b 汉字 __ 12\n" * 1000)) == ["a b 汉字 __ 12\n" * 1000]
-    assert "".join(_pieces("x" * 10_000 + "y z")) == "x" * 10_000 + "y z"
+    assert list(_split_long_runs("")) == [""]
+    assert list(_split_long_runs("a b 汉字 __ 12\n" * 1000)) == ["a b 汉字 __ 12\n" * 1000]
+    assert "".join(_split_long_runs("x" * 10_000 + "y z")) == "x" * 10_000 + "y z"

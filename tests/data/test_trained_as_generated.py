@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 
 from fm9g.config.mixture import BUILT_IN, TEMPLATE_FOLDER
-from fm9g.data.conversation import TURNS
-from fm9g.data.encode import Encoder
-from fm9g.data.shapes import BadRecord
-from fm9g.data.template import Template, load_template
-from fm9g.data.tokenizer import load_tokenizer
-from fm9g.data.tokens import split_samples, token_ids
+from fm9g.data.encode.conversation import TURNS
+from fm9g.data.encode.encoder import Encoder
+from fm9g.data.encode.template import Template, load_template
+from fm9g.data.encode.token_array import split_samples, token_ids
+from fm9g.data.encode.tokenizer import load_tokenizer
+from fm9g.data.prepare.record_formats import BadRecord
 
 FUNCTION = {"name": "weather", "arguments": {"city": "北京", "days": 2}}
 CALL = {"id": "abcDEF123", "type": "function", "function": FUNCTION}
@@ -236,16 +236,16 @@ def generated(theirs: Any, template: str, record: dict[str, Any]) -> list[tuple[
 
 def compare(ours: Any, theirs: Any, template: Template, record: dict[str, Any], turns: str) -> str:
     """Compares a record's trained runs with what generation has to make; what came of it."""
-    text = template.texts["default"]
+    text = template.sources["default"]
     encoder = Encoder(ours, template, turns=turns)
     try:
-        texts = encoder.texts(record)
+        texts = encoder.render(record)
     except BadRecord as error:
         return f"refused: {error}"
     expected = generated(theirs, text, record)
     if expected is None:
         return "no generation"
-    found = list(trained_runs(encoder.tokens([texts])[0]))
+    found = list(trained_runs(encoder.tokenize([texts])[0]))
     assert len(found) == len(expected)
     for (before, run), (head, answer) in zip(found, expected):
         *most, last = answer
@@ -254,11 +254,11 @@ def compare(ours: Any, theirs: Any, template: Template, record: dict[str, Any], 
             run = run if theirs.decode(run[-1:]).strip() else run[:-1]
             assert run == answer[-len(run) :]
             continue
-        if turns == "split" or len(split_samples(encoder.tokens([texts])[0])) == len(expected):
+        if turns == "split" or len(split_samples(encoder.tokenize([texts])[0])) == len(expected):
             assert before == head
         # The end of a turn that others follow may be the token that begins the next one (GLM-4).
         assert run[:-1] == most
-        assert run[-1] == last or ours.special(run[-1])
+        assert run[-1] == last or ours.special_token(run[-1])
     return "compared"
 
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from fm9g.data.shapes import BadRecord, Columns, canonical
+from fm9g.data.prepare.record_formats import BadRecord, ColumnMapping, canonicalize
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -16,16 +16,16 @@ THOUGHT = {"type": "thinking", "thinking": "t"}
 def stored(turn: dict, **beside: object) -> dict:
     """What a turn becomes in a conversation, and again when it is read from where that is stored."""
     before = json.dumps(turn)
-    record = canonical({"messages": [USER, turn], **beside})[1]
+    record = canonicalize({"messages": [USER, turn], **beside})[1]
     assert json.dumps(turn) == before
     copy = json.loads(json.dumps(record))
-    assert canonical(copy)[1] is copy
+    assert canonicalize(copy)[1] is copy
     return record["messages"][1]
 
 
 def complaint(turn: dict, **beside: object) -> str:
     with pytest.raises(BadRecord) as error:
-        canonical({"messages": [USER, turn], **beside})
+        canonicalize({"messages": [USER, turn], **beside})
     return str(error.value)
 
 
@@ -56,7 +56,7 @@ def test_a_thought_needs_no_content_and_goes_with_calls() -> None:
     assert stored({"role": "assistant", "content": None, "thinking": "t"})["content"] == ""
     assert stored({**ANSWER, "reasoning": " ", "thinking": ""}) == ANSWER
     preference = {"prompt": "q", "chosen": {**ANSWER, "thinking": "t"}, "rejected": "b"}
-    assert canonical(preference)[1]["chosen"] == {**ANSWER, "reasoning_content": "t"}
+    assert canonicalize(preference)[1]["chosen"] == {**ANSWER, "reasoning_content": "t"}
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ CALL_G = {"type": "function", "function": {"name": "g", "arguments": {"s": "</to
 )
 def test_text_of_calls_may_have_a_thought_and_tags(text: str, content: str, calls: list) -> None:
     record = {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": text}]}
-    turn = canonical(record)[1]["messages"][1]
+    turn = canonicalize(record)[1]["messages"][1]
     assert turn == {"role": "assistant", "content": content, "tool_calls": calls}
 
 
@@ -131,12 +131,12 @@ def test_other_text_of_calls_is_refused_with_what_is_expected(text: str) -> None
     with pytest.raises(
         BadRecord, match=r'^conversations\[1\]\.value: .*expected the JSON of calls, {"name": ..., "arg'
     ):
-        canonical(record)
+        canonicalize(record)
 
 
 def test_calls_may_stand_as_values_where_their_text_would() -> None:
     record = {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": json.loads(F)}]}
-    assert canonical(record)[1]["messages"][1] == CALLING
+    assert canonicalize(record)[1]["messages"][1] == CALLING
 
 
 @pytest.mark.parametrize(
@@ -196,19 +196,19 @@ def test_ids_and_names_are_kept() -> None:
     result = {"role": "tool", "content": "3", "tool_call_id": "abc", "name": "f"}
     call = {"id": "abc", **CALL}
     record = {"messages": [{**USER, "name": "Ann"}, {**CALLING, "tool_calls": [call]}, result]}
-    assert canonical(record)[1] is record
+    assert canonicalize(record)[1] is record
     nothing = {"tool_call_id": None, "name": None}
-    assert canonical({"messages": [{**USER, **nothing}, {**CALLING, "tool_calls": [{**CALL, "id": None}]}]})[1] == {
+    assert canonicalize({"messages": [{**USER, **nothing}, {**CALLING, "tool_calls": [{**CALL, "id": None}]}]})[1] == {
         "messages": [USER, CALLING]
     }
 
 
 @pytest.mark.parametrize("tools", ["", " ", "\n", "[]", "null", "{}", "[null]", None, [], {}, [None], [{}]])
 def test_blank_tools_are_none(tools: object) -> None:
-    assert canonical({"messages": [USER, ANSWER], "tools": tools})[1] == {"messages": [USER, ANSWER]}
+    assert canonicalize({"messages": [USER, ANSWER], "tools": tools})[1] == {"messages": [USER, ANSWER]}
     conversations = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    assert canonical({"conversations": conversations, "tools": tools})[1] == {"messages": [USER, ANSWER]}
-    assert canonical({"instruction": "q", "output": "a", "tools": tools})[1] == {"input": "q", "output": "a"}
+    assert canonicalize({"conversations": conversations, "tools": tools})[1] == {"messages": [USER, ANSWER]}
+    assert canonicalize({"instruction": "q", "output": "a", "tools": tools})[1] == {"input": "q", "output": "a"}
 
 
 def test_tools_nested_too_deeply_are_a_bad_record() -> None:
@@ -221,11 +221,11 @@ def test_tools_nested_too_deeply_are_a_bad_record() -> None:
         call = {"from": "function_call", "value": text}
         assert complaint(call).startswith("messages[1].value: JSON that is nested too deeply: ")
     with pytest.raises(BadRecord, match="messages: JSON that is nested too deeply"):
-        canonical({"messages": "[" * 100_000})
+        canonicalize({"messages": "[" * 100_000})
     with pytest.raises(BadRecord, match="history: JSON that is nested too deeply"):
-        canonical({"query": "q", "response": "a", "history": "[" * 100_000})
+        canonicalize({"query": "q", "response": "a", "history": "[" * 100_000})
     deep = "[" * 100_000
-    assert canonical({"prompt": deep, "chosen": deep, "rejected": "b"})[1]["messages"][0]["content"] == deep
+    assert canonicalize({"prompt": deep, "chosen": deep, "rejected": "b"})[1]["messages"][0]["content"] == deep
 
 
 NOT_TRAINED = [
@@ -271,10 +271,10 @@ def test_every_mark_is_a_weight_wherever_it_stands(marks: dict, weight: float) -
     weights = {} if weight == 1 else {"weight": weight}
     pair = {"input": "q", "output": "a"}
     for record in (pair, {"instruction": "q", "output": "a"}, {"query": "q", "response": "a"}):
-        assert canonical({**record, **marks})[1] == {**pair, **weights}
-    assert canonical({"text": "a", **marks})[1] == {"input": "", "output": "a", **weights}
+        assert canonicalize({**record, **marks})[1] == {**pair, **weights}
+    assert canonicalize({"text": "a", **marks})[1] == {"input": "", "output": "a", **weights}
     with_history = {"instruction": "q", "output": "a", "history": [["q", "a"]], **marks}
-    assert canonical(with_history)[1] == {"messages": [USER, expected] * 2}
+    assert canonicalize(with_history)[1] == {"messages": [USER, expected] * 2}
     assert type(stored({**ANSWER, **marks}).get("weight", 1)) is not bool
 
 
@@ -343,7 +343,7 @@ def test_a_mark_that_is_none_is_refused_by_its_name(marks: dict, message: str) -
     assert complaint(ANSWER, **marks) == message
     assert complaint(ANSWER, **{key: [None, value] for key, value in marks.items()}) == f"turn 1 of {message}"
     with pytest.raises(BadRecord, match=f"^{re.escape(message)}$"):
-        canonical({"input": "q", "output": "a", **marks})
+        canonicalize({"input": "q", "output": "a", **marks})
 
 
 @pytest.mark.parametrize(
@@ -368,37 +368,37 @@ def test_other_keys_of_a_turn_are_left_out(key: str) -> None:
 def test_marks_of_others_than_the_assistant_are_dropped() -> None:
     for mark in ({"weight": 0}, {"loss": "x"}, {"mask": True, "train": True}, {"content_weights": 3}):
         record = {"messages": [{"role": "system", "content": "s", **mark}, {**USER, **mark}, ANSWER]}
-        assert canonical(record)[1] == {"messages": [{"role": "system", "content": "s"}, USER, ANSWER]}
+        assert canonicalize(record)[1] == {"messages": [{"role": "system", "content": "s"}, USER, ANSWER]}
     record = {"messages": [{"role": "user", "content": [{"type": "text", "text": "q", "weight": -1}]}, ANSWER]}
-    assert canonical(record)[1] == {"messages": [USER, ANSWER]}
+    assert canonicalize(record)[1] == {"messages": [USER, ANSWER]}
     record = {"messages": [USER, ANSWER, USER], "loss_mask": ["x", 0, -1]}
-    assert canonical(record)[1] == {"messages": [USER, {**ANSWER, "weight": 0}, USER]}
+    assert canonicalize(record)[1] == {"messages": [USER, {**ANSWER, "weight": 0}, USER]}
 
 
 def test_a_list_beside_the_messages_has_a_value_for_each_turn() -> None:
     turns = [USER, ANSWER, USER, ANSWER]
-    record = canonical({"messages": turns, "loss_mask": [0, 0, 0, 1], "system": "s"})[1]
+    record = canonicalize({"messages": turns, "loss_mask": [0, 0, 0, 1], "system": "s"})[1]
     masked = {**ANSWER, "weight": 0}
     assert record == {"messages": [{"role": "system", "content": "s"}, USER, masked, USER, ANSWER]}
-    assert canonical({"messages": turns, "train": [True, False] * 2, "mask": [0, 1] * 2})[1] == {
+    assert canonicalize({"messages": turns, "train": [True, False] * 2, "mask": [0, 1] * 2})[1] == {
         "messages": [USER, masked] * 2
     }
     with pytest.raises(BadRecord, match=r"^loss_mask: found 3 values beside 4 turns, expected one a turn$"):
-        canonical({"messages": turns, "loss_mask": [0, 0, 1]})
+        canonicalize({"messages": turns, "loss_mask": [0, 0, 1]})
     with pytest.raises(BadRecord, match=r"^loss_mask: found 5 values beside 4 turns, expected one a turn$"):
-        canonical({"messages": turns, "loss_mask": [0, 0, 1, 1, 1]})
+        canonicalize({"messages": turns, "loss_mask": [0, 0, 1, 1, 1]})
     with pytest.raises(BadRecord, match=r"^loss_mask: found list, expected a number from 0, or true or false$"):
-        canonical({"input": "q", "output": "a", "loss_mask": [0, 1]})
+        canonicalize({"input": "q", "output": "a", "loss_mask": [0, 1]})
 
 
 def test_words_of_a_record_are_no_marks() -> None:
     for key in ("weight", "loss", "mask"):
-        assert canonical({"text": "a", key: "heavy"})[1] == {"input": "", "output": "a"}
-    assert canonical({"text": "a", "train": ""})[1] == {"input": "", "output": "a"}
+        assert canonicalize({"text": "a", key: "heavy"})[1] == {"input": "", "output": "a"}
+    assert canonicalize({"text": "a", "train": ""})[1] == {"input": "", "output": "a"}
     with pytest.raises(BadRecord, match=r"^train: found 'ICE', expected a number"):
-        canonical({"text": "a", "train": "ICE"})
-    columns = Columns({"prompt": "question", "response": "train"})
-    assert canonical({"question": "q", "train": "a", "weight": 0}, columns)[1] == {
+        canonicalize({"text": "a", "train": "ICE"})
+    columns = ColumnMapping({"prompt": "question", "response": "train"})
+    assert canonicalize({"question": "q", "train": "a", "weight": 0}, columns)[1] == {
         "input": "q",
         "output": "a",
         "weight": 0,
@@ -408,9 +408,9 @@ def test_words_of_a_record_are_no_marks() -> None:
 def test_preferences_and_judged_answers_have_no_weights() -> None:
     marks = {"weight": -1, "train_detail": 1, "loss": "x"}
     record = {"messages": [{**USER, **marks}, {**ANSWER, **marks}], "label": True, "loss_mask": [1]}
-    assert canonical(record)[1] == {"messages": [USER, ANSWER], "label": True}
+    assert canonicalize(record)[1] == {"messages": [USER, ANSWER], "label": True}
     record = {"prompt": "q", "chosen": {**ANSWER, **marks}, "rejected": "b", **marks}
-    assert canonical(record)[1]["chosen"] == ANSWER
+    assert canonicalize(record)[1]["chosen"] == ANSWER
 
 
 @pytest.mark.parametrize(
@@ -435,21 +435,23 @@ def test_weights_that_multiply_beyond_numbers_are_refused() -> None:
 
 
 def test_a_conversation_that_is_not_trained_on_at_all_is_kept() -> None:
-    assert canonical({"messages": [USER, ANSWER], "train": False})[1] == {"messages": [USER, {**ANSWER, "weight": 0}]}
+    assert canonicalize({"messages": [USER, ANSWER], "train": False})[1] == {
+        "messages": [USER, {**ANSWER, "weight": 0}]
+    }
 
 
 def test_a_list_beside_the_turns_in_an_unknown_spelling_is_refused() -> None:
     record = {"messages": [{"role": "user", "content": "q"}, ANSWER], "train_mask": [0, 1]}
     with pytest.raises(BadRecord, match="train_mask: looks like a mark of what is trained on"):
-        canonical(record)
-    assert canonical(record | {"train_mask": "a.json", "ids": [1, 2]})[1] == {"messages": record["messages"]}
+        canonicalize(record)
+    assert canonicalize(record | {"train_mask": "a.json", "ids": [1, 2]})[1] == {"messages": record["messages"]}
 
 
 def test_numbers_that_a_filter_has_measured_are_no_weights() -> None:
-    assert canonical({"text": "a", "loss": 2.5})[1] == {"input": "", "output": "a"}
-    assert canonical({"input": "q", "output": "a", "loss": 2.5})[1] == {"input": "q", "output": "a"}
-    assert canonical({"text": "a", "loss": False})[1] == {"input": "", "output": "a", "weight": 0}
-    assert canonical({"text": "a", "loss_weight": 0.5})[1] == {"input": "", "output": "a", "weight": 0.5}
+    assert canonicalize({"text": "a", "loss": 2.5})[1] == {"input": "", "output": "a"}
+    assert canonicalize({"input": "q", "output": "a", "loss": 2.5})[1] == {"input": "q", "output": "a"}
+    assert canonicalize({"text": "a", "loss": False})[1] == {"input": "", "output": "a", "weight": 0}
+    assert canonicalize({"text": "a", "loss_weight": 0.5})[1] == {"input": "", "output": "a", "weight": 0.5}
 
 
 @pytest.mark.parametrize("key", ["lossMask", "loss-mask", "LOSS_WEIGHT", "Weight", "trainOnTurn", "masked", "trained"])

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fm9g.data.pool import EncodingPool
+from fm9g.data.load.encoding_pool import EncodingPool
 
 # Results are larger than a pipe holds, so that workers are killed in the middle of one.
 SCRIPT = """
@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 
 def test_a_pool_whose_thread_has_ended_is_not_waited_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fm9g.data.pool._PATIENCE", 0.1)
+    monkeypatch.setattr("fm9g.data.load.encoding_pool._POLL_SECONDS", 0.1)
     pool = EncodingPool.__new__(EncodingPool)
     pool._pool = SimpleNamespace(_executor_manager_thread=threading.Thread())  # it could not be started
     with pytest.raises(MemoryError):

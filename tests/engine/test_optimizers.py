@@ -8,16 +8,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_runs import Setup, documents, needs_bmtrain, prepared, run
-from ranks import run_ranks
+from engine_harness import EngineCase, documents, needs_bmtrain, prepared, train_case
+from spawn import run_ranks
 from support import small_model
 
-from fm9g.data.pack import collate
-from fm9g.engine.optimizer import Optimizer
-from fm9g.engine.processes import Processes
-from fm9g.engine.rules import AdamW8bit, Layout, OptimizerSettings
+from fm9g.data.load.packing import collate
+from fm9g.engine.dist_context import DistContext
+from fm9g.engine.optimizers import AdamW8bit, OptimizerConfig, ShardLayout
+from fm9g.engine.sharded_optimizer import ShardedOptimizer
 from fm9g.errors import UserError
-from fm9g.model.transformer import FM9G, is_width_scaled
+from fm9g.model.transformer import FM9G, is_mup_scaled
 from fm9g.train.loop import to_batch
 
 pytestmark = pytest.mark.xdist_group("optimizers")
@@ -29,15 +29,15 @@ STEPS = 5
 
 
 @pytest.fixture
-def alone() -> Iterator[Processes]:
-    with Processes("cpu") as processes:
-        yield processes
+def dist_context() -> Iterator[DistContext]:
+    with DistContext("cpu") as dist_context:
+        yield dist_context
 
 
 def _by_hand(name: str, model: FM9G) -> list[torch.optim.Optimizer]:
     """What the optimizer is to do, with the reference classes. Rates of matrices in layers are halved."""
-    matrices = [w for n, w in model.named_parameters() if is_width_scaled(n)]
-    others = [w for n, w in model.named_parameters() if not is_width_scaled(n)]
+    matrices = [w for n, w in model.named_parameters() if is_mup_scaled(n)]
+    others = [w for n, w in model.named_parameters() if not is_mup_scaled(n)]
     groups = [{"params": matrices, "lr": 0.005}, {"params": others, "lr": 0.01}]
     adam = {"betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
     if name == "adamw8bit":
@@ -54,30 +54,30 @@ def _by_hand(name: str, model: FM9G) -> list[torch.optim.Optimizer]:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_on_one_process_it_is_its_reference(alone: Processes, name: str) -> None:
+def test_on_one_process_it_is_its_reference(dist_context: DistContext, name: str) -> None:
     """The model is wide enough that its embedding has more than the 4096 elements of which 8 bits are made."""
-    engine = prepared(Setup(optimizer=name, model=(("hidden_size", 64),)), alone, {})
+    engine = prepared(EngineCase(optimizer=name, model=(("hidden_size", 64),)), dist_context, {})
     plain = FM9G(small_model(hidden_size=64))
     plain.load_state_dict(dict(engine.weights()))
-    means = {n: w.clone() for n, w in engine.weights()}
+    ema = {n: w.clone() for n, w in engine.weights()}
     references = _by_hand(name, plain)
     for step in range(STEPS):
         batch, _ = to_batch(collate(documents(step)[0], 32), torch.device("cpu"))
-        engine.backward(engine.forward(batch, step)[0] / 19, last=True)
+        engine.backward(engine.forward(batch, step)[0] / 19, is_last_micro_batch=True)
         engine.step(0.01, 0.0)
         (plain(batch)[0] / 19).backward()
         for reference in references:
             reference.step()
             reference.zero_grad()
         for n, weight in engine.weights():
-            means[n].lerp_(weight, 0.5)
+            ema[n].lerp_(weight, 0.5)
     expected = dict(plain.named_parameters())
     for n, weight in engine.weights():
         # A value between two of 8 bits may go either way: up to 0.15 % of them do, as the machine rounds.
         away = ((weight - expected[n].detach()).abs() > 2e-5).float().mean()
         assert away <= (0.02 if name == "adamw8bit" else 0.0), n
-    for n, mean in engine.mean_weights():
-        torch.testing.assert_close(mean, means[n], rtol=1e-5, atol=1e-6)
+    for n, mean in engine.ema_weights():
+        torch.testing.assert_close(mean, ema[n], rtol=1e-5, atol=1e-6)
         assert not torch.equal(mean, expected[n])
 
 
@@ -86,14 +86,14 @@ def test_on_one_process_it_is_its_reference(alone: Processes, name: str) -> None
     "name", [pytest.param("adamw8bit", marks=[needs_bitsandbytes, pytest.mark.slow]), "adafactor", "muon"]
 )
 def test_two_processes_are_one_and_a_checkpoint_goes_on(name: str) -> None:
-    whole = Setup(optimizer=name, steps=4)
-    one = run_ranks(1, run, whole)[0]
-    two = run_ranks(2, run, whole)[0]
-    half = run_ranks(2, run, Setup(optimizer=name, steps=4, stop=2))[0]
+    whole = EngineCase(optimizer=name, steps=4)
+    one = run_ranks(1, train_case, whole)[0]
+    two = run_ranks(2, train_case, whole)[0]
+    half = run_ranks(2, train_case, EngineCase(optimizer=name, steps=4, stop=2))[0]
     resumed = run_ranks(2, _go_on, whole, half)[0]
     assert two.losses == pytest.approx(one.losses, abs=2e-4 if name == "muon" else 2e-5)  # muon computes in bf16
     assert resumed.losses == two.losses[2:]
-    for found, expected in ((resumed.weights, two.weights), (resumed.means, two.means)):
+    for found, expected in ((resumed.weights, two.weights), (resumed.ema, two.ema)):
         assert found.keys() == expected.keys() == one.weights.keys()
         assert all(torch.equal(found[n], expected[n]) for n in found)
     assert all(torch.equal(resumed.optimizer[n], two.optimizer[n]) for n in two.optimizer)
@@ -102,27 +102,27 @@ def test_two_processes_are_one_and_a_checkpoint_goes_on(name: str) -> None:
 @needs_bmtrain
 @pytest.mark.parametrize("name", ["muon"])
 def test_bmtrain_has_them_too(name: str) -> None:
-    one = run_ranks(1, run, Setup(optimizer=name, steps=3))[0]
-    two = run_ranks(2, run, Setup("bmtrain", optimizer=name, steps=3))[0]
+    one = run_ranks(1, train_case, EngineCase(optimizer=name, steps=3))[0]
+    two = run_ranks(2, train_case, EngineCase("bmtrain", optimizer=name, steps=3))[0]
     assert two.losses == pytest.approx(one.losses, abs=2e-4)
 
 
-def _go_on(processes: Processes, setup: Setup, before) -> object:
-    return run(processes, setup, first=2, before=before)
+def _go_on(dist_context: DistContext, case: EngineCase, before) -> object:
+    return train_case(dist_context, case, first=2, before=before)
 
 
 @pytest.mark.parametrize("name", ["adamw", *OTHERS])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_changes_nothing(alone: Processes, name: str, bad: float) -> None:
-    engine = prepared(Setup(optimizer=name), alone, {})
+def test_a_gradient_that_is_not_finite_changes_nothing(dist_context: DistContext, name: str, bad: float) -> None:
+    engine = prepared(EngineCase(optimizer=name), dist_context, {})
     batch, _ = to_batch(collate(documents(0)[0], 32), torch.device("cpu"))
 
     def step(factor: float) -> torch.Tensor:
-        engine.backward(engine.forward(batch, 0)[0] * factor, last=True)
+        engine.backward(engine.forward(batch, 0)[0] * factor, is_last_micro_batch=True)
         return engine.step(0.01, 1.0)
 
     def everything() -> list[torch.Tensor]:
-        return [t.clone() for c in (engine.weights(), engine.optimizer_state(), engine.mean_weights()) for _, t in c]
+        return [t.clone() for c in (engine.weights(), engine.optimizer_state(), engine.ema_weights()) for _, t in c]
 
     step(0.1)
     before = everything()
@@ -134,23 +134,25 @@ def test_a_gradient_that_is_not_finite_changes_nothing(alone: Processes, name: s
 
 @needs_bitsandbytes
 def test_eight_bits_come_back_from_a_checkpoint_as_they_were() -> None:
-    layout = Layout(lambda _: torch.Size([5000]), lambda _, local: local, lambda _, whole: whole)
-    rule = AdamW8bit(OptimizerSettings({"w": 1.0}, (0.9, 0.95), 1e-6, 0.1), layout)
-    rule.add("w", lambda dtype=torch.float32: torch.zeros(5000, dtype=dtype))
+    layout = ShardLayout(lambda _: torch.Size([5000]), lambda _, local: local, lambda _, whole: whole)
+    optimizer = AdamW8bit(OptimizerConfig({"w": 1.0}, (0.9, 0.95), 1e-6, 0.1), layout)
+    optimizer.init_state("w", lambda dtype=torch.float32: torch.zeros(5000, dtype=dtype))
     for key, values in (("exp_avg", torch.randn(5000)), ("exp_avg_sq", torch.rand(5000) * 1e-4)):
-        rule.load("w", key, values)
-        codes, scales = rule.state["w"][key].clone(), rule.state["w"][f"{key}.scales"].clone()
+        optimizer.load_state("w", key, values)
+        codes, scales = optimizer.state["w"][key].clone(), optimizer.state["w"][f"{key}.scales"].clone()
         assert codes.unique().numel() > 100
-        torch.testing.assert_close(rule.saved("w", key), values, rtol=0.1, atol=float(values.abs().max()) * 0.02)
-        rule.load("w", key, rule.saved("w", key))
-        assert torch.equal(rule.state["w"][key], codes)
-        assert torch.equal(rule.state["w"][f"{key}.scales"], scales)
+        torch.testing.assert_close(
+            optimizer.export_state("w", key), values, rtol=0.1, atol=float(values.abs().max()) * 0.02
+        )
+        optimizer.load_state("w", key, optimizer.export_state("w", key))
+        assert torch.equal(optimizer.state["w"][key], codes)
+        assert torch.equal(optimizer.state["w"][f"{key}.scales"], scales)
 
 
 def test_only_adamw_works_on_the_host() -> None:
     weights, shape = {"w": torch.zeros(3)}, torch.Size([3])
-    layout = Layout(lambda _: shape, lambda _, local: local, lambda _, whole: whole)
-    settings = OptimizerSettings({"w": 1.0}, (0.9, 0.95), 1e-6, 0.0)
-    assert Optimizer(weights, settings, layout, offload=True).masters
-    with pytest.raises(UserError, match="optimizer_offload goes with optimizer adamw, not with muon"):
-        Optimizer(weights, replace(settings, name="muon"), layout, offload=True)
+    layout = ShardLayout(lambda _: shape, lambda _, local: local, lambda _, whole: whole)
+    config = OptimizerConfig({"w": 1.0}, (0.9, 0.95), 1e-6, 0.0)
+    assert ShardedOptimizer(weights, config, layout, offload=True).masters
+    with pytest.raises(UserError, match="offload_optimizer goes with optimizer adamw, not with muon"):
+        ShardedOptimizer(weights, replace(config, name="muon"), layout, offload=True)

@@ -14,33 +14,33 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import engine_runs
-import fake_bmtrain
+import bmtrain_on_fake_gpu
+import engine_harness
 import numpy as np
 import pytest
 import torch
 from fake_gpu import FakeGPU, fake_gpu, with_values
-from ranks import run_ranks
+from spawn import run_ranks
 from support import ROOT, small_model
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
-from fm9g.checkpoint.stored import Stored
 from fm9g.config.model import ModelConfig
 from fm9g.config.train import TrainConfig
-from fm9g.data.pack import collate
+from fm9g.data.load.packing import collate
 from fm9g.engine.base import Engine
-from fm9g.engine.processes import Processes
+from fm9g.engine.dist_context import DistContext
+from fm9g.io.lazy_tensor import LazyTensor
 from fm9g.model import transformer
 from fm9g.model.transformer import FM9G, weight_shapes
-from fm9g.train import build
-from fm9g.train.adapters import Adapters
-from fm9g.train.build import build_model, engine_name, make_engine
-from fm9g.train.clock import Clock
-from fm9g.train.evaluate import Evaluation
+from fm9g.train import model_setup
+from fm9g.train.adapter_training import AdapterTraining
+from fm9g.train.evaluator import Evaluator
 from fm9g.train.loop import TrainState, train
+from fm9g.train.model_setup import engine_name, make_engine, setup_model_and_optimizer
+from fm9g.train.timer import StepTimer
 
 BMTRAIN = {"engine": "bmtrain"}
-MEANS = {"ema_decay": 0.5}
+EMA = {"ema_decay": 0.5}
 LOWER = "input_embedding.*,encoder.layers.0.*"
 LORA = {"lora_layer": ["project_q", "w_1", "w_out"], "lora_r": 3}
 
@@ -67,22 +67,22 @@ class Seen:
     evaluation: list[str] = field(default_factory=list)
 
 
-class Watching(engine_runs.Figures):
-    """A desk that keeps where the host waited until it was asked."""
+class WatchingCallbacks(engine_harness.RecordingCallbacks):
+    """Callbacks that keep where the host waited until it was asked."""
 
     def __init__(self, gpu: FakeGPU) -> None:
         super().__init__()
         self.gpu, self.seen = gpu, Seen()
 
-    def stepped(self) -> None:
+    def on_step_end(self) -> None:
         self.seen.steps += self.gpu.take()
 
-    def log(self, figures: dict[str, float], clock: Clock) -> None:
-        super().log(figures, clock)
+    def on_log(self, metrics: dict[str, float], timer: StepTimer) -> None:
+        super().on_log(metrics, timer)
         self.seen.logging += self.gpu.take()
 
 
-def rehearse(outside: Processes, case: Case) -> Seen:
+def rehearse(outside: DistContext, case: Case) -> Seen:
     """Two steps, the second logs; then an evaluation."""
     usual = {"engine": "torch", "clip_grad": 0.7, "grad_ckpt_num": 1}
     steps = {"train_iters": 2, "warmup_iters": 0, "log_iters": 2}
@@ -90,20 +90,20 @@ def rehearse(outside: Processes, case: Case) -> Seen:
     with tempfile.TemporaryDirectory() as folder:
         base = {"pretrained_model": write_weights(model, Path(folder))} if "lora_layer" in case.keys else {}
         config = TrainConfig(config="x", **{**usual, **steps, **base, **case.keys})
-        with fake_gpu(case.gpus) as (gpu, processes), broken(case.broken):
+        with fake_gpu(case.gpus) as (gpu, dist_context), broken(case.broken):
             if engine_name(config) == "bmtrain":
-                fake_bmtrain.install()
-            engine = make_engine(config, processes)
+                bmtrain_on_fake_gpu.install()
+            engine = make_engine(config, dist_context)
             with built_of_values():
-                build_model(engine, config, model, None)
+                setup_model_and_optimizer(engine, config, model, None)
             gpu.take()
-            desk, loader = Watching(gpu), engine_runs.Dealt(engine.replica, engine.replicas, 0)
-            train(config, ["even", "odd"], engine, loader, TrainState(0, np.zeros(2, np.int64)), desk, Clock())  # type: ignore[arg-type]
-            assert len(desk.lines) == 1
+            callbacks, loader = WatchingCallbacks(gpu), engine_harness.FixedLoader(engine.dp_rank, engine.dp_size, 0)
+            train(config, ["even", "odd"], engine, loader, TrainState(0, np.zeros(2, np.int64)), callbacks, StepTimer())  # type: ignore[arg-type]
+            assert len(callbacks.lines) == 1
             gpu.take()
-            evaluation(engine).run()
-            desk.seen.evaluation += gpu.take()
-    return desk.seen
+            make_evaluator(engine).run()
+            callbacks.seen.evaluation += gpu.take()
+    return callbacks.seen
 
 
 def write_weights(config: ModelConfig, folder: Path) -> str:
@@ -126,36 +126,38 @@ def built_of_values() -> Iterator[None]:
                 setattr(module, name, torch.nn.Parameter(values, weight.requires_grad))
         prepare(self, model, *others)
 
-    adapters = {name: with_values(getattr(Adapters, name)) for name in ("__init__", "start")}
+    adapter_training = {name: with_values(getattr(AdapterTraining, name)) for name in ("__init__", "load_base")}
     with (
-        mock.patch.multiple(build, FM9G=with_values(FM9G), weight_shapes=with_values(weight_shapes)),
-        mock.patch.multiple(Adapters, **adapters),
-        mock.patch.object(Stored, "read", with_values(Stored.read)),
+        mock.patch.multiple(model_setup, FM9G=with_values(FM9G), weight_shapes=with_values(weight_shapes)),
+        mock.patch.multiple(AdapterTraining, **adapter_training),
+        mock.patch.object(LazyTensor, "read", with_values(LazyTensor.read)),
         mock.patch.object(Engine, "prepare", prepared),
     ):
         yield
 
 
-def evaluation(engine: Engine) -> Evaluation:
-    made = Evaluation.__new__(Evaluation)
-    rows = [collate(group, engine_runs.CAPACITY) for group in engine_runs.documents(0)]
-    made._engine, made._tasks, made._rows = engine, ["even", "odd"], rows
-    return made
+def make_evaluator(engine: Engine) -> Evaluator:
+    evaluator = Evaluator.__new__(Evaluator)
+    packs = [collate(group, engine_harness.CAPACITY) for group in engine_harness.documents(0)]
+    evaluator._engine, evaluator._tasks, evaluator._packs = engine, ["even", "odd"], packs
+    return evaluator
 
 
 @contextlib.contextmanager
 def broken(how: str) -> Iterator[None]:
     """Within it the model does what it must not: it waits in each attention, or has a tensor on the host."""
-    attend = transformer.attend
+    varlen_attention = transformer.varlen_attention
 
     def waits(query: torch.Tensor, *others: Any) -> torch.Tensor:
         assert query.isfinite().all()
-        return attend(query, *others)
+        return varlen_attention(query, *others)
 
     def mixes(query: torch.Tensor, *others: Any) -> torch.Tensor:
-        return attend(query * torch.ones(len(query), 1, 1), *others)
+        return varlen_attention(query * torch.ones(len(query), 1, 1), *others)
 
-    with mock.patch.object(transformer, "attend", {"": attend, "waits": waits, "mixes": mixes}[how]):
+    with mock.patch.object(
+        transformer, "varlen_attention", {"": varlen_attention, "waits": waits, "mixes": mixes}[how]
+    ):
         yield
 
 
@@ -173,7 +175,7 @@ SLOW = {
     "without a kernel": Case({"flash": "none"}),
     "alone": Case(gpus=1),
     "selective": Case({"activation_checkpoint": "selective", "zero_level": 2}),
-    "copies": Case({"zero_level": 0, **MEANS}),
+    "copies": Case({"zero_level": 0, **EMA}),
     "tp": Case({"tp_size": 2}, gpus=4),
     "tp without sp": Case({"tp_size": 2, "sequence_parallel": False}, gpus=4),
     "dropout": Case(model={"dropout": 0.1, "qk_norm": True}),
@@ -182,15 +184,23 @@ SLOW = {
     "peft": Case(LORA),
     "dora": Case({**LORA, "use_dora": True}),
 }
-LOGGING = {"fm9g/train/bad.py", "fm9g/train/loop.py"}  # waits for the norms, then for the losses of all processes
+# Waits for the norms, then for the losses of all processes.
+LOGGING = {"fm9g/train/skipped_steps.py", "fm9g/train/loop.py"}
 # What CONTRIBUTING.md says of: where the host waits in two steps of two micro-batches, and how often.
-NORM, OPTIMIZER, RULES = "fm9g/engine/base.py", "fm9g/engine/optimizer.py", "fm9g/engine/rules.py"
+NORM, OPTIMIZER, PARAM_OPTIMIZERS = (
+    "fm9g/engine/base.py",
+    "fm9g/engine/sharded_optimizer.py",
+    "fm9g/engine/optimizers.py",
+)
 WAITING = {
     "fp16": (Case({"loss_scale": 1024.0}, {"half_type": "fp16"}), {NORM: 2}),
-    "offload": (Case({"optimizer_offload": True, **MEANS}), {NORM: 2, OPTIMIZER: 2}),
-    "muon": (Case({"optimizer": "muon", **MEANS}), {NORM: 2}),
-    "adamw8bit": (Case({"optimizer": "adamw8bit", **MEANS}), {NORM: 2, RULES: 2}),
-    "adafactor": (Case({"optimizer": "adafactor", **MEANS}), {NORM: 2, RULES: 2 * 3 * 21}),  # 21 weights, in torch
+    "offload": (Case({"offload_optimizer": True, **EMA}), {NORM: 2, OPTIMIZER: 2}),
+    "muon": (Case({"optimizer": "muon", **EMA}), {NORM: 2}),
+    "adamw8bit": (Case({"optimizer": "adamw8bit", **EMA}), {NORM: 2, PARAM_OPTIMIZERS: 2}),
+    "adafactor": (
+        Case({"optimizer": "adafactor", **EMA}),
+        {NORM: 2, PARAM_OPTIMIZERS: 2 * 3 * 21},
+    ),  # 21 weights, in torch
 }
 # bmtrain waits before each of the two layers, forward and backward; before the very first there is nothing to wait for.
 LAYERS = "bmtrain/synchronize.py"
@@ -210,7 +220,7 @@ BMTRAIN_SLOW = {
     "bmtrain peft": (Case({**BMTRAIN, **LORA}), {LAYERS: 15}),
     "bmtrain nf4": (Case({**BMTRAIN, **LORA, "quantization": "nf4"}), {LAYERS: 15}),
     "bmtrain muon": (Case({**BMTRAIN, "optimizer": "muon"}), {LAYERS: 14, NORM: 2}),
-    "bmtrain offload": (Case({**BMTRAIN, "optimizer_offload": True}), {LAYERS: 14, NORM: 2, OPTIMIZER: 2}),
+    "bmtrain offload": (Case({**BMTRAIN, "offload_optimizer": True}), {LAYERS: 14, NORM: 2, OPTIMIZER: 2}),
 }
 
 
@@ -223,15 +233,15 @@ def test_a_step_that_does_not_log_waits_for_nothing(name: str) -> None:
     found = seen((QUICK | SLOW)[name])
     assert found.steps == []
     assert places(found.logging) == LOGGING
-    assert places(found.evaluation) == {"fm9g/train/evaluate.py"}
+    assert places(found.evaluation) == {"fm9g/train/evaluator.py"}
 
 
 @pytest.mark.parametrize(
     "name",
     [
         *params(WAITING, pytest.mark.slow),
-        *params(BMTRAIN_QUICK, engine_runs.needs_bmtrain),
-        *params(BMTRAIN_SLOW, engine_runs.needs_bmtrain, pytest.mark.slow),
+        *params(BMTRAIN_QUICK, engine_harness.needs_bmtrain),
+        *params(BMTRAIN_SLOW, engine_harness.needs_bmtrain, pytest.mark.slow),
     ],
 )
 def test_where_a_step_must_wait_it_waits_as_often_as_is_known(name: str) -> None:
@@ -239,7 +249,7 @@ def test_where_a_step_must_wait_it_waits_as_often_as_is_known(name: str) -> None
     found = seen(case)
     assert Counter(map(place, found.steps)) == known
     assert places(found.logging) == LOGGING
-    assert places(found.evaluation) == {"fm9g/train/evaluate.py"} | known.keys() & {LAYERS}
+    assert places(found.evaluation) == {"fm9g/train/evaluator.py"} | known.keys() & {LAYERS}
 
 
 def places(waits: list[str]) -> set[str]:
@@ -264,21 +274,21 @@ def test_a_tensor_left_on_the_host_is_seen() -> None:
         seen(Case(broken="mixes"))
 
 
-def host_message(outside: Processes) -> None:
+def host_message(outside: DistContext) -> None:
     with fake_gpu(2):
-        fake_bmtrain.install()
+        bmtrain_on_fake_gpu.install()
         engine = make_engine(TrainConfig(config="x", engine="bmtrain"), outside)
-        engine._add_up(torch.ones(4, device="cuda"))
-        engine._add_up(torch.ones(4))
+        engine._all_reduce_sum(torch.ones(4, device="cuda"))
+        engine._all_reduce_sum(torch.ones(4))
 
 
-@engine_runs.needs_bmtrain
+@engine_harness.needs_bmtrain
 def test_a_message_of_bmtrain_from_the_host_is_seen() -> None:
     with pytest.raises(AssertionError, match=r"assert src\.is_cuda"):
         run_ranks(1, host_message)
 
 
-def small_waits(outside: Processes) -> dict[str, bool]:
+def small_waits(outside: DistContext) -> dict[str, bool]:
     """What was done -> whether it was seen to wait."""
     with fake_gpu() as (gpu, _):
         x = torch.ones(4, device="cuda:0")

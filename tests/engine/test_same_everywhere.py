@@ -11,10 +11,10 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from engine_runs import Run, Setup, needs_bmtrain, run_all
-from ranks import run_ranks
+from engine_harness import EngineCase, TrainResult, needs_bmtrain, train_cases
+from spawn import run_ranks
 
-from fm9g.engine.base import Placement
+from fm9g.engine.base import ParallelConfig
 
 # `make test-all` takes the 50 steps that the tolerances are meant for; fewer show the same mistakes sooner.
 STEPS = int(os.environ.get("FM9G_ENGINE_STEPS", "8"))
@@ -22,11 +22,11 @@ LOSS, NORM, WEIGHT = 2e-5, 2e-5, 5e-4  # absolute; losses are about 6, norms abo
 
 
 @functools.cache
-def alone(frozen: str, adapters: str = "") -> Run:
-    return run_ranks(1, run_all, [Setup(frozen=frozen, adapters=adapters, steps=STEPS)])[0][0]
+def on_one_process(frozen: str, adapters: str = "") -> TrainResult:
+    return run_ranks(1, train_cases, [EngineCase(frozen=frozen, adapters=adapters, steps=STEPS)])[0][0]
 
 
-def distance(one: Run, other: Run) -> tuple[float, float, float]:
+def distance(one: TrainResult, other: TrainResult) -> tuple[float, float, float]:
     """The largest differences of losses, of gradient norms, and of weights and moments."""
     assert len(one.losses) == len(other.losses) == STEPS
     assert one.weights.keys() == other.weights.keys()
@@ -40,17 +40,17 @@ def distance(one: Run, other: Run) -> tuple[float, float, float]:
     )
 
 
-def assert_same(setup: Setup, run: Run) -> None:
-    loss, norm, weight = distance(alone(setup.frozen, setup.adapters), run)
-    assert loss < LOSS, (setup, loss)
-    assert norm < NORM, (setup, norm)
-    assert weight < WEIGHT, (setup, weight)
+def assert_same(case: EngineCase, run: TrainResult) -> None:
+    loss, norm, weight = distance(on_one_process(case.frozen, case.adapters), run)
+    assert loss < LOSS, (case, loss)
+    assert norm < NORM, (case, norm)
+    assert weight < WEIGHT, (case, weight)
 
 
-def assert_all_same(processes: int, setups: list[Setup]) -> None:
-    setups = [replace(setup, steps=STEPS) for setup in setups]
-    for setup, run in zip(setups, run_ranks(processes, run_all, setups)[0]):
-        assert_same(setup, run)
+def assert_all_same(world_size: int, cases: list[EngineCase]) -> None:
+    cases = [replace(case, steps=STEPS) for case in cases]
+    for case, run in zip(cases, run_ranks(world_size, train_cases, cases)[0]):
+        assert_same(case, run)
 
 
 ADAPTERS = ["peft", *(["opendelta"] if find_spec("opendelta") else []), "dora", "nf4"]
@@ -60,25 +60,35 @@ slow = pytest.mark.slow
 
 @pytest.mark.parametrize("frozen", ["", *(pytest.param(frozen, marks=slow) for frozen in ("lower", "most"))])
 def test_fsdp2_on_two_processes(frozen: str) -> None:
-    assert_all_same(2, [Setup(frozen=frozen, placement=Placement(zero_level=level)) for level in (3, 2, 0)])
+    assert_all_same(
+        2, [EngineCase(frozen=frozen, parallel_config=ParallelConfig(zero_level=level)) for level in (3, 2, 0)]
+    )
 
 
 @pytest.mark.parametrize("adapters", [a if a in ("peft", "nf4") else pytest.param(a, marks=slow) for a in ADAPTERS])
 def test_adapters_by_fsdp2_on_two_processes(adapters: str) -> None:
-    assert_all_same(2, [Setup(adapters=adapters, placement=Placement(zero_level=level)) for level in (3, 0)])
+    assert_all_same(
+        2, [EngineCase(adapters=adapters, parallel_config=ParallelConfig(zero_level=level)) for level in (3, 0)]
+    )
 
 
 @needs_bmtrain
 @pytest.mark.parametrize("adapters", [a if a == "peft" else pytest.param(a, marks=slow) for a in ADAPTERS])
 def test_adapters_by_bmtrain_on_two_processes(adapters: str) -> None:
-    placements = [Placement(zero_level=3), Placement(zero_level=2, checkpointing="full")]
-    assert_all_same(2, [Setup(engine="bmtrain", adapters=adapters, placement=placement) for placement in placements])
+    parallel_configs = [ParallelConfig(zero_level=3), ParallelConfig(zero_level=2, checkpointing="full")]
+    assert_all_same(
+        2,
+        [
+            EngineCase(engine="bmtrain", adapters=adapters, parallel_config=parallel_config)
+            for parallel_config in parallel_configs
+        ],
+    )
 
 
 def test_opendelta_is_peft_bit_for_bit() -> None:
     if "opendelta" not in ADAPTERS:
         pytest.skip("opendelta is installed with --no-deps where it is wanted")
-    one, other = alone("", "peft"), alone("", "opendelta")
+    one, other = on_one_process("", "peft"), on_one_process("", "opendelta")
     assert (one.losses, one.norms) == (other.losses, other.norms)
     assert one.weights.keys() == other.weights.keys()
     assert all(torch.equal(weight, other.weights[name]) for name, weight in one.weights.items())
@@ -86,26 +96,29 @@ def test_opendelta_is_peft_bit_for_bit() -> None:
 
 @slow
 def test_fsdp2_on_four_processes() -> None:
-    assert_all_same(4, [Setup(placement=Placement(zero_level=3, checkpointing="full"))])
+    assert_all_same(4, [EngineCase(parallel_config=ParallelConfig(zero_level=3, checkpointing="full"))])
 
 
 @pytest.mark.parametrize(
-    "placement",
+    "parallel_config",
     [
-        Placement(tp_size=2),
-        pytest.param(Placement(tp_size=2, sequence_parallel=False, checkpointing="selective"), marks=slow),
+        ParallelConfig(tp_size=2),
+        pytest.param(ParallelConfig(tp_size=2, sequence_parallel=False, checkpointing="selective"), marks=slow),
     ],
     ids=["sequence-parallel", "whole-norms"],
 )
-def test_tensor_parallelism_on_two_processes(placement: Placement) -> None:
-    assert_all_same(2, [Setup(placement=placement)])
+def test_tensor_parallelism_on_two_processes(parallel_config: ParallelConfig) -> None:
+    assert_all_same(2, [EngineCase(parallel_config=parallel_config)])
 
 
 @slow
 def test_tensor_parallelism_of_a_tied_model_with_an_uneven_vocabulary_and_frozen_layers() -> None:
     odd = (("tie_word_embeddings", True), ("vocab_size", 321))
-    setup = Setup(frozen="lower", placement=Placement(tp_size=2), steps=STEPS, model=odd)
-    whole, split = run_ranks(1, run_all, [replace(setup, placement=Placement())]), run_ranks(2, run_all, [setup])
+    case = EngineCase(frozen="lower", parallel_config=ParallelConfig(tp_size=2), steps=STEPS, model=odd)
+    whole, split = (
+        run_ranks(1, train_cases, [replace(case, parallel_config=ParallelConfig())]),
+        run_ranks(2, train_cases, [case]),
+    )
     loss, norm, weight = distance(whole[0][0], split[0][0])
     assert loss < LOSS
     assert norm < NORM
@@ -116,13 +129,16 @@ def test_tensor_parallelism_of_a_tied_model_with_an_uneven_vocabulary_and_frozen
 def test_sliding_windows_by_every_engine() -> None:
     """Documents have up to 30 tokens, the window of the second layer 6."""
     windows = (("sliding_window", 6), ("layer_types", ["full_attention", "sliding_attention"]))
-    setup = Setup(steps=STEPS, model=windows)
-    whole = run_ranks(1, run_all, [setup])[0][0]
-    assert distance(whole, alone(""))[0] > 10 * LOSS  # the window does something
-    placements = [Placement(tp_size=2, checkpointing="selective"), Placement(zero_level=3, checkpointing="full")]
-    setups = [replace(setup, placement=placement) for placement in placements]
-    setups += [replace(setup, engine="bmtrain")] if find_spec("bmtrain") else []
-    for run in run_ranks(2, run_all, setups)[0]:
+    case = EngineCase(steps=STEPS, model=windows)
+    whole = run_ranks(1, train_cases, [case])[0][0]
+    assert distance(whole, on_one_process(""))[0] > 10 * LOSS  # the window does something
+    parallel_configs = [
+        ParallelConfig(tp_size=2, checkpointing="selective"),
+        ParallelConfig(zero_level=3, checkpointing="full"),
+    ]
+    cases = [replace(case, parallel_config=parallel_config) for parallel_config in parallel_configs]
+    cases += [replace(case, engine="bmtrain")] if find_spec("bmtrain") else []
+    for run in run_ranks(2, train_cases, cases)[0]:
         loss, norm, weight = distance(whole, run)
         assert loss < LOSS
         assert norm < 5 * NORM  # norms are up to 4 here; another order of sums differs from CPU to CPU
@@ -131,36 +147,42 @@ def test_sliding_windows_by_every_engine() -> None:
 
 @needs_bmtrain
 @pytest.mark.parametrize(
-    ("processes", "frozen"),
+    ("world_size", "frozen"),
     [
         (2, ""),
         (2, "lower"),
         *(pytest.param(*case, marks=slow) for case in [(1, ""), (1, "lower"), (1, "most"), (2, "most")]),
     ],
 )
-def test_bmtrain(processes: int, frozen: str) -> None:
-    placements = [Placement(zero_level=level, checkpointing=how) for level, how in ((3, "none"), (2, "full"))]
+def test_bmtrain(world_size: int, frozen: str) -> None:
+    parallel_configs = [
+        ParallelConfig(zero_level=level, checkpointing=how) for level, how in ((3, "none"), (2, "full"))
+    ]
     if not frozen and STEPS == 50:
-        placements += [Placement(zero_level=3, checkpointing="selective"), Placement(zero_level=2)]
+        parallel_configs += [ParallelConfig(zero_level=3, checkpointing="selective"), ParallelConfig(zero_level=2)]
     assert_all_same(
-        processes, [Setup(engine="bmtrain", frozen=frozen, placement=placement) for placement in placements]
+        world_size,
+        [
+            EngineCase(engine="bmtrain", frozen=frozen, parallel_config=parallel_config)
+            for parallel_config in parallel_configs
+        ],
     )
 
 
 @pytest.mark.parametrize(
-    "setup",
+    "case",
     [
-        Setup(placement=Placement(zero_level=3)),
-        pytest.param(Setup(placement=Placement(zero_level=0)), marks=slow),
-        pytest.param(Setup(placement=Placement(tp_size=2)), marks=slow),
-        pytest.param(Setup(engine="bmtrain"), marks=needs_bmtrain),
-        pytest.param(Setup(engine="bmtrain", frozen="most"), marks=[needs_bmtrain, slow]),
+        EngineCase(parallel_config=ParallelConfig(zero_level=3)),
+        pytest.param(EngineCase(parallel_config=ParallelConfig(zero_level=0)), marks=slow),
+        pytest.param(EngineCase(parallel_config=ParallelConfig(tp_size=2)), marks=slow),
+        pytest.param(EngineCase(engine="bmtrain"), marks=needs_bmtrain),
+        pytest.param(EngineCase(engine="bmtrain", frozen="most"), marks=[needs_bmtrain, slow]),
     ],
     ids=["fsdp2", "copies", "tensor-parallel", "bmtrain", "bmtrain-frozen"],
 )
-def test_without_the_reduction_of_gradients_they_differ(setup: Setup) -> None:
-    setup = replace(setup, steps=STEPS, broken=True)
-    loss, norm, weight = distance(alone(setup.frozen), run_ranks(2, run_all, [setup])[0][0])
+def test_without_the_reduction_of_gradients_they_differ(case: EngineCase) -> None:
+    case = replace(case, steps=STEPS, broken=True)
+    loss, norm, weight = distance(on_one_process(case.frozen), run_ranks(2, train_cases, [case])[0][0])
     assert loss > 10 * LOSS
     assert norm > 10 * NORM
     assert weight > 10 * WEIGHT
@@ -180,9 +202,9 @@ def test_half_precision_is_the_same_bit_for_bit_on_one_process_of_either_engine(
     dtype: torch.dtype, adapters: str
 ) -> None:
     """Weights are rounded, gradients of micro-batches added, and the optimizer's copies kept in the same places."""
-    setup = Setup(steps=4, adapters=adapters, placement=Placement(dtype=dtype))
-    offloaded = replace(setup, engine="bmtrain", placement=Placement(dtype=dtype, zero_level=2, offload=True))
-    runs = run_ranks(1, run_all, [setup, replace(setup, engine="bmtrain"), offloaded])[0]
+    case = EngineCase(steps=4, adapters=adapters, parallel_config=ParallelConfig(dtype=dtype))
+    offloaded = replace(case, engine="bmtrain", parallel_config=ParallelConfig(dtype=dtype, zero_level=2, offload=True))
+    runs = run_ranks(1, train_cases, [case, replace(case, engine="bmtrain"), offloaded])[0]
     for other in runs[1:]:
         assert (other.losses, other.norms) == (runs[0].losses, runs[0].norms)
         assert all(torch.equal(weight, other.weights[name]) for name, weight in runs[0].weights.items())

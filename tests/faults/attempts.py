@@ -9,29 +9,29 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from faults.forked import Ended
+from faults.forked import EndedCommand
 
 State = dict[str, str]  # path below a folder -> checksum of the file there
 
 
 @dataclass
-class Attempts:
-    """what: was attempted, in words. number: how often. met: how the attempts ended, in words -> how often.
+class AttemptResults:
+    """title: what was attempted, in words. count: how often. outcomes: how the attempts ended, in words -> how often.
     kills: SIGKILLs among them. problems: what should not be: a file lost, damaged or left behind, a traceback."""
 
-    what: str
-    number: int = 0
-    met: Counter[str] = field(default_factory=Counter)
+    title: str
+    count: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
     kills: int = 0
     problems: list[str] = field(default_factory=list)
 
-    def meet(self, how: str) -> None:
-        self.number += 1
-        self.met[how] += 1
+    def add_outcome(self, outcome: str) -> None:
+        self.count += 1
+        self.outcomes[outcome] += 1
 
-    def complain(self, problem: str, ended: Ended | None = None) -> None:
+    def add_problem(self, problem: str, ended: EndedCommand | None = None) -> None:
         said = f"\n{ended.stdout[-500:]}\n{ended.stderr[-3000:]}" if ended else ""
-        self.problems.append(f"{self.what}: {problem}{said}")
+        self.problems.append(f"{self.title}: {problem}{said}")
 
 
 def state(folder: Path) -> State:
@@ -74,7 +74,7 @@ def clear(folder: Path, content: Path | None = None) -> None:
         shutil.copytree(content, folder, dirs_exist_ok=True)
 
 
-def is_plain_refusal(ended: Ended) -> bool:
+def is_plain_refusal(ended: EndedCommand) -> bool:
     """Whether a command ended as it does for a user's mistake: with 2 and one message, and no traceback."""
     said = [line for line in ended.stderr.splitlines() if line.startswith("fm9g: ")]
-    return ended.code == 2 and len(said) == 1 and "Traceback" not in ended.stderr and not ended.late
+    return ended.returncode == 2 and len(said) == 1 and "Traceback" not in ended.stderr and not ended.timed_out

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from faults.attempts import Attempts, State, clear, differences, is_temporary, state, without_temporary
-from faults.forked import Ended, Running
-from support import records, small_model, text, write_jsonl
+from faults.attempts import AttemptResults, State, clear, differences, is_temporary, state, without_temporary
+from faults.forked import EndedCommand, RunningCommand
+from support import make_records, random_text, small_model, write_jsonl
 
 from fm9g import quickstart
-from fm9g.data.tokenizer import train_tokenizer
+from fm9g.data.encode.tokenizer import train_tokenizer
 
 NEW, OLD, ASIDE = "the new", "the old", "the old, moved aside"
 HALF, PAIR = "the new .json, the old .pt", {"out.json", "out.pt"}
@@ -34,11 +34,11 @@ Kill = Callable[[], object] | float  # what is called in the process before the 
 @dataclass(frozen=True)
 class Command:
     """A command that writes. argv: of it; {in} is the folder of what it reads; it runs where its target is.
-    before: the command that made the target which it replaces."""
+    setup_argv: of the command that made the target which it replaces."""
 
     name: str
     argv: str
-    before: str
+    setup_argv: str
 
 
 COMMANDS = {
@@ -72,9 +72,11 @@ COMMANDS = {
         Command(
             "token cache",
             "train --config {in}/model.json --dataset_config {in}/one.json --tokenizer_path {in}/tokenizer "
-            "--token_cache out --only_run_dataloader true --train_iters 1 --max_length 64 --dataloader_num_workers 0",
+            "--token_cache_dir out --only_run_dataloader true --train_iters 1 --max_length 64 "
+            "--dataloader_num_workers 0",
             "train --config {in}/model.json --dataset_config {in}/one.json --tokenizer_path {in}/tokenizer-old "
-            "--token_cache out --only_run_dataloader true --train_iters 1 --max_length 64 --dataloader_num_workers 0",
+            "--token_cache_dir out --only_run_dataloader true --train_iters 1 --max_length 64 "
+            "--dataloader_num_workers 0",
         ),
         Command(
             "convert to .pt",
@@ -110,7 +112,7 @@ COMMANDS = {
 }
 
 
-class Bed:
+class CommandFixture:
     """What commands read, a folder where they write, and what an undisturbed one leaves."""
 
     def __init__(self, folder: Path, names: Sequence[str] = tuple(COMMANDS)) -> None:
@@ -119,13 +121,13 @@ class Bed:
         self.inputs.mkdir(parents=True)
         self.work.mkdir()
         self._undisturbed: dict[str, Undisturbed] = {}
-        source = random.Random(0)
-        write_jsonl(self.inputs / "a.jsonl", records(60, 1))
-        write_jsonl(self.inputs / "b.jsonl", records(40, 2))
+        rng = random.Random(0)
+        write_jsonl(self.inputs / "a.jsonl", make_records(60, 1))
+        write_jsonl(self.inputs / "b.jsonl", make_records(40, 2))
         good = (self.inputs / "a.jsonl").read_bytes()
         (self.inputs / "bad.jsonl").write_bytes(good + b'{"input": 1}\n' + good)
         for name, size in {"tokenizer": 320, "tokenizer-old": 310}.items():
-            train_tokenizer((text(source, 30) for _ in range(200)), size, self.inputs / name)
+            train_tokenizer((random_text(rng, 30) for _ in range(200)), size, self.inputs / name)
         (self.inputs / "model.json").write_text(json.dumps(small_model().to_json()))
         for name in ("a", "b"):
             self._make(f"data index --path {{in}}/{name}.jsonl --language en --output {{in}}/indexed/{name}")
@@ -140,8 +142,8 @@ class Bed:
         """A run of a model and one of an adapter, and what is made of them."""
         keys = (
             "train --config {in}/model.json --dataset_config {in}/mixture.json --tokenizer_path {in}/tokenizer "
-            "--output_dir {in}/data --train_iters 4 --save_iters 2 --global_batch 2 --max_length 64 --warmup_iters 1 "
-            "--dataloader_num_workers 0 --device cpu --async_save false --report_to none"
+            "--output_dir {in}/data --train_iters 4 --save_iters 2 --global_batch_size 2 --max_length 64 "
+            "--warmup_iters 1 --dataloader_num_workers 0 --device cpu --async_save false --report_to none"
         )
         self._make(f"{keys} --model_unique m")
         self._make("convert {in}/data/checkpoints/m/4 {in}/hf")
@@ -155,13 +157,15 @@ class Bed:
 
     def _make(self, command: str) -> None:
         ended = self.run(command)
-        assert ended.code == 0, f"{command}: {ended}"
+        assert ended.returncode == 0, f"{command}: {ended}"
 
-    def start(self, command: str, before: Callable[[], object] | None = None) -> Running:
-        """before: is called in the process before the command."""
-        return Running([word.replace("{in}", str(self.inputs)) for word in command.split()], self.work, before)
+    def start(self, command: str, preexec_fn: Callable[[], object] | None = None) -> RunningCommand:
+        """preexec_fn: is called in the process before the command."""
+        return RunningCommand(
+            [word.replace("{in}", str(self.inputs)) for word in command.split()], self.work, preexec_fn
+        )
 
-    def run(self, command: str, kill: Kill | None = None) -> Ended:
+    def run(self, command: str, kill: Kill | None = None) -> EndedCommand:
         if not isinstance(kill, float):
             return self.start(command, kill).wait()
         running = self.start(command)
@@ -175,25 +179,25 @@ class Bed:
 
 
 class Undisturbed:
-    """What a command leaves that nobody disturbs. start: a copy of what is there before it, as in `before`. seconds:
-    that it takes. sizes: bytes of the files that it makes."""
+    """What a command leaves that nobody disturbs. start: a copy of what is there before it, as in `Command.setup_argv`.
+    seconds: that it takes. sizes: bytes of the files that it makes."""
 
-    def __init__(self, bed: Bed, command: Command) -> None:
-        self.start = bed.folder / "before" / command.name.replace(" ", "-")
+    def __init__(self, fixture: CommandFixture, command: Command) -> None:
+        self.start = fixture.folder / "before" / command.name.replace(" ", "-")
         self.start.mkdir(parents=True)
-        clear(bed.work)
-        bed._make(command.before)
-        clear(self.start, bed.work)
+        clear(fixture.work)
+        fixture._make(command.setup_argv)
+        clear(self.start, fixture.work)
         self.before = state(self.start)
-        ended = bed.run(command.argv)
-        assert ended.code == 0, ended
-        self.after, self.seconds = state(bed.work), ended.seconds
-        self.sizes = [path.stat().st_size for path in bed.work.rglob("*") if path.is_file()]
-        clear(bed.work)
-        again = bed.run(command.argv)
+        ended = fixture.run(command.argv)
+        assert ended.returncode == 0, ended
+        self.after, self.seconds = state(fixture.work), ended.seconds
+        self.sizes = [path.stat().st_size for path in fixture.work.rglob("*") if path.is_file()]
+        clear(fixture.work)
+        again = fixture.run(command.argv)
         self.seconds = min(self.seconds, again.seconds)
-        assert again.code == 0, again
-        assert state(bed.work) == self.after, differences(state(bed.work), self.after)
+        assert again.returncode == 0, again
+        assert state(fixture.work) == self.after, differences(state(fixture.work), self.after)
         assert self.after != self.before
 
 
@@ -226,53 +230,53 @@ def _writes(path: object, mode: object, flags: int) -> bool:
     return isinstance(path, (str, bytes, os.PathLike)) and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
 
 
-def kill_at_every_change(bed: Bed, name: str, stride: int = 1) -> Attempts:
+def kill_at_every_change(fixture: CommandFixture, name: str, stride: int = 1) -> AttemptResults:
     """Kills a command before each of its changes, one an attempt, until it has no more; with and without a target
     that is there already. stride: 3 for the first, the fourth, and so on."""
-    made = Attempts(f"{name}: killed before each change of a file")
+    results = AttemptResults(f"{name}: killed before each change of a file")
     for fresh in (True, False):
         number = 1
-        while attempt(bed, name, made, [KillAt(number)], fresh):
+        while attempt(fixture, name, results, [KillAt(number)], fresh):
             number += stride
-    return made
+    return results
 
 
-def kill_at_random(bed: Bed, name: str, kills: int, seed: int) -> Attempts:
+def kill_at_random(fixture: CommandFixture, name: str, kills: int, seed: int) -> AttemptResults:
     """Kills a command so many times at moments that are equally likely over its length, up to three an attempt."""
-    made = Attempts(f"{name}: killed at a random moment")
-    source = random.Random(f"{seed} {name}")
-    while made.kills < kills and made.number < 3 * kills:
-        seconds = bed.undisturbed(COMMANDS[name]).seconds
-        moments = [source.uniform(0, seconds) for _ in range(source.randint(1, 3))]
-        attempt(bed, name, made, moments, fresh=source.random() < 0.5)
-    return made
+    results = AttemptResults(f"{name}: killed at a random moment")
+    rng = random.Random(f"{seed} {name}")
+    while results.kills < kills and results.count < 3 * kills:
+        seconds = fixture.undisturbed(COMMANDS[name]).seconds
+        moments = [rng.uniform(0, seconds) for _ in range(rng.randint(1, 3))]
+        attempt(fixture, name, results, moments, fresh=rng.random() < 0.5)
+    return results
 
 
-def attempt(bed: Bed, name: str, made: Attempts, kills: Sequence[Kill], fresh: bool) -> bool:
+def attempt(fixture: CommandFixture, name: str, results: AttemptResults, kills: Sequence[Kill], fresh: bool) -> bool:
     """Kills a command again and again, then lets it run; looks at what is there after each. Returns whether any kill
     was in time."""
     command = COMMANDS[name]
-    undisturbed = bed.undisturbed(command)
+    undisturbed = fixture.undisturbed(command)
     before: State = {} if fresh else undisturbed.before
-    clear(bed.work, None if fresh else undisturbed.start)
+    clear(fixture.work, None if fresh else undisturbed.start)
     in_time = False
     for kill in kills:
-        ended = bed.run(command.argv, kill)
-        if ended.code != -signal.SIGKILL or ended.late:
-            made.meet("had ended")
-            if ended.code:
-                made.complain(f"{_said(kill, fresh)}: ended with {ended.code}", ended)
+        ended = fixture.run(command.argv, kill)
+        if ended.returncode != -signal.SIGKILL or ended.timed_out:
+            results.add_outcome("had ended")
+            if ended.returncode:
+                results.add_problem(f"{_said(kill, fresh)}: ended with {ended.returncode}", ended)
             break
         in_time = True
-        made.kills += 1
-        left = state(bed.work)
+        results.kills += 1
+        left = state(fixture.work)
         how = _what_is_left(left, before, undisturbed.after)
-        made.meet(how or "neither")
+        results.add_outcome(how or "neither")
         if not how:
-            made.complain(f"{_said(kill, fresh)}: left neither old nor new: {differences(left, before)}", ended)
-        if ended.others:
-            made.complain(f"{_said(kill, fresh)}: {ended.others} processes lived on", ended)
-    end(bed, command, made, f"{[_said(kill, fresh) for kill in kills]}")
+            results.add_problem(f"{_said(kill, fresh)}: left neither old nor new: {differences(left, before)}", ended)
+        if ended.orphans:
+            results.add_problem(f"{_said(kill, fresh)}: {ended.orphans} processes lived on", ended)
+    end(fixture, command, results, f"{[_said(kill, fresh) for kill in kills]}")
     return in_time
 
 
@@ -296,21 +300,23 @@ def _names_back(left: State) -> State:
     return {(match[1] or "") + match[2] + match[3]: left[match[0]] for match in aside if match}
 
 
-def end(bed: Bed, command: Command, made: Attempts, where: str) -> None:
+def end(fixture: CommandFixture, command: Command, results: AttemptResults, where: str) -> None:
     """The same command once more, undisturbed. It must leave what it should and nothing else."""
-    for path in bed.work.rglob(
+    for path in fixture.work.rglob(
         ".*.new"
     ):  # as if a minute had passed: until then another process may be about to use them
         os.utime(path, (1, 1))
-    ended = bed.run(command.argv)
-    found = state(bed.work)
-    if ended.code:
-        made.complain(f"{where}: the next command ended with {ended.code}", ended)
-    elif found != bed.undisturbed(command).after:
-        made.complain(f"{where}: after the next command: {differences(found, bed.undisturbed(command).after)}", ended)
-    if (inputs := state(bed.inputs)) != bed.input_state:
-        made.complain(f"{where}: what it reads was changed: {differences(inputs, bed.input_state)}")
-        bed.input_state = inputs
+    ended = fixture.run(command.argv)
+    found = state(fixture.work)
+    if ended.returncode:
+        results.add_problem(f"{where}: the next command ended with {ended.returncode}", ended)
+    elif found != fixture.undisturbed(command).after:
+        results.add_problem(
+            f"{where}: after the next command: {differences(found, fixture.undisturbed(command).after)}", ended
+        )
+    if (inputs := state(fixture.inputs)) != fixture.input_state:
+        results.add_problem(f"{where}: what it reads was changed: {differences(inputs, fixture.input_state)}")
+        fixture.input_state = inputs
 
 
 def _said(kill: Kill, fresh: bool) -> str:
@@ -332,28 +338,28 @@ def few_sources() -> None:
     mock.patch("fm9g.quickstart.generate", return_value="").start()
 
 
-def kill_quickstart(bed: Bed, kills: int, seed: int) -> Attempts:
+def kill_quickstart(fixture: CommandFixture, kills: int, seed: int) -> AttemptResults:
     """Kills `fm9g quickstart` at random moments, again and again in one folder; then lets it run."""
-    made = Attempts("quickstart: killed at a random moment")
-    source = random.Random(f"{seed} quickstart")
-    clear(bed.work)
-    whole = bed.run(QUICKSTART, few_sources)
-    assert whole.code == 0, whole
-    wanted = {folder: set(state(bed.work / "out" / folder)) for folder in _FOLDERS}
-    clear(bed.work)
-    while made.kills < kills and made.number < 3 * kills:
-        running = bed.start(QUICKSTART, few_sources)
-        running.kill_after(source.uniform(0, whole.seconds))
+    results = AttemptResults("quickstart: killed at a random moment")
+    rng = random.Random(f"{seed} quickstart")
+    clear(fixture.work)
+    whole = fixture.run(QUICKSTART, few_sources)
+    assert whole.returncode == 0, whole
+    wanted = {folder: set(state(fixture.work / "out" / folder)) for folder in _FOLDERS}
+    clear(fixture.work)
+    while results.kills < kills and results.count < 3 * kills:
+        running = fixture.start(QUICKSTART, few_sources)
+        running.kill_after(rng.uniform(0, whole.seconds))
         ended = running.wait()
-        made.kills += ended.code == -signal.SIGKILL
-        there = [folder for folder in _FOLDERS if (bed.work / "out" / folder).exists()]
-        made.meet(f"{len(there)} of {len(_FOLDERS)} folders there" if ended.code else "had ended")
+        results.kills += ended.returncode == -signal.SIGKILL
+        there = [folder for folder in _FOLDERS if (fixture.work / "out" / folder).exists()]
+        results.add_outcome(f"{len(there)} of {len(_FOLDERS)} folders there" if ended.returncode else "had ended")
         for folder in there:
-            if set(state(bed.work / "out" / folder)) != wanted[folder]:
-                made.complain(f"{folder} is not whole", ended)
-        if ended.code not in (0, -signal.SIGKILL):
-            made.complain(f"ended with {ended.code}", ended)
-    ended = bed.run(QUICKSTART, few_sources)
-    if ended.code or [path for path in state(bed.work) if is_temporary(path) and not path.endswith(".new/")]:
-        made.complain(f"the next command: {[path for path in state(bed.work) if is_temporary(path)]}", ended)
-    return made
+            if set(state(fixture.work / "out" / folder)) != wanted[folder]:
+                results.add_problem(f"{folder} is not whole", ended)
+        if ended.returncode not in (0, -signal.SIGKILL):
+            results.add_problem(f"ended with {ended.returncode}", ended)
+    ended = fixture.run(QUICKSTART, few_sources)
+    if ended.returncode or [path for path in state(fixture.work) if is_temporary(path) and not path.endswith(".new/")]:
+        results.add_problem(f"the next command: {[path for path in state(fixture.work) if is_temporary(path)]}", ended)
+    return results

@@ -17,40 +17,40 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO
 
-from ranks import context, start_server
+from spawn import context, start_server
 
-PATIENCE = 180.0  # seconds that a command may take
+TIMEOUT_S = 180.0  # seconds that a command may take
 
 
 @dataclass(frozen=True)
-class Ended:
-    """What a command left. code: its exit code; below 0: the signal that ended it. seconds: from the
+class EndedCommand:
+    """What a command left. returncode: its exit code; below 0: the signal that ended it. seconds: from the
     call of main to the end.
-    late: it had to be killed, having taken longer than it may. others: processes of it that lived on."""
+    timed_out: it had to be killed, having taken longer than it may. orphans: processes of it that lived on."""
 
-    code: int
+    returncode: int
     stdout: str
     stderr: str
     seconds: float
-    late: bool = False
-    others: int = 0
+    timed_out: bool = False
+    orphans: int = 0
 
 
-class Running:
+class RunningCommand:
     """A command that runs: fm9g.cli.main(argv) in a process of its own."""
 
-    def __init__(self, argv: Sequence[str], cwd: Path, before: Callable[[], object] | None = None) -> None:
-        """before: is called in the process before the command."""
+    def __init__(self, argv: Sequence[str], cwd: Path, preexec_fn: Callable[[], object] | None = None) -> None:
+        """preexec_fn: is called in the process before the command."""
         start_server()
         self._out, self._err = _file(), _file()
         names = [f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in (self._out, self._err)]
         begins, tells = context.Pipe(duplex=False)
-        self._process = context.Process(target=_command, args=(list(argv), str(cwd), before, tells, *names))
+        self._process = context.Process(target=_command, args=(list(argv), str(cwd), preexec_fn, tells, *names))
         self._process.start()
         self.pid: int = self._process.pid or 0
         tells.close()
         with begins:
-            begins.poll(PATIENCE)
+            begins.poll(TIMEOUT_S)
         self.began = time.monotonic()
 
     def signal(self, number: int) -> None:
@@ -65,26 +65,28 @@ class Running:
     def is_alive(self) -> bool:
         return self._process.is_alive()
 
-    def wait(self, timeout: float = PATIENCE) -> Ended:
+    def wait(self, timeout: float = TIMEOUT_S) -> EndedCommand:
         """Returns when the command has ended; it is killed after `timeout` seconds."""
         self._process.join(timeout)
-        late = self._process.is_alive()
+        timed_out = self._process.is_alive()
         seconds = time.monotonic() - self.began
         self._process.kill()
         self._process.join()
-        others = end_session(self.pid)
-        return Ended(self._process.exitcode or 0, _text(self._out), _text(self._err), seconds, late, others)
+        orphans = end_session(self.pid)
+        return EndedCommand(
+            self._process.exitcode or 0, _text(self._out), _text(self._err), seconds, timed_out, orphans
+        )
 
 
 def run(
     argv: Sequence[str],
     cwd: Path,
-    timeout: float = PATIENCE,
+    timeout: float = TIMEOUT_S,
     kill_after: float | None = None,
-    before: Callable[[], object] | None = None,
-) -> Ended:
+    preexec_fn: Callable[[], object] | None = None,
+) -> EndedCommand:
     """Runs `fm9g argv` in a folder. kill_after: seconds from its start after which SIGKILL ends it."""
-    running = Running(argv, cwd, before)
+    running = RunningCommand(argv, cwd, preexec_fn)
     if kill_after is not None:
         running.kill_after(kill_after)
     return running.wait(timeout)
@@ -93,7 +95,7 @@ def run(
 def end_session(leader: int, patience: float = 20.0) -> int:
     """Gives the processes of a session time to end by themselves; kills those that do not, and counts them."""
     deadline = time.monotonic() + patience
-    while (living := session(leader)) and time.monotonic() < deadline:
+    while (living := session_pids(leader)) and time.monotonic() < deadline:
         time.sleep(0.02)
     for pid in living:
         with suppress(ProcessLookupError):
@@ -101,7 +103,7 @@ def end_session(leader: int, patience: float = 20.0) -> int:
     return len(living)
 
 
-def session(leader: int) -> list[int]:
+def session_pids(leader: int) -> list[int]:
     """The processes of a session, without those that have ended."""
     found = []
     for name in filter(str.isdecimal, os.listdir("/proc")):
@@ -113,14 +115,14 @@ def session(leader: int) -> list[int]:
 
 
 def _command(
-    argv: list[str], cwd: str, before: Callable[[], object] | None, tells: Connection, out: str, err: str
+    argv: list[str], cwd: str, preexec_fn: Callable[[], object] | None, tells: Connection, out: str, err: str
 ) -> None:
     os.setsid()
     for descriptor, name in ((1, out), (2, err)):
         os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), descriptor)
     os.chdir(cwd)
-    if before:
-        before()
+    if preexec_fn:
+        preexec_fn()
     from fm9g.cli import main
 
     tells.close()

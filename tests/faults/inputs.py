@@ -17,16 +17,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from faults.forked import Ended, run
-from faults.mutations import CONTENTS, FILES, WORDS
+from faults.forked import EndedCommand, run
+from faults.mutations import CONTENT_MUTATIONS, FILE_MUTATIONS, WORD_MUTATIONS
 from faults.prepared import prepare
-from support import records, small_model, text, write_jsonl
+from support import make_records, random_text, small_model, write_jsonl
 
 from fm9g.printable import printable
 
-SECONDS = 60.0  # that a command may take
-MOST_LINES = 6  # of a message; a schema may find more than one key wrong
-MOST_LETTERS = 1500  # of a line of it
+TIMEOUT_S = 60.0  # that a command may take
+MAX_LINES = 6  # of a message; a schema may find more than one key wrong
+MAX_CHARACTERS = 1500  # of a line of it
 _LIBRARY = re.compile(r"Traceback|\b[A-Za-z_.]*[a-z](?:Error|Exception)\b|Error\(s\)|object at 0x|enforce fail")
 OUTCOMES = ("as without it", "another result", "refused")
 _LEFTOVER = re.compile(r"\..+\.\d+\.(?:tmp|old|new)")
@@ -52,7 +52,7 @@ class Command:
         return self.words.split()
 
     @property
-    def verb(self) -> str:
+    def subcommand(self) -> str:
         """As the table of results names it."""
         words = self.argv
         return " ".join(words[:2]) if words[0] in ("data", "config", "ckpt", "lora") else words[0]
@@ -126,7 +126,7 @@ COMMANDS = (
 _CODES = {"ckpt diff": (1,), "plan": (1,), "doctor": (1,)}
 
 
-class Bed:
+class InputFixture:
     """A folder of all that commands read, and what every good command leaves of it."""
 
     def __init__(self, folder: Path) -> None:
@@ -151,8 +151,8 @@ class Bed:
         shutil.copy(self.folder / "t.jinja", self.folder / "llama" / "chat_template.jinja")
 
     def _make(self, words: str) -> None:
-        ended = run(words.split(), self.folder, before=prepare)
-        assert ended.code == 0, f"{words}: {ended.stderr}"
+        ended = run(words.split(), self.folder, preexec_fn=prepare)
+        assert ended.returncode == 0, f"{words}: {ended.stderr}"
 
     def files(self, command: Command) -> list[str]:
         found = {file for pattern in command.reads for file in self.folder.glob(pattern) if file.is_file()}
@@ -183,7 +183,7 @@ class Inputs:
     """Makes attempts and judges them."""
 
     def __init__(self, folder: Path, seed: int) -> None:
-        self.bed, self._folder, self._random = Bed(folder), folder, random.Random(seed)
+        self.fixture, self._folder, self._random = InputFixture(folder), folder, random.Random(seed)
         self._good: dict[str, str] = {}  # what good commands leave
 
     def attempts(self, count: int, commands: Sequence[Command] = COMMANDS) -> Iterator[Attempt]:
@@ -193,8 +193,8 @@ class Inputs:
     def attempt(self, command: Command) -> Attempt:
         work = self._folder / "work"
         shutil.rmtree(work, ignore_errors=True)
-        shutil.copytree(self.bed.folder, work, symlinks=True)
-        files = self.bed.files(command)
+        shutil.copytree(self.fixture.folder, work, symlinks=True)
+        files = self.fixture.files(command)
         if files and self._random.random() < 0.75:
             attempt = self._damage_file(command, work, files)
         else:
@@ -212,58 +212,61 @@ class Inputs:
     def _damage_file(self, command: Command, work: Path, files: list[str]) -> Attempt:
         for _ in range(50):
             name = self._random.choice(files)
-            chosen = self._random.choice(CONTENTS if command.stdin else FILES)
-            if chosen.kind == "a pipe" and command.verb.startswith("data "):
+            chosen = self._random.choice(CONTENT_MUTATIONS if command.stdin else FILE_MUTATIONS)
+            if chosen.kind == "a pipe" and command.subcommand.startswith("data "):
                 continue  # such as <(zcat file): who reads data from it waits for who writes
             if chosen.fits(work / name) and (what := chosen.apply(work / name, self._random)) is not None:
                 path = Path(name)
                 parents = [str(parent) for parent in path.parents if parent != Path()]
                 parents += [parent.removeprefix("data/checkpoints/") for parent in parents]
-                names = (path.name, path.stem, *parents, *what.names, *_keys_of(self.bed.folder / name))
+                names = (path.name, path.stem, *parents, *what.names, *_keys_of(self.fixture.folder / name))
                 return Attempt(
                     command, chosen.kind, f"{name}: {what.text}", names, command.argv, chosen.kind == "denied"
                 )
         return self._damage_words(command)  # nothing fits its files
 
     def _damage_words(self, command: Command) -> Attempt:
-        kind, argv, what, names = self._random.choice(WORDS)(command.argv, self._random)
+        kind, argv, what, names = self._random.choice(WORD_MUTATIONS)(command.argv, self._random)
         names = (*names, *(printable(word) for word in argv if len(word) > 1), "work")  # the folder, for `.`
         return Attempt(command, kind, what, names, argv)
 
-    def _run(self, attempt: Attempt, work: Path) -> Ended:
-        before = partial(prepare, attempt.command.stdin, attempt.denied, attempt.argv[0] == "doctor")
-        return run(attempt.argv, work, SECONDS, before=before)
+    def _run(self, attempt: Attempt, work: Path) -> EndedCommand:
+        preexec_fn = partial(prepare, attempt.command.stdin, attempt.denied, attempt.argv[0] == "doctor")
+        return run(attempt.argv, work, TIMEOUT_S, preexec_fn=preexec_fn)
 
     def _good_answer(self, command: Command) -> str:
         """What a good command prints and makes."""
         if command.words not in self._good:
             work = self._folder / "undamaged"
             shutil.rmtree(work, ignore_errors=True)
-            shutil.copytree(self.bed.folder, work, symlinks=True)
+            shutil.copytree(self.fixture.folder, work, symlinks=True)
             ended = run(
-                command.argv, work, SECONDS, before=partial(prepare, command.stdin, False, command.verb == "doctor")
+                command.argv,
+                work,
+                TIMEOUT_S,
+                preexec_fn=partial(prepare, command.stdin, False, command.subcommand == "doctor"),
             )
             self._good[command.words] = _answer(ended, command, work)
         return self._good[command.words]
 
 
-def is_taken(command: Command, ended: Ended) -> bool:
+def is_taken(command: Command, ended: EndedCommand) -> bool:
     """Whether a command took its input."""
-    return not ended.late and (ended.code == 0 or ended.code in _CODES.get(command.verb, ()))
+    return not ended.timed_out and (ended.returncode == 0 or ended.returncode in _CODES.get(command.subcommand, ()))
 
 
-def problems_of(attempt: Attempt, ended: Ended, before: dict[str, str], after: dict[str, str]) -> list[str]:
+def problems_of(attempt: Attempt, ended: EndedCommand, before: dict[str, str], after: dict[str, str]) -> list[str]:
     """What is wrong with how a command ended. before, after: what tree gives of the folder in which it ran."""
     problems = _problems_of_end(ended)
     if not is_taken(attempt.command, ended):
-        problems += [f"exit code {ended.code}"] * (ended.code not in (0, 2))
+        problems += [f"exit code {ended.returncode}"] * (ended.returncode not in (0, 2))
         problems += _problems_of_message(attempt, ended)
     match = _LIBRARY.search(ended.stderr)
     if match and not (match[0] == "SyntaxError" and ".py" in ended.stderr):  # of a transform of the user's
         problems.append(f"words of a library or of Python: {match[0]}")
     if "out of memory" in ended.stderr and attempt.argv == attempt.command.argv:
         problems.append("too much memory")
-    shown = ended.stderr + ("" if attempt.command.verb in ("generate", "data txt2jsonl") else ended.stdout)
+    shown = ended.stderr + ("" if attempt.command.subcommand in ("generate", "data txt2jsonl") else ended.stdout)
     if bad := {letter for letter in shown if not (letter.isprintable() or letter in "\n\r\t")}:
         problems.append(f"unprintable {sorted(bad)}")
     if "What is done is kept in" in ended.stderr:  # a conversion that the same command goes on with
@@ -271,23 +274,23 @@ def problems_of(attempt: Attempt, ended: Ended, before: dict[str, str], after: d
     return problems + _problems_of_files(attempt, is_taken(attempt.command, ended), before, after)
 
 
-def _problems_of_end(ended: Ended) -> list[str]:
-    problems = [f"took more than {SECONDS:.0f} s"] * ended.late
-    if ended.code < 0 and not ended.late:
-        problems.append(f"ended by signal {-ended.code}")
-    return problems + [f"{ended.others} processes lived on"] * bool(ended.others)
+def _problems_of_end(ended: EndedCommand) -> list[str]:
+    problems = [f"took more than {TIMEOUT_S:.0f} s"] * ended.timed_out
+    if ended.returncode < 0 and not ended.timed_out:
+        problems.append(f"ended by signal {-ended.returncode}")
+    return problems + [f"{ended.orphans} processes lived on"] * bool(ended.orphans)
 
 
-def _problems_of_message(attempt: Attempt, ended: Ended) -> list[str]:
+def _problems_of_message(attempt: Attempt, ended: EndedCommand) -> list[str]:
     lines = [line for line in ended.stderr.split("\n") if not _SAID_BESIDE.search(line)]
     told = "\n".join([*lines, ended.stdout]).lower()  # ckpt verify names a damage on stdout
     problems = []
     if not told.strip():
         problems.append("no message")
-    if len(lines) > MOST_LINES:
+    if len(lines) > MAX_LINES:
         problems.append(f"{len(lines)} lines of message")
-    if max(map(len, lines), default=0) > MOST_LETTERS + 2 * max(map(len, attempt.argv)):
-        problems.append(f"a message of more than {MOST_LETTERS} characters")
+    if max(map(len, lines), default=0) > MAX_CHARACTERS + 2 * max(map(len, attempt.argv)):
+        problems.append(f"a message of more than {MAX_CHARACTERS} characters")
     if not any(name and name[:60].lower() in told for name in attempt.names):
         problems.append(f"names none of {attempt.names}")
     return problems
@@ -296,11 +299,11 @@ def _problems_of_message(attempt: Attempt, ended: Ended) -> list[str]:
 def _problems_of_files(attempt: Attempt, taken: bool, before: dict[str, str], after: dict[str, str]) -> list[str]:
     new = [name for name in after if name not in before]
     changed = [name for name in before if after.get(name) != before[name]]
-    if attempt.command.verb == "train":  # it keeps logs, also of a run that it cannot begin
+    if attempt.command.subcommand == "train":  # it keeps logs, also of a run that it cannot begin
         changed = [name for name in changed if not name.startswith("data/")]
     problems = [f"changed {changed[:3]}"] * bool(changed)
-    writes = attempt.command.writes if taken or attempt.command.verb in ("train", "convert") else ()
-    strange = [name for name in new if not any(name == place or name.startswith(f"{place}/") for place in writes)]
+    writes = attempt.command.writes if taken or attempt.command.subcommand in ("train", "convert") else ()
+    strange = [name for name in new if not any(name == path or name.startswith(f"{path}/") for path in writes)]
     if strange and not (taken and attempt.argv != attempt.command.argv):  # whose output may be another one
         problems.append(f"made {strange[:3]}")
     left = [name for name in new if any(_LEFTOVER.fullmatch(part) for part in Path(name).parts)]
@@ -312,20 +315,20 @@ def _keys_of(path: Path) -> list[str]:
     return [f"{key}:" for key in re.findall(r'"([a-z_]{4,})":', path.read_text())] if path.suffix == ".json" else []
 
 
-def _answer(ended: Ended, command: Command, work: Path) -> str:
+def _answer(ended: EndedCommand, command: Command, work: Path) -> str:
     made = {name: value for name, value in tree(work).items() if name.startswith(command.writes)}
     made = {name: value for name, value in made.items() if not name.startswith("data/")}
     printed = re.sub(r"\d+(?:\.\d+)? (?:s|tokens/s|ms)\b|\d{4}-\d\d-\d\d.\d\d:\d\d(?::\d\d)?", "", ended.stdout)
-    is_run = command.verb in ("train", "report")
-    return f"{ended.code} {printed} {'' if is_run else made}"
+    is_run = command.subcommand in ("train", "report")
+    return f"{ended.returncode} {printed} {'' if is_run else made}"
 
 
 def tree(folder: Path) -> dict[str, str]:
     """What is in a folder: a hash of each file, the target of each link."""
     found = {}
-    for place, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder):
         for name in [*folders, *files]:
-            path = Path(place, name)
+            path = Path(parent, name)
             if path.is_symlink():
                 found[str(path.relative_to(folder))] = f"-> {os.readlink(path)}"
             elif path.is_file():
@@ -352,10 +355,10 @@ def _write_sources(folder: Path) -> None:
     import pyarrow.ipc
     import pyarrow.parquet
 
-    from fm9g.data.tokenizer import train_tokenizer
+    from fm9g.data.encode.tokenizer import train_tokenizer
 
-    source = random.Random(0)
-    rows = records(20)
+    rng = random.Random(0)
+    rows = make_records(20)
     plain = write_jsonl(folder / "s.jsonl", rows).read_bytes()
     for ending, pack in (("gz", gzip), ("xz", lzma), ("bz2", bz2)):
         (folder / f"s.jsonl.{ending}").write_bytes(pack.compress(plain))
@@ -368,7 +371,7 @@ def _write_sources(folder: Path) -> None:
             writer.writeheader()
             writer.writerows(rows)
     for name in ("s.txt", "s.md"):
-        (folder / name).write_text("\n".join(text(source, 9) for _ in range(20)), encoding="utf-8")
+        (folder / name).write_text("\n".join(random_text(rng, 9) for _ in range(20)), encoding="utf-8")
     table = pyarrow.Table.from_pylist(rows)
     pyarrow.parquet.write_table(table, folder / "s.parquet")
     (folder / "saved").mkdir()  # as datasets.save_to_disk writes it, whose import takes seconds
@@ -377,7 +380,12 @@ def _write_sources(folder: Path) -> None:
     state = {"_data_files": [{"filename": "data.arrow"}], "_fingerprint": "0", "_format_columns": None}
     state |= {"_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None}
     chats = [
-        {"messages": [{"role": "user", "content": text(source, 5)}, {"role": "assistant", "content": text(source, 9)}]}
+        {
+            "messages": [
+                {"role": "user", "content": random_text(rng, 5)},
+                {"role": "assistant", "content": random_text(rng, 9)},
+            ]
+        }
         for _ in range(20)
     ]
     write_jsonl(folder / "chat.jsonl", chats)
@@ -395,11 +403,12 @@ def _write_sources(folder: Path) -> None:
         ("dataset_info.json", {"d": {"file_name": "other.jsonl", "columns": columns}}),
         ("m.json", small_model().to_json()),
         ("mixture.json", [{"task_name": "t", "path": "indexed", "abs_weight": 1.0}]),
-        ("chats.json", [{"task_name": "c", "path": "chat", "template": "./t.jinja", "transforms": "transform.py"}]),
+        ("chats.json", [{"task_name": "c", "path": "chat", "chat_template": "./t.jinja",
+                         "transforms": "transform.py"}]),
         ("t.json", {"pretrain": {"config": "./m.json", "train_iters": 4, "max_length": 64},
                     "finetune": {"lora_layer": ["w_0"], "lora_r": 2, "lora_alpha": 4, "pretrained_model": "m.pt"}}),
     ):  # fmt: skip
         (folder / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    train_tokenizer((text(source, 30) for _ in range(200)), 320, folder / "tokenizer")
+    train_tokenizer((random_text(rng, 30) for _ in range(200)), 320, folder / "tokenizer")
     (folder / "loop").symlink_to("loop")
     (folder / "nowhere").symlink_to("not_there")

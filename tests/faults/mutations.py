@@ -57,8 +57,8 @@ VALUES: tuple[Any, ...] = (
 
 
 @dataclass(frozen=True)
-class Done:
-    """What was damaged, in words. names: a message may name one of these in place of the file."""
+class Damage:
+    """What was damaged, in words. names: a message may name one of these in position of the file."""
 
     text: str
     names: tuple[str, ...] = ()
@@ -69,7 +69,7 @@ class Mutation:
     """apply(path, random): damages a file; None where it cannot. fits(path): whether it is one for such a file."""
 
     kind: str
-    apply: Callable[[Path, random.Random], Done | None]
+    apply: Callable[[Path, random.Random], Damage | None]
     fits: Callable[[Path], bool] = lambda path: True
 
 
@@ -77,71 +77,71 @@ class Mutation:
 
 
 def _bytes(kind: str, change: Callable[[bytes, random.Random], bytes]) -> Mutation:
-    def apply(path: Path, source: random.Random) -> Done | None:
+    def apply(path: Path, rng: random.Random) -> Damage | None:
         old = path.read_bytes()
-        new = change(old, source)
+        new = change(old, rng)
         path.write_bytes(new)
-        return None if new == old else Done(f"{kind}, from {len(old)} bytes to {len(new)}")
+        return None if new == old else Damage(f"{kind}, from {len(old)} bytes to {len(new)}")
 
     return Mutation(kind, apply)
 
 
-def _flipped(data: bytes, source: random.Random) -> bytes:
+def _flipped(data: bytes, rng: random.Random) -> bytes:
     changed = bytearray(data)
-    for _ in range(source.choice([1, 1, 8]) if data else 0):
-        changed[source.randrange(len(changed))] ^= 1 << source.randrange(8)
+    for _ in range(rng.choice([1, 1, 8]) if data else 0):
+        changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
     return bytes(changed)
 
 
-def _zeroed(data: bytes, source: random.Random) -> bytes:
-    start = source.randrange(len(data) + 1)
-    end = min(len(data), start + source.choice([1, 16, 512, 1 << 20]))
+def _zeroed(data: bytes, rng: random.Random) -> bytes:
+    start = rng.randrange(len(data) + 1)
+    end = min(len(data), start + rng.choice([1, 16, 512, 1 << 20]))
     return data[:start] + bytes(end - start) + data[end:]
 
 
-def _cut_out(data: bytes, source: random.Random) -> bytes:
-    start = source.randrange(len(data) + 1)
-    return data[:start] + data[start + source.choice([1, 7, 64, 512]) :]
+def _cut_out(data: bytes, rng: random.Random) -> bytes:
+    start = rng.randrange(len(data) + 1)
+    return data[:start] + data[start + rng.choice([1, 7, 64, 512]) :]
 
 
-BYTES = [
-    _bytes("truncated", lambda data, source: data[: source.randrange(len(data) + 1)]),
-    _bytes("truncated", lambda data, source: data[: -source.choice([1, 2, 22, 64]) or None]),
+BYTE_MUTATIONS = [
+    _bytes("truncated", lambda data, rng: data[: rng.randrange(len(data) + 1)]),
+    _bytes("truncated", lambda data, rng: data[: -rng.choice([1, 2, 22, 64]) or None]),
     _bytes("bits flipped", _flipped),
     _bytes("zeros", _zeroed),
     _bytes("bytes missing", _cut_out),
-    _bytes("empty", lambda data, source: b""),
-    _bytes("repeated", lambda data, source: data * 2),
-    _bytes("rubbish", lambda data, source: data + source.randbytes(source.choice([1, 8, 4096]))),
-    _bytes("rubbish", lambda data, source: source.randbytes(source.choice([1, 8, 4096]))),
+    _bytes("empty", lambda data, rng: b""),
+    _bytes("repeated", lambda data, rng: data * 2),
+    _bytes("rubbish", lambda data, rng: data + rng.randbytes(rng.choice([1, 8, 4096]))),
+    _bytes("rubbish", lambda data, rng: rng.randbytes(rng.choice([1, 8, 4096]))),
 ]
 
 
 # ---- places
 
 
-def _place(kind: str, put: Callable[[Path], object]) -> Mutation:
-    def apply(path: Path, source: random.Random) -> Done:
+def _path_mutation(kind: str, put: Callable[[Path], object]) -> Mutation:
+    def apply(path: Path, rng: random.Random) -> Damage:
         path.unlink()
         put(path)
-        return Done(kind)
+        return Damage(kind)
 
     return Mutation(kind, apply)
 
 
-def _denied(path: Path, source: random.Random) -> Done:
+def _denied(path: Path, rng: random.Random) -> Damage:
     path.chmod(0)
-    return Done("denied")
+    return Damage("denied")
 
 
-PLACES = [
-    _place("missing", lambda path: None),
-    _place("a folder", Path.mkdir),
-    _place("dangling link", lambda path: path.symlink_to("nowhere")),
-    _place("loop of links", lambda path: path.symlink_to(path.name)),
-    _place("a device", lambda path: path.symlink_to("/dev/null")),
-    _place("a device", lambda path: path.symlink_to("/dev/zero")),
-    _place("a pipe", os.mkfifo),
+PATH_MUTATIONS = [
+    _path_mutation("missing", lambda path: None),
+    _path_mutation("a folder", Path.mkdir),
+    _path_mutation("dangling link", lambda path: path.symlink_to("nowhere")),
+    _path_mutation("loop of links", lambda path: path.symlink_to(path.name)),
+    _path_mutation("a device", lambda path: path.symlink_to("/dev/null")),
+    _path_mutation("a device", lambda path: path.symlink_to("/dev/zero")),
+    _path_mutation("a pipe", os.mkfifo),
     Mutation("denied", _denied),
 ]
 
@@ -154,25 +154,25 @@ def _is_text(path: Path) -> bool:
 
 
 def _text(kind: str, change: Callable[[bytes, int], bytes]) -> Mutation:
-    """change(data, place): a place in it where a line or a string may be."""
+    """change(data, position): a position in it where a line or a string may be."""
 
-    def apply(path: Path, source: random.Random) -> Done | None:
+    def apply(path: Path, rng: random.Random) -> Damage | None:
         old = path.read_bytes()
-        new = change(old, source.randrange(len(old) + 1))
+        new = change(old, rng.randrange(len(old) + 1))
         path.write_bytes(new)
-        return None if old == new else Done(kind)
+        return None if old == new else Damage(kind)
 
     return Mutation(kind, apply, _is_text)
 
 
 def _inserted(piece: bytes) -> Callable[[bytes, int], bytes]:
-    return lambda data, place: data[:place] + piece + data[place:]
+    return lambda data, position: data[:position] + piece + data[position:]
 
 
-TEXTS = [
-    _text("BOM", lambda data, place: b"\xef\xbb\xbf" + data),
-    _text("CRLF", lambda data, place: data.replace(b"\n", b"\r\n")),
-    _text("UTF-16", lambda data, place: data.decode().encode("utf-16")),
+TEXT_MUTATIONS = [
+    _text("BOM", lambda data, position: b"\xef\xbb\xbf" + data),
+    _text("CRLF", lambda data, position: data.replace(b"\n", b"\r\n")),
+    _text("UTF-16", lambda data, position: data.decode().encode("utf-16")),
     _text("NUL", _inserted(b"\0")),
     _text("not UTF-8", _inserted(b"\xff\xfe")),
     _text("control characters", _inserted(ESCAPE.encode())),
@@ -199,55 +199,55 @@ def _inner(content: Any) -> list[tuple[Any, Any]]:
     return pairs
 
 
-def _with_value(content: Any, source: random.Random) -> Done | None:
+def _with_value(content: Any, rng: random.Random) -> Damage | None:
     if not (pairs := _inner(content)):
         return None
     # Those near the root mean most; a tokenizer has thousands below.
-    container, key = source.choice(pairs[:40] if source.random() < 0.7 else pairs)
-    old, container[key] = container[key], (new := source.choice(VALUES))
+    container, key = rng.choice(pairs[:40] if rng.random() < 0.7 else pairs)
+    old, container[key] = container[key], (new := rng.choice(VALUES))
     if old == new and type(old) is type(new):
         return None
     said = new[:60] if isinstance(new, str) and len(new) > 2 else ""
-    return Done(f"{key}: {new!r:.60}", (str(key), said))
+    return Damage(f"{key}: {new!r:.60}", (str(key), said))
 
 
-def _without_key(content: Any, source: random.Random) -> Done | None:
+def _without_key(content: Any, rng: random.Random) -> Damage | None:
     if not (pairs := _inner(content)):
         return None
-    container, key = source.choice(pairs[:40] if source.random() < 0.7 else pairs)
+    container, key = rng.choice(pairs[:40] if rng.random() < 0.7 else pairs)
     del container[key]
-    return Done(f"{key} missing", (str(key),))
+    return Damage(f"{key} missing", (str(key),))
 
 
-def _with_unknown(content: Any, source: random.Random) -> Done | None:
-    target = source.choice([content, *(value for value in _values(content) if isinstance(value, dict))])
+def _with_unknown(content: Any, rng: random.Random) -> Damage | None:
+    target = rng.choice([content, *(value for value in _values(content) if isinstance(value, dict))])
     if not isinstance(target, dict):
         return None
-    key = source.choice(["unknown_key", "", ESCAPE, "k" * 5000, "\ud800", "__class__"])
-    target[key] = source.choice(VALUES)
-    return Done(f"unknown key {key!r:.40}", (key,))
+    key = rng.choice(["unknown_key", "", ESCAPE, "k" * 5000, "\ud800", "__class__"])
+    target[key] = rng.choice(VALUES)
+    return Damage(f"unknown key {key!r:.40}", (key,))
 
 
 def _values(content: Any) -> list[Any]:
     return [container[key] for container, key in _inner(content)]
 
 
-def _json(kind: str, change: Callable[[Any, random.Random], Done | None]) -> Mutation:
+def _json(kind: str, change: Callable[[Any, random.Random], Damage | None]) -> Mutation:
     """Changes the content of a JSON file, or of one line of a .jsonl file."""
 
-    def apply(path: Path, source: random.Random) -> Done | None:
+    def apply(path: Path, rng: random.Random) -> Damage | None:
         lines = path.read_bytes().splitlines() if path.suffix == ".jsonl" else [path.read_bytes()]
-        number = source.randrange(len(lines))
+        number = rng.randrange(len(lines))
         try:
             content = json.loads(lines[number])
         except ValueError:
             return None
-        done = change(content, source)
-        if done is None:
+        damage = change(content, rng)
+        if damage is None:
             return None
         lines[number] = json.dumps(content).encode()
         path.write_bytes(b"\n".join(lines) + b"\n" * (path.suffix == ".jsonl"))
-        return Done(f"line {number + 1}: {done.text}", (*done.names, f"line {number + 1}"))
+        return Damage(f"line {number + 1}: {damage.text}", (*damage.names, f"line {number + 1}"))
 
     return Mutation(kind, apply, _is_json)
 
@@ -255,34 +255,34 @@ def _json(kind: str, change: Callable[[Any, random.Random], Done | None]) -> Mut
 def _written(kind: str, change: Callable[[Any, random.Random], str]) -> Mutation:
     """Writes another text for the content of a JSON file."""
 
-    def apply(path: Path, source: random.Random) -> Done | None:
+    def apply(path: Path, rng: random.Random) -> Damage | None:
         try:
             content = json.loads(path.read_bytes())
         except ValueError:
             return None
-        path.write_text(change(content, source), encoding="utf-8")
-        return Done(kind)
+        path.write_text(change(content, rng), encoding="utf-8")
+        return Damage(kind)
 
     return Mutation(kind, apply, _is_json)
 
 
-def _twice(content: Any, source: random.Random) -> str:
+def _twice(content: Any, rng: random.Random) -> str:
     said = json.dumps(content)
     if not isinstance(content, dict) or not content:
         return said + said
-    key = source.choice(list(content))
-    return f"{{{json.dumps(key)}: {json.dumps(source.choice(VALUES[:8]))}, {said[1:]}"
+    key = rng.choice(list(content))
+    return f"{{{json.dumps(key)}: {json.dumps(rng.choice(VALUES[:8]))}, {said[1:]}"
 
 
-JSON = [
+JSON_MUTATIONS = [
     *[_json("another value", _with_value)] * 6,
     _json("key missing", _without_key),
     _json("unknown key", _with_unknown),
     _written("key twice", _twice),
-    _written("in a list", lambda content, source: json.dumps([content])),
-    _written("another root", lambda content, source: json.dumps(source.choice(VALUES))),
-    _written("not quite JSON", lambda content, source: json.dumps(content).replace('"', "'").replace("true", "True")),
-    _written("not quite JSON", lambda content, source: json.dumps(content, indent=1).replace("\n}", ",\n} // end")),
+    _written("in a list", lambda content, rng: json.dumps([content])),
+    _written("another root", lambda content, rng: json.dumps(rng.choice(VALUES))),
+    _written("not quite JSON", lambda content, rng: json.dumps(content).replace('"', "'").replace("true", "True")),
+    _written("not quite JSON", lambda content, rng: json.dumps(content, indent=1).replace("\n}", ",\n} // end")),
 ]
 
 
@@ -296,55 +296,55 @@ def _is_tensors(path: Path) -> bool:
 def _tensors(kind: str, change: Callable[[dict[str, Any], random.Random], Any]) -> Mutation:
     """Changes the tensors of a file by name; what a change returns is written."""
 
-    def apply(path: Path, source: random.Random) -> Done | None:
+    def apply(path: Path, rng: random.Random) -> Damage | None:
         from safetensors.torch import load_file, save_file
 
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=False)
         if not isinstance(content, dict) or not content:
             return None
         names = set(content)
-        new = change(content, source)
+        new = change(content, rng)
         try:
             save_file(new, path, {"format": "pt"}) if path.suffix == ".safetensors" else torch.save(new, path)
         except (AttributeError, TypeError, ValueError, RuntimeError):
             return None
         told = tuple(str(name) for name in (names ^ set(new) if isinstance(new, dict) else ()))
-        return Done(kind, told)
+        return Damage(kind, told)
 
     return Mutation(kind, apply, _is_tensors)
 
 
 def _of_one(change: Callable[[torch.Tensor, random.Random], Any]) -> Callable[[dict[str, Any], random.Random], Any]:
-    def changed(content: dict[str, Any], source: random.Random) -> Any:
+    def changed(content: dict[str, Any], rng: random.Random) -> Any:
         found = [(holder, key) for holder, key in _inner(content) if isinstance(holder[key], torch.Tensor)]
         if not found:
             return content
-        holder, key = source.choice(found)
-        holder[key] = change(holder[key].clone(), source)
+        holder, key = rng.choice(found)
+        holder[key] = change(holder[key].clone(), rng)
         return content
 
     return changed
 
 
-def _poisoned(tensor: torch.Tensor, source: random.Random) -> torch.Tensor:
+def _poisoned(tensor: torch.Tensor, rng: random.Random) -> torch.Tensor:
     if tensor.is_floating_point() and tensor.numel():
-        tensor.view(-1)[source.randrange(tensor.numel())] = source.choice([float("nan"), float("inf"), 1e38])
+        tensor.view(-1)[rng.randrange(tensor.numel())] = rng.choice([float("nan"), float("inf"), 1e38])
     return tensor
 
 
-def _renamed(content: dict[str, Any], source: random.Random) -> Any:
-    key = source.choice(list(content))
-    content[source.choice(["x", f"module.{key}", ESCAPE, f"{key}.weight", "layers.99.w"])] = content.pop(key)
+def _renamed(content: dict[str, Any], rng: random.Random) -> Any:
+    key = rng.choice(list(content))
+    content[rng.choice(["x", f"module.{key}", ESCAPE, f"{key}.weight", "layers.99.w"])] = content.pop(key)
     return content
 
 
-def _dropped(content: dict[str, Any], source: random.Random) -> Any:
-    content.pop(source.choice(list(content)))
+def _dropped(content: dict[str, Any], rng: random.Random) -> Any:
+    content.pop(rng.choice(list(content)))
     return content
 
 
-def _added(content: dict[str, Any], source: random.Random) -> Any:
-    content[source.choice(["extra.weight", ESCAPE, "encoder.layers.2.x", ""])] = torch.zeros(3)
+def _added(content: dict[str, Any], rng: random.Random) -> Any:
+    content[rng.choice(["extra.weight", ESCAPE, "encoder.layers.2.x", ""])] = torch.zeros(3)
     return content
 
 
@@ -371,18 +371,18 @@ _OBJECTS: tuple[Any, ...] = (
     {"m": [None]},
 )
 
-TENSOR = [
-    _tensors("a tensor's shape", _of_one(lambda tensor, source: source.choice(_SHAPES)(tensor).contiguous())),
-    _tensors("a tensor's type", _of_one(lambda tensor, source: tensor.to(source.choice(_TYPES)))),
+TENSOR_MUTATIONS = [
+    _tensors("a tensor's shape", _of_one(lambda tensor, rng: rng.choice(_SHAPES)(tensor).contiguous())),
+    _tensors("a tensor's type", _of_one(lambda tensor, rng: tensor.to(rng.choice(_TYPES)))),
     _tensors("not finite", _of_one(_poisoned)),
-    _tensors("no tensor", _of_one(lambda tensor, source: source.choice([None, 1, "x", [tensor], {"a": tensor}]))),
-    _tensors("a sparse tensor", _of_one(lambda tensor, source: tensor.to_sparse())),
-    _tensors("a meta tensor", _of_one(lambda tensor, source: tensor.to("meta"))),
-    _tensors("a vast tensor", _of_one(lambda tensor, source: torch.zeros(1).expand(10**6, 10**6))),
+    _tensors("no tensor", _of_one(lambda tensor, rng: rng.choice([None, 1, "x", [tensor], {"a": tensor}]))),
+    _tensors("a sparse tensor", _of_one(lambda tensor, rng: tensor.to_sparse())),
+    _tensors("a meta tensor", _of_one(lambda tensor, rng: tensor.to("meta"))),
+    _tensors("a vast tensor", _of_one(lambda tensor, rng: torch.zeros(1).expand(10**6, 10**6))),
     _tensors("renamed", _renamed),
     _tensors("tensor missing", _dropped),
     _tensors("tensor too many", _added),
-    _tensors("another object", lambda content, source: copy.deepcopy(source.choice(_OBJECTS))),
+    _tensors("another object", lambda content, rng: copy.deepcopy(rng.choice(_OBJECTS))),
 ]
 
 
@@ -393,49 +393,49 @@ class _Evil:
         return Path.touch, (Path("executed"),)
 
 
-def _evil(path: Path, source: random.Random) -> Done:
+def _evil(path: Path, rng: random.Random) -> Damage:
     torch.save({"a": _Evil()}, path)
-    return Done("code in a pickle")
+    return Damage("code in a pickle")
 
 
-def _legacy(path: Path, source: random.Random) -> Done:
+def _legacy(path: Path, rng: random.Random) -> Damage:
     torch.save(torch.load(path, weights_only=False), path, _use_new_zipfile_serialization=False)
-    return Done("torch's old format")
+    return Damage("torch's old format")
 
 
 def _zip(kind: str, change: Callable[[dict[str, bytes], random.Random], None]) -> Mutation:
     """Changes the members of a .pt file."""
 
-    def apply(path: Path, source: random.Random) -> Done | None:
+    def apply(path: Path, rng: random.Random) -> Damage | None:
         with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as file:
             members = {name: file.read(name) for name in file.namelist()}
-            change(members, source)
+            change(members, rng)
             content = io.BytesIO()
             with zipfile.ZipFile(content, "w") as new:
                 for name, data in members.items():
                     new.writestr(name, data)
             path.write_bytes(content.getvalue())
-            return Done(kind)
+            return Damage(kind)
         return None
 
     return Mutation(kind, apply, lambda path: path.suffix in TENSORS)
 
 
-def _without_member(members: dict[str, bytes], source: random.Random) -> None:
-    members.pop(source.choice(list(members)))
+def _without_member(members: dict[str, bytes], rng: random.Random) -> None:
+    members.pop(rng.choice(list(members)))
 
 
-def _with_shorter_member(members: dict[str, bytes], source: random.Random) -> None:
-    name = source.choice(list(members))
+def _with_shorter_member(members: dict[str, bytes], rng: random.Random) -> None:
+    name = rng.choice(list(members))
     members[name] = members[name][: len(members[name]) // 2]
 
 
-def _with_flipped_pickle(members: dict[str, bytes], source: random.Random) -> None:
+def _with_flipped_pickle(members: dict[str, bytes], rng: random.Random) -> None:
     name = next(name for name in members if name.endswith("data.pkl"))
-    members[name] = _flipped(members[name], source)
+    members[name] = _flipped(members[name], rng)
 
 
-PICKLES = [
+PICKLE_MUTATIONS = [
     Mutation("code in a pickle", _evil, lambda path: path.suffix in TENSORS),
     Mutation("torch's old format", _legacy, lambda path: path.suffix in TENSORS),
     _zip("a member missing", _without_member),
@@ -447,47 +447,55 @@ PICKLES = [
 def _header(kind: str, change: Callable[[dict[str, Any], random.Random], Any]) -> Mutation:
     """Changes the header of a safetensors file."""
 
-    def apply(path: Path, source: random.Random) -> Done | None:
+    def apply(path: Path, rng: random.Random) -> Damage | None:
         data = path.read_bytes()
         (size,) = struct.unpack("<Q", data[:8])
         header = json.loads(data[8 : 8 + size])
-        names = change(header, source)
+        names = change(header, rng)
         text = json.dumps(header).encode()
         path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
-        return Done(f"header: {kind}", (names,) if names else ())
+        return Damage(f"header: {kind}", (names,) if names else ())
 
     return Mutation(kind, apply, lambda path: path.suffix == ".safetensors")
 
 
-def _with_offsets(header: dict[str, Any], source: random.Random) -> str:
-    name = source.choice([name for name in header if name != "__metadata__"])
+def _with_offsets(header: dict[str, Any], rng: random.Random) -> str:
+    name = rng.choice([name for name in header if name != "__metadata__"])
     start, end = header[name]["data_offsets"]
     choices = ([end, start], [0, end], [start, end + 4], [-8, end], [2**62, 2**63], [start + 4, end + 4], [0, 0])
-    header[name]["data_offsets"] = source.choice(choices)
+    header[name]["data_offsets"] = rng.choice(choices)
     return name
 
 
-def _with_entry(header: dict[str, Any], source: random.Random) -> str:
-    name = source.choice([name for name in header if name != "__metadata__"])
-    key = source.choice(["dtype", "shape", "data_offsets"])
-    header[name][key] = source.choice([*VALUES, "F64", "I8", [0], [2**62, 4], [-1, -1], [1.5]])
+def _with_entry(header: dict[str, Any], rng: random.Random) -> str:
+    name = rng.choice([name for name in header if name != "__metadata__"])
+    key = rng.choice(["dtype", "shape", "data_offsets"])
+    header[name][key] = rng.choice([*VALUES, "F64", "I8", [0], [2**62, 4], [-1, -1], [1.5]])
     return name
 
 
-def _with_length(path: Path, source: random.Random) -> Done:
+def _with_length(path: Path, rng: random.Random) -> Damage:
     data = path.read_bytes()
-    path.write_bytes(struct.pack("<Q", source.choice([0, 1, 2**20, 2**31, 2**63, 2**64 - 1])) + data[8:])
-    return Done("length of the header")
+    path.write_bytes(struct.pack("<Q", rng.choice([0, 1, 2**20, 2**31, 2**63, 2**64 - 1])) + data[8:])
+    return Damage("length of the header")
 
 
-HEADERS = [
+HEADER_MUTATIONS = [
     _header("offsets", _with_offsets),
     *[_header("header entry", _with_entry)] * 2,
     Mutation("header length", _with_length, lambda path: path.suffix == ".safetensors"),
 ]
 
-CONTENTS: list[Mutation] = [*BYTES, *TEXTS]
-FILES: list[Mutation] = [*BYTES, *PLACES, *TEXTS, *JSON * 2, *TENSOR, *PICKLES, *HEADERS]
+CONTENT_MUTATIONS: list[Mutation] = [*BYTE_MUTATIONS, *TEXT_MUTATIONS]
+FILE_MUTATIONS: list[Mutation] = [
+    *BYTE_MUTATIONS,
+    *PATH_MUTATIONS,
+    *TEXT_MUTATIONS,
+    *JSON_MUTATIONS * 2,
+    *TENSOR_MUTATIONS,
+    *PICKLE_MUTATIONS,
+    *HEADER_MUTATIONS,
+]
 
 
 # ---- words of a command line
@@ -534,70 +542,75 @@ PATHS = ("s.jsonl", "s.parquet", "indexed", "indexed/index.h5", "tokenizer", "to
 Words = tuple[str, list[str], str, tuple[str, ...]]  # kind, argv, what, names
 
 
-def _places(argv: list[str]) -> list[int]:
+def _value_positions(argv: list[str]) -> list[int]:
     """Where words are that are values: not the verbs in front, not options."""
     verbs = 2 if argv[0] in ("data", "config", "ckpt", "lora") else 1
     return [n for n in range(verbs, len(argv)) if not argv[n].startswith("--")]
 
 
-def _names_at(argv: list[str], place: int) -> tuple[str, ...]:
-    """The words by which a message may name a place."""
-    option = argv[place - 1].removeprefix("--") if argv[place - 1].startswith("--") else ""
-    words = [option, option.replace("_", "-"), argv[place], argv[place].encode("unicode_escape").decode()]
+def _names_at(argv: list[str], position: int) -> tuple[str, ...]:
+    """The words by which a message may name a position."""
+    option = argv[position - 1].removeprefix("--") if argv[position - 1].startswith("--") else ""
+    words = [option, option.replace("_", "-"), argv[position], argv[position].encode("unicode_escape").decode()]
     return tuple(word for word in words if word)
 
 
 def _replaced(kind: str, values: tuple[str, ...]) -> Callable[[list[str], random.Random], Words]:
-    def change(argv: list[str], source: random.Random) -> Words:
+    def change(argv: list[str], rng: random.Random) -> Words:
         new = list(argv)
-        if not (places := _places(argv)):
-            return kind, [*argv, value := source.choice(values)], "a word more", (value, "argument")
-        place = source.choice(places)
-        new[place] = source.choice(values)
-        names = (*_names_at(new, place), *_names_at(argv, place), "argument", "command line")
-        return kind, new, f"{argv[place - 1]} {new[place]!r:.60}", names
+        if not (positions := _value_positions(argv)):
+            return kind, [*argv, value := rng.choice(values)], "a word more", (value, "argument")
+        position = rng.choice(positions)
+        new[position] = rng.choice(values)
+        names = (*_names_at(new, position), *_names_at(argv, position), "argument", "command line")
+        return kind, new, f"{argv[position - 1]} {new[position]!r:.60}", names
 
     return change
 
 
-def _without_word(argv: list[str], source: random.Random) -> Words:
-    place = source.randrange(1, len(argv))
-    new = [*argv[:place], *argv[place + 1 :]]
-    return "word missing", new, f"without {argv[place]}", ("argument", "value", "invalid choice", argv[place], *new[1:])
+def _without_word(argv: list[str], rng: random.Random) -> Words:
+    position = rng.randrange(1, len(argv))
+    new = [*argv[:position], *argv[position + 1 :]]
+    return (
+        "word missing",
+        new,
+        f"without {argv[position]}",
+        ("argument", "value", "invalid choice", argv[position], *new[1:]),
+    )
 
 
-def _with_option(argv: list[str], source: random.Random) -> Words:
-    option = source.choice(["--nonsense", "--nonsense=1", "-x", "--", "--model.", "--data.t.nonsense", "--=", "--lr"])
-    new = [*argv, option, *source.choice([[], ["1"]])]
+def _with_option(argv: list[str], rng: random.Random) -> Words:
+    option = rng.choice(["--nonsense", "--nonsense=1", "-x", "--", "--model.", "--data.t.nonsense", "--=", "--lr"])
+    new = [*argv, option, *rng.choice([[], ["1"]])]
     return "unknown option", new, option, (option.removeprefix("--"), "argument", "expected", "command line")
 
 
-def _with_option_twice(argv: list[str], source: random.Random) -> Words:
+def _with_option_twice(argv: list[str], rng: random.Random) -> Words:
     options = [n for n, word in enumerate(argv) if word.startswith("--")]
     if not options:
-        return _with_option(argv, source)
-    place = source.choice(options)
-    return "option twice", [*argv, *argv[place : place + 2]], argv[place], (argv[place], "argument")
+        return _with_option(argv, rng)
+    position = rng.choice(options)
+    return "option twice", [*argv, *argv[position : position + 2]], argv[position], (argv[position], "argument")
 
 
-def _with_key(argv: list[str], source: random.Random) -> Words:
+def _with_key(argv: list[str], rng: random.Random) -> Words:
     """A key of the configuration of a run, with a value that hardly fits."""
     if argv[0] not in ("train", "plan", "doctor") and argv[:2] != ["config", "show"]:
-        return _replaced("another value", WORD_VALUES)(argv, source)
+        return _replaced("another value", WORD_VALUES)(argv, rng)
     from fm9g.config.fields import keys_of
     from fm9g.config.mixture import DatasetConfig
     from fm9g.config.model import ModelConfig
     from fm9g.config.train import TrainConfig
 
-    prefix, cls = source.choice(
+    prefix, cls = rng.choice(
         [("", TrainConfig), ("", TrainConfig), ("model.", ModelConfig), ("data.t.", DatasetConfig)]
     )
-    key = source.choice(list(keys_of(cls)))
-    option, value = f"--{prefix}{key}", source.choice(WORD_VALUES)
+    key = rng.choice(list(keys_of(cls)))
+    option, value = f"--{prefix}{key}", rng.choice(WORD_VALUES)
     return "key of a run", [*argv, option, value], f"{option} {value!r:.60}", (key, prefix, value, "command line")
 
 
-WORDS: list[Callable[[list[str], random.Random], Words]] = [
+WORD_MUTATIONS: list[Callable[[list[str], random.Random], Words]] = [
     *[_replaced("another value", WORD_VALUES)] * 3,
     *[_replaced("another path", PATHS)] * 3,
     _without_word,

@@ -23,4 +23,4 @@ def prepare(stdin: str = "", denied: bool = False, doctor: bool = False) -> None
     if doctor:
         import fm9g.doctor
 
-        fm9g.doctor.examine_packages = lambda: ([], {})
+        fm9g.doctor.check_packages = lambda: ([], {})

@@ -24,13 +24,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from faults.attempts import Attempts, State, clear, differences, is_plain_refusal, is_temporary, state
-from faults.commands import COMMANDS, Bed, end
-from faults.forked import Ended, Running, session
-from train.faults import Bed as TrainBed
-from train.faults import Course, Tally, Way
+from faults.attempts import AttemptResults, State, clear, differences, is_plain_refusal, is_temporary, state
+from faults.commands import COMMANDS, CommandFixture, end
+from faults.forked import EndedCommand, RunningCommand, session_pids
+from train.faults import FaultStats, LaunchMode, RestartedRun, RunFixture
 
-from fm9g.checkpoint.folder import MANIFEST, RUN_CONFIG
+from fm9g.checkpoint.checkpoint import MANIFEST, RUN_CONFIG
 
 PAGE = 4096
 STEPS = 6  # of the runs here
@@ -40,32 +39,40 @@ _CAPABILITIES = 0x20080522  # version of what capset takes
 HOUR = 3600.0
 
 
-def _settle(bed: Bed, name: str, made: Attempts, ended: Ended, before: State, where: str, words: str = "") -> None:
+def _check_outcome(
+    fixture: CommandFixture,
+    name: str,
+    results: AttemptResults,
+    ended: EndedCommand,
+    before: State,
+    where: str,
+    words: str = "",
+) -> None:
     """Looks at what a disturbed command left. words: of which a refusal has one, parted by |."""
-    after = bed.undisturbed(COMMANDS[name]).after
-    left = state(bed.work)
-    if ended.others:
-        made.complain(f"{where}: {ended.others} processes lived on", ended)
-    if ended.code == 0:
-        made.meet("done")
+    after = fixture.undisturbed(COMMANDS[name]).after
+    left = state(fixture.work)
+    if ended.orphans:
+        results.add_problem(f"{where}: {ended.orphans} processes lived on", ended)
+    if ended.returncode == 0:
+        results.add_outcome("done")
         if left != after:
-            made.complain(f"{where}: done, but {differences(left, after)}", ended)
+            results.add_problem(f"{where}: done, but {differences(left, after)}", ended)
     elif is_plain_refusal(ended) and re.search(words, ended.stderr):
-        made.meet("refused")
+        results.add_outcome("refused")
         kept = {path for path in left if ".partial" in path} if "is kept in" in ended.stderr else set()
         # An empty folder may be there for what could not be written.
         found = {path: checksum for path, checksum in left.items() if path not in kept and not path.endswith("/")}
         if found != before:
-            made.complain(f"{where}: refused, but {differences(found, before)}", ended)
+            results.add_problem(f"{where}: refused, but {differences(found, before)}", ended)
     else:
-        made.meet("ended badly")
-        made.complain(f"{where}: ended with {ended.code}, late: {ended.late}", ended)
+        results.add_outcome("ended badly")
+        results.add_problem(f"{where}: ended with {ended.returncode}, late: {ended.timed_out}", ended)
 
 
-def _start(bed: Bed, name: str, fresh: bool) -> State:
+def _reset_work(fixture: CommandFixture, name: str, fresh: bool) -> State:
     """Puts what is there before a command where it runs."""
-    undisturbed = bed.undisturbed(COMMANDS[name])
-    clear(bed.work, None if fresh else undisturbed.start)
+    undisturbed = fixture.undisturbed(COMMANDS[name])
+    clear(fixture.work, None if fresh else undisturbed.start)
     return {} if fresh else undisturbed.before
 
 
@@ -89,27 +96,29 @@ def can_mount() -> bool:
     return False
 
 
-def small_disks(bed: Bed, name: str, sizes: int) -> Attempts:
+def small_disks(fixture: CommandFixture, name: str, sizes: int) -> AttemptResults:
     """A command on disks of so many sizes, from one page more than what is there to what it needs, and on disks with
     as few inodes; then again, with space."""
-    made = Attempts(f"{name}: the disk is full")
+    results = AttemptResults(f"{name}: the disk is full")
     for fresh in (True, False):
-        _start(bed, name, fresh)
-        used, inodes = _used(bed.work)
-        undisturbed = bed.undisturbed(COMMANDS[name])
+        _reset_work(fixture, name, fresh)
+        used, inodes = _used(fixture.work)
+        undisturbed = fixture.undisturbed(COMMANDS[name])
         needs = sum(_pages(size) for size in undisturbed.sizes)
         limits = [f"size={(used + 1 + needs * number // sizes) * PAGE}" for number in range(sizes)] + [
             f"nr_inodes={inodes + 1 + number}" for number in range(sizes // 2)
         ]
         for limit in limits:
-            with mounted(bed.work, limit):
-                before = _start(bed, name, fresh)
+            with mounted(fixture.work, limit):
+                before = _reset_work(fixture, name, fresh)
                 where = f"{limit}, {'no' if fresh else 'an old'} target"
-                ended = bed.run(COMMANDS[name].argv)
-                _settle(bed, name, made, ended, before, where, "disk is full|No space left|cannot be written")
-                subprocess.run(["mount", "-o", "remount,size=64m,nr_inodes=10000", str(bed.work)], check=True)
-                end(bed, COMMANDS[name], made, where)
-    return made
+                ended = fixture.run(COMMANDS[name].argv)
+                _check_outcome(
+                    fixture, name, results, ended, before, where, "disk is full|No space left|cannot be written"
+                )
+                subprocess.run(["mount", "-o", "remount,size=64m,nr_inodes=10000", str(fixture.work)], check=True)
+                end(fixture, COMMANDS[name], results, where)
+    return results
 
 
 def _used(folder: Path) -> tuple[int, int]:
@@ -139,14 +148,14 @@ def _new_mounts() -> None:
         raise OSError(ctypes.get_errno(), "unshare")
 
 
-def no_shared_memory(bed: Bed, name: str, number: int) -> Attempts:
+def no_shared_memory(fixture: CommandFixture, name: str, number: int) -> AttemptResults:
     """A command whose workers find /dev/shm full."""
-    made = Attempts(f"{name}: /dev/shm is full")
+    results = AttemptResults(f"{name}: /dev/shm is full")
     for fresh in itertools.islice(itertools.cycle((True, False)), number):
-        before = _start(bed, name, fresh)
-        ended = bed.run(COMMANDS[name].argv, FullSharedMemory())
-        _settle(bed, name, made, ended, before, "full", "/dev/shm is full")
-    return made
+        before = _reset_work(fixture, name, fresh)
+        ended = fixture.run(COMMANDS[name].argv, FullSharedMemory())
+        _check_outcome(fixture, name, results, ended, before, "full", "/dev/shm is full")
+    return results
 
 
 # Users
@@ -162,20 +171,22 @@ class NoPrivileges:
             raise OSError(ctypes.get_errno(), "capset")
 
 
-def closed_folders(bed: Bed, name: str) -> Attempts:
+def closed_folders(fixture: CommandFixture, name: str) -> AttemptResults:
     """A command whose target's folder, target, or inputs this user may not write, read or enter: one attempt each."""
-    made = Attempts(f"{name}: no permission")
-    inputs = [bed.inputs / word for word in re.findall(r"\{in\}/(\S+)", COMMANDS[name].argv)]
-    for path, mode in [(bed.work, 0o555), (bed.work, 0o000), *((path, 0o000) for path in inputs)]:
-        before = _start(bed, name, fresh=False)
+    results = AttemptResults(f"{name}: no permission")
+    inputs = [fixture.inputs / word for word in re.findall(r"\{in\}/(\S+)", COMMANDS[name].argv)]
+    for path, mode in [(fixture.work, 0o555), (fixture.work, 0o000), *((path, 0o000) for path in inputs)]:
+        before = _reset_work(fixture, name, fresh=False)
         was = path.stat().st_mode
         path.chmod(mode)
         try:
-            ended = bed.run(COMMANDS[name].argv, NoPrivileges())
+            ended = fixture.run(COMMANDS[name].argv, NoPrivileges())
         finally:
             path.chmod(was)
-        _settle(bed, name, made, ended, before, f"{path.name} is {mode:03o}", "[Pp]ermission|may not|cannot be")
-    return made
+        _check_outcome(
+            fixture, name, results, ended, before, f"{path.name} is {mode:03o}", "[Pp]ermission|may not|cannot be"
+        )
+    return results
 
 
 # Clocks
@@ -189,73 +200,73 @@ class SteppingClock:
     most: float = 26 * HOUR
 
     def __call__(self) -> None:
-        source, whole = random.Random(self.seed), time.time
-        time.time = lambda: whole() + source.choice((0.0, source.uniform(-self.most, self.most)))
+        rng, whole = random.Random(self.seed), time.time
+        time.time = lambda: whole() + rng.choice((0.0, rng.uniform(-self.most, self.most)))
 
 
-def stepping_clocks(bed: Bed, name: str, number: int, seed: int) -> Attempts:
+def stepping_clocks(fixture: CommandFixture, name: str, number: int, seed: int) -> AttemptResults:
     """A command while the clock steps; the files that it finds have times in the past and in the future."""
-    made = Attempts(f"{name}: the clock steps")
-    source = random.Random(f"{seed} {name}")
+    results = AttemptResults(f"{name}: the clock steps")
+    rng = random.Random(f"{seed} {name}")
     for attempt in range(number):
-        before = _start(bed, name, fresh=bool(attempt % 2))
-        for path in bed.work.rglob("*"):
-            moment = time.time() + source.uniform(-48, 48) * HOUR
+        before = _reset_work(fixture, name, fresh=bool(attempt % 2))
+        for path in fixture.work.rglob("*"):
+            moment = time.time() + rng.uniform(-48, 48) * HOUR
             os.utime(path, (moment, moment))
-        ended = bed.run(COMMANDS[name].argv, SteppingClock(source.random()))
-        _settle(bed, name, made, ended, before, f"attempt {attempt}, seed {seed}")
-    return made
+        ended = fixture.run(COMMANDS[name].argv, SteppingClock(rng.random()))
+        _check_outcome(fixture, name, results, ended, before, f"attempt {attempt}, seed {seed}")
+    return results
 
 
 # Signals and other processes
 
 
-def stopped(bed: Bed, name: str, number: int, seed: int) -> Attempts:
+def stopped(fixture: CommandFixture, name: str, number: int, seed: int) -> AttemptResults:
     """A command of which a process, itself or a worker, is stopped for a while."""
-    made = Attempts(f"{name}: stopped and continued")
-    source = random.Random(f"{seed} {name}")
-    seconds = bed.undisturbed(COMMANDS[name]).seconds
+    results = AttemptResults(f"{name}: stopped and continued")
+    rng = random.Random(f"{seed} {name}")
+    seconds = fixture.undisturbed(COMMANDS[name]).seconds
     for attempt in range(number):
-        before = _start(bed, name, fresh=bool(attempt % 2))
-        running = bed.start(COMMANDS[name].argv)
-        time.sleep(source.uniform(0, seconds))
-        victims = session(running.pid)
+        before = _reset_work(fixture, name, fresh=bool(attempt % 2))
+        running = fixture.start(COMMANDS[name].argv)
+        time.sleep(rng.uniform(0, seconds))
+        victims = session_pids(running.pid)
         if victims:
-            victim = source.choice(victims)
+            victim = rng.choice(victims)
             with suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGSTOP)
-                time.sleep(source.uniform(0.05, 0.5))
+                time.sleep(rng.uniform(0.05, 0.5))
                 os.kill(victim, signal.SIGCONT)
         ended = running.wait()
-        _settle(bed, name, made, ended, before, f"attempt {attempt}, seed {seed}", "^$")
-    return made
+        _check_outcome(fixture, name, results, ended, before, f"attempt {attempt}, seed {seed}", "^$")
+    return results
 
 
-def killed_workers(bed: Bed, name: str, number: int, seed: int) -> Attempts:
+def killed_workers(fixture: CommandFixture, name: str, number: int, seed: int) -> AttemptResults:
     """A command one of whose workers is killed, as the system does that is short of memory."""
-    made = Attempts(f"{name}: a worker is killed")
-    source = random.Random(f"{seed} {name}")
-    seconds = bed.undisturbed(COMMANDS[name]).seconds
+    results = AttemptResults(f"{name}: a worker is killed")
+    rng = random.Random(f"{seed} {name}")
+    seconds = fixture.undisturbed(COMMANDS[name]).seconds
     for attempt in range(number):
-        before = _start(bed, name, fresh=bool(attempt % 2))
-        running = bed.start(COMMANDS[name].argv)
+        before = _reset_work(fixture, name, fresh=bool(attempt % 2))
+        running = fixture.start(COMMANDS[name].argv)
         if victims := workers_of(running):
-            time.sleep(source.uniform(0, seconds / 2) if attempt else 0)  # the first one is hit as it starts
+            time.sleep(rng.uniform(0, seconds / 2) if attempt else 0)  # the first one is hit as it starts
             with suppress(ProcessLookupError):
-                os.kill(source.choice(victims), signal.SIGKILL)
-                made.kills += 1
+                os.kill(rng.choice(victims), signal.SIGKILL)
+                results.kills += 1
         ended = running.wait()
         where = f"attempt {attempt}, seed {seed}"
-        _settle(bed, name, made, ended, before, where, "killed")
-        end(bed, COMMANDS[name], made, where)
-    return made
+        _check_outcome(fixture, name, results, ended, before, where, "killed")
+        end(fixture, COMMANDS[name], results, where)
+    return results
 
 
-def workers_of(running: Running, patience: float = 10.0) -> list[int]:
+def workers_of(running: RunningCommand, patience: float = 10.0) -> list[int]:
     """The worker processes of a command, as soon as there is one."""
     deadline = time.monotonic() + patience
     while running.is_alive() and time.monotonic() < deadline:
-        if found := [pid for pid in session(running.pid) if pid != running.pid and _is_worker(pid)]:
+        if found := [pid for pid in session_pids(running.pid) if pid != running.pid and _is_worker(pid)]:
             return found
         time.sleep(0.005)
     return []
@@ -267,33 +278,33 @@ def _is_worker(pid: int) -> bool:
     return False
 
 
-def two_at_once(bed: Bed, name: str, number: int, seed: int) -> Attempts:
+def two_at_once(fixture: CommandFixture, name: str, number: int, seed: int) -> AttemptResults:
     """The same command twice, the second one begun while the first one runs."""
-    made = Attempts(f"{name}: two at once")
-    source = random.Random(f"{seed} {name}")
-    undisturbed = bed.undisturbed(COMMANDS[name])
+    results = AttemptResults(f"{name}: two at once")
+    rng = random.Random(f"{seed} {name}")
+    undisturbed = fixture.undisturbed(COMMANDS[name])
     for attempt in range(number):
-        _start(bed, name, fresh=bool(attempt % 2))
-        first = bed.start(COMMANDS[name].argv)
-        time.sleep(source.uniform(0, undisturbed.seconds) * source.random())
-        both = [item.wait() for item in (first, bed.start(COMMANDS[name].argv))]
+        _reset_work(fixture, name, fresh=bool(attempt % 2))
+        first = fixture.start(COMMANDS[name].argv)
+        time.sleep(rng.uniform(0, undisturbed.seconds) * rng.random())
+        both = [item.wait() for item in (first, fixture.start(COMMANDS[name].argv))]
         where = f"attempt {attempt}, seed {seed}"
-        made.meet(f"{sum(not ended.code for ended in both)} of 2 done")
+        results.add_outcome(f"{sum(not ended.returncode for ended in both)} of 2 done")
         for ended in both:
-            if ended.code and not is_plain_refusal(ended):
-                made.complain(f"{where}: ended with {ended.code}", ended)
-        if all(ended.code for ended in both):
-            made.complain(f"{where}: neither was done: {both}")
-        elif (found := state(bed.work)) != undisturbed.after:
-            made.complain(f"{where}: {differences(found, undisturbed.after)}; {both}")
-    return made
+            if ended.returncode and not is_plain_refusal(ended):
+                results.add_problem(f"{where}: ended with {ended.returncode}", ended)
+        if all(ended.returncode for ended in both):
+            results.add_problem(f"{where}: neither was done: {both}")
+        elif (found := state(fixture.work)) != undisturbed.after:
+            results.add_problem(f"{where}: {differences(found, undisturbed.after)}; {both}")
+    return results
 
 
 # Runs
 
 RUN = (
     "train --config {in}/model.json --dataset_config {in}/mixture.json --tokenizer_path {in}/tokenizer "
-    f"--output_dir . --model_unique m --train_iters {STEPS} --save_iters 2 --global_batch 2 --max_length 64 "
+    f"--output_dir . --model_unique m --train_iters {STEPS} --save_iters 2 --global_batch_size 2 --max_length 64 "
     "--warmup_iters 1 --device cpu --dataloader_num_workers 0 --resume auto --async_save false"
 )
 
@@ -301,118 +312,125 @@ RUN = (
 class Runs:
     """A run in the folder of commands, and what an undisturbed one leaves: the files of its last checkpoint."""
 
-    def __init__(self, bed: Bed, options: str = "") -> None:
+    def __init__(self, fixture: CommandFixture, options: str = "") -> None:
         """options: further ones of the command."""
-        self.bed, self.halfway, self.command = bed, bed.folder / f"halfway{options}", f"{RUN}{options}"
-        clear(bed.work)
-        ended = bed.run(f"{self.command} --stop_iters 4")
-        assert ended.code == 0, ended
-        shutil.copytree(bed.work, self.halfway)
-        ended = bed.run(self.command)
-        assert ended.code == 0, ended
+        self.fixture, self.halfway, self.command = fixture, fixture.folder / f"halfway{options}", f"{RUN}{options}"
+        clear(fixture.work)
+        ended = fixture.run(f"{self.command} --stop_iters 4")
+        assert ended.returncode == 0, ended
+        shutil.copytree(fixture.work, self.halfway)
+        ended = fixture.run(self.command)
+        assert ended.returncode == 0, ended
         self.wanted, self.seconds = self.checkpoint(), ended.seconds
 
     @property
     def root(self) -> Path:
-        return self.bed.work / "checkpoints/m"
+        return self.fixture.work / "checkpoints/m"
 
     def checkpoint(self) -> State:
         """The files of the last checkpoint that do not say where and how the run was started."""
         found = state(self.root / str(STEPS))
         return {name: checksum for name, checksum in found.items() if name not in (RUN_CONFIG, MANIFEST)}
 
-    def begin(self, halfway: bool) -> None:
-        clear(self.bed.work, self.halfway if halfway else None)
+    def reset(self, halfway: bool) -> None:
+        clear(self.fixture.work, self.halfway if halfway else None)
 
-    def look(self, made: Attempts, ended: Ended, where: str, words: str = "", killed: bool = False) -> None:
+    def check(
+        self, results: AttemptResults, ended: EndedCommand, where: str, words: str = "", killed: bool = False
+    ) -> None:
         """Looks at what a disturbed run left, and has it end in peace. words: of a refusal. killed: one of several
         processes was, which is told in words, or cannot be told by the one that was."""
-        if ended.others:
-            made.complain(f"{where}: {ended.others} processes lived on", ended)
-        if ended.code == 0:
-            made.meet("done")
-        elif killed and ended.code in (1, -signal.SIGKILL) and not ended.late and "Traceback" not in ended.stderr:
-            made.meet("told" if ended.code == 1 else "killed")
+        if ended.orphans:
+            results.add_problem(f"{where}: {ended.orphans} processes lived on", ended)
+        if ended.returncode == 0:
+            results.add_outcome("done")
+        elif (
+            killed
+            and ended.returncode in (1, -signal.SIGKILL)
+            and not ended.timed_out
+            and "Traceback" not in ended.stderr
+        ):
+            results.add_outcome("told" if ended.returncode == 1 else "killed")
         elif is_plain_refusal(ended) and re.search(words, ended.stderr):
-            made.meet("refused")
+            results.add_outcome("refused")
         else:
-            made.meet("ended badly")
-            made.complain(f"{where}: ended with {ended.code}, late: {ended.late}", ended)
-        if ended.code:
-            ended = self.bed.run(self.command)
+            results.add_outcome("ended badly")
+            results.add_problem(f"{where}: ended with {ended.returncode}, late: {ended.timed_out}", ended)
+        if ended.returncode:
+            ended = self.fixture.run(self.command)
         found = self.checkpoint()
-        if ended.code or found != self.wanted:
-            made.complain(f"{where}: the run after it: {differences(found, self.wanted)}", ended)
-        if left := [path for path in state(self.bed.work / "checkpoints") if is_temporary(path)]:
-            made.complain(f"{where}: left behind: {left}")
+        if ended.returncode or found != self.wanted:
+            results.add_problem(f"{where}: the run after it: {differences(found, self.wanted)}", ended)
+        if left := [path for path in state(self.fixture.work / "checkpoints") if is_temporary(path)]:
+            results.add_problem(f"{where}: left behind: {left}")
 
 
-def vanishing_checkpoints(runs: Runs, number: int, seed: int) -> Attempts:
+def vanishing_checkpoints(runs: Runs, number: int, seed: int) -> AttemptResults:
     """A run that goes on from a checkpoint which somebody deletes meanwhile."""
-    made = Attempts("train: the checkpoint that it resumes is deleted")
-    source = random.Random(seed)
+    results = AttemptResults("train: the checkpoint that it resumes is deleted")
+    rng = random.Random(seed)
     for attempt in range(number):
-        runs.begin(halfway=True)
-        running = runs.bed.start(RUN)
-        time.sleep(source.uniform(0, runs.seconds))
+        runs.reset(halfway=True)
+        running = runs.fixture.start(RUN)
+        time.sleep(rng.uniform(0, runs.seconds))
         shutil.rmtree(runs.root / "4", ignore_errors=True)
-        runs.look(made, running.wait(), f"attempt {attempt}, seed {seed}", "4")
-    return made
+        runs.check(results, running.wait(), f"attempt {attempt}, seed {seed}", "4")
+    return results
 
 
-def looks_while_saving(runs: Runs, number: int) -> Attempts:
+def looks_while_saving(runs: Runs, number: int) -> AttemptResults:
     """`fm9g ckpt` again and again while a run saves each step and deletes what is old. number: of ckpt commands."""
-    made = Attempts("ckpt ls, verify, show, diff: while a run saves")
+    results = AttemptResults("ckpt ls, verify, show, diff: while a run saves")
     commands = itertools.cycle(
         ("ckpt ls {0}", "ckpt verify {0}", "ckpt show {0}/{1} --weights", "ckpt diff {0}/{1} {0}/{1}")
     )
-    while made.number < number:
-        runs.begin(halfway=False)
-        running = runs.bed.start(f"{RUN.replace('save_iters 2', 'save_iters 1')} --save_total_limit 2")
-        while running.is_alive() and made.number < number:
+    while results.count < number:
+        runs.reset(halfway=False)
+        running = runs.fixture.start(f"{RUN.replace('save_iters 2', 'save_iters 1')} --save_total_limit 2")
+        while running.is_alive() and results.count < number:
             steps = [path.name for path in runs.root.glob("[0-9]*")] or ["1"]
             command = next(commands).format("checkpoints/m", random.choice(steps))
-            ended = runs.bed.run(command)
-            made.meet("shown" if not ended.code else "nothing there, or no longer")
-            if (ended.code and not is_plain_refusal(ended)) or "damaged" in ended.stdout:
-                made.complain(command, ended)
+            ended = runs.fixture.run(command)
+            results.add_outcome("shown" if not ended.returncode else "nothing there, or no longer")
+            if (ended.returncode and not is_plain_refusal(ended)) or "damaged" in ended.stdout:
+                results.add_problem(command, ended)
         ended = running.wait()
-        if ended.code or runs.checkpoint() != runs.wanted:
-            made.complain("the run", ended)
-    return made
+        if ended.returncode or runs.checkpoint() != runs.wanted:
+            results.add_problem("the run", ended)
+    return results
 
 
-def full_logs(runs: Runs, number: int, seed: int) -> Attempts:
+def full_logs(runs: Runs, number: int, seed: int) -> AttemptResults:
     """A run whose folder of figures is on a disk that others fill and free."""
-    made = Attempts("train: the disk of its figures is full")
-    source = random.Random(seed)
-    logs = runs.bed.work / "logs"
+    results = AttemptResults("train: the disk of its figures is full")
+    rng = random.Random(seed)
+    logs = runs.fixture.work / "logs"
     for attempt in range(number):
-        runs.begin(halfway=False)
+        runs.reset(halfway=False)
         logs.mkdir()
-        with mounted(logs, "size=40k"), _turbulence(logs, source):
-            ended = runs.bed.run(RUN)
+        with mounted(logs, "size=40k"), _turbulence(logs, rng):
+            ended = runs.fixture.run(RUN)
             where = f"attempt {attempt}, seed {seed}"
             for file in logs.rglob("*.jsonl"):
                 for line in file.read_text().splitlines():
                     if line.count('"step":') > 1:
-                        made.complain(f"{where}: two lines in one: {line}")
-        runs.look(made, ended, where, "disk is full")
-    return made
+                        results.add_problem(f"{where}: two lines in one: {line}")
+        runs.check(results, ended, where, "disk is full")
+    return results
 
 
 @contextmanager
-def _turbulence(folder: Path, source: random.Random) -> Iterator[None]:
+def _turbulence(folder: Path, rng: random.Random) -> Iterator[None]:
     """Fills a disk but for a few bytes, and frees it, again and again."""
     over = threading.Event()
     ballast = folder / "ballast"
 
     def fill() -> None:
-        while not over.wait(source.uniform(0.005, 0.05)):
+        while not over.wait(rng.uniform(0.005, 0.05)):
             with suppress(OSError), ballast.open("wb", buffering=0) as file:
                 while file.write(bytes(PAGE)):
                     pass
-            over.wait(source.uniform(0.005, 0.05))
+            over.wait(rng.uniform(0.005, 0.05))
             ballast.unlink(missing_ok=True)
 
     thread = threading.Thread(target=fill, daemon=True)
@@ -425,100 +443,100 @@ def _turbulence(folder: Path, source: random.Random) -> Iterator[None]:
 
 
 def disturbed_runs(
-    runs: Runs, what: str, number: int, seed: int, disturb: Callable[[Running, random.Random], bool], words: str
-) -> Attempts:
+    runs: Runs, what: str, number: int, seed: int, disturb: Callable[[RunningCommand, random.Random], bool], words: str
+) -> AttemptResults:
     """Runs with two data workers. disturb: does something to one that has them; returns whether that was a kill. words:
     of a refusal."""
-    made = Attempts(f"train: {what}")
-    source = random.Random(f"{seed} {what}")
+    results = AttemptResults(f"train: {what}")
+    rng = random.Random(f"{seed} {what}")
     for attempt in range(number):
-        runs.begin(halfway=bool(attempt % 2))
-        running = runs.bed.start(RUN.replace("workers 0", "workers 2"))
-        made.kills += disturb(running, source)
-        runs.look(made, running.wait(), f"attempt {attempt}, seed {seed}", words)
-    return made
+        runs.reset(halfway=bool(attempt % 2))
+        running = runs.fixture.start(RUN.replace("workers 0", "workers 2"))
+        results.kills += disturb(running, rng)
+        runs.check(results, running.wait(), f"attempt {attempt}, seed {seed}", words)
+    return results
 
 
-def kill_worker(running: Running, source: random.Random) -> bool:
+def kill_worker(running: RunningCommand, rng: random.Random) -> bool:
     if victims := workers_of(running):
-        time.sleep(source.uniform(0, 0.5))
+        time.sleep(rng.uniform(0, 0.5))
         with suppress(ProcessLookupError):
-            os.kill(source.choice(victims), signal.SIGKILL)
+            os.kill(rng.choice(victims), signal.SIGKILL)
             return True
     return False
 
 
-def stop_any(running: Running, source: random.Random) -> bool:
+def stop_any(running: RunningCommand, rng: random.Random) -> bool:
     """Stops the run, or a worker, for a while."""
-    victim = source.choice([*workers_of(running), running.pid])
-    time.sleep(source.uniform(0, 0.5))
+    victim = rng.choice([*workers_of(running), running.pid])
+    time.sleep(rng.uniform(0, 0.5))
     with suppress(ProcessLookupError):
         os.kill(victim, signal.SIGSTOP)
-        time.sleep(source.uniform(0.1, 1.0))
+        time.sleep(rng.uniform(0.1, 1.0))
         os.kill(victim, signal.SIGCONT)
     return False
 
 
-def disturbed_launchers(runs: Runs, number: int, seed: int) -> Attempts:
+def disturbed_launchers(runs: Runs, number: int, seed: int) -> AttemptResults:
     """Runs of two ranks with their launcher, one of which is stopped for a while, or killed."""
-    made = Attempts("train --nproc 2: the launcher or a rank is stopped, or killed")
-    source = random.Random(seed)
+    results = AttemptResults("train --nproc 2: the launcher or a rank is stopped, or killed")
+    rng = random.Random(seed)
     for attempt in range(number):
-        runs.begin(halfway=True)
-        running = runs.bed.start(runs.command)
-        time.sleep(source.uniform(0, runs.seconds))
-        victims, killed = session(running.pid), bool(attempt % 2)
+        runs.reset(halfway=True)
+        running = runs.fixture.start(runs.command)
+        time.sleep(rng.uniform(0, runs.seconds))
+        victims, killed = session_pids(running.pid), bool(attempt % 2)
         if victims:
             with suppress(ProcessLookupError):
-                victim = source.choice(victims)
+                victim = rng.choice(victims)
                 os.kill(victim, signal.SIGKILL if killed else signal.SIGSTOP)
-                made.kills += killed
-                time.sleep(source.uniform(0.1, 2.0))
+                results.kills += killed
+                time.sleep(rng.uniform(0.1, 2.0))
                 os.kill(victim, signal.SIGCONT)
-        runs.look(made, running.wait(), f"attempt {attempt}, seed {seed}", "^$", killed)
-    return made
+        runs.check(results, running.wait(), f"attempt {attempt}, seed {seed}", "^$", killed)
+    return results
 
 
-def stopped_ranks(folder: Path, number: int, seed: int) -> Attempts:
+def stopped_ranks(folder: Path, number: int, seed: int) -> AttemptResults:
     """Runs of two ranks without a launcher, one of which is stopped for a while."""
-    made = Attempts("train, two ranks: a rank is stopped and continued")
-    source, tally, way = random.Random(seed), Tally(), Way(ranks=2, background=False)
-    bed = TrainBed(folder, steps=STEPS)
+    results = AttemptResults("train, two ranks: a rank is stopped and continued")
+    rng, stats, launch_mode = random.Random(seed), FaultStats(), LaunchMode(ranks=2, async_save=False)
+    fixture = RunFixture(folder, steps=STEPS)
     for _ in range(number):
-        course = Course(bed, way, "stops", seed, tally, 0, {})
-        while not course.over:
-            life = course.start(None, "")
-            life.sleep(source.uniform(0, bed.reference(2).seconds))
-            life.stop(source, source.uniform(0.1, 2.0))
-            course.end(life)
-        course.close()
-        made.meet("done")
-    for problem in tally.problems:
-        made.complain(problem)
-    return made
+        restarted_run = RestartedRun(fixture, launch_mode, "stops", seed, stats, 0, {})
+        while not restarted_run.is_finished:
+            launch = restarted_run.start(None, "")
+            launch.sleep(rng.uniform(0, fixture.reference(2).seconds))
+            launch.pause(rng, rng.uniform(0.1, 2.0))
+            restarted_run.end(launch)
+        restarted_run.close()
+        results.add_outcome("done")
+    for problem in stats.problems:
+        results.add_problem(problem)
+    return results
 
 
-def runs_without_shared_memory(runs: Runs, number: int) -> Attempts:
-    made = Attempts("train: /dev/shm is full")
+def runs_without_shared_memory(runs: Runs, number: int) -> AttemptResults:
+    results = AttemptResults("train: /dev/shm is full")
     for attempt in range(number):
-        runs.begin(halfway=bool(attempt % 2))
-        running = runs.bed.start(RUN.replace("workers 0", "workers 2"), FullSharedMemory())
-        runs.look(made, running.wait(), f"attempt {attempt}", "/dev/shm is full")
-    return made
+        runs.reset(halfway=bool(attempt % 2))
+        running = runs.fixture.start(RUN.replace("workers 0", "workers 2"), FullSharedMemory())
+        runs.check(results, running.wait(), f"attempt {attempt}", "/dev/shm is full")
+    return results
 
 
-def runs_with_stepping_clocks(runs: Runs, number: int, seed: int) -> Attempts:
+def runs_with_stepping_clocks(runs: Runs, number: int, seed: int) -> AttemptResults:
     """Also the times of the checkpoints that are there are past and future."""
-    made = Attempts("train: the clock steps")
-    source = random.Random(seed)
+    results = AttemptResults("train: the clock steps")
+    rng = random.Random(seed)
     for attempt in range(number):
-        runs.begin(halfway=True)
+        runs.reset(halfway=True)
         for path in runs.root.iterdir():
-            moment = time.time() + source.uniform(-48, 48) * HOUR
+            moment = time.time() + rng.uniform(-48, 48) * HOUR
             os.utime(path, (moment, moment))
-        ended = runs.bed.run(RUN, SteppingClock(source.random()))
-        runs.look(made, ended, f"attempt {attempt}, seed {seed}")
-        events = (runs.bed.work / "logs/m/events.jsonl").read_text().splitlines()
+        ended = runs.fixture.run(RUN, SteppingClock(rng.random()))
+        runs.check(results, ended, f"attempt {attempt}, seed {seed}")
+        events = (runs.fixture.work / "logs/m/events.jsonl").read_text().splitlines()
         if [json.loads(event)["kind"] for event in events].count("resume") != 1:
-            made.complain(f"attempt {attempt}: {events}")
-    return made
+            results.add_problem(f"attempt {attempt}: {events}")
+    return results

@@ -18,22 +18,22 @@ from unittest import mock
 import numpy as np
 import pytest
 from faults import system
-from faults.attempts import Attempts
-from faults.commands import COMMANDS, HALF, Bed, KillAt, attempt, kill_at_every_change, kill_at_random
+from faults.attempts import AttemptResults
+from faults.commands import COMMANDS, HALF, CommandFixture, KillAt, attempt, kill_at_every_change, kill_at_random
 from faults.system import HOUR, Runs
-from support import records
+from support import make_records
 
-from fm9g.checkpoint.folder import Snapshot, save_checkpoint
+from fm9g.checkpoint.checkpoint import Snapshot, save_checkpoint
 from fm9g.config.mixture import load_mixture
 from fm9g.config.train import TrainConfig
-from fm9g.data import build
-from fm9g.data.mixture import Mixture
-from fm9g.data.pool import EncodingPool, fill_cache
+from fm9g.data.load.encoding_pool import EncodingPool, build_token_cache
+from fm9g.data.load.mixture import Mixture
+from fm9g.data.prepare import index_builder
 from fm9g.errors import UserError
-from fm9g.launch.place import Place
+from fm9g.launch.dist_env import RankInfo
 from fm9g.report.files import read_metrics
-from fm9g.train.metrics import Metrics
-from fm9g.train.resume import find_checkpoint
+from fm9g.train.metrics_logger import MetricsLogger
+from fm9g.train.resume import find_resume_checkpoint
 
 pytestmark = pytest.mark.xdist_group("faults")  # the server of their processes is that of tests/train/test_faults.py
 SEED = int(os.environ.get("FM9G_FAULT_SEED", 1))
@@ -42,62 +42,62 @@ needs_mounts = pytest.mark.skipif(not system.can_mount(), reason="this user may 
 
 
 @pytest.fixture(scope="module")
-def bed(tmp_path_factory: pytest.TempPathFactory) -> Bed:
-    return Bed(tmp_path_factory.mktemp("faults") / "bed", [INDEX, WORKERS])
+def command_fixture(tmp_path_factory: pytest.TempPathFactory) -> CommandFixture:
+    return CommandFixture(tmp_path_factory.mktemp("faults") / "commands", [INDEX, WORKERS])
 
 
 @pytest.fixture(scope="module")
-def whole_bed(tmp_path_factory: pytest.TempPathFactory) -> Bed:
-    return Bed(tmp_path_factory.mktemp("faults") / "bed")
+def full_fixture(tmp_path_factory: pytest.TempPathFactory) -> CommandFixture:
+    return CommandFixture(tmp_path_factory.mktemp("faults") / "commands")
 
 
 @pytest.fixture(scope="module")
-def runs(whole_bed: Bed) -> Runs:
-    return Runs(whole_bed)
+def runs(full_fixture: CommandFixture) -> Runs:
+    return Runs(full_fixture)
 
 
-def assert_nothing_lost(made: Attempts, least: int = 1) -> None:
-    assert not made.problems, "\n\n".join(made.problems)
-    assert made.number >= least
+def assert_nothing_lost(results: AttemptResults, least: int = 1) -> None:
+    assert not results.problems, "\n\n".join(results.problems)
+    assert results.count >= least
 
 
-def test_a_killed_command_leaves_the_old_or_the_new(bed: Bed) -> None:
-    made = kill_at_every_change(bed, INDEX, stride=4)
-    assert made.kills > 5
-    assert_nothing_lost(made)
-    assert_nothing_lost(kill_at_random(bed, INDEX, 4, SEED))
-
-
-@needs_mounts
-def test_a_command_on_a_small_disk(bed: Bed) -> None:
-    made = system.small_disks(bed, INDEX, 2)
-    assert_nothing_lost(made, 4)
-    assert made.met["refused"]
+def test_a_killed_command_leaves_the_old_or_the_new(command_fixture: CommandFixture) -> None:
+    results = kill_at_every_change(command_fixture, INDEX, stride=4)
+    assert results.kills > 5
+    assert_nothing_lost(results)
+    assert_nothing_lost(kill_at_random(command_fixture, INDEX, 4, SEED))
 
 
 @needs_mounts
-def test_a_command_without_shared_memory(bed: Bed) -> None:
-    assert_nothing_lost(system.no_shared_memory(bed, WORKERS, 1))
+def test_a_command_on_a_small_disk(command_fixture: CommandFixture) -> None:
+    results = system.small_disks(command_fixture, INDEX, 2)
+    assert_nothing_lost(results, 4)
+    assert results.outcomes["refused"]
 
 
-def test_a_command_that_may_not_read_or_write(bed: Bed) -> None:
-    made = system.closed_folders(bed, INDEX)
-    assert made.met == {"refused": 3}
-    assert_nothing_lost(made)
+@needs_mounts
+def test_a_command_without_shared_memory(command_fixture: CommandFixture) -> None:
+    assert_nothing_lost(system.no_shared_memory(command_fixture, WORKERS, 1))
 
 
-def test_a_command_whose_clock_steps(bed: Bed) -> None:
-    assert_nothing_lost(system.stepping_clocks(bed, INDEX, 2, SEED))
+def test_a_command_that_may_not_read_or_write(command_fixture: CommandFixture) -> None:
+    results = system.closed_folders(command_fixture, INDEX)
+    assert results.outcomes == {"refused": 3}
+    assert_nothing_lost(results)
 
 
-def test_two_commands_for_one_target(bed: Bed) -> None:
-    assert_nothing_lost(system.two_at_once(bed, INDEX, 2, SEED))
+def test_a_command_whose_clock_steps(command_fixture: CommandFixture) -> None:
+    assert_nothing_lost(system.stepping_clocks(command_fixture, INDEX, 2, SEED))
 
 
-def test_a_command_whose_worker_is_killed(bed: Bed) -> None:
-    made = system.killed_workers(bed, WORKERS, 1, SEED)
-    assert made.kills
-    assert_nothing_lost(made)
+def test_two_commands_for_one_target(command_fixture: CommandFixture) -> None:
+    assert_nothing_lost(system.two_at_once(command_fixture, INDEX, 2, SEED))
+
+
+def test_a_command_whose_worker_is_killed(command_fixture: CommandFixture) -> None:
+    results = system.killed_workers(command_fixture, WORKERS, 1, SEED)
+    assert results.kills
+    assert_nothing_lost(results)
 
 
 # What the harness must notice
@@ -123,17 +123,23 @@ def folder_in_place(target: Path, overwrite: bool = False) -> Iterator[Path]:
     yield target
 
 
-def test_a_folder_that_is_written_in_place_is_noticed(bed: Bed) -> None:
-    made = Attempts("in place")
-    attempt(bed, INDEX, made, [Breaking("fm9g.data.build.new_folder", folder_in_place, 10)], fresh=False)
-    assert "left neither old nor new" in made.problems[0]
+def test_a_folder_that_is_written_in_place_is_noticed(command_fixture: CommandFixture) -> None:
+    results = AttemptResults("in place")
+    attempt(
+        command_fixture,
+        INDEX,
+        results,
+        [Breaking("fm9g.data.prepare.index_builder.atomic_dir", folder_in_place, 10)],
+        fresh=False,
+    )
+    assert "left neither old nor new" in results.problems[0]
 
 
-def test_what_nobody_clears_away_is_noticed(bed: Bed) -> None:
-    made = Attempts("left behind")
-    with mock.patch.object(bed, "input_state", {}):
-        attempt(bed, INDEX, made, [], fresh=True)
-    assert "what it reads was changed" in made.problems[0]
+def test_what_nobody_clears_away_is_noticed(command_fixture: CommandFixture) -> None:
+    results = AttemptResults("left behind")
+    with mock.patch.object(command_fixture, "input_state", {}):
+        attempt(command_fixture, INDEX, results, [], fresh=True)
+    assert "what it reads was changed" in results.problems[0]
 
 
 # What the long test found, one by one
@@ -142,12 +148,12 @@ def test_what_nobody_clears_away_is_noticed(bed: Bed) -> None:
 def test_a_line_of_figures_that_was_cut_off_does_not_take_the_next_one_along(tmp_path: Path) -> None:
     for file in ("metrics.jsonl", "events.jsonl"):
         (tmp_path / file).write_text('{"step": 1, "kind": "save", "text": ""}\n')
-    with Metrics(tmp_path, [], first_step=1, last_step=9) as metrics:
+    with MetricsLogger(tmp_path, [], first_step=1, last_step=9) as metrics_logger:
         for file in ("metrics.jsonl", "events.jsonl"):
             with (tmp_path / file).open("a") as cut:
                 cut.write('{"step": 2, "Lo')
-        metrics.write(3, {"Loss/train": 1.0})
-        metrics.event(3, "save", "written")
+        metrics_logger.log_metrics(3, {"Loss/train": 1.0})
+        metrics_logger.log_event(3, "save", "written")
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 3]
     assert json.loads((tmp_path / "events.jsonl").read_text().splitlines()[-1])["step"] == 3
 
@@ -166,63 +172,66 @@ class Broken:
 def test_a_worker_that_is_killed_between_two_results_is_told_of() -> None:
     pool: Any = Broken()
     with pytest.raises(UserError, match="was killed"):
-        list(build._in_order([(build.convert_lines, (), 0)], pool, ahead=1))
+        list(index_builder._run_in_order([(index_builder.convert_lines, (), 0)], pool, max_pending=1))
     encoding = EncodingPool.__new__(EncodingPool)
-    encoding._pool, encoding.workers, encoding._doing = pool, 1, []
+    encoding._pool, encoding.workers, encoding._status = pool, 1, []
     encoding.mixture = cast(Any, SimpleNamespace(datasets=[np.zeros(3)]))
     with pytest.raises(UserError, match="was killed"):
-        list(encoding.tokens(0, iter(range(3))))
+        list(encoding.tokenize(0, iter(range(3))))
 
 
 def test_what_lies_beside_a_token_cache_that_is_whole_is_cleared_away(
     make_mixture: Callable[..., Path], tokenizer_path: Path, tmp_path: Path
 ) -> None:
-    configs = [item.value for item in load_mixture(make_mixture({"a": records(9)}))]
-    mixture, _ = fill_cache(Mixture(configs, str(tokenizer_path), 64, 3, 128, str(tmp_path / "cache")), 0)
+    configs = [item.value for item in load_mixture(make_mixture({"a": make_records(9)}))]
+    mixture, _ = build_token_cache(Mixture(configs, str(tokenizer_path), 64, 3, 128, str(tmp_path / "cache")), 0)
     cache = mixture.cache_folder(0)
     shutil.copytree(cache, cache.with_name(f".{cache.name}.5.old"))  # a kill before the old one was deleted
-    fill_cache(mixture, 0)
+    build_token_cache(mixture, 0)
     assert [folder.name for folder in cache.parent.iterdir()] == [cache.name]
 
 
 @pytest.mark.parametrize("skew", [-HOUR, HOUR])
 def test_a_restart_knows_its_own_checkpoints_whatever_the_clocks_say(tmp_path: Path, skew: float) -> None:
     def save(step: int) -> None:
-        empty: Any = type("Nothing", (list,), {"like": {}})()
+        empty: Any = type("Nothing", (list,), {"meta": {}})()
         folder = save_checkpoint(tmp_path, Snapshot(step, empty, None, None, {}, {}, {}, {}))
         for path in (folder, *folder.iterdir()):
             os.utime(path, (time.time() + skew, time.time() + skew))
 
     save(7)  # of a run that is given up
     config, log = TrainConfig(overwrite=True), tmp_path / "log"
-    place = Place(launcher="fm9g", started=time.time())
-    assert find_checkpoint(config, place, tmp_path, log) == (None, [])
-    again = replace(place, attempt=1)
-    assert find_checkpoint(config, again, tmp_path, log) == (None, [])
+    rank_info = RankInfo(launcher="fm9g", start_time=time.time())
+    assert find_resume_checkpoint(config, rank_info, tmp_path, log) == (None, [])
+    again = replace(rank_info, attempt=1)
+    assert find_resume_checkpoint(config, again, tmp_path, log) == (None, [])
     save(3)
-    found, _ = find_checkpoint(config, again, tmp_path, log)
+    found, _ = find_resume_checkpoint(config, again, tmp_path, log)
     assert found is not None
     assert found.step == 3
-    later = replace(again, started=place.started + 1)  # another run, which never came so far as to note its start
-    assert find_checkpoint(config, later, tmp_path, log) == (None, [])
+    # Another run, which never came so far as to note its start.
+    later = replace(again, start_time=rank_info.start_time + 1)
+    assert find_resume_checkpoint(config, later, tmp_path, log) == (None, [])
 
 
 @pytest.mark.slow
-def test_weights_and_their_configuration_get_their_names_one_right_after_the_other(whole_bed: Bed) -> None:
-    made = kill_at_every_change(whole_bed, "convert to .pt")
-    assert_nothing_lost(made)
-    assert made.met[HALF] <= 6  # nothing but what clears away lies between
+def test_weights_and_their_configuration_get_their_names_one_right_after_the_other(
+    full_fixture: CommandFixture,
+) -> None:
+    results = kill_at_every_change(full_fixture, "convert to .pt")
+    assert_nothing_lost(results)
+    assert results.outcomes[HALF] <= 6  # nothing but what clears away lies between
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("report", "plot")])
-def test_every_command(whole_bed: Bed, name: str) -> None:
-    assert_nothing_lost(kill_at_every_change(whole_bed, name, stride=3))
-    assert_nothing_lost(kill_at_random(whole_bed, name, 5, SEED))
-    assert_nothing_lost(system.closed_folders(whole_bed, name))
-    assert_nothing_lost(system.two_at_once(whole_bed, name, 2, SEED))
+def test_every_command(full_fixture: CommandFixture, name: str) -> None:
+    assert_nothing_lost(kill_at_every_change(full_fixture, name, stride=3))
+    assert_nothing_lost(kill_at_random(full_fixture, name, 5, SEED))
+    assert_nothing_lost(system.closed_folders(full_fixture, name))
+    assert_nothing_lost(system.two_at_once(full_fixture, name, 2, SEED))
     if system.can_mount():
-        assert_nothing_lost(system.small_disks(whole_bed, name, 3))
+        assert_nothing_lost(system.small_disks(full_fixture, name, 3))
 
 
 @pytest.mark.slow

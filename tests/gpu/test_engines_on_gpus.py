@@ -4,17 +4,17 @@ import functools
 from dataclasses import replace
 from typing import Any
 
-import engine_runs
+import engine_harness
 import numpy as np
 import pytest
 import torch
-from engine_runs import Run, Setup
-from gpu.placed import REHEARSAL, Course, on_gpus, patched, start, train_all
-from ranks import run_ranks
+from engine_harness import EngineCase, TrainResult
+from gpu.gpu_harness import REHEARSAL, RunOptions, on_gpus, patched, start, train_on_gpus
+from spawn import run_ranks
 
-from fm9g.data.pack import collate
-from fm9g.engine.base import Placement
-from fm9g.engine.processes import Processes
+from fm9g.data.load.packing import collate
+from fm9g.engine.base import ParallelConfig
+from fm9g.engine.dist_context import DistContext
 from fm9g.train.loop import to_batch
 
 STEPS = 8
@@ -36,27 +36,30 @@ BMTRAIN = [
 ]
 
 
-def placed(engine: str, *placements: dict[str, Any], **changes: Any) -> list[Setup]:
-    return [Setup(engine=engine, placement=Placement(**each), steps=STEPS, **changes) for each in placements]
+def make_cases(engine: str, *parallel_configs: dict[str, Any], **changes: Any) -> list[EngineCase]:
+    return [
+        EngineCase(engine=engine, parallel_config=ParallelConfig(**each), steps=STEPS, **changes)
+        for each in parallel_configs
+    ]
 
 
 @functools.cache
-def beginning(frozen: str = "", model: tuple[tuple[str, Any], ...] = ()) -> Run:
-    return run_ranks(1, start, Setup(frozen=frozen, model=model))[0]
+def beginning(frozen: str = "", model: tuple[tuple[str, Any], ...] = ()) -> TrainResult:
+    return run_ranks(1, start, EngineCase(frozen=frozen, model=model))[0]
 
 
 @functools.cache
-def on_cpu(frozen: str = "", steps: int = STEPS) -> Run:
+def on_cpu(frozen: str = "", steps: int = STEPS) -> TrainResult:
     """One process with the torch engine, from the same first weights."""
-    return run_ranks(1, engine_runs.run, Setup(frozen=frozen, steps=steps), 0, beginning(frozen))[0]
+    return run_ranks(1, engine_harness.train_case, EngineCase(frozen=frozen, steps=steps), 0, beginning(frozen))[0]
 
 
-def train(count: int, setups: list[Setup], **course: Any) -> list[Run]:
-    given = {"before": beginning(setups[0].frozen, setups[0].model), **course}
-    return on_gpus(count, train_all, setups, Course(**given))[0]
+def train(count: int, cases: list[EngineCase], **options: Any) -> list[TrainResult]:
+    given = {"before": beginning(cases[0].frozen, cases[0].model), **options}
+    return on_gpus(count, train_on_gpus, cases, RunOptions(**given))[0]
 
 
-def assert_same(one: Run, other: Run, said: object) -> None:
+def assert_same(one: TrainResult, other: TrainResult, said: object) -> None:
     np.testing.assert_allclose(one.losses, other.losses, rtol=0, atol=LOSS, err_msg=str(said))
     np.testing.assert_allclose(one.norms, other.norms, rtol=0, atol=NORM, err_msg=str(said))
     assert one.weights.keys() == other.weights.keys()
@@ -71,16 +74,16 @@ def assert_same(one: Run, other: Run, said: object) -> None:
 
 @pytest.mark.parametrize("frozen", ["", "lower", "most"])
 def test_torch_on_one_gpu_gives_the_numbers_of_a_cpu(gpus: int, frozen: str) -> None:
-    setups = placed("torch", *TORCH, frozen=frozen)
-    for setup, run in zip(setups, train(1, setups)):
-        assert_same(run, on_cpu(frozen), setup)
+    cases = make_cases("torch", *TORCH, frozen=frozen)
+    for case, run in zip(cases, train(1, cases)):
+        assert_same(run, on_cpu(frozen), case)
 
 
 @pytest.mark.parametrize("frozen", ["", "lower", "most"])
 def test_bmtrain_on_one_gpu_gives_the_numbers_of_a_cpu(gpus: int, bmtrain: None, frozen: str) -> None:
-    setups = placed("bmtrain", *BMTRAIN, frozen=frozen)
-    for setup, run in zip(setups, train(1, setups)):
-        assert_same(run, on_cpu(frozen), setup)
+    cases = make_cases("bmtrain", *BMTRAIN, frozen=frozen)
+    for case, run in zip(cases, train(1, cases)):
+        assert_same(run, on_cpu(frozen), case)
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -88,18 +91,18 @@ def test_torch_on_several_gpus_gives_the_numbers_of_a_cpu(gpus: int, count: int)
     if gpus < count:
         pytest.skip(f"NVIDIA GPUs at hand: {gpus}, and this needs {count}")
     split = [{"tp_size": 2}, {"tp_size": 2, "sequence_parallel": False}, {"tp_size": 2, "zero_level": 0, **FULL}]
-    setups = placed("torch", *TORCH, *split)
-    for setup, run in zip(setups, train(count, setups)):
-        assert_same(run, on_cpu(), setup)
+    cases = make_cases("torch", *TORCH, *split)
+    for case, run in zip(cases, train(count, cases)):
+        assert_same(run, on_cpu(), case)
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_bmtrain_on_several_gpus_gives_the_numbers_of_a_cpu(gpus: int, bmtrain: None, count: int) -> None:
     if gpus < count:
         pytest.skip(f"NVIDIA GPUs at hand: {gpus}, and this needs {count}")
-    setups = placed("bmtrain", *BMTRAIN)
-    for setup, run in zip(setups, train(count, setups)):
-        assert_same(run, on_cpu(), setup)
+    cases = make_cases("bmtrain", *BMTRAIN)
+    for case, run in zip(cases, train(count, cases)):
+        assert_same(run, on_cpu(), case)
 
 
 @pytest.mark.parametrize("engine", ["torch", "bmtrain"])
@@ -114,9 +117,9 @@ def test_narrow_types_learn_as_fp32_does(
     if dtype == torch.float16 and REHEARSAL:
         pytest.skip("fp16 is for GPUs")
     narrow = [{"dtype": dtype}, {"dtype": dtype, "checkpointing": "full", "zero_level": 2}]
-    setups = [replace(setup, steps=25) for setup in placed(engine, *narrow, {})]
+    cases = [replace(case, steps=25) for case in make_cases(engine, *narrow, {})]
     scale = 2.0**30 if dtype == torch.float16 else 0.0  # so high that it must come down first
-    *runs, wide = train(1, setups, repeated=True, loss_scale=scale)
+    *runs, wide = train(1, cases, repeated=True, loss_scale=scale)
     assert wide.losses[-1] < 0.5 * wide.losses[0]
     for run in runs:
         assert run.losses[0] == pytest.approx(wide.losses[0], rel=2e-2)
@@ -135,8 +138,8 @@ def test_a_run_goes_on_under_another_engine(gpus: int, one: str, other: str, req
     if "bmtrain" in (one, other):
         request.getfixturevalue("bmtrain")
     count = min(gpus, 2)
-    half = train(1, [replace(placed(one, {})[0], stop=STEPS // 2)])[0]
-    (rest,) = train(count, placed(other, {"zero_level": 2}), first=STEPS // 2, before=half)
+    half = train(1, [replace(make_cases(one, {})[0], stop=STEPS // 2)])[0]
+    (rest,) = train(count, make_cases(other, {"zero_level": 2}), first=STEPS // 2, before=half)
     whole = replace(on_cpu(), losses=on_cpu().losses[STEPS // 2 :], norms=on_cpu().norms[STEPS // 2 :])
     assert_same(rest, whole, (one, other))
 
@@ -145,19 +148,19 @@ def test_a_run_goes_on_under_another_engine(gpus: int, one: str, other: str, req
 def test_a_run_that_was_resumed_is_the_same_bit_for_bit(gpus: int, engine: str, request: pytest.FixtureRequest) -> None:
     if engine == "bmtrain":
         request.getfixturevalue("bmtrain")
-    setups = placed(engine, {})
-    whole = train(1, setups)[0]
-    half = train(1, [replace(setups[0], stop=STEPS // 2)])[0]
-    rest = train(1, setups, first=STEPS // 2, before=half)[0]
+    cases = make_cases(engine, {})
+    whole = train(1, cases)[0]
+    half = train(1, [replace(cases[0], stop=STEPS // 2)])[0]
+    rest = train(1, cases, first=STEPS // 2, before=half)[0]
     assert rest.norms == whole.norms[STEPS // 2 :]
     assert rest.losses == whole.losses[STEPS // 2 :]
     assert all(torch.equal(weight, whole.weights[name]) for name, weight in rest.weights.items())
 
 
-def step_without_waiting(processes: Processes, setup: Setup) -> None:
-    with patched(Course()):
-        engine = engine_runs.prepared(setup, processes, {})
-    packs = [collate(group, engine_runs.CAPACITY) for group in engine_runs.documents(1)]
+def step_without_waiting(dist_context: DistContext, case: EngineCase) -> None:
+    with patched(RunOptions()):
+        engine = engine_harness.prepared(case, dist_context, {})
+    packs = [collate(group, engine_harness.CAPACITY) for group in engine_harness.documents(1)]
     for number in range(3):
         if number == 2 and not REHEARSAL:  # by now libraries are loaded and memory is there
             torch.cuda.synchronize()
@@ -166,7 +169,7 @@ def step_without_waiting(processes: Processes, setup: Setup) -> None:
         for i, pack in enumerate(packs):
             batch, rows = to_batch(pack, engine.device)
             loss, losses = engine.forward(batch, i)
-            engine.backward(loss / 100, last=i == len(packs) - 1)
+            engine.backward(loss / 100, is_last_micro_batch=i == len(packs) - 1)
             tasks.index_add_(0, rows, losses)
         engine.step(1e-3, 1.0)
     if not REHEARSAL:
@@ -183,4 +186,4 @@ def test_a_step_that_does_not_log_does_not_wait_for_the_gpu(
         request.getfixturevalue("bmtrain")
     dtype = torch.float32 if REHEARSAL else torch.bfloat16
     for count in {1, min(gpus, 2)}:
-        on_gpus(count, step_without_waiting, *placed(engine, {"dtype": dtype, "checkpointing": checkpointing}))
+        on_gpus(count, step_without_waiting, *make_cases(engine, {"dtype": dtype, "checkpointing": checkpointing}))

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gpu.placed import REHEARSAL
+from gpu.gpu_harness import REHEARSAL
 
 from fm9g.config.model import ModelConfig
 from fm9g.model import attention
-from fm9g.plan import Setup, peak
+from fm9g.plan import JobConfig, peak_memory
 from fm9g.train.loop import _on_device
 
 LENGTHS = [37, 1, 300, 128, 7]
@@ -49,7 +49,7 @@ def test_a_kernel_gives_what_torch_gives_document_by_document(
 
     def run(flash: bool, kind: torch.dtype) -> list[torch.Tensor]:
         given = [tensor.detach().to(kind).requires_grad_() for tensor in inputs]
-        output = attention.attend(*given, borders, LENGTHS, flash, window=window)
+        output = attention.varlen_attention(*given, borders, LENGTHS, flash, window=window)
         (output * weight.to(kind)).sum().backward()
         return [output.detach(), *(tensor.grad for tensor in given)]
 
@@ -78,11 +78,11 @@ MODEL = ModelConfig(vocab_size=32000, hidden_size=1024, intermediate_size=2816, 
     [
         {},
         {"activation_checkpoint": "full"},
-        {"activation_checkpoint": "selective", "zero_level": 2, "grad_accum": 2},
-        {"activation_checkpoint": "full", "optimizer_offload": True},
+        {"activation_checkpoint": "selective", "zero_level": 2, "gradient_accumulation_steps": 2},
+        {"activation_checkpoint": "full", "offload_optimizer": True},
         {"engine": "bmtrain"},
         {"engine": "bmtrain", "activation_checkpoint": "full", "zero_level": 2},
-        {"engine": "bmtrain", "activation_checkpoint": "full", "grad_accum": 2},
+        {"engine": "bmtrain", "activation_checkpoint": "full", "gradient_accumulation_steps": 2},
     ],
     ids=str,
 )
@@ -100,5 +100,5 @@ def test_memory_is_what_is_planned_within_15_percent(
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
-    chosen = Setup(**{"max_length": 2048, **setup})
-    assert peak(MODEL, chosen).total == pytest.approx(module.measure_apart(MODEL, chosen, "cuda"), rel=0.15)
+    chosen = JobConfig(**{"max_length": 2048, **setup})
+    assert peak_memory(MODEL, chosen).total == pytest.approx(module.measure_apart(MODEL, chosen, "cuda"), rel=0.15)

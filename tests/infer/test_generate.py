@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import small_model
 
-from fm9g.checkpoint.weights import write_weights
 from fm9g.cli import main
 from fm9g.convert.hf import export_folder, import_folder
 from fm9g.errors import UserError
 from fm9g.infer.generate import _config, _open_tokenizer, _prompt_ids, generate
+from fm9g.io.weights import write_weights
 from fm9g.model.transformer import weight_shapes
 
 
@@ -28,16 +28,16 @@ class Weights:
 
     def __init__(self) -> None:
         torch.manual_seed(0)
-        self.like = {name: torch.randn(shape) for name, shape in weight_shapes(small_model()).items()}
+        self.meta = {name: torch.randn(shape) for name, shape in weight_shapes(small_model()).items()}
 
     def __iter__(self):
-        return iter(self.like.items())
+        return iter(self.meta.items())
 
 
 @pytest.fixture
 def folder(tmp_path: Path, tokenizer_path: Path) -> Path:
     weights = Weights()
-    write_weights(tmp_path / "m.pt", weights.like, weights)
+    write_weights(tmp_path / "m.pt", weights.meta, weights)
     (tmp_path / "m.json").write_text(json.dumps(small_model().to_json()))
     export_folder(tmp_path / "m.pt", tmp_path / "hf")
     shutil.copytree(tokenizer_path, tmp_path / "hf", dirs_exist_ok=True)
@@ -172,7 +172,7 @@ def test_weights_of_half_precision_are_computed_in_what_is_fast_here(
         LlamaForCausalLM, "generate", lambda self, *a, **k: used.append(self.dtype) or own(self, *a, **k)
     )
     for fast in (True, False):
-        monkeypatch.setattr("fm9g.engine.torch.has_fast_bf16", lambda device, fast=fast: fast)
+        monkeypatch.setattr("fm9g.engine.fsdp.has_fast_bf16", lambda device, fast=fast: fast)
         generate(folder, "the", max_new_tokens=2)
     if not torch.cuda.is_available():
         assert used == [torch.bfloat16, torch.float32]

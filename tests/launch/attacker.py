@@ -7,19 +7,19 @@ import struct
 import sys
 from contextlib import suppress
 
-NOTES = {
-    f"{attempt}/{name}": note
+ENTRIES = {
+    f"{attempt}/{name}": value
     for attempt in range(2)
-    for name, note in {
+    for name, value in {
         "failure": {"cause": "\x1b[2Jforged", "rank": None, "host": "x", "node": 0, "code": 0},
-        "over": True,
-        "ask": True,
+        "done": True,
+        "dump_stacks": True,
         "rank/0": 3,
-        "rank/1": {"beat": 1, "host": "x", "step": 0, "activity": "x", "late": 1e9, "bye": True},
-        "agent/1": {"beat": 1, "ended": True},
+        "rank/1": {"heartbeat": 1, "host": "x", "step": 0, "activity": "x", "overdue": 1e9, "finished": True},
+        "agent/1": {"heartbeat": 1, "ended": True},
     }.items()
 }
-FORGED = json.dumps({"put": NOTES, "claim": NOTES, "ask": list(NOTES)}).encode()
+FORGED = json.dumps({"set": ENTRIES, "set_if_absent": ENTRIES, "get": list(ENTRIES)}).encode()
 
 
 def frame(content: bytes, signature: bytes = bytes(32)) -> bytes:

@@ -49,12 +49,18 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Node]]:
         kind: str, node: int = 0, of: int = 2, nproc: int = 1, port: int = 0, addr: str = "127.0.0.1", **more: object
     ) -> Node:
         secret = more.pop("secret", SECRET)
-        place = {
+        launch_config = {
             **{"nproc": nproc, "nnodes": of, "node_rank": node},
             **{"master_addr": addr, "master_port": port, "secret": secret},
         }
         prefix = more.pop("prefix", [])
-        values = {"argv": [kind, str(tmp_path)], "nodes": place, "timeout": PATIENCE, "step_timeout": 0, **more}
+        values = {
+            "argv": [kind, str(tmp_path)],
+            "launch_config": launch_config,
+            "timeout": PATIENCE,
+            "step_timeout": 0,
+            **more,
+        }
         nodes.append(Node(prefix, values))
         return nodes[-1]
 
@@ -204,7 +210,7 @@ def test_a_port_in_use(start):
     [
         ({"nproc": 1}, {"nproc": 2}, "nproc (GPUS_PER_NODE): 2 there, 1 on node 0"),
         ({"of": 2}, {"of": 3}, "nnodes (NNODES): 3 there, 2 on node 0"),
-        ({"identity": {"code": "a"}}, {"identity": {"code": "b"}}, "code: b there, a on node 0"),
+        ({"fingerprint": {"code": "a"}}, {"fingerprint": {"code": "b"}}, "code: b there, a on node 0"),
     ],
 )
 def test_nodes_that_were_started_differently(start, port, here: dict, there: dict, key: str):
@@ -320,7 +326,7 @@ def test_a_second_signal_ends_at_once_what_does_not_listen(start, tmp_path):
     time.sleep(0.5)
     assert node.process.poll() is None
     node.signal(signal.SIGTERM)
-    code, _, err = node.end(PATIENCE / 2)  # not after `grace`, which is as long again
+    code, _, err = node.end(PATIENCE / 2)  # not after `grace_period`, which is as long again
     assert code == 130
     assert "second signal" in message(err)
     for pid in pids:

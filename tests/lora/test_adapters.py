@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import LAYERS, logits, make_adapter, make_model
+from random_adapters import LAYERS, logits, make_adapter, make_model
 from support import ROOT, small_model
 from torch import nn
 
-from fm9g.checkpoint.weights import write_weights
 from fm9g.config.adapter import ADAPTER_CONFIG, AdapterConfig
 from fm9g.errors import UserError
-from fm9g.lora.base import base_hash
-from fm9g.lora.files import Adapter, combine, open_adapter, save_adapter
-from fm9g.lora.inject import MAGNITUDE, A, B, inject, known_as, put_in
+from fm9g.io.weights import write_weights
+from fm9g.lora.adapter_file import Adapter, combine, open_adapter, save_adapter
+from fm9g.lora.base_fingerprint import base_fingerprint
+from fm9g.lora.inject import MAGNITUDE, A, B, canonical_name, inject_adapters, load_adapter_into
 from fm9g.lora.quantize import QuantizedLinear
 from fm9g.model.transformer import FM9G
 
@@ -39,7 +39,7 @@ def test_a_merged_weight_does_what_pefts_layers_do(changes: dict) -> None:
     adapter = make_adapter(make_model(**scaled), **changes)
     beside = make_model(**scaled)
     before = logits(beside)
-    put_in(beside, "", adapter.config, adapter.weights)
+    load_adapter_into(beside, "", adapter.config, adapter.weights)
     after = logits(merged(make_model(**scaled), adapter))
     assert (logits(beside) - before).abs().max() > 0.05
     torch.testing.assert_close(logits(beside), after, atol=2e-5, rtol=1e-5)
@@ -143,12 +143,12 @@ def test_r_and_alpha_come_from_the_adapter(tmp_path: Path) -> None:
 
 def test_the_hash_of_a_base_is_of_its_values() -> None:
     weights = {name: weight.bfloat16() for name, weight in make_model().named_parameters()}
-    found = base_hash(weights, weights.__getitem__)
-    assert found == base_hash(reversed(list(weights)), lambda name: weights[name].float())
+    found = base_fingerprint(weights, weights.__getitem__)
+    assert found == base_fingerprint(reversed(list(weights)), lambda name: weights[name].float())
     changed = {**weights, "encoder.output_layernorm.weight": weights["encoder.output_layernorm.weight"] * 1.01}
-    assert found != base_hash(changed, changed.__getitem__)
+    assert found != base_fingerprint(changed, changed.__getitem__)
     renamed = {name.replace("project_k", "project_x"): weight for name, weight in weights.items()}
-    assert found != base_hash(renamed, renamed.__getitem__)
+    assert found != base_fingerprint(renamed, renamed.__getitem__)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -158,8 +158,8 @@ def test_a_quantized_layer_is_near_its_weight_and_small(
 ) -> None:
     torch.manual_seed(0)
     plain = nn.Linear(512, 256)
-    layer = QuantizedLinear(plain, kind, double=True)
-    layer.keep(plain.weight.detach(), dtype)
+    layer = QuantizedLinear(plain, kind, double_quant=True)
+    layer.set_weight(plain.weight.detach(), dtype)
     assert layer.nbytes * 8 / plain.weight.numel() < bits
     x = torch.randn(7, 512, dtype=dtype, requires_grad=True)
     bias = plain.bias.to(dtype)
@@ -182,7 +182,7 @@ def test_scales_are_quantized_too_where_that_is_asked_for() -> None:
     sizes = []
     for double in (True, False):
         layer = QuantizedLinear(plain, "nf4", double)
-        layer.keep(plain.weight.detach(), torch.float32)
+        layer.set_weight(plain.weight.detach(), torch.float32)
         sizes.append(layer.nbytes)
     assert sizes[0] < 0.95 * sizes[1]
 
@@ -191,11 +191,13 @@ def test_nothing_else_is_trained_and_names_are_those_of_files() -> None:
     with torch.device("meta"):
         model = FM9G(small_model(qkv_bias=True))
     before = [name for name, _ in model.named_parameters()]
-    chosen = inject(model, model.encoder.layers, AdapterConfig(r=2, alpha=2.0, layers=["self_attention.project_q"]))
+    chosen = inject_adapters(
+        model, model.encoder.layers, AdapterConfig(r=2, alpha=2.0, layers=["self_attention.project_q"])
+    )
     assert len(chosen) == 2
-    trained = {known_as(name) for name, weight in model.named_parameters() if weight.requires_grad}
+    trained = {canonical_name(name) for name, weight in model.named_parameters() if weight.requires_grad}
     assert trained == {layer + part for layer in chosen for part in (A, B)}
-    assert {known_as(name) for name, _ in model.named_parameters()} == trained | set(before)
+    assert {canonical_name(name) for name, _ in model.named_parameters()} == trained | set(before)
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -205,9 +207,9 @@ def test_bitsandbytes_is_imported_where_something_is_quantized_and_nowhere_else(
     program = """
 import sys, torch
 from fm9g.config.adapter import AdapterConfig
-from fm9g.lora.inject import inject
+from fm9g.lora.inject import inject_adapters
 from fm9g.lora.quantize import quantize_layers
-from fm9g.lora.start import Start
+from fm9g.lora.init import AdapterInit
 
 def adapt(quantize):
     model = torch.nn.Module()
@@ -216,8 +218,8 @@ def adapt(quantize):
     if quantize:
         quantize_layers(model.encoder.layers, "nf4", True)
     config = AdapterConfig(r=2, alpha=2.0, layers=["x"], pissa=True)
-    chosen = inject(model, model.encoder.layers, config)
-    Start(config, chosen, lambda _: torch.eye(4), "pissa", 1)._first(chosen[0])
+    chosen = inject_adapters(model, model.encoder.layers, config)
+    AdapterInit(config, chosen, lambda _: torch.eye(4), "pissa", 1)._initial_ab(chosen[0])
 
 adapt(quantize=False)
 assert not any(name.startswith("bitsandbytes") for name in sys.modules), "imported"
@@ -238,7 +240,7 @@ def test_bitsandbytes_does_not_warn_of_a_kernel_that_nothing_here_uses(tmp_path:
     (folder.parent.parent / "__init__.py").write_text("import bitsandbytes.backends.cpu.ops")
     warn = "import logging\nlogging.getLogger(__name__).warning('Failed to load CPU gemm_4bit_forward')"
     (folder / "ops.py").write_text(warn)
-    program = "from fm9g.packages import import_bitsandbytes; print(import_bitsandbytes('quantization').__name__)"
+    program = "from fm9g.import_utils import import_bitsandbytes; print(import_bitsandbytes('quantization').__name__)"
     for code, warns in (("import bitsandbytes", True), (program, False)):
         done = subprocess.run(
             [sys.executable, "-c", code],

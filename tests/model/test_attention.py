@@ -76,7 +76,7 @@ def test_torchs_kernel_gets_borders_and_window_and_adds_in_one_order(
     monkeypatch.setattr(attention, "packed_kernel", lambda *_: "varlen")
     monkeypatch.setattr(attention, "varlen_operators", lambda: operators)
     query, key = (torch.randn(4, heads, 8, requires_grad=True) for heads in (4, 2))
-    attention.attend(query, key, key, borders, [1, 3], True, 0.5, window).sum().backward()
+    attention.varlen_attention(query, key, key, borders, [1, 3], True, 0.5, window).sum().backward()
     forward, backward = operators.calls
     assert all(given is borders for given in forward[:2])
     assert forward[2:] == (3, 3, causal, 0.5, seen, 0)
@@ -85,7 +85,7 @@ def test_torchs_kernel_gets_borders_and_window_and_adds_in_one_order(
     assert torch.equal(query.grad, torch.full_like(query, 3.0))
     assert torch.equal(key.grad, torch.full_like(key, 2.0))
     with pytest.raises(RuntimeError, match="out of memory"):
-        attention.attend(query, key, key, borders, [1, 3], True, 0.5, window).backward(
+        attention.varlen_attention(query, key, key, borders, [1, 3], True, 0.5, window).backward(
             torch.full_like(query, torch.nan)
         )
     assert torch.get_deterministic_debug_mode() == 0

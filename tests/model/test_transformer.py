@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from support import LENGTHS, make_batch, small_model
 
-from fm9g.checkpoint.weights import read_weights, write_weights
 from fm9g.config.model import ROPE_SCALINGS, ModelConfig, load_model_config
 from fm9g.convert.hf import export_folder, import_folder
+from fm9g.io.weights import read_weights, write_weights
 from fm9g.model.loss import linear_cross_entropy
-from fm9g.model.transformer import FM9G, Batch, is_width_scaled
+from fm9g.model.transformer import FM9G, Batch, is_mup_scaled
 
 SCALED = {"scale": True, "scale_emb": 12.0, "scale_depth": 1.4, "base_hidden_size": 16, "mup_lr": False}
 KINDS = {
@@ -49,7 +49,7 @@ def hf_logits(folder: Path, batch: Batch) -> torch.Tensor:
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        return torch.cat([model(document[None]).logits[0] for document in batch.input_ids.split(batch.lengths)])
+        return torch.cat([model(document[None]).logits[0] for document in batch.input_ids.split(batch.seqlens)])
 
 
 def exported(model: FM9G, folder: Path) -> Path:
@@ -109,7 +109,7 @@ def test_a_position_sees_its_window_and_nothing_of_its_neighbours(monkeypatch: p
     moved = ((before - after).abs().amax(-1) > 0).nonzero().flatten().tolist()
     assert moved == list(range(20, 28))
     for queries in (1, 5, 8, 13):
-        monkeypatch.setattr("fm9g.model.attention._QUERIES", queries)
+        monkeypatch.setattr("fm9g.model.attention._QUERY_CHUNK", queries)
         with torch.no_grad():
             torch.testing.assert_close(model.logits(batch), before, rtol=0, atol=1e-5)
 
@@ -117,7 +117,7 @@ def test_a_position_sees_its_window_and_nothing_of_its_neighbours(monkeypatch: p
 def test_the_cost_of_a_window_grows_with_the_length_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from fm9g.model import attention
 
-    monkeypatch.setattr(attention, "_QUERIES", 16)
+    monkeypatch.setattr(attention, "_QUERY_CHUNK", 16)
     pairs: list[int] = []
     plain = F.scaled_dot_product_attention
 
@@ -130,7 +130,7 @@ def test_the_cost_of_a_window_grows_with_the_length_alone(monkeypatch: pytest.Mo
     for length in (320, 640, 1280):
         pairs.clear()
         q = torch.randn(length, 2, 8)
-        attention.attend(q, q, q, torch.tensor([0, length]), [length], flash=False, window=24)
+        attention.varlen_attention(q, q, q, torch.tensor([0, length]), [length], flash=False, window=24)
         costs.append(sum(pairs))
     assert costs[2] - costs[1] == pytest.approx(2 * (costs[1] - costs[0]))
 
@@ -152,7 +152,7 @@ def test_loss_and_gradients_equal_those_of_plain_cross_entropy(tied: bool) -> No
     (total / 7).backward()
     ours = {name: weight.grad.clone() for name, weight in model.named_parameters()}
     model.zero_grad()
-    expected = F.cross_entropy(model.logits(batch)[batch.target_rows], batch.targets, reduction="none")
+    expected = F.cross_entropy(model.logits(batch)[batch.target_positions], batch.targets, reduction="none")
     (expected.sum() / 7).backward()
     torch.testing.assert_close(rows, expected.detach())
     torch.testing.assert_close(total, expected.sum())
@@ -164,7 +164,7 @@ def test_the_loss_works_in_chunks_and_without_any_row(monkeypatch: pytest.Monkey
     hidden, weight = torch.randn(10, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     targets = torch.arange(9).repeat(2)[:10]
     whole = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets)[0], (hidden, weight))
-    monkeypatch.setattr("fm9g.model.loss._ROWS", 3)
+    monkeypatch.setattr("fm9g.model.loss._CHUNK_ROWS", 3)
     parts = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets)[0], (hidden, weight))
     torch.testing.assert_close(whole, parts)
     total, rows = linear_cross_entropy(hidden[:0], weight, targets[:0])
@@ -184,18 +184,18 @@ def test_bf16_compute_stays_near_fp32() -> None:
 def test_accumulation_equals_one_large_batch() -> None:
     """Four rows of documents of unequal length and masked inputs, one after the other and all in one row."""
     rows = [[30, 2], [5, 5, 20], [31], [1, 15, 3]]
-    batches = [make_batch(lengths, seed=i) for i, lengths in enumerate(rows)]
+    batches = [make_batch(seqlens, seed=i) for i, seqlens in enumerate(rows)]
     for i, batch in enumerate(batches):  # unequal shares of targets
-        keep = batch.target_rows[:: i + 1]
-        batches[i] = dataclasses.replace(batch, target_rows=keep, targets=batch.input_ids.roll(-1)[keep])
-    starts = [0, *torch.tensor([sum(lengths) for lengths in rows]).cumsum(0).tolist()]
-    lengths = [length for row in rows for length in row]
+        keep = batch.target_positions[:: i + 1]
+        batches[i] = dataclasses.replace(batch, target_positions=keep, targets=batch.input_ids.roll(-1)[keep])
+    starts = [0, *torch.tensor([sum(seqlens) for seqlens in rows]).cumsum(0).tolist()]
+    seqlens = [length for row in rows for length in row]
     merged = Batch(
         torch.cat([batch.input_ids for batch in batches]),
         torch.cat([batch.positions for batch in batches]),
-        torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        lengths,
-        torch.cat([batch.target_rows + start for batch, start in zip(batches, starts)]),
+        torch.tensor([0, *seqlens], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        seqlens,
+        torch.cat([batch.target_positions + start for batch, start in zip(batches, starts)]),
         torch.cat([batch.targets for batch in batches]),
     )
     targets = len(merged.targets)
@@ -218,7 +218,7 @@ def test_initial_weights_have_the_deviation_that_their_kind_asks_for() -> None:
         if weight.dim() == 1:
             assert torch.equal(weight, torch.ones_like(weight))
         else:
-            expected = 0.1 / 4 if is_width_scaled(name) else 0.1  # scale_width is 16
+            expected = 0.1 / 4 if is_mup_scaled(name) else 0.1  # mup_width is 16
             assert float(weight.std()) == pytest.approx(expected, rel=0.05), name
     again = torch.empty_like(model.lm_head.weight)
     model.init_weight("lm_head.weight", again, seed=2)
@@ -226,7 +226,7 @@ def test_initial_weights_have_the_deviation_that_their_kind_asks_for() -> None:
 
 
 def test_only_linear_weights_inside_layers_are_width_scaled() -> None:
-    names = [name for name, _ in FM9G(small_model(qkv_bias=True)).named_parameters() if is_width_scaled(name)]
+    names = [name for name, _ in FM9G(small_model(qkv_bias=True)).named_parameters() if is_mup_scaled(name)]
     assert len(names) == 2 * 7
     assert all(
         name.split(".")[-2] in ["project_q", "project_k", "project_v", "attention_out", "w_0", "w_1", "w_out"]
@@ -244,12 +244,14 @@ def test_dropout_acts_in_training_alone() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU with flash-attn")
 def test_flash_attention_equals_the_plain_one() -> None:
-    from fm9g.model.attention import attend, flash_attn_kernel
+    from fm9g.model.attention import flash_attn_kernel, varlen_attention
 
     if flash_attn_kernel() is None:
         pytest.skip("flash-attn is not installed")
     query, key, value = (torch.randn(88, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
     cu_seqlens = make_batch().cu_seqlens.cuda()
     for window in (0, 9):
-        flash, plain = (attend(query, key, value, cu_seqlens, LENGTHS, which, window=window) for which in (True, False))
+        flash, plain = (
+            varlen_attention(query, key, value, cu_seqlens, LENGTHS, which, window=window) for which in (True, False)
+        )
         torch.testing.assert_close(flash, plain, rtol=2e-2, atol=2e-2)

@@ -57,7 +57,7 @@ def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., P
         folder = Path("data") / "logs" / name
         folder.mkdir(parents=True)
         lines = [line(step) for step in range(1, 11)] if metrics is None else metrics
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(figures) + "\n" for figures in lines))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(metrics) + "\n" for metrics in lines))
         if events:
             (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
         if run is not None:

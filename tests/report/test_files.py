@@ -10,7 +10,7 @@ import pytest
 
 from fm9g.cli import main
 from fm9g.errors import UserError
-from fm9g.report.files import find_run, open_runs, read_events, read_metrics, read_run
+from fm9g.report.files import find_run, open_runs, read_events, read_metrics, read_run_info
 
 
 def test_lines_of_one_step_become_one_and_broken_ones_are_passed_over(tmp_path: Path) -> None:
@@ -33,15 +33,15 @@ def test_lines_of_one_step_become_one_and_broken_ones_are_passed_over(tmp_path: 
 def test_events_and_run_files_may_be_missing_or_odd(tmp_path: Path) -> None:
     assert read_events(tmp_path / "events.jsonl") == []
     nothing = {"config": {}, "data": [], "validation": [], "summary": "", "versions": {}}
-    assert read_run(tmp_path / "run.json") == nothing
+    assert read_run_info(tmp_path / "run.json") == nothing
     (tmp_path / "events.jsonl").write_text('{"step": 1, "time": "x", "kind": "save"}\n{"kind": "end"}\n{"st')
     assert read_events(tmp_path / "events.jsonl") == [{"step": 1, "time": None, "kind": "save", "text": ""}]
     (tmp_path / "run.json").write_text('{"config": {"train": {"lr": {"value": 1}, "bad": 3}, "x": 4}, "data": [5, {}]}')
-    read = read_run(tmp_path / "run.json")
+    read = read_run_info(tmp_path / "run.json")
     assert (read["config"], read["data"]) == ({"train": {"lr": {"value": 1}}}, [{}])
     (tmp_path / "run.json").write_text('{"config"')
     with pytest.raises(UserError, match=r"run\.json, line 1"):
-        read_run(tmp_path / "run.json")
+        read_run_info(tmp_path / "run.json")
 
 
 def test_a_run_is_found_by_name_folder_and_file(make_run) -> None:
@@ -119,16 +119,16 @@ def test_the_readers_import_light() -> None:
 
 def test_training_reads_its_figures_with_these() -> None:
     from fm9g.report import files
-    from fm9g.train import metrics
+    from fm9g.train import metrics_logger
 
-    assert metrics.read_metrics is files.read_metrics
-    assert metrics.METRICS_FILE == files.METRICS_FILE
+    assert metrics_logger.read_metrics is files.read_metrics
+    assert metrics_logger.METRICS_FILE == files.METRICS_FILE
 
 
 def test_a_number_is_finite() -> None:
-    from fm9g.report.files import number
+    from fm9g.report.files import finite_or_none
 
-    assert [number(value) for value in (1, 0.5, math.inf, math.nan, True, "1", None)] == [1, 0.5, *[None] * 5]
+    assert [finite_or_none(value) for value in (1, 0.5, math.inf, math.nan, True, "1", None)] == [1, 0.5, *[None] * 5]
 
 
 BIG = "9" * 400

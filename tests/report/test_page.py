@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fm9g.checkpoint.folder import file_name
+from fm9g.checkpoint.checkpoint import file_name
 from fm9g.cli import main
-from fm9g.report.curves import MOST_POINTS, Curve, blocks, curve, running_mean, thin
+from fm9g.report.curves import MAX_POINTS, Curve, binned_means, curve, downsample, running_mean
 from fm9g.report.files import open_runs
 from fm9g.report.page import render
 
@@ -128,7 +128,7 @@ def test_the_page_needs_nothing_else(make_run, settings) -> None:
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
     assert used <= set(identities)
     assert len([tag for tag, _ in page.tags if tag == "svg"]) >= 9
-    for _, attributes in page.tags:  # no colour is fixed, so all can follow the screen
+    for _, attributes in page.tags:  # no color is fixed, so all can follow the screen
         assert not re.search(r"#[0-9a-f]{6}", attributes.get("style", ""))
     used = set(re.findall(r"var\((--\w+)\)", text))
     assert used <= set(re.findall(r"(--\w+):", page.styles))
@@ -247,7 +247,7 @@ def test_validation_gaps_and_fewer_keys_break_nothing(make_run, line) -> None:
 def test_a_long_run_makes_a_small_page(make_run) -> None:
     make_run("long", metrics=[{"step": step, "Loss/train": 3 + np.sin(step * 7.0)} for step in range(1, 9001)])
     _, text = page_of("long")
-    assert max(len(path) for path in paths_of(text, "Loss of the whole run")) <= MOST_POINTS + 2
+    assert max(len(path) for path in paths_of(text, "Loss of the whole run")) <= MAX_POINTS + 2
     assert len(text) < 200_000
 
 
@@ -261,8 +261,8 @@ def test_a_close_up_comes_where_the_first_fall_hides_the_rest(make_run) -> None:
 def test_thinning_keeps_peaks_and_gaps() -> None:
     values = np.ones(10_000)
     values[1234], values[5678], values[8000:8100] = 99, -99, np.nan
-    thinned = thin(Curve(np.arange(10_000.0), values))
-    assert len(thinned.values) <= MOST_POINTS
+    thinned = downsample(Curve(np.arange(10_000.0), values))
+    assert len(thinned.values) <= MAX_POINTS
     assert np.nanmax(thinned.values) == 99
     assert thinned.steps[np.nanargmin(thinned.values)] == 5678
     assert np.isnan(thinned.values[(thinned.steps > 8010) & (thinned.steps < 8090)]).all()
@@ -283,12 +283,12 @@ def test_the_running_mean_does_not_lag_and_leaves_gaps() -> None:
 def test_blocks_keep_the_mean_over_steps() -> None:
     metrics = [{"step": step, "Time/data": step % 3, "Time/compute": 1.0} for step in range(2, 2001, 2)]
     metrics.insert(5, {"step": 11, "Loss/val": 1.0})  # no time was taken
-    edges, values = blocks(metrics, ["Time/data", "Time/compute"])
+    edges, values = binned_means(metrics, ["Time/data", "Time/compute"])
     assert (edges[0], edges[-1]) == (0, 2000)
     assert len(edges) - 1 == values.shape[1] <= 300
     assert (values[0] * np.diff(edges)).sum() == 2 * sum(step % 3 for step in range(2, 2001, 2))
     assert values[1] == pytest.approx(1)
-    assert blocks([{"step": 1}], ["Time/data"])[1].size == 0
+    assert binned_means([{"step": 1}], ["Time/data"])[1].size == 0
 
 
 def test_a_curve_has_only_what_was_written() -> None:
@@ -346,7 +346,7 @@ def checkpoint(root: Path, step: int, val_loss: float | None) -> None:
     """A whole checkpoint, as far as its manifest and its counts go."""
     folder = root / str(step)
     folder.mkdir(parents=True)
-    counts = folder / file_name(step, "counts")
+    counts = folder / file_name(step, "trainer_state")
     counts.write_text(json.dumps({"val_loss": val_loss}))
     manifest = {"step": step, "files": {counts.name: [counts.stat().st_size, "0"]}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -364,7 +364,7 @@ def test_the_page_says_which_checkpoint_to_use(make_run, settings) -> None:
 
     assert "No checkpoint of this run is in data/checkpoints/my run." in advice()
     checkpoint(root, 1, 9.0)
-    (root / "1" / file_name(1, "counts")).write_text("cut")
+    (root / "1" / file_name(1, "trainer_state")).write_text("cut")
     assert "No checkpoint in data/checkpoints/my run is whole" in advice()
     shutil.rmtree(root)
     for step in (2, 4, 6):

@@ -12,26 +12,33 @@ from typing import Any
 
 import pytest
 import torch
-from support import ROOT, records
+from support import ROOT, make_records
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import fm9g.checkpoint.saver
+import fm9g.checkpoint.manager
 import fm9g.engine.base
-from fm9g.checkpoint.folder import Checkpoint, steps_in
+from fm9g.checkpoint.checkpoint import Checkpoint, list_steps
 from fm9g.cli import main
 from fm9g.config.fields import keys_of
-from fm9g.config.train import ADAPTER_KEYS, RETIRED, TrainConfig
-from fm9g.data.pool import EncodingPool
+from fm9g.config.train import ADAPTER_KEYS, DEPRECATED_KEYS, TrainConfig
+from fm9g.data.load.encoding_pool import EncodingPool
 from fm9g.errors import UserError
 from fm9g.report.files import read_events, read_metrics
-from fm9g.train.run import Result
+from fm9g.train.runner import TrainResult
 
-Train = Callable[..., Result]
-SMALL = {"train_iters": 4, "save_iters": 4, "max_length": 32, "batch_size": 1, "grad_accum": 1, "report_to": "none"}
+Train = Callable[..., TrainResult]
+SMALL = {
+    "train_iters": 4,
+    "save_iters": 4,
+    "max_length": 32,
+    "batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "report_to": "none",
+}
 
 
 @dataclass
-class Facts:
+class RunArtifacts:
     """What a run left behind and did on its way."""
 
     steps: int
@@ -54,20 +61,22 @@ class Facts:
 
 
 @pytest.fixture
-def facts(train: Train, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Any:
+def artifacts(train: Train, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Any:
     recomputed: list[str] = []
     writers: list[str] = []
-    recompute, write = fm9g.engine.base.recompute, fm9g.checkpoint.saver.save_checkpoint
+    recompute, write = fm9g.engine.base.apply_activation_checkpointing, fm9g.checkpoint.manager.save_checkpoint
     monkeypatch.setattr(
-        fm9g.engine.base, "recompute", lambda layer, how: recomputed.append(how) or recompute(layer, how)
+        fm9g.engine.base,
+        "apply_activation_checkpointing",
+        lambda layer, how: recomputed.append(how) or recompute(layer, how),
     )
     monkeypatch.setattr(
-        fm9g.checkpoint.saver,
+        fm9g.checkpoint.manager,
         "save_checkpoint",
         lambda *given: writers.append(threading.current_thread().name) or write(*given),
     )
 
-    def run(out: str = "out", **changes: object) -> Facts:
+    def run(out: str = "out", **changes: object) -> RunArtifacts:
         recomputed.clear()
         writers.clear()
         result = train(out, **{**SMALL, **changes})
@@ -76,22 +85,22 @@ def facts(train: Train, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatc
         by_key = {key: {line["step"]: line[key] for line in lines if key in line} for key in keys}
         checkpoint = Checkpoint(result.checkpoint) if result.checkpoint else None
         root = result.checkpoint.parent if result.checkpoint else tmp_path / "nowhere"
-        return Facts(
+        return RunArtifacts(
             steps=result.step,
             losses=list(by_key.get("Loss/train", {}).values()),
             lines=by_key,
             norms=list(by_key.get("Optimizer/grad_norm", {}).values()),
             lrs=list(by_key.get("Optimizer/lr", {}).values()),
-            checkpoints=steps_in(root),
+            checkpoints=list_steps(root),
             files={file.name for file in checkpoint.folder.iterdir()} if checkpoint else set(),
             events=[event["kind"] for event in read_events(result.metrics_file.parent / "events.jsonl")],
             weights=dict(checkpoint.weights()) if checkpoint else {},
             moments=checkpoint.optimizer() if checkpoint and "save_model_only" not in changes else {},
-            counts=checkpoint.counts() if checkpoint else {},
+            counts=checkpoint.trainer_state() if checkpoint else {},
             logs=result.metrics_file.parent.name,
             folder=root.name,
             output=str.join("", capfd.readouterr()),
-            tags=_tags(result.tensorboard),
+            tags=_tags(result.tensorboard_dir),
             recomputed=list(recomputed),
             writers=list(writers),
         )
@@ -107,20 +116,20 @@ def _tags(folder: Path) -> dict[str, list[int]]:
     return found | {tag: [event.step for event in events.Histograms(tag)] for tag in events.Tags()["histograms"]}
 
 
-def _first(facts: Facts) -> Any:
-    return facts.losses[0]
+def _first(artifacts: RunArtifacts) -> Any:
+    return artifacts.losses[0]
 
 
-def _last(facts: Facts) -> Any:
-    return facts.losses[-1]
+def _last(artifacts: RunArtifacts) -> Any:
+    return artifacts.losses[-1]
 
 
-def _loss(step: int) -> Callable[[Facts], Any]:
-    return lambda facts: facts.losses[step - 1]
+def _loss(step: int) -> Callable[[RunArtifacts], Any]:
+    return lambda artifacts: artifacts.losses[step - 1]
 
 
 # Key: what is given with and without it, the key's value, what of the run must differ, and what must stay.
-CHANGES: list[tuple[str, dict[str, Any], Any, Callable[[Facts], Any], Callable[[Facts], Any] | None]] = [
+CHANGES: list[tuple[str, dict[str, Any], Any, Callable[[RunArtifacts], Any], Callable[[RunArtifacts], Any] | None]] = [
     ("model_unique", {}, "other", lambda f: (f.folder, f.logs), _last),
     ("exp_group", {}, "group_", lambda f: f.logs, lambda f: (f.folder, f.losses)),
     ("train_iters", {}, 3, lambda f: f.steps, _first),
@@ -135,8 +144,8 @@ CHANGES: list[tuple[str, dict[str, Any], Any, Callable[[Facts], Any], Callable[[
     ("seed", {}, 5, _first, lambda f: f.steps),
     ("batch_size", {}, 2, _first, lambda f: f.steps),
     ("max_length", {}, 40, _first, lambda f: f.steps),
-    ("grad_accum", {}, 2, _first, lambda f: f.steps),
-    ("global_batch", {}, 2, _first, lambda f: f.steps),
+    ("gradient_accumulation_steps", {}, 2, _first, lambda f: f.steps),
+    ("global_batch_size", {}, 2, _first, lambda f: f.steps),
     ("max_samples", {}, 7, _last, lambda f: f.steps),
     ("lr", {"warmup_iters": 0}, 0.5, lambda f: f.lrs, _first),
     ("lr_scheduler", {}, "Constant", lambda f: f.lrs[-1], lambda f: f.lrs[:3]),
@@ -169,7 +178,7 @@ CHANGES: list[tuple[str, dict[str, Any], Any, Callable[[Facts], Any], Callable[[
     ("label_smoothing", {}, 0.3, lambda f: f.norms[0], _first),
     ("z_loss", {}, 0.1, lambda f: f.norms[0], _first),
     ("neftune_alpha", {}, 50.0, _first, lambda f: f.lrs),
-    ("loss", {}, "all", _first, lambda f: f.steps),
+    ("train_on", {}, "all", _first, lambda f: f.steps),
     ("report_to", {}, "tensorboard", lambda f: f.tags.keys(), _last),
     (
         "tensorboard_all_tasks",
@@ -193,35 +202,35 @@ CHANGES: list[tuple[str, dict[str, Any], Any, Callable[[Facts], Any], Callable[[
 
 @pytest.mark.parametrize(("key", "given", "value", "differs", "stays"), CHANGES, ids=[case[0] for case in CHANGES])
 def test_the_key_changes_what_it_is_there_for(
-    facts: Any, key: str, given: dict, value: Any, differs: Callable, stays: Callable | None
+    artifacts: Any, key: str, given: dict, value: Any, differs: Callable, stays: Callable | None
 ) -> None:
-    before, after = facts("before", **given), facts("after", **given | {key: value})
+    before, after = artifacts("before", **given), artifacts("after", **given | {key: value})
     assert differs(before) != differs(after)
     if stays:
         assert stays(before) == stays(after)
 
 
-def test_the_guides_only_load_model_and_load_dataloader_ckpt(facts: Any, tmp_path: Path) -> None:
-    facts("first")
+def test_the_guides_only_load_model_and_load_dataloader_ckpt(artifacts: Any, tmp_path: Path) -> None:
+    artifacts("first")
     source = tmp_path / "first" / "checkpoints" / "m" / "4"
     start = {"pretrained_model": source, "train_iters": 2, "warmup_iters": 0}
-    plain = facts("plain", **start)
+    plain = artifacts("plain", **start)
     assert plain.losses[0] < 6
-    file = facts("file", **start | {"pretrained_model": source / "fm9g_live_checkpoint-4.pt"})
+    file = artifacts("file", **start | {"pretrained_model": source / "fm9g_live_checkpoint-4.pt"})
     assert plain.losses == file.losses
-    everything = facts("everything", **start, only_load_model=0)
+    everything = artifacts("everything", **start, only_load_model=0)
     assert everything.losses[0] == plain.losses[0]
     assert everything.losses[1] != plain.losses[1]
-    later = facts("later", **start, load_dataloader_ckpt=1)
+    later = artifacts("later", **start, load_dataloader_ckpt=1)
     assert later.losses[0] != plain.losses[0]
     with pytest.raises(UserError, match="is no checkpoint of a run, and holds weights alone"):
         torch.save(plain.weights, tmp_path / "alone.pt")
-        facts("refused", **start | {"pretrained_model": tmp_path / "alone.pt"}, only_load_model=0)
+        artifacts("refused", **start | {"pretrained_model": tmp_path / "alone.pt"}, only_load_model=0)
 
 
-def test_resuming_with_another_configuration_says_what_changed(facts: Any) -> None:
-    facts("run", stop_iters=2)
-    again = facts("run", resume_ckpt="auto", lr=0.005, weight_decay=0.0)
+def test_resuming_with_another_configuration_says_what_changed(artifacts: Any) -> None:
+    artifacts("run", stop_iters=2)
+    again = artifacts("run", resume_ckpt="auto", lr=0.005, weight_decay=0.0)
     for line in ("lr: was 0.01, is 0.005", "weight_decay: was 0.1, is 0.0", "resuming from"):
         assert line in again.output
     assert "max_length: was" not in again.output
@@ -231,36 +240,36 @@ def test_resuming_with_another_configuration_says_what_changed(facts: Any) -> No
         ({"model.base": 500}, "base: was 10000.0, is 500"),
     ):
         with pytest.raises(UserError, match=message):
-            facts("run", resume_ckpt=4, train_iters=6, **changes)
-    assert facts("run", resume_ckpt=4, train_iters=6, optimizer="muon", resume_no_optimze=1).steps == 6
+            artifacts("run", resume_ckpt=4, train_iters=6, **changes)
+    assert artifacts("run", resume_ckpt=4, train_iters=6, optimizer="muon", resume_no_optimze=1).steps == 6
 
 
-def test_stop_when_end_ends_with_the_data(facts: Any) -> None:
-    ended = facts("ended", stop_when_end=1, train_iters=500, max_samples=20, save_iters=500, log_iters=500)
+def test_stop_when_end_ends_with_the_data(artifacts: Any) -> None:
+    ended = artifacts("ended", stop_when_end=1, train_iters=500, max_samples=20, save_iters=500, log_iters=500)
     assert 20 < ended.steps < 60
     assert ended.lines["Epoch/few"][ended.steps] == ended.lines["Epoch/many"][ended.steps] == 1.0
 
 
-def test_epochs_are_what_they_say(facts: Any) -> None:
-    two = facts("two", epochs=2, max_samples=20, log_iters=100)
+def test_epochs_are_what_they_say(artifacts: Any) -> None:
+    two = artifacts("two", epochs=2, max_samples=20, log_iters=100)
     assert two.lines["Run/tokens"][two.steps] / 2 == pytest.approx(_an_epoch(two), rel=0.08)
 
 
-def _an_epoch(facts: Facts) -> float:
-    return float(re.search(r"an epoch has about (\d+) tokens", facts.output)[1])  # type: ignore[index]
+def _an_epoch(artifacts: RunArtifacts) -> float:
+    return float(re.search(r"an epoch has about (\d+) tokens", artifacts.output)[1])  # type: ignore[index]
 
 
 @pytest.fixture
 def validation(make_mixture: Callable[..., Path], tmp_path: Path) -> Path:
     mixture = (tmp_path / "mixture.json").read_text()
-    path = make_mixture({"v1": records(9, 8), "v2": records(12, 9)}).rename(tmp_path / "validation.json")
+    path = make_mixture({"v1": make_records(9, 8), "v2": make_records(12, 9)}).rename(tmp_path / "validation.json")
     (tmp_path / "mixture.json").write_text(mixture)
     return path
 
 
-def test_evaluation_is_token_weighted_and_ends_a_run_that_gets_worse(facts: Any, validation: Path) -> None:
+def test_evaluation_is_token_weighted_and_ends_a_run_that_gets_worse(artifacts: Any, validation: Path) -> None:
     given = {"val_dataset": validation, "train_iters": 8, "save_iters": 2}
-    run = facts("run", **given, eval_iters=3)
+    run = artifacts("run", **given, eval_iters=3)
     losses = run.lines["Loss/val"]
     assert list(losses) == [3, 6, 8]
     assert run.lines["Loss/val/v1"][8] != run.lines["Loss/val/v2"][8]
@@ -271,12 +280,21 @@ def test_evaluation_is_token_weighted_and_ends_a_run_that_gets_worse(facts: Any,
     assert shares == pytest.approx([shares[0]] * 3, abs=1e-3)
     assert 0.2 < shares[0] < 0.45  # of the targets, a half is not v1's
     assert run.lines["Perplexity/val"][8] == pytest.approx(torch.tensor(losses[8]).exp().item(), rel=1e-5)
-    assert facts("other", **given, eval_iters=2).lines["Loss/val"][8] == losses[8]
-    assert facts("few", **given, eval_iters=2, eval_batches=1).lines["Loss/val"][8] != losses[8]
-    assert run.losses == facts("without", train_iters=8, save_iters=2).losses
+    assert artifacts("other", **given, eval_iters=2).lines["Loss/val"][8] == losses[8]
+    assert artifacts("few", **given, eval_iters=2, eval_batches=1).lines["Loss/val"][8] != losses[8]
+    assert run.losses == artifacts("without", train_iters=8, save_iters=2).losses
     # A rate that makes everything worse: the best evaluation stays the first.
-    worse = {**given, "lr": 5.0, "warmup_iters": 0, "lr_scheduler": "constant", "eval_iters": 1, "max_bad_steps": 100}
-    stopped = facts("stopped", **worse | {"save_iters": 1, "train_iters": 30}, early_stop=2, save_total_limit=1)
+    worse = {
+        **given,
+        "lr": 5.0,
+        "warmup_iters": 0,
+        "lr_scheduler": "constant",
+        "eval_iters": 1,
+        "max_skipped_steps": 100,
+    }
+    stopped = artifacts(
+        "stopped", **worse | {"save_iters": 1, "train_iters": 30}, early_stopping_patience=2, save_total_limit=1
+    )
     assert stopped.steps < 30
     assert "early_stop" in stopped.events
     best = min(stopped.lines["Loss/val"], key=stopped.lines["Loss/val"].get)
@@ -285,27 +303,29 @@ def test_evaluation_is_token_weighted_and_ends_a_run_that_gets_worse(facts: Any,
 
 
 def test_a_mistake_in_the_validation_data_is_told_before_the_first_step(
-    facts: Any, validation: Path, tmp_path: Path
+    artifacts: Any, validation: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "indexed" / "v2" / "data.jsonl"
     lines = data.read_bytes().splitlines(keepends=True)
     data.write_bytes(b"".join([*lines[:-1], b"x" * (len(lines[-1]) - 1) + b"\n"]))
     with pytest.raises(UserError, match="line 12"):
-        facts("run", val_dataset=validation, eval_iters=4)
+        artifacts("run", val_dataset=validation, eval_iters=4)
     assert not (tmp_path / "run" / "logs" / "m" / "metrics.jsonl").exists()
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_kept_and_counted(
-    facts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    artifacts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backward = fm9g.engine.base.Engine.backward
     calls = iter(range(100))
     bad = {2, 3}
     monkeypatch.setattr(
-        "fm9g.engine.torch.TorchEngine.backward",
-        lambda self, loss, last: backward(self, loss * (float("nan") if next(calls) in bad else 1.0), last),
+        "fm9g.engine.fsdp.FSDPEngine.backward",
+        lambda self, loss, is_last_micro_batch: backward(
+            self, loss * (float("nan") if next(calls) in bad else 1.0), is_last_micro_batch
+        ),
     )
-    run = facts("run", train_iters=6, spike=0)
+    run = artifacts("run", train_iters=6, loss_spike_sigmas=0)
     assert run.events.count("skip") == 2
     assert run.counts["skipped"] == 2
     assert run.norms[2] is None
@@ -318,11 +338,11 @@ def test_a_gradient_that_is_not_finite_is_skipped_kept_and_counted(
     with pytest.raises(
         UserError, match="2 steps in a row were skipped, the last because the norm of the gradients is nan"
     ):
-        facts("other", train_iters=6, max_bad_steps=2)
+        artifacts("other", train_iters=6, max_skipped_steps=2)
 
 
 def test_a_batch_that_does_not_fit_in_memory_is_skipped_or_ends_the_run(
-    facts: Any, monkeypatch: pytest.MonkeyPatch
+    artifacts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = fm9g.engine.base.Engine.forward
     calls = iter(range(100))
@@ -332,49 +352,49 @@ def test_a_batch_that_does_not_fit_in_memory_is_skipped_or_ends_the_run(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, *given)
 
-    monkeypatch.setattr("fm9g.engine.torch.TorchEngine.forward", short)
-    run = facts("run")
+    monkeypatch.setattr("fm9g.engine.fsdp.FSDPEngine.forward", short)
+    run = artifacts("run")
     assert run.events.count("oom") == 1
     assert "32 tokens a row; lower batch_size or max_length" in run.output
     assert run.counts["skipped"] == 1
     calls = iter(range(100))
     with pytest.raises(UserError, match="step 2: a row of 32 tokens does not fit in the memory"):
-        facts("other", ignore_cuda_oom=0)
+        artifacts("other", ignore_cuda_oom=0)
 
 
-def test_spikes_are_marked(facts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fm9g.train.metrics._SPIKE_FEWEST", 3)
-    given = {"train_iters": 8, "lr_scheduler": "constant", "lr": 0.5, "warmup_iters": 4, "max_bad_steps": 100}
-    assert "spike" in facts("marked", **given, spike=1).events
-    assert "spike" not in facts("not", **given, spike=0).events
+def test_spikes_are_marked(artifacts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fm9g.train.metrics_logger._SPIKE_MIN_LOSSES", 3)
+    given = {"train_iters": 8, "lr_scheduler": "constant", "lr": 0.5, "warmup_iters": 4, "max_skipped_steps": 100}
+    assert "spike" in artifacts("marked", **given, loss_spike_sigmas=1).events
+    assert "spike" not in artifacts("not", **given, loss_spike_sigmas=0).events
 
 
-def test_mfu_is_a_share_of_the_peak(facts: Any) -> None:
+def test_mfu_is_a_share_of_the_peak(artifacts: Any) -> None:
     shares = []
     for peak in (1, 1000):
-        run = facts(f"peak-{peak}", peak_tflops=peak)
+        run = artifacts(f"peak-{peak}", peak_tflops=peak)
         shares.append(run.lines["Throughput/mfu"][4] / run.lines["Throughput/tokens_per_second"][4])
     assert shares[0] / shares[1] == pytest.approx(1000, rel=0.2)  # rates of documents of other lengths differ a little
 
 
-def test_flash_none_keeps_the_kernel_away(facts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_none_keeps_the_kernel_away(artifacts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     prepare = fm9g.engine.base.Engine.prepare
     monkeypatch.setattr(
-        "fm9g.engine.torch.TorchEngine.prepare",
+        "fm9g.engine.fsdp.FSDPEngine.prepare",
         lambda self, model, *rest: seen.append(model.config.use_flash_attn) or prepare(self, model, *rest),
     )
-    facts("cuda", flash="cuda")
-    facts("none", flash="none")
+    artifacts("cuda", flash="cuda")
+    artifacts("none", flash="none")
     assert seen == [True, False]
 
 
-def test_workers_run_ahead_as_far_as_they_are_told(facts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_run_ahead_as_far_as_they_are_told(artifacts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    tokens = EncodingPool.tokens
-    monkeypatch.setattr(EncodingPool, "tokens", lambda *given: seen.append(given[-1]) or tokens(*given))
-    one = facts("one", dataloader_num_workers=1, dataloader_prefetch_factor=1)
-    seven = facts("seven", dataloader_num_workers=1, dataloader_prefetch_factor=7)
+    tokens = EncodingPool.tokenize
+    monkeypatch.setattr(EncodingPool, "tokenize", lambda *given: seen.append(given[-1]) or tokens(*given))
+    one = artifacts("one", dataloader_num_workers=1, dataloader_prefetch_factor=1)
+    seven = artifacts("seven", dataloader_num_workers=1, dataloader_prefetch_factor=7)
     assert set(seen) == {1, 7}
     assert one.losses == seven.losses
 
@@ -382,31 +402,31 @@ def test_workers_run_ahead_as_far_as_they_are_told(facts: Any, monkeypatch: pyte
 # Where the keys are tried that need several processes, other data, or a GPU.
 ELSEWHERE = {
     "config": "tests/train/conftest.py",
-    "dataset_config": "tests/train/test_run.py",
-    "tokenizer_path": "tests/train/test_run.py",
+    "dataset_config": "tests/train/test_runner.py",
+    "tokenizer_path": "tests/train/test_runner.py",
     "output_dir": "tests/train/conftest.py",
-    "pretrained_model": "tests/train/test_run.py",
-    "strict_state_dict": "tests/train/test_run.py",
-    "resume_ckpt": "tests/train/test_run.py",
-    "overwrite": "tests/train/test_run.py",
+    "pretrained_model": "tests/train/test_runner.py",
+    "strict_state_dict": "tests/train/test_runner.py",
+    "resume_ckpt": "tests/train/test_runner.py",
+    "overwrite": "tests/train/test_runner.py",
     "only_run_dataloader": "tests/train/test_chat.py",
-    "token_cache": "tests/data/test_position_and_cache.py",
-    "data_changes": "tests/data/test_position_and_cache.py",
-    "dataloader_num_workers": "tests/train/test_run.py",
-    "template": "tests/train/test_chat.py",
-    "template_date": "tests/train/test_chat.py",
+    "token_cache_dir": "tests/data/test_loader_state_and_token_cache.py",
+    "on_data_change": "tests/data/test_loader_state_and_token_cache.py",
+    "dataloader_num_workers": "tests/train/test_runner.py",
+    "chat_template": "tests/train/test_chat.py",
+    "chat_template_date": "tests/train/test_chat.py",
     "turns": "tests/train/test_chat.py",
-    "device": "tests/train/test_run.py",
-    "engine": "tests/train/test_run.py",
+    "device": "tests/train/test_runner.py",
+    "engine": "tests/train/test_runner.py",
     "zero_level": "tests/engine/test_same_everywhere.py",
     "tp_size": "tests/engine/test_same_everywhere.py",
     "sequence_parallel": "tests/engine/test_same_everywhere.py",
-    "optimizer_offload": "tests/train/test_run.py",
-    "loss_scale": "tests/engine/test_torch_engine.py",
-    "loss_scale_steps": "tests/engine/test_torch_engine.py",
+    "offload_optimizer": "tests/train/test_runner.py",
+    "loss_scale": "tests/engine/test_fsdp_engine.py",
+    "loss_scale_steps": "tests/engine/test_fsdp_engine.py",
     "n_gpus": "tests/test_apps.py",
     "adapter": "tests/train/test_from_adapter.py",
-    **dict.fromkeys(["lora_layer", *ADAPTER_KEYS], "tests/train/test_adapters.py"),
+    **dict.fromkeys(["lora_layer", *ADAPTER_KEYS], "tests/train/test_adapter_training.py"),
     "timeout": "tests/launch/test_agent.py",
     "step_timeout": "tests/launch/test_agent.py",
 }
@@ -418,7 +438,7 @@ def test_no_key_is_left_out() -> None:
     for key in keys_of(TrainConfig).keys() - here - ELSEWHERE.keys():
         assert re.search(rf"\b{key}=|\"{key}\":", source), key
     for key, file in ELSEWHERE.items():
-        words = {"loss_scale": "LossScale", "loss_scale_steps": "LossScale", "n_gpus": "n_gpus"}
+        words = {"loss_scale": "DynamicLossScaler", "loss_scale_steps": "DynamicLossScaler", "n_gpus": "n_gpus"}
         assert words.get(key, key) in (ROOT / file).read_text(encoding="utf-8"), (key, file)
 
 
@@ -428,20 +448,20 @@ def test_every_name_of_the_guide_is_known(shared: Path, capsys: pytest.CaptureFi
     table = guide[guide.index("## 参数详细介绍") : guide.index("## 查看训练情况")]
     given = dict(re.findall(r'args\["(\w+)"\]=\s*"?([^"\n#]*)"?', table))
     assert len(given) == 42
-    unknown = given.keys() - keys_of(TrainConfig).keys() - RETIRED.keys()
+    unknown = given.keys() - keys_of(TrainConfig).keys() - DEPRECATED_KEYS.keys()
     assert not unknown
     arguments = [word for key, value in given.items() if key != "config" for word in (f"--{key}", value.strip())]
     assert main(["config", "show", "--config", "7b", *arguments]) == 0
     output = capsys.readouterr().out
-    for key in RETIRED.keys() & given.keys():
-        assert f"{key} changes nothing: {RETIRED[key]}" in output
+    for key in DEPRECATED_KEYS.keys() & given.keys():
+        assert f"{key} changes nothing: {DEPRECATED_KEYS[key]}" in output
 
 
 def test_short_names_and_contradictions(train: Train) -> None:
-    with unittest.mock.patch("fm9g.train.run.run_training"), pytest.raises(UserError, match="they are the same"):
+    with unittest.mock.patch("fm9g.train.runner.run_training"), pytest.raises(UserError, match="they are the same"):
         train("out", resume="auto", resume_ckpt=4)
     for changes, message in (
-        ({"early_stop": 2}, "early_stop needs a val_dataset"),
+        ({"early_stopping_patience": 2}, "early_stopping_patience needs a val_dataset"),
         ({"report_to": "none,tensorboard"}, "none goes with nothing else"),
         ({"report_to": "wandbee"}, "report_to: found 'wandbee', expected tensorboard, wandb"),
         ({"freeze": "nothing*"}, "freeze: 'nothing\\*' matches no weight"),

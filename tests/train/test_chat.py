@@ -8,18 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import index, small_model, write_jsonl
+from support import index_dataset, small_model, write_jsonl
 
-from fm9g.checkpoint.folder import Checkpoint
+from fm9g.checkpoint.checkpoint import Checkpoint
 from fm9g.cli import main
 from fm9g.config.run import load_run
 from fm9g.convert.hf import export_folder
-from fm9g.data.encode import Encoder
-from fm9g.data.template import load_template
-from fm9g.data.tokenizer import load_tokenizer
+from fm9g.data.encode.encoder import Encoder
+from fm9g.data.encode.template import load_template
+from fm9g.data.encode.tokenizer import load_tokenizer
 from fm9g.errors import UserError
 from fm9g.report.files import read_metrics
-from fm9g.train.run import run_training
+from fm9g.train.runner import run_training
 
 CHAT = [
     {"role": "system", "content": "seven wizards"},
@@ -45,7 +45,7 @@ def ids_of(tokens: np.ndarray) -> list[int]:
 def test_the_loss_is_on_the_turns_of_the_assistant(tokenizer_path: Path, loss: str, expected: str | None) -> None:
     tokenizer = load_tokenizer(tokenizer_path)
     encoder = Encoder(tokenizer, load_template("chatml", tokenizer), loss)
-    tokens = encoder.tokens([encoder.texts({"messages": CHAT})])[0]
+    tokens = encoder.tokenize([encoder.render({"messages": CHAT})])[0]
     learnt = tokens[tokens >= 0].tolist()
     assert learnt[-1] == tokenizer.eos_id
     assert tokenizer.decode(learnt[:-1]) == (expected or tokenizer.decode(ids_of(tokens)[:-1]))
@@ -54,8 +54,8 @@ def test_the_loss_is_on_the_turns_of_the_assistant(tokenizer_path: Path, loss: s
 def test_a_pair_is_a_conversation_where_there_is_a_template_and_text_stays_text(tokenizer_path: Path) -> None:
     tokenizer = load_tokenizer(tokenizer_path)
     encoder = Encoder(tokenizer, load_template("add_template", tokenizer))
-    pair, text, empty = encoder.tokens(
-        [encoder.texts({"input": i, "output": o}) for i, o in (("fox", "dogs"), ("", "dogs"), ("fox", ""))]
+    pair, text, empty = encoder.tokenize(
+        [encoder.render({"input": i, "output": o}) for i, o in (("fox", "dogs"), ("", "dogs"), ("fox", ""))]
     )
     assert "<|im_start|>User\nfox<|im_end|>\n<|im_start|>assistant\ndogs<|im_end|>" in tokenizer.decode(ids_of(pair))
     assert tokenizer.decode(text[text >= 0].tolist()[:-1]) == "dogs"
@@ -66,7 +66,7 @@ def test_the_2b_tokenizer_encodes_a_chat_with_its_special_tokens(shared: Path) -
     for folder in ("9g-2b", "9g-8b"):
         tokenizer = load_tokenizer(shared / "tokenizers" / folder)
         encoder = Encoder(tokenizer, load_template("add_template", tokenizer))
-        tokens = encoder.tokens([encoder.texts({"messages": CHAT})])[0]
+        tokens = encoder.tokenize([encoder.render({"messages": CHAT})])[0]
         ids = ids_of(tokens)
         assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
         assert tokenizer.bos_id not in ids[1:]
@@ -79,7 +79,9 @@ def test_what_is_trained_with_is_exported_and_generated_from(
 ) -> None:
     from transformers import AutoTokenizer
 
-    index(write_jsonl(tmp_path / "chats.jsonl", [{"messages": CHAT}, {"messages": CHAT[:3]}]), tmp_path / "chats", "en")
+    index_dataset(
+        write_jsonl(tmp_path / "chats.jsonl", [{"messages": CHAT}, {"messages": CHAT[:3]}]), tmp_path / "chats", "en"
+    )
     (tmp_path / "mine.jinja").write_text(
         "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -89,7 +91,7 @@ def test_what_is_trained_with_is_exported_and_generated_from(
     settings = {
         "config": tmp_path / "model.json", "dataset_config": tmp_path / "mixture.json", "train_iters": 2,
         "tokenizer_path": tokenizer_path, "output_dir": tmp_path / "data", "max_length": 256, "device": "cpu",
-        "dataloader_num_workers": 0, "template": tmp_path / "mine.jinja",
+        "dataloader_num_workers": 0, "chat_template": tmp_path / "mine.jinja",
     }  # fmt: skip
     result = run_training(load_run(str(tmp_path / "model.json"), {key: str(value) for key, value in settings.items()}))
     assert result.checkpoint is not None
@@ -118,13 +120,13 @@ def test_what_is_trained_with_is_exported_and_generated_from(
 def test_a_conversation_without_a_template_is_refused_and_says_how(
     tokenizer_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    index(write_jsonl(tmp_path / "chats.jsonl", [{"messages": CHAT}]), tmp_path / "chats", "en")
+    index_dataset(write_jsonl(tmp_path / "chats.jsonl", [{"messages": CHAT}]), tmp_path / "chats", "en")
     (tmp_path / "mixture.json").write_text('[{"task_name": "chats", "path": "chats"}]')
     arguments = ["train", "--config", "tiny", "--dataset_config", str(tmp_path / "mixture.json"), "--tokenizer_path"]
     arguments += [str(tokenizer_path), "--output_dir", str(tmp_path / "data"), "--dataloader_num_workers", "0"]
     assert main([*arguments, "--only_run_dataloader", "1", "--train_iters", "2"]) == 2
     assert "chats, line 1 of " in (error := capsys.readouterr().err)
-    assert "a conversation needs a template; give --template, chatml for example" in error
+    assert "a conversation needs a template; give --chat_template, chatml for example" in error
 
 
 def test_the_loader_alone_says_what_it_gives(
@@ -144,9 +146,9 @@ def test_the_loader_alone_says_what_it_gives(
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize("key", ["template", "loss", "turns"])
+@pytest.mark.parametrize("key", ["chat_template", "train_on", "turns"])
 def test_a_dataset_may_differ_from_the_run(make_mixture: Callable, tokenizer_path: Path, key: str) -> None:
-    value, other = {"template": ("chatml", "llama"), "loss": ("all", "last"), "turns": ("split", "auto")}[key]
+    value, other = {"chat_template": ("chatml", "llama"), "train_on": ("all", "last"), "turns": ("split", "auto")}[key]
     mixture = make_mixture({"a": [{"output": "x"}], "b": [{"output": "x"}]}, b={key: other})
     settings = {"dataset_config": str(mixture), "tokenizer_path": str(tokenizer_path), key: value}
     run = load_run("tiny", settings)
@@ -163,7 +165,7 @@ def test_a_run_keeps_the_date_of_its_first_day(
         "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
     )
     mixture = make_mixture({"chats": [{"messages": CHAT}, {"messages": CHAT[:3]}]})
-    given = {"dataset_config": mixture, "template": template, "max_length": 256}
+    given = {"dataset_config": mixture, "chat_template": template, "max_length": 256}
 
     def on(day: int, out: str, **changes: object) -> Checkpoint:
         class Day(datetime.date):
@@ -171,23 +173,23 @@ def test_a_run_keeps_the_date_of_its_first_day(
             def today(cls) -> datetime.date:
                 return datetime.date(2026, 7, day)
 
-        monkeypatch.setattr("fm9g.data.mixture.datetime.date", Day)
+        monkeypatch.setattr("fm9g.data.load.mixture.datetime.date", Day)
         return Checkpoint(train(out, **given, **changes).checkpoint)
 
     whole = on(1, "whole", train_iters=4)
-    assert whole.position()["fingerprint"]["template_date"] == "2026-07-01"
+    assert whole.loader_state()["fingerprint"]["template_date"] == "2026-07-01"
     on(1, "parts", train_iters=4, stop_iters=2)
-    with pytest.raises(UserError, match=r"chats: template: was .* of 2026-07-01, is .* of 2026-07-02"):
-        on(2, "parts", train_iters=4, resume="auto", template_date="2026-07-02")
+    with pytest.raises(UserError, match=r"chats: chat_template: was .* of 2026-07-01, is .* of 2026-07-02"):
+        on(2, "parts", train_iters=4, resume="auto", chat_template_date="2026-07-02")
     parts = on(2, "parts", train_iters=4, resume="auto")
-    assert parts.position() == whole.position()
+    assert parts.loader_state() == whole.loader_state()
     assert parts.weight_file.read_bytes() == whole.weight_file.read_bytes()
     other = on(2, "other", train_iters=4)
     assert other.weight_file.read_bytes() != whole.weight_file.read_bytes()
-    given_date = on(2, "given", train_iters=4, template_date="2026-07-01")
+    given_date = on(2, "given", train_iters=4, chat_template_date="2026-07-01")
     assert given_date.weight_file.read_bytes() == whole.weight_file.read_bytes()
-    with pytest.raises(UserError, match=r"template_date: found '1.7.2026', expected a date such as"):
-        on(1, "wrong", template_date="1.7.2026")
+    with pytest.raises(UserError, match=r"chat_template_date: found '1.7.2026', expected a date such as"):
+        on(1, "wrong", chat_template_date="1.7.2026")
 
 
 def test_a_record_of_weight_two_counts_like_two_records(
@@ -203,7 +205,13 @@ def test_a_record_of_weight_two_counts_like_two_records(
         mixture = make_mixture({"a": content}, a={"allow_repeat": False})
         model = tmp_path / "plain.json"
         model.write_text(json.dumps(small_model().to_json()))
-        settings = {"dataset_config": mixture, "max_length": 64, "batch_size": 4, "grad_accum": 1, "train_iters": 1}
+        settings = {
+            "dataset_config": mixture,
+            "max_length": 64,
+            "batch_size": 4,
+            "gradient_accumulation_steps": 1,
+            "train_iters": 1,
+        }
         result = train(f"out-{number}", config=model, warmup_iters=0, lr=0.01, **settings)
         (line,) = read_metrics(result.metrics_file)
         found.append([line["Loss/train"], line["Optimizer/grad_norm"]])
@@ -215,11 +223,17 @@ def test_a_conversation_that_is_split_trains_a_text_for_each_turn(
     train: Callable, make_mixture: Callable, tmp_path: Path
 ) -> None:
     mixture = make_mixture({"a": [{"messages": CHAT}]}, a={"allow_repeat": False})
-    settings = {"dataset_config": mixture, "max_length": 256, "batch_size": 2, "grad_accum": 1, "template": "chatml"}
+    settings = {
+        "dataset_config": mixture,
+        "max_length": 256,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "chat_template": "chatml",
+    }
     tokens = []
     for turns in ("auto", "split"):
         result = train(turns, turns=turns, train_iters=5, **settings)
-        tokens.append(Checkpoint(result.checkpoint).counts()["global_token_pass"])
+        tokens.append(Checkpoint(result.checkpoint).trainer_state()["global_token_pass"])
     assert tokens[0] < tokens[1] < 2 * tokens[0]
 
 
@@ -240,5 +254,5 @@ def test_a_tokenizer_with_further_templates_is_kept_and_exported(
     export_folder(result.checkpoint, tmp_path / "hf")
     assert load_tokenizer(tmp_path / "hf").chat_template == load_tokenizer(folder).chat_template
     # With a template that is named, that one alone is kept.
-    result = train("named", template="chatml", **settings)
+    result = train("named", chat_template="chatml", **settings)
     assert isinstance(load_tokenizer(result.checkpoint / "tokenizer").chat_template, str)

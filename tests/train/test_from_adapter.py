@@ -15,18 +15,18 @@ import pytest
 import torch
 from support import small_model
 
-from fm9g.checkpoint.weights import read_weights, write_weights
 from fm9g.cli import main
 from fm9g.config.adapter import ADAPTER_CONFIG
 from fm9g.config.run import load_run
-from fm9g.convert.adapters import import_peft, merge, read_adapter, with_adapter
 from fm9g.convert.hf import export_folder
+from fm9g.convert.merge import import_peft, merge, read_adapter, with_adapter
 from fm9g.convert.peft import write_peft
 from fm9g.errors import UserError
-from fm9g.lora.files import Adapter, combine, save_adapter
+from fm9g.io.weights import read_weights, write_weights
+from fm9g.lora.adapter_file import Adapter, combine, save_adapter
 from fm9g.model.transformer import FM9G
 from fm9g.report.files import read_metrics
-from fm9g.train.run import Result
+from fm9g.train.runner import TrainResult
 
 GIVEN = {"lora_layer": '["project_q", "w_out"]', "lora_r": 3, "lora_alpha": 6}
 KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
@@ -44,7 +44,7 @@ def base(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def first(train: Callable[..., Result], base: Path) -> Callable[..., Path]:
+def first(train: Callable[..., TrainResult], base: Path) -> Callable[..., Path]:
     """first(key=value, ...): the checkpoint of a run that made an adapter of `base`."""
 
     def run(**changes: object) -> Path:
@@ -56,10 +56,10 @@ def first(train: Callable[..., Result], base: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def go_on(train: Callable[..., Result], base: Path) -> Callable[..., Result]:
+def go_on(train: Callable[..., TrainResult], base: Path) -> Callable[..., TrainResult]:
     """go_on(out, adapter, key=value, ...): a run that starts from an adapter."""
 
-    def run(out: str, adapter: Path, **changes: object) -> Result:
+    def run(out: str, adapter: Path, **changes: object) -> TrainResult:
         return train(
             out, **{"pretrained_model": base, "adapter": adapter, "lr": 0.02, "train_iters": 4, "seed": 9, **changes}
         )
@@ -67,18 +67,18 @@ def go_on(train: Callable[..., Result], base: Path) -> Callable[..., Result]:
     return run
 
 
-def losses(result: Result) -> list[float]:
+def losses(result: TrainResult) -> list[float]:
     return [line["Loss/train"] for line in read_metrics(result.metrics_file) if "Loss/train" in line]
 
 
-def content(result: Result) -> bytes:
+def content(result: TrainResult) -> bytes:
     assert result.checkpoint is not None
     return next(result.checkpoint.glob("*checkpoint-*.pt")).read_bytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_from_an_adapter_is_the_same_wherever_it_is(
-    first: Callable[..., Path], go_on: Callable[..., Result], base: Path, tmp_path: Path, kind: str
+    first: Callable[..., Path], go_on: Callable[..., TrainResult], base: Path, tmp_path: Path, kind: str
 ) -> None:
     checkpoint = first(**KINDS[kind])
     write_peft(read_adapter(checkpoint), tmp_path / "peft")
@@ -111,8 +111,8 @@ def test_a_run_from_an_adapter_is_the_same_wherever_it_is(
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_first_loss_is_that_of_the_merged_model(
     first: Callable[..., Path],
-    go_on: Callable[..., Result],
-    train: Callable[..., Result],
+    go_on: Callable[..., TrainResult],
+    train: Callable[..., TrainResult],
     base: Path,
     tmp_path: Path,
     kind: str,
@@ -128,7 +128,7 @@ def test_the_first_loss_is_that_of_the_merged_model(
 
 
 def test_no_step_leaves_the_adapter_as_it_was(
-    first: Callable[..., Path], go_on: Callable[..., Result], tmp_path: Path
+    first: Callable[..., Path], go_on: Callable[..., TrainResult], tmp_path: Path
 ) -> None:
     """A learning rate of 0 is one step that changes nothing."""
     checkpoint = first()
@@ -145,8 +145,8 @@ _KINDS = {"quantization": "nf4", "lora_dropout": 0.2, "loraplus_lr_ratio": 4.0}
 @pytest.mark.parametrize("changes", [{}, _KINDS], ids=["plain", "nf4"])
 def test_it_resumes_exactly_without_the_adapter(
     first: Callable[..., Path],
-    go_on: Callable[..., Result],
-    train: Callable[..., Result],
+    go_on: Callable[..., TrainResult],
+    train: Callable[..., TrainResult],
     tmp_path: Path,
     changes: dict,
 ) -> None:
@@ -169,7 +169,7 @@ def test_it_resumes_exactly_without_the_adapter(
 
 
 def test_a_resumed_run_without_adapters_refuses_their_keys(
-    first: Callable[..., Path], train: Callable[..., Result]
+    first: Callable[..., Path], train: Callable[..., TrainResult]
 ) -> None:
     train("out", stop_iters=2)
     with pytest.raises(UserError, match="quantization is given and lora_layer is not"):
@@ -179,7 +179,7 @@ def test_a_resumed_run_without_adapters_refuses_their_keys(
 
 
 def test_another_adapter_changes_nothing_on_resume_and_the_run_says_so(
-    first: Callable[..., Path], go_on: Callable[..., Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    first: Callable[..., Path], go_on: Callable[..., TrainResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = first()
     go_on("out", checkpoint, stop_iters=2)
@@ -190,14 +190,14 @@ def test_another_adapter_changes_nothing_on_resume_and_the_run_says_so(
 
 
 @pytest.mark.skipif(find_spec("opendelta") is None, reason="opendelta is installed with --no-deps where it is wanted")
-def test_both_backends_train_the_same_adapter(first: Callable[..., Path], go_on: Callable[..., Result]) -> None:
+def test_both_backends_train_the_same_adapter(first: Callable[..., Path], go_on: Callable[..., TrainResult]) -> None:
     checkpoint = first()
     one, other = go_on("one", checkpoint), go_on("other", checkpoint, lora_backend="opendelta")
     assert content(one) == content(other)
 
 
 def test_sums_and_pissa_are_trained_as_plain_adapters(
-    first: Callable[..., Path], go_on: Callable[..., Result], base: Path, tmp_path: Path
+    first: Callable[..., Path], go_on: Callable[..., TrainResult], base: Path, tmp_path: Path
 ) -> None:
     checkpoint = first(init_lora_weights="pissa")
     other = read_adapter(checkpoint)
@@ -210,18 +210,18 @@ def test_sums_and_pissa_are_trained_as_plain_adapters(
 
 
 def test_layers_that_an_adapter_leaves_out_get_none(
-    first: Callable[..., Path], go_on: Callable[..., Result], tmp_path: Path
+    first: Callable[..., Path], go_on: Callable[..., TrainResult], tmp_path: Path
 ) -> None:
     """As PEFT's layers_to_transform makes one."""
     whole = read_adapter(first())
     weights = {name: weight for name, weight in whole.weights.items() if ".layers.1." in name or "project_q" in name}
-    write_peft(Adapter(whole.config, weights, whole.where), tmp_path / "peft")
+    write_peft(Adapter(whole.config, weights, whole.path), tmp_path / "peft")
     result = go_on("out", tmp_path / "peft")
     assert read_adapter(result.checkpoint).weights.keys() == weights.keys()  # type: ignore[arg-type]
 
 
 def test_keys_beside_it_must_say_the_same(
-    first: Callable[..., Path], go_on: Callable[..., Result], tmp_path: Path, base: Path
+    first: Callable[..., Path], go_on: Callable[..., TrainResult], tmp_path: Path, base: Path
 ) -> None:
     checkpoint = first()
     assert go_on("same", checkpoint, **{**GIVEN, "lora_layer": "w_out,project_q"}).step == 4
@@ -242,7 +242,11 @@ def test_keys_beside_it_must_say_the_same(
 
 
 def test_another_base_or_model_is_refused(
-    first: Callable[..., Path], go_on: Callable[..., Result], tmp_path: Path, base: Path, capsys: pytest.CaptureFixture
+    first: Callable[..., Path],
+    go_on: Callable[..., TrainResult],
+    tmp_path: Path,
+    base: Path,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     checkpoint = first()
     write_peft(read_adapter(checkpoint), tmp_path / "peft")
@@ -266,7 +270,7 @@ def test_another_base_or_model_is_refused(
 
 
 def test_what_we_cannot_represent_is_refused_by_name(
-    first: Callable[..., Path], go_on: Callable[..., Result], tmp_path: Path
+    first: Callable[..., Path], go_on: Callable[..., TrainResult], tmp_path: Path
 ) -> None:
     write_peft(read_adapter(first()), tmp_path / "peft")
     file = tmp_path / "peft" / ADAPTER_CONFIG
@@ -296,7 +300,7 @@ def test_the_configuration_shows_what_the_adapter_says(
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_two_processes_train_from_an_adapter_what_one_does(
     first: Callable[..., Path],
-    go_on: Callable[..., Result],
+    go_on: Callable[..., TrainResult],
     base: Path,
     tmp_path: Path,
     tokenizer_path: Path,
@@ -306,7 +310,7 @@ def test_two_processes_train_from_an_adapter_what_one_does(
     write_peft(read_adapter(checkpoint), tmp_path / "peft")
     words = f"""--config {tmp_path}/model.json --dataset_config {tmp_path}/mixture.json
         --tokenizer_path {tokenizer_path} --output_dir {tmp_path}/two --model_unique m --device cpu
-        --batch_size 2 --max_length 64 --global_batch 2 --warmup_iters 2 --dataloader_num_workers 0
+        --batch_size 2 --max_length 64 --global_batch_size 2 --warmup_iters 2 --dataloader_num_workers 0
         --peak_tflops 1 --lr 0.02 --seed 9 --train_iters 4 --report_to none
         --nproc 2 --adapter {tmp_path}/peft --quantization {quantization}"""
     done = subprocess.run(
@@ -327,7 +331,7 @@ def test_two_processes_train_from_an_adapter_what_one_does(
 
 
 def test_a_hugging_face_folder_is_the_base(
-    first: Callable[..., Path], go_on: Callable[..., Result], base: Path, tmp_path: Path
+    first: Callable[..., Path], go_on: Callable[..., TrainResult], base: Path, tmp_path: Path
 ) -> None:
     checkpoint = first()
     export_folder(base, tmp_path / "hf")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fm9g.report.files import read_metrics
-from fm9g.train.run import Result
+from fm9g.train.runner import TrainResult
 
 GOLDEN = Path(__file__).with_name("golden.json")
 SETTINGS = {
@@ -49,7 +49,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_a_hundred_losses_are_what_they_were(train: Callable[..., Result], one_thread: None) -> None:
+def test_a_hundred_losses_are_what_they_were(train: Callable[..., TrainResult], one_thread: None) -> None:
     lines = read_metrics(train("out", **SETTINGS).metrics_file)
     found = {
         "losses": [line["Loss/train"] for line in lines],

@@ -3,46 +3,46 @@
 import numpy as np
 import pytest
 import torch
-from engine_runs import CAPACITY, Figures, documents
+from engine_harness import CAPACITY, RecordingCallbacks, documents
 from support import small_model
 
 from fm9g.config.train import TrainConfig
-from fm9g.data.pack import Pack, collate
-from fm9g.engine.processes import Processes
-from fm9g.engine.torch import TorchEngine
-from fm9g.train.build import build_model
-from fm9g.train.clock import Clock
+from fm9g.data.load.packing import Pack, collate
+from fm9g.engine.dist_context import DistContext
+from fm9g.engine.fsdp import FSDPEngine
 from fm9g.train.loop import TrainState, to_batch, train
+from fm9g.train.model_setup import setup_model_and_optimizer
+from fm9g.train.timer import StepTimer
 
 STEPS = 4
 
 
-class Fixed:
+class FixedPacksLoader:
     """A loader of the same documents, as four packs or as one four times as long."""
 
-    endless = True
+    is_infinite = True
 
-    def __init__(self, packs_a_step: int) -> None:
-        self.packs_a_step, self.step = packs_a_step, 0
+    def __init__(self, packs_per_step: int) -> None:
+        self.packs_per_step, self.step = packs_per_step, 0
 
-    def next_step(self) -> list[Pack]:
+    def next_batch(self) -> list[Pack]:
         self.step += 1
         groups = documents(self.step)
-        if self.packs_a_step == 1:
+        if self.packs_per_step == 1:
             groups = [[sample for group in groups for sample in group]]
-        return [collate(group, CAPACITY * 4 // self.packs_a_step) for group in groups]
+        return [collate(group, CAPACITY * 4 // self.packs_per_step) for group in groups]
 
 
-def run(packs_a_step: int) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+def run(packs_per_step: int) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     config = TrainConfig(config="x", train_iters=STEPS, warmup_iters=0, lr=0.01, clip_grad=0.7)
-    figures = Figures()
+    callbacks = RecordingCallbacks()
     state = TrainState(0, np.zeros(2, np.int64))
-    loader = Fixed(packs_a_step)
-    with Processes("cpu") as processes:
-        engine = TorchEngine(processes, seed=0)
-        build_model(engine, config, small_model(), None)
-        train(config, ["even", "odd"], engine, loader, state, figures, Clock())  # type: ignore[arg-type]
-        return figures.lines, {name: weight.clone() for name, weight in engine.weights()}
+    loader = FixedPacksLoader(packs_per_step)
+    with DistContext("cpu") as dist_context:
+        engine = FSDPEngine(dist_context, seed=0)
+        setup_model_and_optimizer(engine, config, small_model(), None)
+        train(config, ["even", "odd"], engine, loader, state, callbacks, StepTimer())  # type: ignore[arg-type]
+        return callbacks.lines, {name: weight.clone() for name, weight in engine.weights()}
 
 
 def test_four_micro_batches_equal_one_large_batch() -> None:
@@ -56,17 +56,17 @@ def test_four_micro_batches_equal_one_large_batch() -> None:
 
 
 def test_the_loss_is_the_mean_over_all_targets_of_the_step() -> None:
-    figures, _ = run(4)
+    lines, _ = run(4)
     config = TrainConfig(config="x")
     total = count = 0.0
-    with Processes("cpu") as processes:
-        engine = TorchEngine(processes, seed=0)
-        build_model(engine, config, small_model(), None)
-        for pack in Fixed(4).next_step():
+    with DistContext("cpu") as dist_context:
+        engine = FSDPEngine(dist_context, seed=0)
+        setup_model_and_optimizer(engine, config, small_model(), None)
+        for pack in FixedPacksLoader(4).next_batch():
             batch, tasks = to_batch(pack, torch.device("cpu"))
             assert len(tasks) == len(batch.targets) == pack.target_tokens
             losses = engine.forward(batch, 0)[1]
             weights = torch.ones_like(losses) if batch.target_weights is None else batch.target_weights
             total += (losses * weights).sum().item()
             count += pack.total_weight
-    assert figures[0]["Loss/train"] == pytest.approx(total / count, rel=1e-6)
+    assert lines[0]["Loss/train"] == pytest.approx(total / count, rel=1e-6)

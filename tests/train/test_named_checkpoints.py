@@ -11,46 +11,46 @@ from typing import Any
 import pytest
 import torch
 
-from fm9g.checkpoint.find import find, named
-from fm9g.checkpoint.folder import Checkpoint, file_name
+from fm9g.checkpoint.checkpoint import Checkpoint, file_name
+from fm9g.checkpoint.find import find_path, resolve_checkpoint_path
 from fm9g.cli import main
 from fm9g.cli.run import _print_result
-from fm9g.engine.torch import TorchEngine
+from fm9g.engine.fsdp import FSDPEngine
 from fm9g.errors import UserError
-from fm9g.train.run import Result
+from fm9g.train.runner import TrainResult
 
-Train = Callable[..., Result]
+Train = Callable[..., TrainResult]
 
 
 @pytest.fixture
-def stopped(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Result:
-    """A run that early_stop ended: its best checkpoint is 2, and of the others the last one is kept."""
+def stopped(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainResult:
+    """A run that early_stopping_patience ended: its best checkpoint is 2, and of the others the last one is kept."""
     losses = iter([1.0, 2.0, 2.0, 3.0])
     with monkeypatch.context() as patch:
-        patch.setattr("fm9g.train.evaluate.Evaluation.run", lambda self: {"Loss/val": next(losses)})
-        validation = {"val_dataset": tmp_path / "mixture.json", "eval_iters": 2, "early_stop": 3}
+        patch.setattr("fm9g.train.evaluator.Evaluator.run", lambda self: {"Loss/val": next(losses)})
+        validation = {"val_dataset": tmp_path / "mixture.json", "eval_iters": 2, "early_stopping_patience": 3}
         return train("out", **validation, save_iters=2, save_total_limit=2)
 
 
 def test_the_last_lines_of_a_run_that_stopped_early_name_the_best_checkpoint(
-    stopped: Result, capsys: pytest.CaptureFixture
+    stopped: TrainResult, capsys: pytest.CaptureFixture
 ) -> None:
     root = stopped.metrics_file.parents[2] / "checkpoints" / "m"
-    assert (stopped.checkpoint, stopped.best) == (root / "8", root / "2")
+    assert (stopped.checkpoint, stopped.best_checkpoint) == (root / "8", root / "2")
     assert sorted(int(step.name) for step in root.iterdir()) == [2, 8]
     _print_result(stopped)
     lines = capsys.readouterr().out.splitlines()
     assert f"checkpoint: {root / '8'}" in lines
     assert f"best checkpoint, by validation loss: {root / '2'}" in lines
     shutil.rmtree(root / "2")
-    assert named(root / "best") == root / "8"  # what is deleted is never named
+    assert resolve_checkpoint_path(root / "best") == root / "8"  # what is deleted is never named
 
 
 def test_best_and_last_are_paths_wherever_a_checkpoint_is_meant(
-    stopped: Result, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    stopped: TrainResult, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     root = stopped.metrics_file.parents[2] / "checkpoints" / "m"
-    assert (find(root / "best"), find(root / "last")) == (root / "2", root / "8")
+    assert (find_path(root / "best"), find_path(root / "last")) == (root / "2", root / "8")
     for words, expected in (
         (["convert", root / "best", tmp_path / "hf"], "hf: "),
         (["ckpt", "show", root / "best"], f"{root / '2'}\n"),
@@ -77,11 +77,11 @@ def test_best_and_last_are_paths_wherever_a_checkpoint_is_meant(
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "checkpoints").symlink_to(root.parent)
     monkeypatch.chdir(tmp_path)
-    assert named(Path("m/best")) == Path("data/checkpoints/m/2")
-    assert named(Path("m/8")) == Path("data/checkpoints/m/8")
+    assert resolve_checkpoint_path(Path("m/best")) == Path("data/checkpoints/m/2")
+    assert resolve_checkpoint_path(Path("m/8")) == Path("data/checkpoints/m/8")
 
 
-def test_a_run_resumes_from_its_best_or_its_last_checkpoint(stopped: Result, train: Train, tmp_path: Path) -> None:
+def test_a_run_resumes_from_its_best_or_its_last_checkpoint(stopped: TrainResult, train: Train, tmp_path: Path) -> None:
     assert stopped.checkpoint is not None
     for name, step in (("last", 8), ("best", 2)):
         shutil.copytree(tmp_path / "out", tmp_path / name)
@@ -96,10 +96,10 @@ def test_a_run_resumes_from_its_best_or_its_last_checkpoint(stopped: Result, tra
 
 def test_a_run_without_evaluations_has_no_best_checkpoint(train: Train) -> None:
     result = train("out", train_iters=2)
-    assert result.best is None
+    assert result.best_checkpoint is None
     assert result.checkpoint is not None
     with pytest.raises(UserError, match=r"no checkpoint holds a validation loss.*its steps: 2.*val_dataset"):
-        named(result.checkpoint.parent / "best")
+        resolve_checkpoint_path(result.checkpoint.parent / "best")
 
 
 def test_last_passes_over_what_is_cut_short(train: Train) -> None:
@@ -107,10 +107,10 @@ def test_last_passes_over_what_is_cut_short(train: Train) -> None:
     assert result.checkpoint is not None
     root = result.checkpoint.parent
     (root / "2" / file_name(2, "weights")).write_bytes(b"")
-    assert named(root / "last") == root / "1"
+    assert resolve_checkpoint_path(root / "last") == root / "1"
     (root / "1" / "manifest.json").write_text(json.dumps({"step": 1, "files": {"none": [1, "0"]}}), encoding="utf-8")
     with pytest.raises(UserError, match="no checkpoint is whole"):
-        named(root / "last")
+        resolve_checkpoint_path(root / "last")
 
 
 def test_a_deleted_optimizer_is_missed_only_where_it_is_needed(train: Train, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_deleted_optimizer_is_missed_only_where_it_is_needed(train: Train, tmp
         with pytest.raises(UserError, match="or go on without it \\(--resume_no_optimze true\\)"):
             train("out", resume_ckpt=resume, train_iters=3)
     assert main(["convert", str(result.checkpoint), str(tmp_path / "hf")]) == 0
-    assert named(result.checkpoint.parent / "last") == result.checkpoint
+    assert resolve_checkpoint_path(result.checkpoint.parent / "last") == result.checkpoint
     assert train("other", pretrained_model=result.checkpoint, train_iters=1).step == 1
     assert train("out", resume_ckpt="auto", resume_no_optimze=1, train_iters=3).step == 3
 
@@ -144,7 +144,7 @@ def test_a_memory_that_does_not_suffice_is_one_message_that_says_what_to_lower(
         raise error
 
     if where == "prepare":
-        monkeypatch.setattr("fm9g.engine.torch.TorchEngine._place", fail)
+        monkeypatch.setattr("fm9g.engine.fsdp.FSDPEngine._shard_model", fail)
     else:
         monkeypatch.setattr(f"fm9g.engine.base.Engine.{where}", fail)
     expected = "fm9g plan" if where == "prepare" else "lower batch_size or max_length .*activation_checkpoint full"
@@ -157,19 +157,21 @@ def test_a_resumed_run_skips_a_batch_that_does_not_fit_as_a_whole_one_does(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train("out", train_iters=2)
-    forward, calls = TorchEngine.forward, iter(range(100))
+    forward, calls = FSDPEngine.forward, iter(range(100))
 
-    def short(self: TorchEngine, *given: Any) -> Any:
+    def short(self: FSDPEngine, *given: Any) -> Any:
         if next(calls) == 0:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, *given)
 
-    monkeypatch.setattr(TorchEngine, "forward", short)
+    monkeypatch.setattr(FSDPEngine, "forward", short)
     assert train("out", resume_ckpt="auto", train_iters=4).step == 4
 
 
 def test_the_start_says_how_the_tokens_of_a_step_come_about(train: Train, capsys: pytest.CaptureFixture) -> None:
-    train("out", train_iters=1, grad_accum=3)
-    assert "384 tokens per step: batch_size 2 x max_length 64 x grad_accum 3\n" in capsys.readouterr().out
-    train("other", train_iters=1, grad_accum=1, global_batch=5)
-    assert "640 tokens per step: batch_size 2 x max_length 64 x global_batch 5\n" in capsys.readouterr().out
+    train("out", train_iters=1, gradient_accumulation_steps=3)
+    assert (
+        "384 tokens per step: batch_size 2 x max_length 64 x gradient_accumulation_steps 3\n" in capsys.readouterr().out
+    )
+    train("other", train_iters=1, gradient_accumulation_steps=1, global_batch_size=5)
+    assert "640 tokens per step: batch_size 2 x max_length 64 x global_batch_size 5\n" in capsys.readouterr().out

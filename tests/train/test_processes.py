@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import records, small_model
+from support import make_records, small_model
 
-from fm9g.checkpoint.folder import Checkpoint, steps_in
+from fm9g.checkpoint.checkpoint import Checkpoint, list_steps
 from fm9g.cli import main
 
 Fm9g = Callable[..., subprocess.CompletedProcess]
@@ -21,10 +21,10 @@ Fm9g = Callable[..., subprocess.CompletedProcess]
 
 @pytest.fixture
 def fm9g(tmp_path: Path, make_mixture: Callable[..., Path], tokenizer_path: Path) -> Fm9g:
-    mixture = make_mixture({"few": records(50, 1), "many": records(150, 2)})
+    mixture = make_mixture({"few": make_records(50, 1), "many": make_records(150, 2)})
     (tmp_path / "m.json").write_text(json.dumps(small_model().to_json()))
     fixed = f"--config m.json --dataset_config {mixture} --tokenizer_path {tokenizer_path} --device cpu --max_length 64"
-    lengths = "--batch_size 2 --global_batch 4 --train_iters 6 --warmup_iters 2 --dataloader_num_workers 0"
+    lengths = "--batch_size 2 --global_batch_size 4 --train_iters 6 --warmup_iters 2 --dataloader_num_workers 0"
 
     def run(*arguments: object) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "fm9g", "train", *fixed.split(), *lengths.split(), *map(str, arguments)]
@@ -36,7 +36,7 @@ def fm9g(tmp_path: Path, make_mixture: Callable[..., Path], tokenizer_path: Path
 
 def loaded(folder: Path) -> tuple[dict, dict, dict, dict]:
     checkpoint = Checkpoint(folder)
-    return checkpoint.weights(), checkpoint.optimizer(), checkpoint.position(), checkpoint.counts()
+    return checkpoint.weights(), checkpoint.optimizer(), checkpoint.loader_state(), checkpoint.trainer_state()
 
 
 def test_two_processes_and_then_one_are_the_run_of_one_alone(
@@ -51,7 +51,7 @@ def test_two_processes_and_then_one_are_the_run_of_one_alone(
     assert main([*shared, "--model_unique", "parts", "--resume", "auto"]) == 0
     assert main([*shared, "--model_unique", "alone"]) == 0
     checkpoints = tmp_path / "data" / "checkpoints"
-    assert steps_in(checkpoints / "parts") == [3, 6]
+    assert list_steps(checkpoints / "parts") == [3, 6]
     alone, parts = loaded(checkpoints / "alone" / "6"), loaded(checkpoints / "parts" / "6")
     assert parts[3].pop("loss") == pytest.approx(alone[3].pop("loss"), abs=1e-5)
     assert alone[2:] == parts[2:]  # the data position and all counts, exactly
@@ -69,4 +69,4 @@ def test_a_mistake_in_one_place_is_one_message(fm9g: Fm9g, tmp_path: Path) -> No
     assert "Traceback" not in done.stderr
     done = fm9g("--nproc", 3)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "fm9g: global_batch 4 cannot be dealt to 3 processes; possible: [1, 2, 4]\n"
+    assert done.stderr == "fm9g: global_batch_size 4 cannot be dealt to 3 processes; possible: [1, 2, 4]\n"

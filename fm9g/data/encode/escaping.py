@@ -1,0 +1,76 @@
+"""Spellings of special tokens that are text: marked before a template or script runs, found again after it."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterable
+from typing import Any
+
+from fm9g.data.prepare.values import BadRecord
+
+_ESCAPE = "\ufdd4"  # a Unicode noncharacter; it stands after the first character of a spelling
+
+Span = tuple[int, int]  # start and end in a text, in characters
+
+
+def escape_special_tokens(value: Any, pattern: re.Pattern[str], is_raw: bool = True) -> Any:
+    """The value with a mark in each spelling that the pattern matches, in all strings inside.
+
+    is_raw: it has no marks yet. Raises BadRecord where it holds one all the same.
+    """
+    if isinstance(value, str):
+        if is_raw and _ESCAPE in value:
+            raise BadRecord("holds the noncharacter U+FDD4, which stands for something else here; remove it")
+        if not pattern.search(value):
+            return value
+        return pattern.sub(_escape_match, value)
+    if isinstance(value, dict):
+        return {
+            escape_special_tokens(key, pattern, is_raw): escape_special_tokens(item, pattern, is_raw)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [escape_special_tokens(item, pattern, is_raw) for item in value]
+    return value
+
+
+def unescape(value: Any) -> Any:
+    """The value as it was before it was protected."""
+    if isinstance(value, str):
+        return value.replace(_ESCAPE, "")
+    if isinstance(value, dict):
+        return {unescape(key): unescape(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [unescape(item) for item in value]
+    return value
+
+
+def _escape_match(match: re.Match[str]) -> str:
+    text = match[0]
+    is_escaped = match.string.startswith(_ESCAPE, match.end())  # one of a single character
+    return text if is_escaped else text[0] + _ESCAPE + text[1:]
+
+
+class Unescaped:
+    """A text without its marks. literal: the spans of the spellings that were marked."""
+
+    def __init__(self, text: str, pattern: re.Pattern[str]) -> None:
+        self.text = text
+        self.literal: list[Span] = []
+        self._escapes: list[int] = []
+        if _ESCAPE not in text:
+            return
+        self._escapes = [offset for offset, character in enumerate(text) if character == _ESCAPE]
+        self.text = text.replace(_ESCAPE, "")
+        for number, offset in enumerate(self._escapes):
+            if found := pattern.match(self.text, offset - number - 1):
+                self.literal.append(found.span())
+
+    def map_spans(self, spans: Iterable[Span]) -> list[Span]:
+        """Spans of the marked text, in this one."""
+        return [(self.map_offset(start), self.map_offset(end)) for start, end in spans]
+
+    def map_offset(self, offset: int) -> int:
+        """A place of the marked text, in this one."""
+        return offset - bisect_left(self._escapes, offset)

@@ -1,0 +1,321 @@
+"""The shapes that users' records come in, and the canonical form that an indexed dataset stores.
+
+A record is an object already read from JSON, CSV or parquet. Its canonical form is one of
+
+    pair        {"input": str, "output": str}; plain text has an empty input
+    chat        {"messages": [turn, ...]}
+    preference  {"messages": [the prompt's turns], "chosen": turn, "rejected": turn}
+    KTO         {"messages": [the whole conversation], "label": true or false}
+
+all but the pair with "tools", a list of {"type": "function", "function": {...}}, where the record has some. A turn is
+{"role": "system", "user", "assistant" or "tool", "content": str}. Where the record says so, it has these as well:
+
+    reasoning_content  what the assistant thought, not blank
+    tool_calls         of the assistant: [{"id": str, "type": "function", "function": {"name": str, "arguments": {}}}];
+                       no id where there is none
+    tool_call_id, name strings
+    weight             of the assistant: how much the turn counts in the loss, a number from 0; 0 is not trained on
+    content_weights    of the assistant, instead of a weight: [[number of characters, weight], ...], two at least, over
+                       the whole content; what the template writes beside the content counts as the part next to it
+
+A pair may have a weight, too. A weight of 1 is not written. Preferences and KTO have no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+from fm9g.data.prepare.loss_weights import (
+    combine_weights,
+    per_turn_weights,
+    record_loss_keys,
+    reject_unknown_loss_key,
+    scale_weights,
+    weight_fields,
+)
+from fm9g.data.prepare.tools import read_tools
+from fm9g.data.prepare.turns import (
+    OPENAI_KEYS,
+    SHAREGPT_KEYS,
+    TurnContext,
+    canonical_turn,
+    canonical_turns,
+    find_turns,
+    is_sharegpt,
+    parse_turns,
+)
+from fm9g.data.prepare.values import BadRecord, decode_json, found_keys, is_blank, json_equal, wrong_type
+
+Record = dict[str, Any]
+ColumnNames = dict[str, str]  # our name -> the user's key
+
+
+def parse_mapping(text: str, keys: Iterable[str] | None = None) -> dict[str, str]:
+    """`a=b c` as {"a": "b", "c": "c"}; of the values only those that are in `keys`, where given."""
+    pairs = [(word.partition("=")[0], word.rpartition("=")[2]) for word in text.split()]
+    return {name: key for name, key in pairs if keys is None or key in keys}
+
+
+ROLES = parse_mapping(
+    "system developer=system user human=user assistant gpt=assistant chatgpt=assistant bard=assistant bing=assistant "
+    "tool observation=tool function=tool tool_response=tool function_call tool_call=function_call"
+)
+ROLE_TAGS = parse_mapping(
+    "system_tag=system user_tag=user assistant_tag=assistant observation_tag=tool function_tag=function_call"
+)
+COLUMN_NAMES = (
+    "prompt",
+    "query",
+    "response",
+    "system",
+    "history",
+    "text",
+    "messages",
+    "tools",
+    "chosen",
+    "rejected",
+    "label",
+)
+
+# What tells a shape and what else it may have, as our_name=key where the two differ. The first shape whose keys are all
+# there counts, so the order matters: Stanford's Alpaca, for one, has a "text" as well.
+RECORD_FORMATS = [
+    ("preference", "messages chosen rejected", "system tools"),
+    ("preference", "messages=conversations chosen rejected", "system tools"),
+    ("preference", "prompt=instruction chosen rejected", "query=input system history tools"),
+    ("preference", "prompt chosen rejected", "system history tools"),
+    ("preference", "chosen rejected", "system tools"),
+    ("messages", "messages", "system tools label=kto_tag label"),
+    ("messages", "messages=conversations", "system tools label=kto_tag label"),
+    ("Alpaca", "prompt=instruction response=output", "query=input system history tools label=kto_tag label"),
+    ("query/response", "prompt=query response", "system history tools label=kto_tag label"),
+    ("input/output", "response=output", "query=input"),
+    ("text", "text", ""),
+]
+
+
+@dataclass(frozen=True)
+class ColumnMapping:
+    """How the keys of a user's records map to ours.
+
+    names: one of COLUMN_NAMES -> their key.
+    tags: as in LLaMA-Factory's dataset_info.json: role_tag and content_tag -> their key in a turn, user_tag,
+        assistant_tag, observation_tag, function_tag, system_tag -> their spelling of a role, beside those in ROLES.
+    """
+
+    names: ColumnNames
+    tags: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def roles(self) -> dict[str, str]:
+        """Their spelling of a role -> ours."""
+        return ROLES | {self.tags[tag]: role for tag, role in ROLE_TAGS.items() if tag in self.tags}
+
+    @cached_property
+    def turn_keys(self) -> tuple[str, str] | None:
+        """Their keys of a turn's role and content; None where each turn shows by itself which they are."""
+        role, content = self.tags.get("role_tag"), self.tags.get("content_tag")
+        if not (role or content):
+            return None
+        other = SHAREGPT_KEYS if role == "from" or content == "value" else OPENAI_KEYS
+        return role or other[0], content or other[1]
+
+    @cached_property
+    def is_pair(self) -> bool:
+        return self.names.keys() <= {"prompt", "query", "response"}
+
+
+def canonicalize(
+    record: Record, columns: ColumnMapping | None = None, dropped_keys: list[str] | None = None
+) -> tuple[str, Record]:
+    """The name of a record's shape and its canonical form: the same object where the record already has that form.
+
+    Names: input/output, text, Alpaca, ShareGPT, messages, query/response, preference, KTO; columns where they are
+    given. dropped_keys: gets the names of keys that say something and are left out; those in turns as `turn.refusal`.
+    Raises BadRecord.
+    """
+    if columns is None and len(record) == 2 and type(record.get("input")) is type(record.get("output")) is str:
+        return "input/output", record  # most records
+    record_format, columns = _recognize(tuple(record)) if columns is None else ("columns", columns)
+    names = columns.names
+    has_feedback = "chosen" in names or "label" in names
+    loss_keys = {} if has_feedback else record_loss_keys(record, names)
+    context = TurnContext(columns, not has_feedback, [] if dropped_keys is None else dropped_keys)
+    if columns.is_pair:
+        result = _make_pair(_prompt_text(record, names), _string_field(record, names["response"]), loss_keys)
+    elif "response" in names:
+        result = _pair_or_chat(record, loss_keys, context)
+    elif "text" in names:
+        result = _make_pair("", _string_field(record, names["text"]), loss_keys)
+    elif "chosen" in names:
+        result = _make_preference(record, context)
+    else:
+        messages = parse_turns(record.get(names["messages"]), names["messages"])
+        for key, value in record.items():
+            if isinstance(value, list) and len(value) == len(messages) and key not in {*names.values(), *loss_keys}:
+                reject_unknown_loss_key(key, "")
+        result = _make_chat(record, _message_turns(record, messages, loss_keys, context), names["messages"], context)
+        if record_format == "messages" and is_sharegpt(messages[0]):
+            record_format = "ShareGPT"
+    if dropped_keys is not None:
+        used = {*names.values(), *loss_keys}
+        dropped_keys += [key for key, value in record.items() if key not in used and not is_blank(value)]
+    return record_format, record if json_equal(record, result) else result
+
+
+@lru_cache(maxsize=1024)  # a dataset has few sets of keys
+def _recognize(keys: tuple[str, ...]) -> tuple[str, ColumnMapping]:
+    """The shape of the records with these keys, and those of its columns that they have."""
+    for record_format, needed, optional in RECORD_FORMATS:
+        names = parse_mapping(needed)
+        if all(key in keys for key in names.values()):
+            names |= parse_mapping(optional, keys)
+            return "KTO" if "label" in names else record_format, ColumnMapping(names)
+    raise BadRecord(f"no known shape; {found_keys(keys)}; map them with --columns prompt=KEY,response=KEY")
+
+
+def _make_pair(prompt: str, response: str, loss_keys: Record) -> Record:
+    pair: Record = {"input": prompt, "output": response}
+    return pair | weight_fields(combine_weights(loss_keys)) if loss_keys else pair
+
+
+def _pair_or_chat(record: Record, loss_keys: Record, context: TurnContext) -> Record:
+    """A question and its answer: a pair still, or a chat where the record says more than a pair can hold."""
+    names = context.columns.names
+    prompt, response = _prompt_text(record, names), _string_field(record, names["response"])
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    all_turns = _with_system_and_history(record, turns, context)
+    if loss_keys:
+        all_turns = scale_weights(all_turns, [combine_weights(loss_keys)] * len(all_turns))
+    chat = _make_chat(record, all_turns, names["response"], context)
+    return _make_pair(prompt, response, loss_keys) if len(chat) == 1 and len(all_turns) == 2 else chat
+
+
+def _message_turns(record: Record, messages: list[Any], loss_keys: Record, context: TurnContext) -> list[Record]:
+    """The turns of a record's messages, with its marks and its system message."""
+    turns = canonical_turns(messages, context.columns.names["messages"], context)
+    if loss_keys:
+        turns = scale_weights(turns, per_turn_weights(loss_keys, turns))
+    return _with_system_and_history(record, turns, context)
+
+
+def _make_chat(record: Record, turns: list[Record], key: str, context: TurnContext) -> Record:
+    """A conversation and what stands beside it. key: where it was found."""
+    names = context.columns.names
+    result: Record = {"messages": turns}
+    if "tools" in names:
+        result |= _parse_tools(record, context)
+    if "label" in names:
+        label = result["label"] = record.get(names["label"])
+        if not isinstance(label, bool):
+            raise wrong_type(names["label"], label, "true or false")
+        if turns[-1]["role"] != "assistant":
+            raise BadRecord(f"{key}: the last turn is the {turns[-1]['role']}'s, expected the answer that is judged")
+    elif turns[-1]["role"] != "assistant" and all(turn["role"] != "assistant" for turn in turns):
+        raise BadRecord(f"{key}: no turn of the assistant, nothing to train on")
+    return result
+
+
+def _make_preference(record: Record, context: TurnContext) -> Record:
+    names = context.columns.names
+    key = names.get("messages") or names.get("prompt", "")
+    prompt: list[Record] = []
+    if "messages" in names:
+        prompt = canonical_turns(parse_turns(record.get(key), key), key, context)
+    elif (messages := find_turns(record.get(key))) is not None:  # TRL's conversational prompt
+        prompt = canonical_turns(messages, key, context)
+    elif key:
+        prompt = [{"role": "user", "content": _prompt_text(record, names)}]
+    before, chosen = _parse_answer(record, names["chosen"], context)
+    before_rejected, rejected = _parse_answer(record, names["rejected"], context)
+    if before != before_rejected:
+        raise BadRecord(f"{names['rejected']}: the turns before the answer are not those of {names['chosen']}")
+    if all(turn["role"] != "user" for turn in before):
+        prompt = prompt + before if before else prompt
+    elif prompt[-len(before) :] != before:
+        prompt = before  # the whole of it: what is called prompt may be its last question, or hold an answer already
+    if not prompt:
+        raise BadRecord(
+            f"no prompt; {found_keys(record)}; name its key with --columns prompt=KEY,chosen=KEY,rejected=KEY"
+        )
+    if prompt[-1]["role"] not in ("user", "tool"):
+        where = names["chosen"] if before else key
+        raise BadRecord(f"{where}: the prompt ends with a turn of the {prompt[-1]['role']}, expected user or tool")
+    turns = _with_system_and_history(record, prompt, context)
+    return {"messages": turns, "chosen": chosen, "rejected": rejected} | _parse_tools(record, context)
+
+
+def _parse_answer(record: Record, key: str, context: TurnContext) -> tuple[list[Record], Record]:
+    """The turns before an answer, where it is a list of turns, and the answer."""
+    value = record.get(key)
+    if (messages := find_turns(value)) is not None:
+        *before, answer = canonical_turns(messages, key, context)
+    else:
+        before, answer = [], {"role": "assistant", "content": value}
+        if not isinstance(value, str):
+            try:
+                answer = canonical_turn(value, context)
+            except BadRecord as error:
+                raise BadRecord(f"{key}{error}") from None
+    if answer["role"] != "assistant" or "tool_calls" in answer:
+        raise BadRecord(f"{key}: expected an answer of the assistant that is text, without tool calls")
+    if not answer["content"]:
+        raise BadRecord(f"{key}: the answer is empty")
+    return before, answer
+
+
+def _prompt_text(record: Record, names: ColumnNames) -> str:
+    """Prompt and query, with a line break between them where both say something."""
+    query = _string_field(record, names.get("query"), required=False)
+    prompt = _string_field(record, names["prompt"]) if "prompt" in names else ""
+    return f"{prompt}\n{query}" if prompt and query else prompt or query
+
+
+def _with_system_and_history(record: Record, turns: list[Record], context: TurnContext) -> list[Record]:
+    """The turns after the record's system message and history. A conversation's own system message is kept instead."""
+    names = context.columns.names
+    if not ("system" in names or "history" in names):
+        return turns
+    system, history = _string_field(record, names.get("system"), required=False), _history_turns(record, names)
+    own = turns[:1] if turns[0]["role"] == "system" else []
+    if system and own and system != own[0]["content"]:
+        context.dropped_keys.append(names["system"])
+    opening = own or ([{"role": "system", "content": system}] if system else [])
+    return opening + history + turns[len(own) :]
+
+
+def _history_turns(record: Record, names: ColumnNames) -> list[Record]:
+    """The questions and answers before the last question."""
+    key = names.get("history", "")
+    given = pairs = record.get(key)
+    if isinstance(pairs, str) and (pairs.lstrip().startswith("[") or pairs.strip() == "null"):
+        pairs = decode_json(pairs, key)
+    if is_blank(pairs) or not pairs:
+        return []
+    if not isinstance(pairs, list):
+        raise wrong_type(key, given, "a list of [question, answer]")
+    turns = []
+    for number, pair in enumerate(pairs):
+        if not (isinstance(pair, list | tuple) and [type(text) for text in pair] == [str, str]):
+            raise BadRecord(f"{key}[{number}]: expected [question, answer], two strings")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return turns
+
+
+def _parse_tools(record: Record, context: TurnContext) -> Record:
+    key = context.columns.names.get("tools", "")
+    value = record.get(key)
+    return {"tools": tools} if value and (tools := read_tools(value, key, context.dropped_keys)) else {}
+
+
+def _string_field(record: Record, key: Any, required: bool = True) -> str:
+    """The text under a key; where it is not required, an empty one for no key, for null and where it is not there."""
+    value = record.get(key)
+    if isinstance(value, str):
+        return value
+    if value is None and not required:
+        return ""
+    raise wrong_type(key, value, "a string") if key in record else BadRecord(f"{key}: missing; {found_keys(record)}")
