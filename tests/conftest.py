@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import ROOT, index_dataset, random_text, write_jsonl
+from helpers.common import ROOT, index_dataset, random_text, write_jsonl
 
 from fm9g.data.encode.tokenizer import train_tokenizer
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import ROOT
+from helpers.common import ROOT
 
 from fm9g.config.load import read_object
 from fm9g.config.model import load_model_config

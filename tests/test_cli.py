@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT, write_jsonl
+from helpers.common import ROOT, write_jsonl
 
 from fm9g.cli import main
 from fm9g.data.load.indexed_dataset import IndexedDataset

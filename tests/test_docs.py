@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import ROOT, WORDS, make_records
+from helpers.common import ROOT, WORDS, make_records
 
 from fm9g.cli import main
 from fm9g.config.train import DEPRECATED_KEYS, TrainConfig

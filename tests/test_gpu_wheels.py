@@ -5,7 +5,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from support import ROOT
+from helpers.common import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from engine_harness import needs_bmtrain
+from helpers.common import ROOT, small_model
+from helpers.engine_harness import needs_bmtrain
 from safetensors.torch import load_file
-from support import ROOT, small_model
 
 from fm9g.checkpoint.checkpoint import Checkpoint, list_steps
 from fm9g.convert.hf import export_folder
@@ -194,7 +194,7 @@ def test_full_finetuning_and_its_resume(folder: Path, bash: Run, shared: Path) -
 # What `import sitecustomize` does in each process of a run by bmtrain: there is no GPU here.
 STAND_IN = """import sys
 if "train" in sys.argv or any("fm9g" in word for word in sys.orig_argv):
-    import bmtrain_over_gloo
+    from helpers import bmtrain_over_gloo
     bmtrain_over_gloo.install()
     import fm9g.train.runner
     from fm9g.engine.dist_context import DistContext

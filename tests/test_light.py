@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import index_dataset, make_records, write_jsonl
+from helpers.common import index_dataset, make_records, write_jsonl
 
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "pyarrow", "bitsandbytes", "peft", "accelerate", "pandas")
 _PROGRAM = """

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import small_model
+from helpers.common import small_model
 
 from fm9g.cli import main
 from fm9g.errors import UserError

@@ -52,7 +52,7 @@ def feign_bmtrain(ranks: int) -> None:
     """Lets bmtrain run on a CPU as rank 0 of `ranks`; what others would send is a copy of this rank's."""
     for folder in ("tests", "tests/engine"):
         sys.path.append(str(Path(__file__).resolve().parents[2] / folder))
-    import bmtrain_over_gloo
+    from helpers import bmtrain_over_gloo
 
     torch.utils._device._device_constructors()  # torch.device("meta") remembers them before they are replaced
     bmtrain_over_gloo.install()

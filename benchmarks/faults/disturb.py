@@ -23,7 +23,7 @@ import torch  # noqa: E402
 from faults import system  # noqa: E402
 from faults.attempts import AttemptResults  # noqa: E402
 from faults.commands import COMMANDS, CommandFixture, kill_at_every_change, kill_at_random, kill_quickstart  # noqa: E402
-from spawn import PRELOADED, context  # noqa: E402
+from helpers.spawn import PRELOADED, context  # noqa: E402
 
 REPORT = Path(__file__).with_name("report.md")
 SLOW = 0.5  # seconds: of a command that takes twice as long, every third change is tried

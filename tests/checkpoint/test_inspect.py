@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import small_model
+from helpers.common import small_model
 
 from fm9g.checkpoint.checkpoint import MANIFEST, Snapshot, save_checkpoint
 from fm9g.checkpoint.find import find_runs

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
+from helpers.common import ROOT
 
 from fm9g.cli import main
 from fm9g.config.fields import aliases_of, keys_of

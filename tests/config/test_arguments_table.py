@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support import ROOT
+from helpers.common import ROOT
 
 from fm9g.config.fields import keys_of
 from fm9g.config.train import DEPRECATED_KEYS, TrainConfig

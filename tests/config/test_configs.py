@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT
+from helpers.common import ROOT
 
 from fm9g.config.fields import aliases_of, keys_of
 from fm9g.config.load import bare_name, read_json, require_config

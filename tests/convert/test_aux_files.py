@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import small_model
+from helpers.common import small_model
 
 from fm9g.checkpoint.checkpoint import Snapshot, save_checkpoint
 from fm9g.cli import main

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.common import ROOT, small_model
 from safetensors.torch import load_file, save_file
-from support import ROOT, small_model
 
 from fm9g.cli import main
 from fm9g.config.model import ModelConfig

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.common import make_batch, small_model
 from safetensors.torch import load_file, save_file
-from support import make_batch, small_model
 
 from fm9g.cli import main
 from fm9g.config.load import ConfigSource, build

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import make_batch, small_model
+from helpers.common import make_batch, small_model
 
 from fm9g.cli import main
 from fm9g.config.load import read_object

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from support import make_batch, small_model
+from helpers.common import make_batch, small_model
 from torch import nn
 
 from fm9g.convert.logits import streamed_logits

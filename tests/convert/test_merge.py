@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_adapters import LAYERS, logits, make_adapter, make_model
+from helpers.common import ROOT, small_model
+from helpers.random_adapters import LAYERS, logits, make_adapter, make_model
 from safetensors.torch import load_file
-from support import ROOT, small_model
 
 import fm9g.convert.merge as merge_module
 from fm9g.checkpoint.checkpoint import checksum

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support import make_records, small_model
+from helpers.common import make_records, small_model
 
 from fm9g.config.adapter import AdapterConfig
 from fm9g.config.run import load_run

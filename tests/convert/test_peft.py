@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from random_adapters import logits, make_adapter, make_model
+from helpers.common import small_model
+from helpers.random_adapters import logits, make_adapter, make_model
 from safetensors.torch import load_file, save_file
-from support import small_model
 
 from fm9g.convert.hf import export_folder
 from fm9g.convert.merge import import_peft, read_adapter

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.common import small_model
 from safetensors.torch import load_file, save_file
-from support import small_model
 from torch import nn
 
 from fm9g.cli import main

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT, index_dataset, small_model, write_jsonl
+from helpers.common import ROOT, index_dataset, small_model, write_jsonl
 
 from fm9g.config.mixture import DatasetConfig
 from fm9g.config.model import load_model_config

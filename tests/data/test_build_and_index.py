@@ -9,7 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from support import index_dataset, write_jsonl
+from helpers.common import index_dataset, write_jsonl
 
 from fm9g.cli import main
 from fm9g.data.load.indexed_dataset import IndexedDataset

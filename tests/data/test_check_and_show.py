@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from support import make_records, random_text
+from helpers.common import make_records, random_text
 
 from fm9g.cli import main
 from fm9g.data.encode.encoder import LONG_INPUT, OVERSIZE

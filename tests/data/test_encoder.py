@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import ROOT, load_steps
+from helpers.common import ROOT, load_steps
 
 from fm9g.data.encode.encoder import (
     LOST_REASONING,

@@ -8,9 +8,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from helpers.common import index_dataset, make_records, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import index_dataset, make_records, write_jsonl
 
 from fm9g.config.mixture import load_mixture
 from fm9g.data.load.indexed_dataset import IndexedDataset

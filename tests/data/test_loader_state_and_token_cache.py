@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import assert_same_packs, load_steps, make_records, write_jsonl
+from helpers.common import assert_same_packs, load_steps, make_records, write_jsonl
 
 from fm9g.config.mixture import load_mixture
 from fm9g.data.load.encoding_pool import build_token_cache

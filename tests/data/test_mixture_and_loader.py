@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import ROOT, assert_same_packs, index_dataset, load_steps, make_records
+from helpers.common import ROOT, assert_same_packs, index_dataset, load_steps, make_records
 
 from fm9g.config.mixture import load_mixture
 from fm9g.data.load.loader import Loader

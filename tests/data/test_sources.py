@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import ROOT, index_dataset, make_records, write_jsonl
+from helpers.common import ROOT, index_dataset, make_records, write_jsonl
 
 from fm9g.cli import main
 from fm9g.data.load.indexed_dataset import IndexedDataset

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from engine_harness import needs_bmtrain
+from helpers.engine_harness import needs_bmtrain
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "engine" / "construction.py"
 

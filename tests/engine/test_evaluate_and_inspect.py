@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_harness import EngineCase, documents, needs_bmtrain, prepared
-from spawn import run_ranks
+from helpers.engine_harness import EngineCase, documents, needs_bmtrain, prepared
+from helpers.spawn import run_ranks
 
 from fm9g.data.load.packing import collate
 from fm9g.engine.base import ParallelConfig

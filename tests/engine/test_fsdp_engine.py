@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support import small_model
+from helpers.common import small_model
 
 from fm9g.engine.base import DynamicLossScaler, ParallelConfig
 from fm9g.engine.dist_context import DistContext

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_harness import EngineCase, documents, needs_bmtrain, prepared, train_case
-from spawn import run_ranks
-from support import small_model
+from helpers.common import small_model
+from helpers.engine_harness import EngineCase, documents, needs_bmtrain, prepared, train_case
+from helpers.spawn import run_ranks
 
 from fm9g.data.load.packing import collate
 from fm9g.engine.dist_context import DistContext

@@ -1,4 +1,4 @@
-"""A rehearsal of the GPU without one: whole steps on tensors of tests/fake_gpu.py, which have a device and no values.
+"""A rehearsal of the GPU without one: whole steps on tensors that have a device and no values (helpers/fake_gpu.py).
 
 It fails where tensors of two devices meet, and where the host waits for the GPU in a step that does not log.
 """
@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import bmtrain_on_fake_gpu
-import engine_harness
 import numpy as np
 import pytest
 import torch
-from fake_gpu import FakeGPU, fake_gpu, with_values
-from spawn import run_ranks
-from support import ROOT, small_model
+from helpers import bmtrain_on_fake_gpu, engine_harness
+from helpers.common import ROOT, small_model
+from helpers.fake_gpu import FakeGPU, fake_gpu, with_values
+from helpers.spawn import run_ranks
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from fm9g.config.model import ModelConfig

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_harness import EngineCase, TrainResult, needs_bmtrain, prepared, train_case
-from spawn import run_ranks
+from helpers.engine_harness import EngineCase, TrainResult, needs_bmtrain, prepared, train_case
+from helpers.spawn import run_ranks
 
 from fm9g.engine.base import ParallelConfig
 from fm9g.engine.dist_context import DistContext

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from engine_harness import EngineCase, TrainResult, needs_bmtrain, train_cases
-from spawn import run_ranks
+from helpers.engine_harness import EngineCase, TrainResult, needs_bmtrain, train_cases
+from helpers.spawn import run_ranks
 
 from fm9g.engine.base import ParallelConfig
 

@@ -21,7 +21,7 @@ from unittest import mock
 
 from faults.attempts import AttemptResults, State, clear, differences, is_temporary, state, without_temporary
 from faults.forked import EndedCommand, RunningCommand
-from support import make_records, random_text, small_model, write_jsonl
+from helpers.common import make_records, random_text, small_model, write_jsonl
 
 from fm9g import quickstart
 from fm9g.data.encode.tokenizer import train_tokenizer

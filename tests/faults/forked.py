@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO
 
-from spawn import context, start_server
+from helpers.spawn import context, start_server
 
 TIMEOUT_S = 180.0  # seconds that a command may take
 

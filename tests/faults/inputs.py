@@ -20,7 +20,7 @@ from pathlib import Path
 from faults.forked import EndedCommand, run
 from faults.mutations import CONTENT_MUTATIONS, FILE_MUTATIONS, WORD_MUTATIONS
 from faults.prepared import prepare
-from support import make_records, random_text, small_model, write_jsonl
+from helpers.common import make_records, random_text, small_model, write_jsonl
 
 from fm9g.printable import printable
 

@@ -21,7 +21,7 @@ from faults import system
 from faults.attempts import AttemptResults
 from faults.commands import COMMANDS, HALF, CommandFixture, KillAt, attempt, kill_at_every_change, kill_at_random
 from faults.system import HOUR, Runs
-from support import make_records
+from helpers.common import make_records
 
 from fm9g.checkpoint.checkpoint import Snapshot, save_checkpoint
 from fm9g.config.mixture import load_mixture

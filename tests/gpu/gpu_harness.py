@@ -1,4 +1,4 @@
-"""The small training runs of tests/engine_harness.py on GPUs, each rank in a process of its own.
+"""The small training runs of tests/helpers/engine_harness.py on GPUs, each rank in a process of its own.
 
 FM9G_GPU_REHEARSAL=1 has the same tests run on CPUs, bmtrain over its stand-in: it tries the tests, not the GPUs.
 """
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-import engine_harness
 import torch
 import torch.distributed as dist
-from engine_harness import EngineCase, TrainResult
-from spawn import run_ranks
+from helpers import engine_harness
+from helpers.engine_harness import EngineCase, TrainResult
+from helpers.spawn import run_ranks
 
 from fm9g.config.train import TrainConfig
 from fm9g.engine.base import DynamicLossScaler, Engine

@@ -4,13 +4,13 @@ import functools
 from dataclasses import replace
 from typing import Any
 
-import engine_harness
 import numpy as np
 import pytest
 import torch
-from engine_harness import EngineCase, TrainResult
 from gpu.gpu_harness import REHEARSAL, RunOptions, on_gpus, patched, start, train_on_gpus
-from spawn import run_ranks
+from helpers import engine_harness
+from helpers.engine_harness import EngineCase, TrainResult
+from helpers.spawn import run_ranks
 
 from fm9g.data.load.packing import collate
 from fm9g.engine.base import ParallelConfig

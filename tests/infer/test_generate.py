@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.common import small_model
 from safetensors.torch import load_file, save_file
-from support import small_model
 
 from fm9g.cli import main
 from fm9g.convert.hf import export_folder, import_folder

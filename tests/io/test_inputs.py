@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from random_adapters import make_adapter, make_model
-from support import ROOT, index_dataset, make_records, random_text, small_model, write_jsonl
+from helpers.common import ROOT, index_dataset, make_records, random_text, small_model, write_jsonl
+from helpers.random_adapters import make_adapter, make_model
 
 from fm9g.cli import main
 from fm9g.convert.hf import export_folder

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import ROOT, index_dataset, make_records, small_model, write_jsonl
+from helpers.common import ROOT, index_dataset, make_records, small_model, write_jsonl
 
 from fm9g.cli import main
 from fm9g.io.path_kind import (

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT, write_jsonl
+from helpers.common import ROOT, write_jsonl
 
 # Modules that Python, torch or fm9g import in processes of their own.
 NAMES = ("token", "inspect", "socket", "pickle", "selectors", "json", "torch", "numpy", "fm9g", "sitecustomize")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_adapters import LAYERS, logits, make_adapter, make_model
-from support import ROOT, small_model
+from helpers.common import ROOT, small_model
+from helpers.random_adapters import LAYERS, logits, make_adapter, make_model
 from torch import nn
 
 from fm9g.config.adapter import ADAPTER_CONFIG, AdapterConfig

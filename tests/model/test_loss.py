@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support import make_batch, small_model
+from helpers.common import make_batch, small_model
 
 from fm9g.model.loss import LossConfig, linear_cross_entropy
 from fm9g.model.transformer import FM9G

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from support import make_batch, small_model
+from helpers.common import make_batch, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fm9g.model import attention, loss

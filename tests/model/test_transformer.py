@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from support import LENGTHS, make_batch, small_model
+from helpers.common import LENGTHS, make_batch, small_model
 
 from fm9g.config.model import ROPE_SCALINGS, ModelConfig, load_model_config
 from fm9g.convert.hf import export_folder, import_folder

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from support import ROOT, make_records
+from helpers.common import ROOT, make_records
 
 from fm9g.config.load import require_config
 from fm9g.config.model import ModelConfig, load_model_config

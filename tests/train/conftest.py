@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import make_records, small_model
+from helpers.common import make_records, small_model
 
 from fm9g.config.run import load_run
 from fm9g.log import log_to_console

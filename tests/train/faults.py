@@ -34,8 +34,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from spawn import context, start_server
-from support import index_dataset, make_records, random_text, small_model, write_jsonl
+from helpers.common import index_dataset, make_records, random_text, small_model, write_jsonl
+from helpers.spawn import context, start_server
 
 from fm9g.checkpoint.checkpoint import MANIFEST, RUN_CONFIG, Checkpoint, list_steps
 from fm9g.config.run import load_run

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import small_model
+from helpers.common import small_model
 
 from fm9g.cli import main
 from fm9g.config.adapter import ADAPTER_CONFIG

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import ROOT, make_records
+from helpers.common import ROOT, make_records
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fm9g.checkpoint.manager

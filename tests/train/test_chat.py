@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import index_dataset, small_model, write_jsonl
+from helpers.common import index_dataset, small_model, write_jsonl
 
 from fm9g.checkpoint.checkpoint import Checkpoint
 from fm9g.cli import main

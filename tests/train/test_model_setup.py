@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from engine_harness import documents
-from support import small_model
+from helpers.common import small_model
+from helpers.engine_harness import documents
 
 from fm9g.config.model import ModelConfig
 from fm9g.config.train import TrainConfig

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import make_records, small_model
+from helpers.common import make_records, small_model
 
 from fm9g.checkpoint.checkpoint import Checkpoint, list_steps
 from fm9g.cli import main

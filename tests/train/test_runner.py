@@ -10,8 +10,8 @@ from typing import BinaryIO
 import numpy as np
 import pytest
 import torch
+from helpers.common import make_records
 from safetensors.torch import load_file
-from support import make_records
 
 from fm9g.checkpoint.checkpoint import Checkpoint, list_steps, open_checkpoint
 from fm9g.convert.hf import export_folder

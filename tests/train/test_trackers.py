@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_harness import EngineCase, FixedLoader, RecordingCallbacks, prepared
+from helpers.engine_harness import EngineCase, FixedLoader, RecordingCallbacks, prepared
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 

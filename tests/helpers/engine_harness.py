@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import small_model
+from helpers.common import small_model
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
@@ -123,7 +123,7 @@ class RecordingCallbacks:
 
 def make_engine(case: EngineCase, dist_context: DistContext) -> Engine:
     if case.engine == "bmtrain":
-        import bmtrain_over_gloo
+        from helpers import bmtrain_over_gloo
 
         bmtrain_over_gloo.install()
         from fm9g.engine.bmtrain import BMTrainEngine
@@ -179,7 +179,7 @@ def prepared(case: EngineCase, dist_context: DistContext, weights: dict[str, tor
 def broken(case: EngineCase, engine: Engine) -> Iterator[None]:
     """Takes the reduction of gradients out of an engine."""
     if case.engine == "bmtrain":
-        import bmtrain_over_gloo
+        from helpers import bmtrain_over_gloo
 
         with bmtrain_over_gloo.sabotage("ncclReduceScatter"):
             yield

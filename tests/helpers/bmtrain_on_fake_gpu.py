@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from fake_gpu import current_gpu
+from helpers.fake_gpu import current_gpu
 from torch._subclasses.fake_tensor import FakeTensor
 
 _TYPES = {

@@ -20,7 +20,7 @@ from fm9g.data.prepare.records import to_line
 from fm9g.data.prepare.sources import find_sources
 from fm9g.model.transformer import Batch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = """
 the quick brown fox jumps over lazy dogs while seven wizards quietly mix 一 二 三 深度 学习 模型
 """.split()  # noqa: SIM905

@@ -13,14 +13,14 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-from support import ROOT
+from helpers.common import ROOT
 
 # One server imports what takes long, and the processes of all tests are its forks.
 context = multiprocessing.get_context("forkserver")
 PRELOADED = [
     "torch._dynamo",
     "torch.distributed.tensor.parallel",
-    "engine_harness",
+    "helpers.engine_harness",
     "peft",
     "tensorboardX",
     "jsonschema",

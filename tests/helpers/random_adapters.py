@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from support import make_batch, small_model
+from helpers.common import make_batch, small_model
 from torch import nn
 
 from fm9g.config.adapter import AdapterConfig
