@@ -16,10 +16,12 @@ from fm9g.config.train import DEPRECATED_KEYS, TrainConfig
 TARGET = Path(__file__).with_name("arguments.md")
 PACKAGE = Path(__file__).resolve().parents[1] / "fm9g"
 HOME = PACKAGE / "config" / "train.py"
-# What holds a TrainConfig: a parameter of that type, what `build` makes, `run.train.value`, and what one of these is
-# assigned to.
+RULES = PACKAGE / "config" / "train_rules.py"  # checks keys, which is not what they are for
+# What holds a TrainConfig: a parameter of that type, the result of `build` or `resolve_sources`, `run.train`, and what
+# one of these is assigned to.
 _TYPED = re.compile(r"\b(\w+): TrainConfig\b")
-_BUILT = re.compile(r"\b(\w+) = build\(TrainConfig\b")
+_BUILT = re.compile(r"\b(\w+) = build\(\s*TrainConfig\b")
+_RESOLVED = re.compile(r"\b(\w+) = resolve_sources\(\s*TrainConfig\b")
 _ASSIGNED = re.compile(r"^ *([\w., ]+?) = (.+)$", re.MULTILINE)
 _LISTED = re.compile(r"\bfor key in (?:\(([^)]*)\)|(\w+))")
 _HEAD = """# Training keys
@@ -68,7 +70,7 @@ def find_places() -> dict[str, list[str]]:
     keys = keys_of(TrainConfig)
     stands_for = _computed(list(keys))
     found: dict[str, set[str]] = {key: set() for key in keys}
-    for file in sorted(PACKAGE.rglob("*.py")):
+    for file in sorted(set(PACKAGE.rglob("*.py")) - {RULES}):
         text = file.read_text(encoding="utf-8")
         for part in re.split(r"^(?=(?:class|def) )", text, flags=re.MULTILINE):
             if part.startswith("class TrainConfig"):
@@ -93,12 +95,14 @@ def _computed(keys: list[str]) -> dict[str, list[str]]:
 
 def _read(part: str, text: str) -> set[str]:
     """The attributes that a function or class reads of a TrainConfig. text: of its file."""
-    holders = {*_TYPED.findall(part), *(f"{name}.value" for name in _BUILT.findall(part))}
+    holders = {*_TYPED.findall(part), *_BUILT.findall(part), *(f"{name}.value" for name in _RESOLVED.findall(part))}
     for targets, values in _ASSIGNED.findall(part):
         # From the end: a call among the values may hold commas of its own.
         pairs = zip(reversed(targets.split(", ")), reversed(values.split(", ")))
-        holders |= {name for name, value in pairs if value.endswith("train.value") or value in holders}
-    names = "|".join([r"\btrain\.value", *(rf"(?<![\w.]){re.escape(holder)}" for holder in sorted(holders))])
+        holders |= {name for name, value in pairs if value.endswith(("run.train", "train.value")) or value in holders}
+    names = "|".join(
+        [r"\btrain\.value", r"\b_?run\.train", *(rf"(?<![\w.]){re.escape(holder)}" for holder in sorted(holders))]
+    )
     read = set(re.findall(rf"(?:{names})\.(\w+)", part))
     if re.search(rf"getattr\((?:{names}), key\)", part):  # the keys that a list has
         for words, name in _LISTED.findall(part):

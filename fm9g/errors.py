@@ -1,22 +1,22 @@
-"""The one error class for what a user can mend."""
+"""The error class for everything that a user can fix."""
 
 import re
 
 from fm9g.printable import printable
 
 _ERROR_CLASS = re.compile(r"\b\w+(?:Error|Exception): ")
-_MAX_LINE_LENGTH = 1000  # characters of a line: what was found in a file may be as long as the file
+_MAX_LINE_LENGTH = 1000  # characters; a value quoted from a file may be as long as the file
 
 
 class UserError(ValueError):
-    """A mistake in what was given: a file, a line, a key, an option.
+    """A mistake in an input: a file, a line, a key, an option.
 
-    Its text stands alone: it names the file, the line or the key, says what was found and what to do. The
+    The message is complete by itself: it names the file, the line or the key, what was found and what to do. The
     command line prints it without a traceback and exits with 2.
     """
 
     def __init__(self, *lines: str) -> None:
-        """lines: of the text, mostly one. What is no line of its own ends none: a name may hold anything."""
+        """lines: the message, mostly one line. Line breaks within an argument are shown, not printed."""
         super().__init__(*lines)
 
     def __str__(self) -> str:
@@ -24,7 +24,7 @@ class UserError(ValueError):
 
 
 def _shortened(line: str) -> str:
-    """A line without its middle, where it is too long: the place is named at its beginning, the remedy at its end."""
+    """A line without its middle if it is too long: it starts with the place and ends with the remedy."""
     omitted = len(line) - _MAX_LINE_LENGTH
     return (
         line
@@ -34,5 +34,5 @@ def _shortened(line: str) -> str:
 
 
 def error_text(error: Exception) -> str:
-    """What an error of a library says, on one line and without the names of classes of errors."""
+    """The message of a library's error, on one line and without names of error classes."""
     return " ".join(_ERROR_CLASS.sub("", str(error)).split())

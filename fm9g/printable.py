@@ -1,7 +1,7 @@
-"""Text from files and names, made fit for a terminal: what would act on it is shown instead.
+"""Makes text from files and names safe to print: characters that would act on the terminal are shown instead.
 
-Colours, cursor movements and other escape sequences begin with control characters, and marks of direction let a text
-read as another one. All else stays as it is: Chinese, accents, emoji with their joiners.
+Colors, cursor movements and other escape sequences start with control characters, and direction marks can make a text
+read as another one. Everything else stays: Chinese, accents, emoji with their joiners.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
-_ESCAPES: dict[int, str] = {code: chr(0x2400 + code) for code in range(32)}  # ESC becomes the sign ␛, of one column
+_ESCAPES: dict[int, str] = {code: chr(0x2400 + code) for code in range(32)}  # ESC becomes ␛, one column wide
 _ESCAPES |= {0x7F: "\u2421"}
 _ESCAPES |= {code: f"\\u{code:04x}" for code in (*range(0x80, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F))}
 _ESCAPES |= {code: f"\\u{code:04x}" for code in range(0x2066, 0x206A)}
@@ -20,7 +20,7 @@ _ESCAPES_BUT_NEWLINE = {code: shown for code, shown in _ESCAPES.items() if code 
 
 
 def printable(text: str) -> str:
-    """A text of one line, such as a name, that moves no cursor, sets no colour, and ends no line."""
+    """Makes a text of one line safe, such as a name: no cursor movement, no color, no line break."""
     return text if text.isprintable() else text.translate(_ESCAPES)
 
 
@@ -30,7 +30,7 @@ def printable_lines(text: str) -> str:
 
 
 class PrintableStream:
-    """A stream that makes what is written to it printable; for all else it is the stream that it is given."""
+    """Wraps a stream and makes everything written to it printable."""
 
     def __init__(self, stream: TextIO) -> None:
         self.raw = stream
@@ -44,7 +44,7 @@ class PrintableStream:
             self.write(line)
 
     def isatty(self) -> bool:
-        """No, so that libraries that look leave out colours and bars, which would be shown as signs."""
+        """False, so that libraries omit colors and progress bars, which would be shown as characters."""
         return False
 
     def __getattr__(self, name: str) -> Any:
@@ -52,13 +52,13 @@ class PrintableStream:
 
 
 def raw_stream(stream: Any) -> TextIO:
-    """The stream below a PrintableStream, for text that is printable already, and has colours of our own."""
+    """The stream inside a PrintableStream, for text that is safe already and contains our own colors."""
     return stream.raw if isinstance(stream, PrintableStream) else stream
 
 
 @contextmanager
 def printable_output() -> Iterator[None]:
-    """Inside, nothing that is printed acts on the terminal, but what is written to raw_stream(stream)."""
+    """In the block, printed text cannot act on the terminal, except text written to raw_stream(stream)."""
     saved = sys.stdout, sys.stderr
     wrapped = [stream if isinstance(stream, PrintableStream) else PrintableStream(stream) for stream in saved]
     sys.stdout, sys.stderr = cast("list[TextIO]", wrapped)

@@ -1,4 +1,4 @@
-"""`fm9g quickstart`: the whole path on text that every machine has, the Python standard library's sources."""
+"""`fm9g quickstart`: from text to generation, on the sources of the Python standard library."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from pathlib import Path
 from fm9g.config.load import require_config
 from fm9g.config.model import load_model_config
 from fm9g.config.run import load_run
-from fm9g.convert.hf import export_folder
-from fm9g.data.encode.tokenizer import train_tokenizer
-from fm9g.data.prepare.index_builder import build_index, iter_texts
+from fm9g.convert.hf_export import ExportOptions, export_folder
+from fm9g.data.encode.tokenizer_training import train_tokenizer
+from fm9g.data.prepare.index_builder import build_index
 from fm9g.data.prepare.index_worker import IndexConfig
 from fm9g.data.prepare.records import text_records, to_line
 from fm9g.data.prepare.sources import find_sources
+from fm9g.data.prepare.texts import iter_texts
 from fm9g.errors import UserError
-from fm9g.infer.generate import generate
+from fm9g.infer.generate import GenerationOptions, generate
 from fm9g.progress import Progress
-from fm9g.report.files import read_metrics
 from fm9g.report.plot import plot_loss
+from fm9g.run_files import read_metrics
 from fm9g.train.runner import TrainResult, run_training
 
 CONFIG = "tiny"
 _MAX_STEPS = 10**9
-TOKENIZER_BYTES = 8_000_000  # of the sources that the tokenizer is trained on
+TOKENIZER_BYTES = 8_000_000  # of source text that the tokenizer is trained on
 PROMPT = "class Queue:\n    def __init__(self, size):\n        self.size = size\n\n    def put(self, item):\n"
 
 
 def quickstart(out: Path, steps: int, overwrite: bool = False) -> None:
-    """Makes everything under `out` and prints what it made. Raises UserError."""
+    """Runs all steps, writes their results to `out`, and prints a table of them."""
     if not 2 <= steps <= _MAX_STEPS:
-        raise UserError(f"--steps: found {steps}, expected 2 to {_MAX_STEPS}: the run stops half-way and resumes")
+        raise UserError(f"--steps: found {steps}, expected 2 to {_MAX_STEPS}: the run stops halfway and resumes")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
-        raise UserError(f"{out}: it holds something; choose another --out, or add --overwrite")
+        raise UserError(f"{out}: is not empty; choose another --out, or add --overwrite")
     started = time.monotonic()
     _print_step(1, "Text: the sources and docstrings of Python's standard library")
     sources, docstrings = write_corpus(out / "text")
@@ -47,7 +48,7 @@ def quickstart(out: Path, steps: int, overwrite: bool = False) -> None:
         language = {"sources": "code", "docstrings": "en"}[name]
         build_index(find_sources([str(file)]), out / "datasets" / name, IndexConfig(language), overwrite=overwrite)
     _print_step(3, "Tokenizer")
-    vocab_size = load_model_config(require_config("model_configs", CONFIG)).value.vocab_size
+    vocab_size = load_model_config(require_config("model_configs", CONFIG)).vocab_size
     train_tokenizer(
         iter_texts(find_sources([str(sources), str(docstrings)]), TOKENIZER_BYTES),
         vocab_size,
@@ -65,17 +66,17 @@ def quickstart(out: Path, steps: int, overwrite: bool = False) -> None:
         "save_iters": str(steps),
     }
     half = steps // 2
-    _print_step(4, f"Pretraining: {half} steps, a stop, and on from the checkpoint to step {steps}")
+    _print_step(4, f"Pretraining: {half} steps, a stop, then resuming from the checkpoint to step {steps}")
     first_half = _train({**settings, "stop_iters": str(half), "overwrite": str(overwrite)})
     print(f"stopped at step {first_half.step}; resuming from {first_half.checkpoint}")
     second_half = _train({**settings, "resume_ckpt": str(first_half.step)})
     assert second_half.checkpoint is not None
     _print_step(5, "Hugging Face folder")
-    name = export_folder(second_half.checkpoint, out / "hf", overwrite=overwrite)
+    name = export_folder(second_half.checkpoint, out / "hf", options=ExportOptions(overwrite=overwrite))
     picture = out / "loss.png"
     plot_loss(second_half.metrics_file, picture, {half: "stopped, resumed"})
     _print_step(6, f"Generation: {name}, with transformers alone")
-    text = generate(out / "hf", PROMPT, max_new_tokens=120, temperature=0.6, top_p=0.9, repetition_penalty=1.1)
+    text = generate(out / "hf", PROMPT, GenerationOptions(120, temperature=0.6, top_p=0.9, repetition_penalty=1.1))
     print(_indented(PROMPT + text))
     _print_table(out, second_half, [first_half, second_half], picture, time.monotonic() - started)
 
@@ -87,7 +88,7 @@ MIXTURE = [
 
 
 def write_corpus(folder: Path) -> tuple[Path, Path]:
-    """Writes sources.jsonl (a file a record) and docstrings.jsonl (a docstring a record); returns their paths."""
+    """Writes sources.jsonl (one record per file) and docstrings.jsonl (one per docstring); returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     sources, text = folder / "sources.jsonl", folder / "docstrings.txt"
     files = library_sources()
@@ -143,7 +144,7 @@ def _indented(text: str) -> str:
 
 
 def _print_table(out: Path, last: TrainResult, parts: list[TrainResult], picture: Path, seconds: float) -> None:
-    figures = read_metrics(last.metrics_file)
+    metrics = read_metrics(last.metrics_file)
     tokens, training = sum(part.tokens for part in parts), sum(part.seconds for part in parts)
     rows = [
         ("text", out / "text"),
@@ -152,13 +153,13 @@ def _print_table(out: Path, last: TrainResult, parts: list[TrainResult], picture
         ("mixture", out / "mixture.json"),
         ("checkpoint", last.checkpoint),
         ("Hugging Face folder", out / "hf"),
-        ("figures", last.metrics_file),
+        ("metrics", last.metrics_file),
         ("TensorBoard", last.tensorboard_dir),
         ("picture of the loss", picture),
-        ("loss at start and end", f"{figures[0]['Loss/train']:.3f}, {figures[-1]['Loss/train']:.3f}"),
+        ("loss at start and end", f"{metrics[0]['Loss/train']:.3f}, {metrics[-1]['Loss/train']:.3f}"),
         ("tokens trained on", f"{tokens:,}"),
         ("tokens per second", f"{tokens / training:,.0f}"),
-        ("time, all in all", f"{seconds:.0f} s"),
+        ("total time", f"{seconds:.0f} s"),
     ]
     print()
     for name, value in rows:

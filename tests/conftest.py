@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers.common import ROOT, index_dataset, random_text, write_jsonl
 
-from fm9g.data.encode.tokenizer import train_tokenizer
+from fm9g.data.encode.tokenizer_training import train_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from helpers.common import ROOT, WORDS, make_records
 
 from fm9g.cli import main
 from fm9g.config.train import DEPRECATED_KEYS, TrainConfig
-from fm9g.data.encode.tokenizer import train_tokenizer
+from fm9g.data.encode.tokenizer_training import train_tokenizer
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -30,9 +30,9 @@ def test_no_folder_is_larger_than_it_may_be(tool: ModuleType, tmp_path: Path) ->
 
 
 def test_what_the_gpu_machine_has_is_left_out(tool: ModuleType) -> None:
-    wanted = tool.requirements(ROOT / "pyproject.toml")
-    assert "transformers>=4.56" in wanted
-    assert not [name for name in wanted if tool.THERE.match(name)]
-    there = ("torch", "triton", "nvidia-nccl-cu12", "cuda-bindings")
-    assert all(tool.THERE.match(name) for name in there)
-    assert not any(tool.THERE.match(name) for name in ("tokenizers", "torchvision-stub", "numpy"))
+    required = tool.requirements(ROOT / "pyproject.toml")
+    assert "transformers>=4.56" in required
+    assert not [name for name in required if tool.PREINSTALLED.match(name)]
+    preinstalled = ("torch", "triton", "nvidia-nccl-cu12", "cuda-bindings")
+    assert all(tool.PREINSTALLED.match(name) for name in preinstalled)
+    assert not any(tool.PREINSTALLED.match(name) for name in ("tokenizers", "torchvision-stub", "numpy"))

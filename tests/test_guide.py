@@ -18,12 +18,13 @@ from helpers.common import ROOT, small_model
 from helpers.engine_harness import needs_bmtrain
 from safetensors.torch import load_file
 
-from fm9g.checkpoint.checkpoint import Checkpoint, list_steps
-from fm9g.convert.hf import export_folder
-from fm9g.io.weights import read_weights, write_weights
+from fm9g.checkpoint.checkpoint import Checkpoint
+from fm9g.checkpoint.steps import list_steps
+from fm9g.convert.hf_export import export_folder
+from fm9g.io.pt_file import read_weights, write_weights
 from fm9g.lora.adapter_file import open_adapter
 from fm9g.model.transformer import FM9G
-from fm9g.report.files import read_metrics
+from fm9g.run_files import read_metrics
 
 Run = Callable[..., subprocess.CompletedProcess]
 
@@ -163,10 +164,10 @@ def test_full_finetuning_and_its_resume(folder: Path, bash: Run, shared: Path) -
 
     write(blocks[0])
     done = bash("bash run_bmtrain.sh")
-    assert "2 processes" in done.stdout
-    assert "dataloader changes nothing: indexed datasets are the only kind" in done.stdout
-    assert "train_configs/7b.json wins over the launch script" in done.stdout
-    assert "train_iters is 8, not '10000'" in done.stdout
+    assert "2 processes" in done.stderr
+    assert "dataloader changes nothing: indexed datasets are the only kind" in done.stderr
+    assert "train_configs/7b.json overrides the launch script" in done.stderr
+    assert "train_iters is 8, not '10000'" in done.stderr
     checkpoints = folder / "data" / "checkpoints" / "7b"
     assert list_steps(checkpoints) == [5, 8]
     whole = Checkpoint(checkpoints / "8")
@@ -179,7 +180,7 @@ def test_full_finetuning_and_its_resume(folder: Path, bash: Run, shared: Path) -
 
     shutil.rmtree(checkpoints / "8")
     write(blocks[1])
-    assert "resuming from data/checkpoints/7b/5" in bash("bash run_bmtrain.sh").stdout
+    assert "resuming from data/checkpoints/7b/5" in bash("bash run_bmtrain.sh").stderr
     again = Checkpoint(checkpoints / "8").weights()
     assert all(torch.equal(again[name], expected[name]) for name in expected)
 
@@ -194,7 +195,7 @@ def test_full_finetuning_and_its_resume(folder: Path, bash: Run, shared: Path) -
 # What `import sitecustomize` does in each process of a run by bmtrain: there is no GPU here.
 STAND_IN = """import sys
 if "train" in sys.argv or any("fm9g" in word for word in sys.orig_argv):
-    from helpers import bmtrain_over_gloo
+    from tools import bmtrain_over_gloo
     bmtrain_over_gloo.install()
     import fm9g.train.runner
     from fm9g.engine.dist_context import DistContext
@@ -256,11 +257,11 @@ def test_lora_finetuning_its_resume_and_its_merge(
     if engine == "bmtrain":
         (tmp_path / "site").mkdir()
         (tmp_path / "site" / "sitecustomize.py").write_text(STAND_IN)
-        variables["PYTHONPATH"] = f"{tmp_path / 'site'}:{ROOT / 'tests'}"
+        variables["PYTHONPATH"] = f"{tmp_path / 'site'}:{ROOT}"
     write(typed)
     done = bash("bash run_bmtrain_lora.sh", **variables)
-    assert "trained: 12,800 of 188,448" in done.stdout
-    assert ("2 processes" in done.stdout) == (processes == 2)
+    assert "trained: 12,800 of 188,448" in done.stderr
+    assert ("2 processes" in done.stderr) == (processes == 2)
     checkpoints = folder / "data" / "checkpoints" / "7b_lora"
     assert list_steps(checkpoints) == [5, 10]
     expected = (checkpoints / "10" / "fm9g_live_checkpoint-10.pt").read_bytes()
@@ -271,7 +272,7 @@ def test_lora_finetuning_its_resume_and_its_merge(
     # What the guide cannot: its resumption is that of full finetuning.
     shutil.rmtree(checkpoints / "10")
     write(typed.replace('args["resume_ckpt"]=""', 'args["resume_ckpt"]="5"'))
-    assert "resuming from data/checkpoints/7b_lora/5" in bash("bash run_bmtrain_lora.sh", **variables).stdout
+    assert "resuming from data/checkpoints/7b_lora/5" in bash("bash run_bmtrain_lora.sh", **variables).stderr
     assert (checkpoints / "10" / "fm9g_live_checkpoint-10.pt").read_bytes() == expected
 
     # 3. the chapter after it, whose block is a script of bash

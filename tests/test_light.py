@@ -62,6 +62,12 @@ def test_light_verbs_import_nothing_heavy(words: str, work: Path) -> None:
     assert loaded(words.split(), work) == set()
 
 
+def test_checkpoints_are_found_and_listed_without_torch(work: Path) -> None:
+    modules = ("checkpoint", "find", "layout", "listing", "manifest", "steps")
+    program = f"import sys; from fm9g.checkpoint import {', '.join(modules)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=work).returncode == 0
+
+
 def test_samples_are_shown_with_what_opens_a_tokenizer_alone(work: Path) -> None:
     words = "data show mixture.json --tokenizer tokenizer --count 1"
     assert loaded(words.split(), work) <= {"torch", "transformers"}  # transformers imports torch

@@ -14,7 +14,8 @@ from helpers.common import small_model
 
 from fm9g.cli import main
 from fm9g.errors import UserError
-from fm9g.io.weights import write_weights
+from fm9g.io.pt_file import write_weights
+from fm9g.log import log_to_console
 from fm9g.model.transformer import weight_shapes
 from fm9g.printable import PrintableStream, printable, printable_lines, printable_output, raw_stream
 from fm9g.progress import Progress, write_line
@@ -78,7 +79,7 @@ def test_a_bar_moves_the_cursor_and_its_texts_do_not(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with printable_output(), Progress(EVIL, 10, "files") as progress:
+    with printable_output(), log_to_console(), Progress(EVIL, 10, "files") as progress:
         progress.set_metrics(EVIL)
         write_line(EVIL)
         progress.advance(3)
@@ -151,7 +152,7 @@ def test_generated_text_is_shown_on_a_terminal_and_kept_elsewhere(
 def test_a_path_with_nul_is_a_mistake(words: str, here: Path, capsys: pytest.CaptureFixture) -> None:
     more = {"convert": ["o"], "data index --path": ["--language", "en", "--output", "o"]}.get(words, [])
     code, text = run(capsys, *words.split(), "a\0b", *more)
-    assert (code, text) == (2, "fm9g: a␀b: holds a NUL character, which no path and no text on a command line has\n")
+    assert (code, text) == (2, "fm9g: a␀b: contains a NUL character, which is not possible in a path or an argument\n")
 
 
 def test_a_path_with_nul_in_a_file_is_a_mistake(

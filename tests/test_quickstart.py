@@ -22,7 +22,7 @@ def test_the_whole_path_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert (out / "hf" / "model.safetensors").is_file()
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "data" / "checkpoints" / "tiny" / "2").is_dir()
-    with pytest.raises(UserError, match="it holds something"):
+    with pytest.raises(UserError, match="is not empty"):
         quickstart.quickstart(out, steps=2)
     with pytest.raises(UserError, match="--steps: found 1000000000000, expected 2 to"):
         quickstart.quickstart(tmp_path / "other", steps=10**12)

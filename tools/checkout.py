@@ -1,4 +1,4 @@
-"""Has the scripts beside it find fm9g where it is not installed: in the checkout that they belong to. Text is UTF-8."""
+"""On import, lets the scripts beside it find fm9g in their checkout if it is not installed, and sets UTF-8 mode."""
 
 import importlib.util
 import sys

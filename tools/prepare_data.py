@@ -1,7 +1,7 @@
-"""Records of any keys to jsonl of input and output, for training and for testing. Edit the values below.
+"""Converts records with any keys to train.jsonl and test.jsonl of input and output. Edit the values below.
 
-As it stands this is the example of the 9G guide: the Chinese records of medical-o1-reasoning-SFT. `fm9g data index`
-does as much on the way to a dataset: --columns, --language-filter, --split.
+The values are those of the 9G guide's example: the Chinese records of medical-o1-reasoning-SFT. `fm9g data index` does
+the same while it builds a dataset: --columns, --language-filter, --split.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-with contextlib.suppress(ImportError):  # a copy of this file elsewhere needs fm9g installed
+with contextlib.suppress(ImportError):  # a copy of this file in another folder needs an installed fm9g
     import checkout  # noqa: F401
 from datasets import Dataset, load_dataset
 
@@ -20,17 +20,17 @@ from fm9g.io.atomic import atomic_file
 from fm9g.progress import Progress
 
 data_path = "../../data_test/raw_data/medical_o1_sft_Chinese.json"  # .json or .jsonl
-output_path = "../../data_test/converted_data/medical"  # gets train.jsonl and test.jsonl
+output_path = "../../data_test/converted_data/medical"  # folder of train.jsonl and test.jsonl
 input_key, output_key = "Question", "Response"
-language = "zh"  # of the inputs that are kept: zh, en, or "" for all
+language = "zh"  # keep only records whose input is in it: zh, en, or "" for all
 test_size, seed = 0.05, 3014
 
 
 def convert(sample: dict[str, Any]) -> dict[str, str] | None:
-    """The record that a sample becomes; None to leave it out. Raises UserError."""
+    """Converts a sample to a record; None if it is left out. Raises UserError for a missing text."""
     for key in (input_key, output_key):
         if not isinstance(sample.get(key), str):
-            raise UserError(f"{key}: found {sample.get(key)!r}, expected a text; a sample has {', '.join(sample)}")
+            raise UserError(f"{key}: found {sample.get(key)!r}, expected a text; the keys are {', '.join(sample)}")
     if language and not is_in_language(sample[input_key], language):
         return None
     return {"input": sample[input_key], "output": sample[output_key]}
@@ -40,15 +40,15 @@ def write(samples: Dataset, file: Path) -> None:
     with (
         atomic_file(file) as temporary,
         temporary.open("w", encoding="utf-8") as out,
-        Progress(file.name, len(samples), "samples") as bar,
+        Progress(file.name, len(samples), "samples") as progress,
     ):
-        kept = 0
+        count = 0
         for sample in samples:
-            bar.advance()
+            progress.advance()
             if record := convert(sample):
                 out.write(json.dumps(record, ensure_ascii=False) + "\n")
-                kept += 1
-    print(f"{file}: {kept} of {len(samples)} samples")
+                count += 1
+    print(f"{file}: {count} of {len(samples)} samples")
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
         raise UserError(f"data_path: {data_path}: no such file; set data_path in {sys.argv[0]}")
     try:
         samples = load_dataset("json", data_files=data_path, split="train")
-    except Exception as error:  # datasets has no class for what it cannot read
+    except Exception as error:  # datasets has no base class for its errors
         raise UserError(f"data_path: {data_path}: {error}") from None
     parts = samples.train_test_split(test_size=test_size, seed=seed)
     for name in ("train", "test"):

@@ -1,9 +1,9 @@
-"""How fast conversions are, against copying the same bytes, and how much memory they take.
+"""Speed of conversions, compared with copying the same bytes, and their peak memory.
 
 python benchmarks/convert/conversion.py [--gigabytes N] [--rounds N] [--warm] [--folder DIR]
 
-Each conversion is a process of its own, between two copies by shutil.copyfile and fsync. What is read is put out of
-the system's cache before, unless --warm. Needs five times the gigabytes of disk.
+Each conversion is a process of its own, between two copies by shutil.copyfile and fsync. Source files are dropped from
+the page cache before each, unless --warm. Needs free disk space of five times the model's size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-SHARD = 1_500_000_000
+SHARD_BYTES = 1_500_000_000
 CASES = {
     "import": "HF -> 9G",
     "import fp16": "HF -> 9G, bf16 to fp16",
@@ -32,10 +32,10 @@ CASES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gigabytes", type=float, default=5.0, help="of the model in bf16")
+    parser.add_argument("--gigabytes", type=float, default=5.0, help="size of the model in bf16")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--warm", action="store_true", help="leave what is read in the system's cache")
-    parser.add_argument("--folder", type=Path, default=None, help="on the disk that is to be measured")
+    parser.add_argument("--warm", action="store_true", help="read source files from the page cache")
+    parser.add_argument("--folder", type=Path, default=None, help="a folder on the disk to measure")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -51,7 +51,7 @@ def main() -> None:
                 sources = [folder / "m.pt"] if "export" in case else sorted((folder / "hf").glob("*.safetensors"))
                 size = sum(file.stat().st_size for file in sources)
                 before = measured(lambda files=sources: copy(files, folder / "copy"), sources, options.warm, folder)
-                forget(sources, options.warm)
+                set_cache(sources, options.warm)
                 found = call(case, folder, options)
                 after = measured(lambda files=sources: copy(files, folder / "copy"), sources, options.warm, folder)
                 row.append((size / found["seconds"], size / ((before + after) / 2)))
@@ -84,7 +84,7 @@ def copy(files: list[Path], target: Path) -> None:
 
 
 def measured(work: Callable[[], None], sources: list[Path], warm: bool, folder: Path) -> float:
-    forget(sources, warm)
+    set_cache(sources, warm)
     start = time.monotonic()
     work()
     seconds = time.monotonic() - start
@@ -93,8 +93,8 @@ def measured(work: Callable[[], None], sources: list[Path], warm: bool, folder: 
     return seconds
 
 
-def forget(files: list[Path], warm: bool) -> None:
-    """Puts files out of the system's cache, or into it."""
+def set_cache(files: list[Path], warm: bool) -> None:
+    """Drops files from the page cache, or reads them into it."""
     for path in files:
         with path.open("rb") as file:
             if warm:
@@ -104,11 +104,12 @@ def forget(files: list[Path], warm: bool) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-# ---- in a process of its own
+# ---- in the process of a conversion
 
 
 def child(case: str, folder: Path, gigabytes: float) -> dict:
-    from fm9g.convert.hf import export_folder, import_folder
+    from fm9g.convert.hf_export import ExportOptions, export_folder
+    from fm9g.convert.hf_import import import_folder
 
     if case == "make":
         make(folder, 3072, max(1, round((gigabytes * 1e9 / 2 - 2 * 32000 * 3072) / 100.7e6)))
@@ -116,7 +117,7 @@ def child(case: str, folder: Path, gigabytes: float) -> dict:
         make(folder / "tiny", 384, 1)
         return {}
     if case == "largest":
-        from fm9g.io.lazy_tensor import open_pt
+        from fm9g.io.pt_file import open_pt
 
         return {"bytes": max(tensor.nbytes for tensor in open_pt(folder / "m.pt").values())}
 
@@ -127,9 +128,9 @@ def child(case: str, folder: Path, gigabytes: float) -> dict:
             import_folder(source / "hf", target / "m.pt", dtype=dtype)
         else:
             kind = "bin" if "bin" in case else "safetensors"
-            export_folder(source / "m.pt", target / "hf", dtype=dtype, format=kind)
+            export_folder(source / "m.pt", target / "hf", options=ExportOptions(dtype=dtype, format=kind))
 
-    convert(folder / "tiny", folder / "out")  # what Python imports and torch allocates once is not of a conversion
+    convert(folder / "tiny", folder / "out")  # imports and one-time allocations do not count
     shutil.rmtree(folder / "out")
     base, start = peak(), time.monotonic()
     convert(folder, folder / "out")
@@ -137,18 +138,18 @@ def child(case: str, folder: Path, gigabytes: float) -> dict:
 
 
 def peak() -> int:
-    """The most memory that this process had, in bytes."""
+    """Peak memory of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def make(folder: Path, width: int, layers: int) -> None:
-    """A .pt file of random bf16 weights, and the folder of it, in shards."""
+    """Writes a .pt file of random bf16 weights, and its Hugging Face folder in shards."""
     import torch
 
     from fm9g.config.model import ModelConfig
-    from fm9g.convert import hf
-    from fm9g.io.weights import write_weights
+    from fm9g.convert.hf_export import ExportOptions, export_folder
+    from fm9g.io.pt_file import write_weights
     from fm9g.model.transformer import weight_shapes
 
     config = ModelConfig(
@@ -165,8 +166,7 @@ def make(folder: Path, width: int, layers: int) -> None:
     like = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
     write_weights(folder / "m.pt", like, ((name, values[: s.numel()].view(s)) for name, s in shapes.items()))
     (folder / "m.json").write_text(json.dumps(config.to_json()))
-    hf.SHARD_BYTES = SHARD
-    hf.export_folder(folder / "m.pt", folder / "hf")
+    export_folder(folder / "m.pt", folder / "hf", options=ExportOptions(shard_bytes=SHARD_BYTES))
 
 
 if __name__ == "__main__":

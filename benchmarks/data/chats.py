@@ -1,10 +1,10 @@
-"""Conversations to trained tokens, beside transformers' apply_chat_template on the same records and one core.
+"""Encoding conversations, compared with transformers' apply_chat_template on the same records and one core.
 
     python benchmarks/data/chats.py [--repeat 3]
 
-transformers gives the ids alone; fm9g also finds what is trained on, keeps spellings of special tokens as text, and
-makes several samples of a conversation where the template rewrites earlier turns. The two take turns; each figure is
-the best of the rounds.
+transformers returns token ids only; fm9g also finds the trained tokens, encodes the spelling of a special token as
+text, and makes several samples of a conversation if the template rewrites earlier turns. The two alternate; each value
+is the best of the rounds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TEMPLATES = ("chatml", "qwen", "qwen3", "llama")
 
 
 def rate(encode: Callable[[list[dict]], int], records: list[dict]) -> float:
-    """Thousand tokens a second."""
+    """Thousand tokens per second."""
     started = time.monotonic()
     tokens = sum(encode(records[start : start + 64]) for start in range(0, len(records), 64))
     return tokens / (time.monotonic() - started) / 1000
@@ -38,7 +38,8 @@ def main() -> None:
 
     from fm9g.data.encode.encoder import Encoder
     from fm9g.data.encode.template import load_template
-    from fm9g.data.encode.tokenizer import load_tokenizer, train_tokenizer
+    from fm9g.data.encode.tokenizer_loading import load_tokenizer
+    from fm9g.data.encode.tokenizer_training import train_tokenizer
 
     pairs = [json.loads(line) for line in records_of("alpaca_zh_demo.json", "alpaca_en_demo.json")]
     turns = [
@@ -59,16 +60,17 @@ def main() -> None:
             encoder = Encoder(tokenizer, load_template(template, tokenizer))
             text = encoder.template.sources["default"]  # type: ignore[union-attr]
 
-            def ours(some: list[dict], encoder: Encoder = encoder) -> int:
-                return sum(map(len, encoder.tokenize([encoder.render(record) for record in some])))
+            def ours(batch: list[dict], encoder: Encoder = encoder) -> int:
+                return sum(map(len, encoder.tokenize([encoder.render(record) for record in batch])))
 
-            def reference(some: list[dict], text: str = text) -> int:
-                chats = [record["messages"] for record in some]
+            def reference(batch: list[dict], text: str = text) -> int:
+                chats = [record["messages"] for record in batch]
                 return sum(map(len, theirs.apply_chat_template(chats, chat_template=text, return_dict=False)))
 
             rates = [(rate(ours, records), rate(reference, records)) for _ in range(options.repeat)]
-            one, other = (max(some) for some in zip(*rates))
-            rows.append([template, f"{other:.0f}", f"{one:.0f}", f"{one / other:.2f}"])
+            best_ours, best_reference = (max(column) for column in zip(*rates))
+            ratio = best_ours / best_reference
+            rows.append([template, f"{best_reference:.0f}", f"{best_ours:.0f}", f"{ratio:.2f}"])
     report(
         f"{len(records)} conversations of two questions, one core",
         table(["template", "apply_chat_template, thousand tokens/s", "fm9g, thousand tokens/s", "ratio"], rows),

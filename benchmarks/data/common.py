@@ -1,4 +1,4 @@
-"""What the benchmarks share: real records, measuring a command, tables."""
+"""Shared by the data benchmarks: real records, measurement of a command, tables."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SHARED = Path(__file__).resolve().parents[3] / "shared"
 
 
 class Measured(NamedTuple):
-    """seconds: of the wall clock. memory: most bytes that the command's processes held together, shared pages once."""
+    """A command's wall-clock seconds, and the maximum of its processes' memory together, shared pages counted once."""
 
     seconds: float
-    memory: int
+    memory_bytes: int
 
 
 def records_of(*names: str) -> list[bytes]:
-    """Lines of {"input", "output"} from files of the shared data folder."""
+    """Lines of jsonl, {"input", "output"}, from files of the shared data folder."""
     lines = []
     for name in names:
         text = (SHARED / "data" / name).read_text(encoding="utf-8")
@@ -37,32 +37,32 @@ def records_of(*names: str) -> list[bytes]:
 
 
 def measured(command: str | list[str]) -> Measured:
-    """Runs a command, which must succeed."""
+    """Runs a command. Raises RuntimeError if it fails."""
     started = time.monotonic()
     process = subprocess.Popen(
         command, shell=isinstance(command, str), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    most = 0
+    max_memory = 0
     errors: list[bytes] = []
     assert process.stderr is not None
     reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))
     reader.start()
     while process.poll() is None:
-        most = max(most, memory_of(process.pid))
+        max_memory = max(max_memory, memory_of(process.pid))
         time.sleep(0.05)
     reader.join()
     if process.returncode:
         raise RuntimeError(errors[0].decode())
-    return Measured(time.monotonic() - started, most)
+    return Measured(time.monotonic() - started, max_memory)
 
 
 def memory_of(process: int) -> int:
-    """Bytes that a process and its descendants hold: proportional set size, so that shared pages count once."""
+    """Bytes of a process and its descendants: the proportional set size, so that shared pages count once."""
     total = 0
     for pid in descendants(process):
         try:
             rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
         total += sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) * 1024
     return total

@@ -1,9 +1,9 @@
-"""From records to packed batches, beside the bare tokenizer's encode_batch on the same texts and as many cores.
+"""Speed from records to packed batches, compared with the tokenizer's own encode_batch on the same texts and cores.
 
     python benchmarks/data/encoding.py [--megabytes 24] [--cores 1 2]
 
-Each figure is of a process of its own, bound to the cores; a run of the loader starts to count after its first step,
-when its workers are there. tokenizers: a byte-level BPE trained on the same records; sentencepiece: that of 9G 2b.
+Each figure is measured in a process of its own, bound to its cores; the loader is timed from its second step, when its
+workers have started. tokenizers: a byte-level BPE trained on the same records; sentencepiece: that of 9G 2b.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ MAX_LENGTH, PACKS = 2048, 8
 
 
 def bare(tokenizer_path: str, source: Path) -> float:
-    """Tokens a second of encode_batch."""
-    from fm9g.data.encode.tokenizer import load_tokenizer
+    """Tokens per second of encode_batch."""
+    from fm9g.data.encode.tokenizer_loading import load_tokenizer
 
     records = [json.loads(line) for line in source.open(encoding="utf-8")]
     texts = [record[key] for record in records for key in ("input", "output") if record[key]]
@@ -34,21 +34,21 @@ def bare(tokenizer_path: str, source: Path) -> float:
     if tokenizer_path.endswith(".model"):
         tokens = sum(map(len, model.encode(texts, num_threads=len(os.sched_getaffinity(0)))))
     else:
-        tokens = sum(len(found.ids) for found in model.encode_batch(texts, add_special_tokens=False))
+        tokens = sum(len(encoding.ids) for encoding in model.encode_batch(texts, add_special_tokens=False))
     return tokens / (time.monotonic() - started)
 
 
 def loaded(tokenizer_path: str, dataset: Path, workers: int, cache: str = "") -> float:
-    """Tokens a second of the loader over one epoch."""
+    """Tokens per second of the loader over one epoch."""
     from fm9g.config.mixture import DatasetConfig
-    from fm9g.data.load.encoding_pool import build_token_cache
     from fm9g.data.load.loader import Loader
     from fm9g.data.load.mixture import Mixture
+    from fm9g.data.load.token_cache_builder import build_token_cache
 
     config = DatasetConfig(task_name="all", path=str(dataset), allow_repeat=False, ave_tokens_per_line=300)
     mixture = Mixture([config], tokenizer_path, MAX_LENGTH, seed=1, token_cache_dir=cache)
     if cache:
-        mixture = build_token_cache(mixture, workers=0)[0]
+        mixture = build_token_cache(mixture, workers=0)
     with Loader(mixture, global_batch_size=PACKS, workers=workers, prefetch=4) as loader:
         loader.next_batch()
         started, tokens = time.monotonic(), 0
@@ -58,7 +58,7 @@ def loaded(tokenizer_path: str, dataset: Path, workers: int, cache: str = "") ->
 
 
 def in_process(cores: int, call: str, *arguments: object) -> float:
-    """The figure that a process of its own prints."""
+    """The figure that a process of its own prints, on so many cores."""
     code = f"import encoding; from pathlib import Path; print(encoding.{call})"
     bound = f"import os; os.sched_setaffinity(0, range({cores})); {code}"
     environment = {**os.environ, "RAYON_NUM_THREADS": str(cores), "OMP_NUM_THREADS": str(cores)}
@@ -73,10 +73,11 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=24)
     parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
     options = parser.parse_args()
-    from fm9g.data.encode.tokenizer import train_tokenizer
-    from fm9g.data.prepare.index_builder import build_index, iter_texts
+    from fm9g.data.encode.tokenizer_training import train_tokenizer
+    from fm9g.data.prepare.index_builder import build_index
     from fm9g.data.prepare.index_worker import IndexConfig
     from fm9g.data.prepare.sources import find_sources
+    from fm9g.data.prepare.texts import iter_texts
 
     rows = []
     with tempfile.TemporaryDirectory() as name:

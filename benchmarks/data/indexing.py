@@ -1,8 +1,8 @@
-"""Indexing a large .jsonl file, beside `cp`, the loop of the published converter, and datasets.load_dataset.
+"""Indexing a large .jsonl file, compared with `cp`, the loop of the published converter, and datasets.load_dataset.
 
     python benchmarks/data/indexing.py [--gigabytes 2] [--folder /somewhere/with/room] [--baselines cp loop datasets]
 
-Prints a Markdown table: seconds, MB/s, the largest memory of the processes together, and the speed against the loop.
+Prints a Markdown table: seconds, MB/s, maximum memory of all processes together, and speed relative to the loop.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common import Measured, measured, records_of, report, table
 
-from fm9g.io.atomic import AppendWriter
+from fm9g.io.append import AppendWriter
 
 LOOP = """
 import json, sys
@@ -46,9 +46,9 @@ datasets.load_dataset("json", data_files=sys.argv[1], cache_dir=sys.argv[2])
 
 
 def make_source(path: Path, size: int) -> None:
-    """Real records, written again and again until the file has its size."""
+    """Writes real records repeatedly until the file has `size` bytes."""
     block = b"".join(records_of("alpaca_zh_demo.json", "alpaca_en_demo.json", "wiki_demo.txt"))
-    with AppendWriter(path, 4 << 20) as file:
+    with AppendWriter(path, buffer_bytes=4 << 20) as file:
         for _ in range(max(1, size // len(block))):
             file.write(block)
 
@@ -70,10 +70,10 @@ def main() -> None:
             "loop": [sys.executable, "-c", LOOP, str(source), str(folder / "out")],
             "datasets": [sys.executable, "-c", DATASETS, str(source), str(folder / "out")],
         }
-        found: dict[str, Measured] = {}
+        results: dict[str, Measured] = {}
         for baseline in options.baselines:
             (folder / "out").mkdir()
-            found[baseline] = measured(commands[baseline])
+            results[baseline] = measured(commands[baseline])
             shutil.rmtree(folder / "out")
         for workers in options.workers:
             arguments = [
@@ -86,17 +86,17 @@ def main() -> None:
                 "--workers",
                 str(workers),
             ]
-            found[f"fm9g data index, {workers} workers"] = measured(
+            results[f"fm9g data index, {workers} workers"] = measured(
                 [sys.executable, "-m", "fm9g", "data", "index", *arguments]
             )
             lines = json.loads((folder / "out" / "meta.json").read_text())["nlines"]
             shutil.rmtree(folder / "out")
     rows = []
-    for what, figure in found.items():
-        ratio = f"{found['loop'].seconds / figure.seconds:.1f}" if "loop" in found else ""
-        speed = f"{megabytes / figure.seconds:.0f}"
-        rows.append([what, f"{figure.seconds:.1f}", speed, f"{figure.memory / 1e6:.0f}", ratio])
-    head = ["what", "seconds", "MB/s", "memory, MB", "x the loop"]
+    for command, result in results.items():
+        ratio = f"{results['loop'].seconds / result.seconds:.1f}" if "loop" in results else ""
+        speed = f"{megabytes / result.seconds:.0f}"
+        rows.append([command, f"{result.seconds:.1f}", speed, f"{result.memory_bytes / 1e6:.0f}", ratio])
+    head = ["command", "seconds", "MB/s", "memory, MB", "x the loop"]
     report(f"Indexing {megabytes / 1000:.1f} GB, {lines} lines", table(head, rows))
 
 

@@ -1,8 +1,8 @@
-"""Opening a dataset of very many lines, and reading them at random.
+"""Speed and memory of opening a dataset of very many lines, and of random reads.
 
-    python benchmarks/data/reading.py [--lines 100000000] [--folder /somewhere/with/room]
+    python benchmarks/data/reading.py [--lines 100000000] [--folder /with/free/space]
 
-The data file is sparse: only the lines that are read are there.
+The data file is sparse: it contains only the lines that are read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LINE = 256  # bytes of each line
 
 
 def make(folder: Path, lines: int, numbers: np.ndarray) -> None:
-    """A dataset of equal lines, of which those with these numbers are there."""
+    """Writes a dataset of lines of equal length, of which only those with these numbers have content."""
     line = json.dumps({"input": "", "output": "x" * 220})
     with (folder / "data.jsonl").open("wb") as data:
         data.truncate(lines * LINE)
@@ -44,7 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     numbers = np.random.default_rng(0).integers(0, options.lines, options.reads)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        child = os.fork()  # so that the making does not count as memory of the reading
+        child = os.fork()  # writing in a child, so that its memory does not count as that of reading
         if child == 0:
             make(Path(name), options.lines, numbers)
             os._exit(0)
@@ -63,10 +63,10 @@ def main() -> None:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rows = [
         ["importing and opening, seconds", f"{imported:.2f} + {opened:.4f}"],
-        ["random reads a second and core", f"{options.reads / seconds:.0f}"],
+        ["random reads per second and core", f"{options.reads / seconds:.0f}"],
         ["memory after them, MB", f"{memory / 1e6:.0f}"],
     ]
-    report(f"A dataset of {options.lines:,} lines", table(["what", "found"], rows))
+    report(f"A dataset of {options.lines:,} lines", table(["what", "result"], rows))
 
 
 if __name__ == "__main__":

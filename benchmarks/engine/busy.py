@@ -1,7 +1,7 @@
 """Training on CPUs beside other programs: `python benchmarks/engine/busy.py --spins default 0 2000 --busy 0 1`.
 
-For each number of loops that keep a core busy and each GOMP_SPINCOUNT, the tokens per second of training steps of the
-model `tiny`, the median of runs in turn, and its ratio to that of OpenMP's default on a quiet machine.
+For each number of loops that keep a core busy and each GOMP_SPINCOUNT: the median tokens per second of training steps
+of the model `tiny`, and its ratio to that of OpenMP's default on an idle machine.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TOKENS = 1024  # of a step
+TOKENS = 1024  # per step
 
 
 def train(steps: int) -> float:
-    """Tokens per second, after some steps that are not counted."""
+    """Tokens per second, after ten steps of warm-up."""
     import torch
 
     from fm9g.config.load import require_config
     from fm9g.config.model import load_model_config
     from fm9g.model.transformer import FM9G, Batch
 
-    source = random.Random(0)
-    config = load_model_config(require_config("model_configs", "tiny")).value
+    rng = random.Random(0)
+    config = load_model_config(require_config("model_configs", "tiny"))
     model = FM9G(config).to(torch.bfloat16)
     for name, weight in model.named_parameters():
         model.init_weight(name, weight, 0)
@@ -36,24 +36,24 @@ def train(steps: int) -> float:
     def step() -> None:
         seqlens: list[int] = []
         while sum(seqlens) < TOKENS:
-            seqlens.append(min(TOKENS - sum(seqlens), 1 + int(source.lognormvariate(4.5, 1))))
+            seqlens.append(min(TOKENS - sum(seqlens), 1 + int(rng.lognormvariate(4.5, 1))))
         ids = torch.randint(0, config.vocab_size, (TOKENS,))
         borders = torch.tensor([0, *seqlens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         positions = torch.cat([torch.arange(length) for length in seqlens])
-        rows = torch.arange(source.randint(TOKENS // 2, TOKENS))
+        rows = torch.arange(rng.randint(TOKENS // 2, TOKENS))
         model(Batch(ids, positions, borders, seqlens, rows, ids.roll(-1)[rows]))[0].backward()
         model.zero_grad()
 
     for _ in range(10):
         step()
-    began = time.monotonic()
+    start = time.monotonic()
     for _ in range(steps):
         step()
-    return steps * TOKENS / (time.monotonic() - began)
+    return steps * TOKENS / (time.monotonic() - start)
 
 
 def measure(spins: str, steps: int) -> float:
-    """The same in a process of its own."""
+    """`train` in a process of its own."""
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     environment |= {"PYTHONPATH": str(ROOT)} | ({} if spins == "default" else {"GOMP_SPINCOUNT": spins})
     command = [sys.executable, __file__, "--train", str(steps)]
@@ -78,13 +78,13 @@ def main() -> None:
         try:
             rates: dict[str, list[float]] = {spins: [] for spins in options.spins}
             for _ in range(options.runs):
-                for spins, found in rates.items():
-                    found.append(measure(spins, options.steps))
+                for spins, samples in rates.items():
+                    samples.append(measure(spins, options.steps))
         finally:
             for loop in loops:
                 loop.kill()
-        for spins, found in rates.items():
-            rate = statistics.median(found)
+        for spins, samples in rates.items():
+            rate = statistics.median(samples)
             quiet = quiet or rate
             print(f"| {busy} | {spins} | {rate:.0f} | {rate / quiet:.2f} |", flush=True)
 

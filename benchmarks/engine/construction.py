@@ -1,9 +1,8 @@
-"""The memory that one rank of many takes to build a model: `python benchmarks/engine/construction.py --engine torch`.
+"""The memory that one rank of many needs to build a model: `python benchmarks/engine/construction.py --engine torch`.
 
-The process is rank 0, which makes or reads every weight whole, and the others are feigned: their messages carry
-nothing. For torch that is its fake process group; for bmtrain the stand-in of the tests, with a communicator of one.
-Everything is in the host's memory, so the figure is the process's largest resident set above the one before. On a GPU
-the same tensors are on the device.
+The process is rank 0, which initializes or reads each full weight. The other ranks do not exist, and their messages are
+empty: for torch by its fake process group, for bmtrain by tools/bmtrain_over_gloo.py. All tensors are in the host's
+memory, so the result is the peak of the resident set, above that before. On a GPU the same tensors are on the device.
 """
 
 from __future__ import annotations
@@ -30,14 +29,15 @@ from fm9g.config.model import ModelConfig, load_model_config
 from fm9g.config.train import TrainConfig
 from fm9g.engine.base import Engine
 from fm9g.engine.dist_context import DistContext
-from fm9g.plan.sizes import count_weights
+from fm9g.model.counts import count_weights
 from fm9g.train.model_setup import make_engine, setup_model_and_optimizer
 
+ROOT = Path(__file__).resolve().parents[2]
 GB = 1e9
 
 
 class FirstRank(DistContext):
-    """Rank 0 of `ranks` processes that are not there."""
+    """Rank 0 of a number of processes of which the others do not exist."""
 
     def __init__(self, ranks: int) -> None:
         from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -48,31 +48,8 @@ class FirstRank(DistContext):
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
 
 
-def feign_bmtrain(ranks: int) -> None:
-    """Lets bmtrain run on a CPU as rank 0 of `ranks`; what others would send is a copy of this rank's."""
-    for folder in ("tests", "tests/engine"):
-        sys.path.append(str(Path(__file__).resolve().parents[2] / folder))
-    from helpers import bmtrain_over_gloo
-
-    torch.utils._device._device_constructors()  # torch.device("meta") remembers them before they are replaced
-    bmtrain_over_gloo.install()
-    compiled: Any = bmtrain_over_gloo._compiled
-
-    def all_gather(source: int, target: int, count: int, dtype: int, *_: Any) -> None:
-        part = bmtrain_over_gloo._bytes(source, count, dtype)
-        bmtrain_over_gloo._bytes(target, count * ranks, dtype).view(ranks, -1).copy_(part)
-
-    def copy(source: int, target: int, count: int, dtype: int, *_: Any) -> None:
-        bmtrain_over_gloo._bytes(target, count, dtype).copy_(bmtrain_over_gloo._bytes(source, count, dtype))
-
-    compiled.ncclGetUniqueId = lambda: b""
-    compiled.ncclCommInitRank = compiled.ncclCommUserRank = lambda *_: 0
-    compiled.ncclCommCount = lambda _: ranks
-    compiled.ncclAllGather, compiled.ncclAllReduce, compiled.ncclBroadcast = all_gather, copy, copy
-
-
 def return_freed_memory() -> None:
-    """Has glibc return freed blocks to the system at once, so that what is resident is what is in use."""
+    """Makes glibc return freed blocks to the system at once, so that resident memory is memory in use."""
     mmap_threshold, trim_threshold = -3, -1  # options of mallopt(3)
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(mmap_threshold, 2**16)
@@ -80,7 +57,7 @@ def return_freed_memory() -> None:
 
 
 def scaled(config: ModelConfig, scale: float) -> ModelConfig:
-    """A model of the same layers and heads, all widths and the vocabulary multiplied by scale."""
+    """A model with the same layers and heads; all widths and the vocabulary are multiplied by scale."""
 
     def times(size: int) -> int:
         return max(2, 2 * round(size * scale / 2))
@@ -96,12 +73,15 @@ def scaled(config: ModelConfig, scale: float) -> ModelConfig:
 
 
 def build(engine: str, config: ModelConfig, ranks: int, zero_level: int, after_sharding: Any = None) -> Engine:
-    """An engine with the model, as `fm9g train` makes it. after_sharding: called before the optimizer is made."""
+    """An engine with the model, as in `fm9g train`. after_sharding: called before the optimizer is created."""
     settings = TrainConfig(config="", engine=engine, device="cpu", zero_level=zero_level)
     if engine == "bmtrain":
-        feign_bmtrain(ranks)
-    made = make_engine(settings, FirstRank(ranks))
-    shard_model = made._shard_model
+        sys.path.append(str(ROOT))
+        from tools import bmtrain_over_gloo
+
+        bmtrain_over_gloo.install_absent_peers(ranks)
+    built = make_engine(settings, FirstRank(ranks))
+    shard_model = built._shard_model
 
     def shard_and_report(*arguments: Any) -> torch.nn.Module:
         model = shard_model(*arguments)
@@ -110,15 +90,15 @@ def build(engine: str, config: ModelConfig, ranks: int, zero_level: int, after_s
         return model
 
     with (
-        mock.patch.object(made, "_shard_model", shard_and_report),
-        mock.patch("fm9g.train.model_setup.has_fast_bf16", return_value=True),  # memory is the same where it is slow
+        mock.patch.object(built, "_shard_model", shard_and_report),
+        mock.patch("fm9g.train.model_setup.has_fast_bf16", return_value=True),  # memory does not depend on speed
     ):
-        setup_model_and_optimizer(made, settings, config, None)
-    return made
+        setup_model_and_optimizer(built, settings, config, None)
+    return built
 
 
 def resident(key: str) -> int:
-    """VmRSS or VmHWM, the largest since the mark, in bytes."""
+    """VmRSS, or VmHWM, its peak since the last reset, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
@@ -132,25 +112,28 @@ def own_group() -> Iterator[None]:
 
 
 def measure(engine: str, config: ModelConfig, ranks: int, zero_level: int) -> dict[str, float]:
-    """Bytes: whole (the model's weights in fp32), peak (above the start, until the model is placed and filled), with
-    optimizer (until masters and moments are there, too); and seconds."""
+    """Bytes and seconds of building a model.
+
+    full: the model's weights in fp32. peak: of the memory above the start, until the model is distributed and
+    initialized; ratio: of peak to full. with_optimizer: the peak until masters and moments exist too.
+    """
     small = scaled(replace(config, num_layers=1), 1 / 64)
     with own_group():
-        build(engine, small, ranks, zero_level)  # libraries are loaded, and not counted
+        build(engine, small, ranks, zero_level)  # loads libraries, which do not count
     gc.collect()
-    start, began, peaks = resident("VmRSS"), time.monotonic(), []
-    Path("/proc/self/clear_refs").write_text("5")  # the mark
+    start, start_time, peaks = resident("VmRSS"), time.monotonic(), []
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     with own_group():
-        made = build(engine, config, ranks, zero_level, lambda: peaks.append(resident("VmHWM")))
+        built = build(engine, config, ranks, zero_level, lambda: peaks.append(resident("VmHWM")))
         peaks.append(resident("VmHWM"))
-    del made
-    whole = 4 * count_weights(config)
+    del built
+    full = 4 * count_weights(config)
     return {
-        "whole": whole,
+        "full": full,
         "peak": peaks[0] - start,
-        "ratio": (peaks[0] - start) / whole,
+        "ratio": (peaks[0] - start) / full,
         "with_optimizer": peaks[1] - start,
-        "seconds": time.monotonic() - began,
+        "seconds": time.monotonic() - start_time,
     }
 
 
@@ -163,15 +146,15 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="of all widths and the vocabulary (%(default)s)")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    config = scaled(load_model_config(require_config("model_configs", options.config)).value, options.scale)
-    found = measure(options.engine, config, options.ranks, options.zero_level)
+    config = scaled(load_model_config(require_config("model_configs", options.config)), options.scale)
+    result = measure(options.engine, config, options.ranks, options.zero_level)
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(result))
         return
     print(
-        f"{options.engine}, rank 0 of {options.ranks}, {count_weights(config):,} weights: whole in fp32 "
-        f"{found['whole'] / GB:.2f} GB, peak {found['peak'] / GB:.2f} GB, ratio {found['ratio']:.3f}; with optimizer "
-        f"{found['with_optimizer'] / GB:.2f} GB; {found['seconds']:.0f} s, {os.cpu_count()} processors"
+        f"{options.engine}, rank 0 of {options.ranks}, {count_weights(config):,} weights: full model in fp32 "
+        f"{result['full'] / GB:.2f} GB, peak {result['peak'] / GB:.2f} GB, ratio {result['ratio']:.3f}; with optimizer "
+        f"{result['with_optimizer'] / GB:.2f} GB; {result['seconds']:.0f} s, {os.cpu_count()} processors"
     )
 
 

@@ -1,9 +1,12 @@
-"""Tokens a second, MFU and peak memory of the engines: `python benchmarks/engine/throughput.py`.
+"""Tokens per second, MFU and peak memory of the engines: `python benchmarks/engine/throughput.py`.
 
-Each case is a process of its own on one GPU or the CPU: steps on random tokens of full rows, the first ones left out.
-torch and bmtrain: fm9g.train.loop with that engine. bare: the same model with autocast, torch.optim.AdamW and torch's
-clipping, by hand, as each process of DDP does it. transformers: its Llama of the same shapes, likewise. MFU: of the
-model's own FLOPs (fm9g.plan), at the peak of the GPU that --gpu names.
+Each case is a process of its own on one GPU or the CPU: steps on random tokens in full rows, without the first steps.
+
+    torch, bmtrain    fm9g.train.loop with that engine
+    bare              the same model with autocast, torch.optim.AdamW and torch's clipping, as in each process of DDP
+    transformers      the same, with its Llama of equal shapes
+
+MFU: by the FLOPs of the model (fm9g.plan), at the peak of the GPU that --gpu names.
 """
 
 from __future__ import annotations
@@ -26,17 +29,21 @@ from fm9g.config.model import ModelConfig, load_model_config
 from fm9g.config.train import TrainConfig
 from fm9g.data.load.packing import Pack, Sample, collate
 from fm9g.engine.dist_context import DistContext
+from fm9g.hardware import GPUS
+from fm9g.model.counts import flops_per_token
 from fm9g.model.transformer import FM9G
-from fm9g.plan import GPUS, flops_per_token
-from fm9g.train.loop import TrainState, to_batch, train
+from fm9g.train.batch import to_batch
+from fm9g.train.loop import train
 from fm9g.train.model_setup import make_engine, setup_model_and_optimizer
+from fm9g.train.state import TrainState
+from fm9g.train.timer import StepTimer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Case:
-    """way: torch, bmtrain (engines in the loop), bare or transformers. layers: 0, all of the model's."""
+    """way: torch, bmtrain, bare or transformers. layers: the first ones of the model; 0: all."""
 
     way: str
     model: str = "tiny"
@@ -50,42 +57,40 @@ class Case:
 
 
 def cases_on_gpu() -> list[Case]:
-    """2b as it is and 7b cut down to 6 layers, which fit 80 GB."""
-    found = [Case(way, "tiny") for way in ("torch", "bmtrain", "bare", "transformers")]
+    """2b, and 7b with 6 layers, which fit in 80 GB."""
+    cases = [Case(way, "tiny") for way in ("torch", "bmtrain", "bare", "transformers")]
     for model, layers in (("2b", 0), ("7b", 6)):
-        found += [Case(way, model, layers) for way in ("torch", "bmtrain", "bare", "transformers")]
+        cases += [Case(way, model, layers) for way in ("torch", "bmtrain", "bare", "transformers")]
         for way in ("torch", "bmtrain"):
-            found += [Case(way, model, layers, checkpointing=kind) for kind in ("selective", "full")]
-            found += [
+            cases += [Case(way, model, layers, checkpointing=kind) for kind in ("selective", "full")]
+            cases += [
                 Case(way, model, layers, zero_level=2, checkpointing="full"),
                 Case(way, model, layers, flash=False),
             ]
-            found += [Case(way, model, layers, documents=8), Case(way, model, layers, documents=8, flash=False)]
-        found += [Case("torch", model, layers, dtype=kind) for kind in ("fp16", "fp32")]
-    return found
+            cases += [Case(way, model, layers, documents=8), Case(way, model, layers, documents=8, flash=False)]
+        cases += [Case("torch", model, layers, dtype=kind) for kind in ("fp16", "fp32")]
+    return cases
 
 
 def cases_on_cpu() -> list[Case]:
-    some = Case("torch", dtype="fp32", tokens=512, flash=False)
+    case = Case("torch", dtype="fp32", tokens=512, flash=False)
     return [
-        replace(some, way=way, documents=count) for count in (1, 8) for way in ("torch", "bare", "transformers")
-    ] + [replace(some, checkpointing=kind) for kind in ("selective", "full")]
+        replace(case, way=way, documents=count) for count in (1, 8) for way in ("torch", "bare", "transformers")
+    ] + [replace(case, checkpointing=kind) for kind in ("selective", "full")]
 
 
 def model_of(case: Case) -> ModelConfig:
     if case.model == "tiny":
         tiny = ModelConfig(vocab_size=8000, hidden_size=256, intermediate_size=704, num_layers=4, num_heads=4)
         return replace(tiny, half_type=case.dtype)
-    config = load_model_config(require_config("model_configs", case.model)).value
+    config = load_model_config(require_config("model_configs", case.model))
     return replace(config, num_layers=case.layers or config.num_layers, half_type=case.dtype)
 
 
 def packs(case: Case, vocabulary: int, step: int) -> list[Pack]:
     """A row of documents of equal length, a target at every position."""
-    source, length = np.random.default_rng(step), case.tokens // case.documents
-    samples = [
-        Sample(source.integers(0, vocabulary, length + 1).astype(np.int32), 0, i, 0) for i in range(case.documents)
-    ]
+    rng, length = np.random.default_rng(step), case.tokens // case.documents
+    samples = [Sample(rng.integers(0, vocabulary, length + 1).astype(np.int32), 0, i, 0) for i in range(case.documents)]
     return [collate(samples, case.tokens)]
 
 
@@ -93,7 +98,7 @@ class Loader:
     is_infinite = True
 
     def __init__(self, case: Case, vocabulary: int, count: int) -> None:
-        self._packs = [packs(case, vocabulary, step) for step in range(min(count, 4))]  # not what is measured
+        self._packs = [packs(case, vocabulary, step) for step in range(min(count, 4))]  # not measured
         self._step = 0
         self.times: list[float] = []
 
@@ -109,12 +114,12 @@ WARM = 3
 
 
 def run_loop(case: Case, model: ModelConfig, steps: int, device: str) -> float:
-    """Seconds a step of fm9g.train.loop."""
+    """Seconds per step of fm9g.train.loop."""
     settings: dict[str, Any] = {"engine": case.way, "device": device, "zero_level": case.zero_level}
     config = TrainConfig(
         config="",
         train_iters=steps + WARM,
-        log_iters=10_000,  # at the last step alone
+        log_iters=10_000,  # only at the last step
         warmup_iters=1,
         lr=1e-4,
         max_length=case.tokens,
@@ -128,13 +133,13 @@ def run_loop(case: Case, model: ModelConfig, steps: int, device: str) -> float:
         with mock.patch("fm9g.train.model_setup.has_fast_bf16", return_value=True):
             setup_model_and_optimizer(engine, config, model, None)
         loader: Any = Loader(case, model.vocab_size, steps + WARM)
-        train(config, ["all"], engine, loader, None, TrainState(0, np.zeros(1, np.int64)), lambda: None, lambda: False)
+        train(config, ["all"], engine, loader, TrainState(0, np.zeros(1, np.int64)), [], StepTimer())
         synchronize()
         return (time.perf_counter() - loader.times[WARM]) / steps
 
 
 def run_bare(case: Case, model: ModelConfig, steps: int, device: str) -> float:
-    """Seconds a step of plain torch, or of transformers' class with the same shapes."""
+    """Seconds per step of plain torch, with our model or the class of transformers."""
     dtype = DTYPES[case.dtype]
     with torch.device(device):
         plain: torch.nn.Module = transformers_model(model, case) if case.way == "transformers" else FM9G(model)
@@ -150,7 +155,7 @@ def run_bare(case: Case, model: ModelConfig, steps: int, device: str) -> float:
         with torch.autocast(target.type, dtype) if dtype != torch.float32 else nullcontext():
             if case.way == "bare":
                 loss = plain(batch)[0] / len(batch.targets)
-            else:  # a batch of documents of equal length
+            else:  # one batch of documents of equal length
                 ids = batch.input_ids.long().view(case.documents, -1)
                 loss = plain(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
@@ -190,7 +195,7 @@ def measure(case: Case, steps: int, device: str, gpu: str) -> dict[str, Any]:
     flops = flops_per_token(model, case.tokens // case.documents)
     on_gpu = device == "cuda"
     return {
-        "tokens_a_second": speed,
+        "tokens_per_second": speed,
         "mfu": speed * flops / GPUS[gpu].flops if on_gpu else None,
         "gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
     }
@@ -199,7 +204,7 @@ def measure(case: Case, steps: int, device: str, gpu: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--gpu", default="A100", choices=sorted(GPUS), help="whose peak the MFU is of")
+    parser.add_argument("--gpu", default="A100", choices=sorted(GPUS), help="its peak FLOPs are those of the MFU")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--case", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -223,18 +228,18 @@ def main() -> None:
         command += ["--gpu", options.gpu, "--steps", str(options.steps)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            figures = f"failed: {said[:100]} | | "
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            columns = f"failed: {reason[:100]} | | "
         else:
-            found = json.loads(done.stdout.splitlines()[-1])
-            mfu, gib = ("" if found[key] is None else f"{found[key]:.3f}" for key in ("mfu", "gib"))
-            figures = f"{found['tokens_a_second']:,.0f} | {mfu} | {gib}"
+            result = json.loads(done.stdout.splitlines()[-1])
+            mfu, gib = ("" if result[key] is None else f"{result[key]:.3f}" for key in ("mfu", "gib"))
+            columns = f"{result['tokens_per_second']:,.0f} | {mfu} | {gib}"
         way = case.way + (f", ZeRO-{case.zero_level}" if case.way in ("torch", "bmtrain") else "")
         model = f"{case.model}{f', {case.layers} layers' if case.layers else ''}"
         shape = f"{case.documents} x {case.tokens // case.documents}"
         flash = "yes" if case.flash else "no"
         print(
-            f"| {way} | {model} | {case.dtype} | {case.checkpointing} | {flash} | {shape} | {figures} |",
+            f"| {way} | {model} | {case.dtype} | {case.checkpointing} | {flash} | {shape} | {columns} |",
             flush=True,
         )
 

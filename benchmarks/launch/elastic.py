@@ -1,10 +1,10 @@
-"""What carries a launch: torch.distributed.elastic (torchrun) beside fm9g's own agents.
+"""Compares launchers: torch.distributed.elastic (torchrun) and fm9g's own agents.
 
     python benchmarks/launch/elastic.py
 
-Two nodes of one process each on this machine, whose worker only sleeps. For each launcher it measures how long the
-start takes, how long the other node runs on when an agent or a worker is killed, and what a process does that is no
-part of the run and reaches the port. Writes elastic.md beside this file.
+Two nodes with one sleeping worker each, both on this machine. For each launcher it measures the time to start, how long
+the other node keeps running after an agent or a worker is killed, and what an outsider can do that reaches the port.
+Writes elastic.md beside this file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = Path(__file__).with_suffix(".md")
 ABOUT = """\
-# What carries a launch: torch.distributed.elastic (torchrun) beside fm9g's own agents
+# Launchers: torch.distributed.elastic (torchrun) and fm9g's own agents
 
 `python benchmarks/launch/elastic.py --limit {limit:.0f}`. Two nodes of one process each, whose workers sleep, so
 that no collective operation fails and tells the other node. "Runs on": the node had not ended by then.
@@ -61,7 +61,7 @@ for key in ("torch.rendezvous.run",):
 
 
 def start(launcher: str, node: int, port: int, worker: Path, folder: Path, seconds: float) -> subprocess.Popen[str]:
-    """One node's agent."""
+    """Starts the agent of a node."""
     if launcher == "torchrun":
         words = [
             *("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=run", "--max-restarts=0"),
@@ -82,7 +82,7 @@ def start(launcher: str, node: int, port: int, worker: Path, folder: Path, secon
 
 
 class Pair:
-    """Two nodes whose workers have started."""
+    """Two nodes with running workers."""
 
     def __init__(self, launcher: str, seconds: float = 600.0) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -100,14 +100,16 @@ class Pair:
         self.workers = [int((folder / str(rank)).read_text()) for rank in (0, 1)]
 
     def end(self, node: subprocess.Popen[str]) -> tuple[int, str]:
-        """Exit code and output of a node that is killed if it has not ended."""
+        """Kills a node that still runs; returns its exit code and output."""
         if node.poll() is None:
             os.killpg(node.pid, signal.SIGKILL)
         return node.wait(), node.stdout.read() if node.stdout else ""
 
     def watch(self, limit: float) -> tuple[float | None, list[int], int, list[str]]:
-        """Seconds until both nodes have ended (None: not within the limit), their exit codes, how many workers live on
-        without them, and their outputs."""
+        """Waits until both nodes have ended, `limit` seconds at most.
+
+        Returns the seconds until then (None: longer), exit codes, number of workers without an agent, and outputs.
+        """
         began = time.monotonic()
         while time.monotonic() - began < limit and any(node.poll() is None for node in self.nodes):
             time.sleep(0.05)
@@ -119,17 +121,17 @@ class Pair:
                 os.kill(worker, signal.SIGKILL)
         ends = [self.end(node) for node in self.nodes]
         self._folder.cleanup()
-        return seconds, codes, len(orphans), [said for _, said in ends]
+        return seconds, codes, len(orphans), [output for _, output in ends]
 
 
 def lives(pid: int) -> bool:
-    """Whether a process is there that has not ended."""
+    """Whether a process still runs."""
     status = Path(f"/proc/{pid}/status")
     return status.exists() and "\nState:\tZ" not in status.read_text()
 
 
 def outsider(port: int) -> str:
-    """What a process that has no part in the run does at the port."""
+    """What a process outside of the run can do at the port."""
     done = subprocess.run([sys.executable, "-c", OUTSIDER, str(port)], capture_output=True, text=True, timeout=60)
     return done.stdout.replace("\n", "; ") or (done.stderr.splitlines() or ["nothing"])[-1][:80]
 
@@ -149,8 +151,8 @@ def main() -> None:
         for name, act in cases.items():
             pair = Pair(launcher)
             did = act(pair)
-            seconds, codes, orphans, said = pair.watch(limit)
-            lines = [sum(1 for line in text.splitlines() if line.strip()) for text in said]
+            seconds, codes, orphans, outputs = pair.watch(limit)
+            lines = [sum(1 for line in text.splitlines() if line.strip()) for text in outputs]
             shown = f"not within {limit:.0f} s" if seconds is None else f"{seconds:.1f} s"
             ends = ", ".join("runs on" if code is None else str(code) for code in codes)
             rows.append(

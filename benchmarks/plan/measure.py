@@ -1,4 +1,4 @@
-"""The peak memory of a process that trains: on a GPU as torch counts it, on a CPU by what the allocator reports."""
+"""Measures the peak memory of a training process: torch's counter on a GPU, allocator events on a CPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fm9g.config.fields import keys_of
 from fm9g.config.model import ModelConfig
 from fm9g.config.train import TrainConfig
 from fm9g.engine.dist_context import DistContext
-from fm9g.io.weights import write_weights
+from fm9g.io.pt_file import write_weights
 from fm9g.model.transformer import Batch, weight_shapes
 from fm9g.plan.job import RUN_KEYS, JobConfig
 from fm9g.train.model_setup import make_engine, setup_model_and_optimizer
@@ -37,8 +37,8 @@ def measure(
     store: dist.Store | None = None,
     steps: int = 1,
 ) -> float:
-    """Bytes at the fullest moment of `steps` steps, of this process as one of all those of the job."""
-    gc.collect()  # else what is left of another model goes in the middle
+    """Peak bytes of this process, one of those of the job, over `steps` steps."""
+    gc.collect()  # else another model's memory would be freed during the measurement
     ranks = job.nodes * job.gpus
     with DistContext(device, rank, ranks, rank, ranks, store) as dist_context:
         if device == "cuda":
@@ -55,8 +55,11 @@ def measure(
 def _train(
     model: ModelConfig, job: JobConfig, dist_context: DistContext, steps: int, mark: Callable[[], object]
 ) -> None:
-    """As fm9g.train.loop does, on random tokens; `mark` is called once the model is there."""
-    values = {name: getattr(job, name) for name in RUN_KEYS} | {"flash": "cuda" if job.flash else "none"}
+    """Trains on random tokens as fm9g.train.loop does; calls `mark` once the model is built."""
+    values = {
+        name: getattr(job, name)
+        for name in (*RUN_KEYS, "engine", "activation_checkpoint", "gradient_accumulation_steps")
+    } | {"flash": "cuda" if job.flash else "none"}
     with (
         mock.patch("fm9g.train.model_setup.has_fast_bf16", return_value=True),  # memory is the same where it is slow
         tempfile.TemporaryDirectory() as folder,
@@ -83,7 +86,7 @@ def _train(
 
 
 def _batch(vocab_size: int, job: JobConfig, seed: int, device: torch.device) -> Batch:
-    """A row of whole documents of max_length tokens, with a target at every position."""
+    """A row of documents of max_length tokens each, with a target at every position."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocab_size, (job.row + 1,), generator=generator).to(device)
     rows = torch.arange(job.row, device=device)
@@ -92,7 +95,7 @@ def _batch(vocab_size: int, job: JobConfig, seed: int, device: torch.device) -> 
 
 
 def measure_apart(model: ModelConfig, job: JobConfig, device: str = "cpu") -> float:
-    """As measure, in processes of their own; the largest of their peaks."""
+    """As `measure`, in new processes; returns the largest of their peaks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -1,7 +1,7 @@
-"""Memory that `fm9g plan` foretells beside what is measured: `python benchmarks/plan/memory.py [--device cuda]`.
+"""Compares the memory that `fm9g plan` predicts with measurements: `python benchmarks/plan/memory.py [--device cuda]`.
 
-On a CPU, processes of small models over gloo; the report is benchmarks/plan/report.md. On a GPU, one process with
-models of up to two billion weights.
+On a CPU: small models, processes over gloo; the report is benchmarks/plan/report.md. On a GPU: one process, models of
+up to two billion weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 from measure import measure_apart
 
 from fm9g.config.model import ModelConfig
-from fm9g.plan import JobConfig, peak_memory
+from fm9g.plan.job import JobConfig
+from fm9g.plan.memory import peak_memory
 
 MIB = 2**20
 SMALL = {

@@ -1,4 +1,4 @@
-"""What the benchmarks of training share: data, a model, and runs whose figures are read back."""
+"""Shared by the benchmarks of training: data, a model, and runs whose metrics are read back."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from fm9g.config.run import load_run
-from fm9g.data.encode.tokenizer import train_tokenizer
+from fm9g.data.encode.tokenizer_training import train_tokenizer
 from fm9g.data.prepare.index_builder import build_index
 from fm9g.data.prepare.index_worker import IndexConfig
 from fm9g.data.prepare.records import to_line
 from fm9g.data.prepare.sources import find_sources
-from fm9g.report.files import read_metrics
+from fm9g.run_files import read_metrics
 from fm9g.train.runner import run_training
 
 _WORDS = "the quick brown fox jumps over lazy dogs while seven wizards quietly mix potions of many colours".split()  # noqa: SIM905
 
 
 def prepare(folder: Path, model: dict[str, Any]) -> dict[str, str]:
-    """Writes a dataset, a tokenizer and a model configuration; returns the keys of a run on them."""
+    """Writes a dataset, a tokenizer and a model configuration. Returns the training keys of a run on them."""
     rng = random.Random(0)
     texts = [" ".join(rng.choice(_WORDS) for _ in range(rng.randint(20, 200))) for _ in range(2000)]
     (folder / "data.jsonl").write_bytes(b"".join(to_line({"input": "", "output": text}) for text in texts))
@@ -44,7 +44,7 @@ def prepare(folder: Path, model: dict[str, Any]) -> dict[str, str]:
 
 
 def run(folder: Path, settings: dict[str, str]) -> list[dict[str, Any]]:
-    """Trains; the figures of every logged step, with "seconds" that the step took, all in all."""
+    """Trains. Returns the metrics of every logged step, with "seconds", the total time per step."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         result = run_training(load_run(str(folder / "model.json"), settings))
     lines = read_metrics(result.metrics_file)

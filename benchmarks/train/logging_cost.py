@@ -1,6 +1,6 @@
-"""What figures cost: log lines, TensorBoard, inspections, against a run that logs almost nothing.
+"""Measures the cost of metrics: log lines, TensorBoard, weight statistics, compared with a run that hardly logs.
 
-The model is as small as can be, so that the cost stands out.
+The model is tiny, so that the cost stands out.
 
 python benchmarks/train/logging_cost.py [--steps N] [--rounds N]
 """
@@ -15,12 +15,12 @@ from pathlib import Path
 from common import median, prepare, run
 
 CASES = {
-    "a line every 100 steps": {"log_iters": "100", "report_to": "none"},
-    "every 10 steps": {"log_iters": "10", "report_to": "none"},
-    "every step": {"log_iters": "1", "report_to": "none"},
-    "every step, TensorBoard": {"log_iters": "1"},
-    "all tasks, every step": {"log_iters": "1", "tensorboard_all_tasks": "true"},
-    "inspected every 10 steps": {"log_iters": "10", "inspect_iters": "10"},
+    "a line per 100 steps": {"log_iters": "100", "report_to": "none"},
+    "a line per 10 steps": {"log_iters": "10", "report_to": "none"},
+    "a line per step": {"log_iters": "1", "report_to": "none"},
+    "a line per step, TensorBoard": {"log_iters": "1"},
+    "all tasks, per step": {"log_iters": "1", "tensorboard_all_tasks": "true"},
+    "statistics per 10 steps": {"log_iters": "10", "inspect_iters": "10"},
 }
 
 
@@ -37,14 +37,14 @@ def main() -> None:
         settings |= {"train_iters": str(options.steps), "max_length": "64", "save": "false"}
         for _ in range(options.rounds):
             for title, changes in CASES.items():
-                began = time.monotonic()
+                started = time.monotonic()
                 run(folder, settings | changes)
-                seconds[title].append((time.monotonic() - began) / options.steps)
+                seconds[title].append((time.monotonic() - started) / options.steps)
     base = min(next(iter(seconds.values())))
-    print(f"{'':<28}{'ms a step, the least':>22}{'median':>10}{'more than the first':>22}")
-    for title, found in seconds.items():
-        least = min(found)  # what others on the machine take only adds
-        print(f"{title:<28}{least * 1000:>22.2f}{median(found) * 1000:>10.2f}{(least - base) * 1000:>19.2f} ms")
+    print(f"{'':<30}{'ms per step, minimum':>22}{'median':>10}{'more than the first':>22}")
+    for title, values in seconds.items():
+        minimum = min(values)  # other work on the machine only adds
+        print(f"{title:<30}{minimum * 1000:>22.2f}{median(values) * 1000:>10.2f}{(minimum - base) * 1000:>19.2f} ms")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Looking into checkpoints without changing them: whether one is whole, what it holds, how two differ."""
+"""Examines checkpoints without changing them: whether one is complete, what it contains, how two differ."""
 
 from __future__ import annotations
 
@@ -10,32 +10,39 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fm9g.checkpoint.checkpoint import LOADER_STATE, MANIFEST, MODEL_CONFIG, Checkpoint, ProgressCallback, read_manifest
+from fm9g.checkpoint.checkpoint import Checkpoint
 from fm9g.checkpoint.find import find_checkpoints, find_path, is_checkpoint, list_checkpoints, tensor_files
+from fm9g.checkpoint.layout import LOADER_STATE, MANIFEST, MODEL_CONFIG
 from fm9g.checkpoint.listing import file_size, find_problems, list_files, relative_message, timestamp_of
+from fm9g.checkpoint.manifest import ProgressCallback, read_manifest
 from fm9g.checkpoint.tensor_diff import (
     TensorDiff,
     WeightStats,
     compare_tensors,
     describe_nonfinite,
-    dtype_of,
+    dtype_name,
     infer_model_config,
     weight_stats,
 )
+from fm9g.checkpoint.weight_check import check_weights
 from fm9g.config.fields import keys_of
-from fm9g.config.load import read_object
-from fm9g.config.mixture import DatasetConfig
-from fm9g.config.model import ModelConfig, load_model_config
-from fm9g.config.train import TrainConfig
+from fm9g.config.model import load_model_config
+from fm9g.config.run import section_class
 from fm9g.errors import UserError
-from fm9g.io.weights import check_weights, read_weights
+from fm9g.io.json_file import read_object
+from fm9g.io.pt_file import open_pt
 from fm9g.model.transformer import weight_shapes
 
 
 @dataclass
 class VerifyResult:
-    """What reading a whole checkpoint gave. files, size: as its manifest tells. parameters: of its weights.
-    problems: in words, without the folder."""
+    """What reading all of a checkpoint found.
+
+    Attributes:
+        files, size: number of files and bytes, from the manifest.
+        parameters: number of weights' elements.
+        problems: a line each, without the folder.
+    """
 
     files: int = 0
     size: int = 0
@@ -45,11 +52,13 @@ class VerifyResult:
 
 @dataclass(frozen=True)
 class CheckpointDiff:
-    """Between two checkpoints. configuration, trainer_state: key, and the values of both (None: not there); of
-    the sections that both have, and None where that is none.
+    """The differences between two checkpoints.
 
-    loader_state: whether they stand at the same place in the same data; None: one of them does not tell.
-    tensors: of the kinds of tensors that both have; weights are always there.
+    Attributes:
+        configuration: key and both values (None: missing), in the sections that both have; None if they share none.
+        trainer_state: the same for the trainer state.
+        loader_state: whether both are at the same position in the same data; None if one has no position.
+        tensors: by kind, for the kinds that both have; weights are always among them.
     """
 
     configuration: list[tuple[str, Any, Any]] | None
@@ -59,16 +68,16 @@ class CheckpointDiff:
 
 
 def verify_bytes(folder: Path) -> int:
-    """About how many bytes `verify` reads: every file, and those of tensors twice."""
+    """About how many bytes `verify` reads: every file once, and those of tensors twice."""
     return sum(map(file_size, [*list_files(folder), *tensor_files(folder).values()]))
 
 
 def verify(folder: Path, on_progress: ProgressCallback) -> VerifyResult:
-    """Reads all of a checkpoint and finds all that is wrong with it, values that are not finite among it."""
+    """Reads all of a checkpoint and reports every problem, including values that are not finite."""
     result = VerifyResult()
     bad = dict(find_problems(folder, on_progress))
     result.problems += [f"{name}: {problem}" for name, problem in bad.items()]
-    if MANIFEST in bad:  # then nothing is known of the others
+    if MANIFEST in bad:  # which says what the other files should be
         return result
     sizes = [size for size, _ in read_manifest(folder)[1].values()]
     result.files, result.size = len(sizes), sum(sizes)
@@ -79,13 +88,13 @@ def verify(folder: Path, on_progress: ProgressCallback) -> VerifyResult:
         if file.name in bad:
             continue
         try:
-            tensors = read_weights(file)
+            tensors = open_pt(file)
             if kind == "weights":
-                result.parameters = sum(tensor.numel() for tensor in tensors.values())
-            if problem := describe_nonfinite(file, tensors, on_progress):
+                result.parameters = sum(tensor.shape.numel() for tensor in tensors.values())
+            if problem := describe_nonfinite(tensors, on_progress):
                 result.problems.append(f"{file.name}: {problem}")
             if kind != "optimizer":
-                shapes = weight_shapes(load_model_config(folder / MODEL_CONFIG).value)
+                shapes = weight_shapes(load_model_config(folder / MODEL_CONFIG))
                 check_weights(tensors, shapes, str(file), strict=kind == "weights")
         except UserError as error:
             result.problems.append(relative_message(folder, error))
@@ -93,12 +102,12 @@ def verify(folder: Path, on_progress: ProgressCallback) -> VerifyResult:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What a checkpoint folder or a bare .pt file is, as JSON; a value is None where the file does not tell.
+    """Describes a checkpoint folder or a single .pt file, as JSON. A value is None if the file does not tell.
 
-    configuration: what is not a default, as run_config.json holds it. data: by task, and what waits.
+    configuration: values that are not defaults, in the form of run_config.json. data: by task.
     """
     checkpoint, file = _resolve(path)
-    config_file, tensors = _config_file(file), read_weights(file)
+    config_file, tensors = _config_file(file), open_pt(file)
     configuration = checkpoint.run_config() if checkpoint else {}
     if config_file:
         given = {key: value for key, value in read_object(config_file).items() if key != "architectures"}
@@ -111,30 +120,33 @@ def describe(path: Path) -> dict[str, Any]:
         "counts": checkpoint.trainer_state() if checkpoint else {},
         "data": _data(_loader_state(checkpoint)),
         "written": datetime.fromtimestamp(timestamp_of(path_shown)).astimezone().isoformat(timespec="seconds"),
-        "model": load_model_config(config_file).value.to_json() if config_file else infer_model_config(tensors),
+        "model": load_model_config(config_file).to_json() if config_file else infer_model_config(tensors),
         "model_from": str(config_file or "the shapes of the weights"),
-        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "parameters": sum(tensor.shape.numel() for tensor in tensors.values()),
         "tensors": len(tensors),
-        "dtypes": dict(Counter(map(dtype_of, tensors.values()))),
+        "dtypes": dict(Counter(map(dtype_name, tensors.values()))),
         "configuration": {section: _not_defaults(section, _object(keys)) for section, keys in configuration.items()},
         "files": {str(part.relative_to(file.parent)): file_size(part) for part in list_files(path_shown)},
     }
 
 
 def weight_statistics(path: Path, on_progress: ProgressCallback) -> Iterator[WeightStats]:
-    """Of every weight of a checkpoint or a .pt file, in the order of the file."""
+    """Statistics of every weight of a checkpoint or a .pt file, in the order of the file."""
     return weight_stats(_resolve(path)[1], on_progress)
 
 
 def compare(a: Path, b: Path, on_progress: ProgressCallback) -> CheckpointDiff:
-    """What is different in two checkpoint folders or .pt files. on_progress: told of the bytes of a's tensors."""
+    """The differences between two checkpoint folders or .pt files.
+
+    on_progress: called with a number of further bytes of a's tensors that are done.
+    """
     (one, file_a), (other, file_b) = _resolve(a), _resolve(b)
     files_a, files_b = _tensors_of(one, file_a), _tensors_of(other, file_b)
     for file in (file_a, file_b):
-        read_weights(file)  # what has no weights has no configuration beside it
-    ours, theirs = _configuration(one, file_a), _configuration(other, file_b)
-    sections = [section for section in ours if section in theirs]  # a .pt file tells of the model alone
-    changes = [change for section in sections for change in _changes(ours[section], theirs[section])]
+        open_pt(file)  # raises UserError before a JSON file beside something else is taken for a configuration
+    config_a, config_b = _configuration(one, file_a), _configuration(other, file_b)
+    sections = [section for section in config_a if section in config_b]  # a .pt file has the model's alone
+    changes = [change for section in sections for change in _changes(config_a[section], config_b[section])]
     loader_state_a, loader_state_b = _loader_state(one), _loader_state(other)
     return CheckpointDiff(
         configuration=changes if sections else None,
@@ -147,11 +159,11 @@ def compare(a: Path, b: Path, on_progress: ProgressCallback) -> CheckpointDiff:
 
 
 def tensors_size(path: Path, *kinds: str) -> int:
-    """Bytes of the files of tensors of a checkpoint folder, or of a .pt file. kinds: of these alone; none: of all."""
+    """Bytes of the tensor files of a checkpoint folder, or of a .pt file. kinds: of these only; none given: of all."""
     return sum(file_size(file) for kind, file in _tensors_of(*_resolve(path)).items() if not kinds or kind in kinds)
 
 
-# ---- folders
+# ---- files
 
 
 def _tensors_of(checkpoint: Checkpoint | None, file: Path) -> dict[str, Path]:
@@ -159,24 +171,24 @@ def _tensors_of(checkpoint: Checkpoint | None, file: Path) -> dict[str, Path]:
 
 
 def _resolve(path: Path) -> tuple[Checkpoint | None, Path]:
-    """The checkpoint, None for a bare file, and the weight file of what a path names. Raises UserError."""
-    there = find_path(path)
-    if there.is_file():
-        return None, there
-    if not is_checkpoint(there) and (steps := list_checkpoints(there)):
+    """The checkpoint that a path names, None for a single file, and its weight file. Raises UserError."""
+    found = find_path(path)
+    if found.is_file():
+        return None, found
+    if not is_checkpoint(found) and (steps := list_checkpoints(found)):
         names = ", ".join(step.name for step in steps)
-        raise UserError(f"{path}: a run with the steps {names}; give one of them: {path / steps[-1].name}")
-    checkpoint = Checkpoint(find_checkpoints(there)[0], checksums=False)
+        raise UserError(f"{path}: is a run with the steps {names}; give one of them: {path / steps[-1].name}")
+    checkpoint = Checkpoint(find_checkpoints(found)[0], checksums=False)
     return checkpoint, checkpoint.weight_file
 
 
 def _config_file(file: Path) -> Path | None:
-    """The model configuration of a weight file: that of its checkpoint, or what `fm9g convert` writes beside it."""
+    """The model configuration of a weight file: of its checkpoint, or the file that `fm9g convert` writes beside it."""
     beside = file.parent / MODEL_CONFIG if (file.parent / MANIFEST).is_file() else file.with_suffix(".json")
     return beside if beside.is_file() else None
 
 
-# ---- what they hold
+# ---- content
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -188,7 +200,7 @@ def _loader_state(checkpoint: Checkpoint | None) -> dict[str, Any] | None:
 
 
 def _data(position: Any) -> dict[str, Any] | None:
-    """How often each task's records have been begun, from the position of a loader; None for one of another make."""
+    """How many of each task's records were started, from a loader state; None for an unknown format."""
     try:
         streams = list(position["streams"].values())
         tasks = {
@@ -207,21 +219,20 @@ def _data(position: Any) -> dict[str, Any] | None:
 
 
 def _not_defaults(section: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Of a section of run_config.json what was given, and is not what it would have been anyway."""
-    cls: type = {"train": TrainConfig, "model": ModelConfig}.get(section, DatasetConfig)
-    defaults = {key: _default(option) for key, option in keys_of(cls).items()}
+    """The values of a section of run_config.json that were given and differ from the defaults."""
+    defaults = {key: _default(option) for key, option in keys_of(section_class(section)).items()}
     given = {key: item for key, item in values.items() if _object(item).get("from", "default") != "default"}
     return {key: item for key, item in given.items() if key not in defaults or item.get("value") != defaults[key]}
 
 
-def _default(option: dataclasses.Field) -> Any:
+def _default(option: dataclasses.Field[Any]) -> Any:
     return option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
 
 
 def _configuration(checkpoint: Checkpoint | None, file: Path) -> dict[str, dict[str, Any]]:
     """The values of model, train and data, as {section.key: value}."""
     config_file = _config_file(file)
-    model = load_model_config(config_file).value.to_json() if config_file else {}
+    model = load_model_config(config_file).to_json() if config_file else {}
     sections = {"model": {f"model.{key}": value for key, value in model.items()}} if model else {}
     for name, items in (checkpoint.run_config() if checkpoint else {}).items():
         section = sections.setdefault(name.partition(".")[0], {})

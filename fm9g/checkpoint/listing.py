@@ -1,4 +1,4 @@
-"""The checkpoints of a run as a list: what is in their folders, told without reading a tensor, or importing torch."""
+"""Lists the checkpoints of a run without reading a tensor or importing torch."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fm9g.checkpoint.checkpoint import (
-    MANIFEST,
-    Checkpoint,
-    ProgressCallback,
-    best_step,
-    find_damaged_files,
-    read_manifest,
-)
+from fm9g.checkpoint.checkpoint import Checkpoint
 from fm9g.checkpoint.find import list_checkpoints, stale_temp_dirs, tensor_files
+from fm9g.checkpoint.layout import MANIFEST
+from fm9g.checkpoint.manifest import ProgressCallback, find_damaged_files, read_manifest
+from fm9g.checkpoint.steps import best_step
 from fm9g.errors import UserError
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A row of a list of checkpoints.
+    """What a list of checkpoints says about one.
 
-    written: seconds since 1970. size: bytes. tokens, loss, val_loss: None where they are not known. contents: some of
-    weights, optimizer, ema. problem: by the sizes of the files alone; empty: none.
+    Attributes:
+        folder: its folder.
+        written: time of writing, in seconds since 1970.
+        size: bytes of all its files.
+        tokens, loss, val_loss: None if unknown.
+        contents: some of weights, optimizer, ema.
+        problem: what is wrong, judged by the sizes of the files alone; empty: nothing.
     """
 
     folder: Path
@@ -40,8 +41,15 @@ class CheckpointInfo:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """The checkpoints of a run, in order. newest: the last whole one. best: the whole one of the least val_loss.
-    leftovers: folders that a save which has not ended left, and whose they are."""
+    """What a list of checkpoints says about a run.
+
+    Attributes:
+        folder: the folder of its checkpoints.
+        checkpoints: in the order of steps.
+        newest: the last undamaged one.
+        best: the undamaged one with the lowest val_loss.
+        leftovers: temporary folders of unfinished saves, each with an explanation.
+    """
 
     folder: Path
     checkpoints: list[CheckpointInfo]
@@ -51,17 +59,17 @@ class RunInfo:
 
 
 def inspect_run(folder: Path) -> RunInfo:
-    """Every checkpoint of a run, whole or not; none of their tensors is read."""
-    listed = []
+    """Every checkpoint of a run, damaged ones included."""
+    infos = []
     for step in list_checkpoints(folder):
-        with suppress(FileNotFoundError):  # a run that goes on may be deleting it
-            listed.append(_checkpoint_info(step))
-    whole = [item for item in listed if not item.problem]
+        with suppress(FileNotFoundError):  # a running training may be deleting it
+            infos.append(_checkpoint_info(step))
+    undamaged = [info for info in infos if not info.problem]
     best = best_step(folder)
     return RunInfo(
         folder=folder,
-        checkpoints=listed,
-        newest=whole[-1].folder if whole else None,
+        checkpoints=infos,
+        newest=undamaged[-1].folder if undamaged else None,
         best=None if best is None else folder / str(best),
         leftovers=stale_temp_dirs(folder),
     )
@@ -92,7 +100,7 @@ def _number(value: Any) -> float | None:
 
 
 def list_files(path: Path) -> list[Path]:
-    """All below a folder; or the file itself."""
+    """All files below a folder; or the file itself."""
     return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 
@@ -101,12 +109,13 @@ def file_size(file: Path) -> int:
 
 
 def timestamp_of(path: Path) -> float:
+    """When a checkpoint or a file was written, in seconds since 1970."""
     manifest = path / MANIFEST  # written last, and only once
     return (manifest if manifest.is_file() else path).stat().st_mtime
 
 
 def find_problems(folder: Path, on_progress: ProgressCallback | None = None) -> Iterator[tuple[str, str]]:
-    """The names of damaged files, and what is wrong. on_progress: None: the sizes alone are compared."""
+    """The names of damaged files, each with what is wrong. on_progress: None compares only the sizes."""
     if not (folder / MANIFEST).is_file():
         yield MANIFEST, "is missing"
         return
@@ -116,10 +125,10 @@ def find_problems(folder: Path, on_progress: ProgressCallback | None = None) -> 
         yield MANIFEST, relative_message(folder, error).removeprefix(f"{MANIFEST}: ")
         return
     if folder.name != str(step):
-        yield MANIFEST, f"is that of step {step}; give the folder its name back"
+        yield MANIFEST, f"is that of step {step}; rename the folder to {step}"
     yield from find_damaged_files(folder, files, on_progress is not None, on_progress)
 
 
 def relative_message(folder: Path, error: UserError) -> str:
-    """An error's text without the folder, which the reader knows, on one line."""
+    """The text of an error on one line, without the folder, which the reader knows."""
     return str(error).replace(f"{folder}/", "").replace("\n", "; ")

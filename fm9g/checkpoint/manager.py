@@ -1,4 +1,4 @@
-"""Writes the checkpoints of a run one after the other, at once or beside the training, and keeps their folder tidy."""
+"""Saves the checkpoints of a run, at once or in the background, and deletes old ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from fm9g.checkpoint.checkpoint import Snapshot, Tensors, best_step, list_steps, mark_abandoned, save_checkpoint
+from fm9g.checkpoint.save import Snapshot, Tensors, save_checkpoint
+from fm9g.checkpoint.steps import best_step, list_steps, mark_abandoned
 from fm9g.errors import UserError
 from fm9g.io.atomic import atomic_rmtree
 
@@ -18,9 +19,11 @@ EventCallback = Callable[[int, str, str], None]
 
 
 class CheckpointManager:
-    """One on every rank: all of them collect, rank 0 writes. Attributes speak of rank 0.
+    """Exists on every rank: all ranks gather the tensors, rank 0 writes. The attributes are meaningful on rank 0.
 
-    last_saved_step: the step of the last checkpoint that is whole. failure: why the last one is not, or empty.
+    Attributes:
+        last_saved_step: step of the last complete checkpoint, None if there is none.
+        failure: why the last save failed; empty if it did not.
     """
 
     def __init__(
@@ -34,18 +37,20 @@ class CheckpointManager:
         abandoned_steps: list[int],
         on_event: EventCallback,
     ) -> None:
-        """is_rank_zero: this is rank 0. async_save: write in a thread, from copies. max_to_keep: checkpoints to keep,
-        0 for all. obsolete_steps: steps of another run, deleted when this one has a checkpoint. abandoned_steps: steps
-        of a course that is left, set aside before this one's first is written. on_event: (step, kind, text) of an
-        event, called in the thread.
+        """Prepares saving; no file is touched before the first save.
+
+        Args:
+            root: the folder of the run's checkpoints.
+            is_rank_zero: whether this is rank 0.
+            async_save: copy the tensors and write the copies in a thread.
+            max_to_keep: number of checkpoints to keep, 0 for all.
+            obsolete_steps: checkpoints of an overwritten run, deleted after the first save of this one.
+            abandoned_steps: checkpoints after the resumed step, renamed before the first save.
+            on_event: called with step, kind and text of each event, in the thread that writes.
         """
-        self._root, self._is_rank_zero, self._async_save, self._max_to_keep = (
-            root,
-            is_rank_zero,
-            async_save,
-            max_to_keep,
-        )
-        self._obsolete_steps, self._abandoned_steps, self._on_event = obsolete_steps, abandoned_steps, on_event
+        self._root, self._max_to_keep, self._on_event = root, max_to_keep, on_event
+        self._is_rank_zero, self._async_save = is_rank_zero, async_save
+        self._obsolete_steps, self._abandoned_steps = obsolete_steps, abandoned_steps
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._buffers: dict[str, dict[str, torch.Tensor]] = {}
@@ -53,8 +58,10 @@ class CheckpointManager:
         self.failure = ""
 
     def save(self, snapshot: Snapshot) -> None:
-        """Writes a checkpoint, or begins to, when the one before it is written. What goes wrong with files is told, and
-        ends nothing."""
+        """Waits for the previous save, then writes a checkpoint or starts to.
+
+        A failure to write files is reported through `on_event` and `failure`, and does not stop training.
+        """
         self.wait()
         if not self._async_save:
             self._write(snapshot)
@@ -67,7 +74,7 @@ class CheckpointManager:
         self._thread.start()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Returns when nothing is being written, or after so many seconds."""
+        """Returns when no save is running, or after `seconds`. Raises what a save in the background raised."""
         if self._thread is not None:
             self._thread.join(seconds)
             self._thread = None
@@ -77,41 +84,42 @@ class CheckpointManager:
     def _write_in_background(self, snapshot: Snapshot) -> None:
         try:
             self._write(snapshot)
-        except BaseException as error:  # shown by the thread that trains
+        except BaseException as error:  # raised again in the training thread
             self._error = error
 
     def _write(self, snapshot: Snapshot) -> None:
         remaining: dict[str, Any] = {kind: _RemainingTensors(tensors) for kind, tensors in snapshot.tensors().items()}
         if self._is_rank_zero:
-            try:
-                if self._abandoned_steps:
-                    mark_abandoned(self._root, self._abandoned_steps)
-                    self._abandoned_steps = []
-                save_checkpoint(self._root, replace(snapshot, **remaining))
-                self.failure, self.last_saved_step = "", snapshot.step
-                self._on_event(snapshot.step, "save", f"checkpoint written: {self._root / str(snapshot.step)}")
-            except UserError as error:
-                self.failure = str(error)
-                last = (
-                    ""
-                    if self.last_saved_step is None
-                    else f"; the last good one is {self._root / str(self.last_saved_step)}"
-                )
-                self._on_event(snapshot.step, "save_failed", f"no checkpoint of this step{last}: {error}")
-            else:
-                try:
-                    self._prune()
-                except OSError as error:  # more is kept than was wanted, until the next checkpoint
-                    self._on_event(snapshot.step, "tidy_failed", f"an old checkpoint could not be deleted: {error}")
-        for rest in remaining.values():  # the other ranks hand over everything, whatever became of it
+            self._write_files(replace(snapshot, **remaining))
+        for rest in remaining.values():  # other ranks send all tensors, even after a failed write
             for _ in rest:
                 pass
 
+    def _write_files(self, snapshot: Snapshot) -> None:
+        step = snapshot.step
+        try:
+            if self._abandoned_steps:
+                mark_abandoned(self._root, self._abandoned_steps)
+                self._abandoned_steps = []
+            save_checkpoint(self._root, snapshot)
+        except UserError as error:
+            self.failure = str(error)
+            last = self.last_saved_step
+            previous = "" if last is None else f"; the last complete one is {self._root / str(last)}"
+            self._on_event(step, "save_failed", f"no checkpoint was saved at this step{previous}: {error}")
+            return
+        self.failure, self.last_saved_step = "", step
+        self._on_event(step, "save", f"checkpoint written: {self._root / str(step)}")
+        try:
+            self._prune()
+        except OSError as error:  # too many checkpoints remain until the next save
+            self._on_event(step, "prune_failed", f"an old checkpoint could not be deleted: {error}")
+
     def _prune(self) -> None:
-        """Deletes what is no longer kept: of a run before, and beyond the limit all but the last and the best."""
+        """Deletes obsolete checkpoints, and those beyond the limit except the newest ones and the best one."""
         while self._obsolete_steps:
-            if (old := self._obsolete_steps[-1]) != self.last_saved_step:
-                atomic_rmtree(self._root / str(old))
+            if (step := self._obsolete_steps[-1]) != self.last_saved_step:
+                atomic_rmtree(self._root / str(step))
             self._obsolete_steps.pop()
         steps = list_steps(self._root)
         if self._max_to_keep and len(steps) > self._max_to_keep:
@@ -124,7 +132,7 @@ class CheckpointManager:
 
 
 class _RemainingTensors:
-    """Tensors that can be gone on with where somebody stopped."""
+    """An iterator over tensors that a second consumer can continue."""
 
     def __init__(self, tensors: Tensors) -> None:
         self.meta, self._iterator = tensors.meta, iter(tensors)

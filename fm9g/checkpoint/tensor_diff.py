@@ -1,29 +1,29 @@
-"""Figures of the tensors of weight files: of one alone, and of how two differ.
+"""Statistics of the tensors of weight files, of one file and of the differences between two.
 
-Tensors are mapped from the disk and looked at one at a time, in pieces, so that memory stays small.
+Tensors are read one at a time, in chunks, so that memory stays small.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fm9g.checkpoint.checkpoint import ProgressCallback
-from fm9g.errors import UserError
-from fm9g.io.weights import read_weights
+from fm9g.checkpoint.manifest import ProgressCallback
+from fm9g.io.lazy_tensor import LazyTensor, TensorMeta, reject_repeated_values
+from fm9g.io.pt_file import open_pt
 
-_CHUNK_ELEMENTS = 1 << 22  # values that are looked at at a time: as doubles, 32 MiB
+CHUNK_ELEMENTS = 1 << 22  # elements in memory at a time; 32 MiB as float64
 
 
 @dataclass(frozen=True)
 class WeightStats:
-    """Of the finite values of a tensor; None where it has none. std: of the population."""
+    """Statistics of the finite values of a tensor; None if it has none. std: of the population."""
 
     name: str
     shape: list[int]
@@ -37,9 +37,14 @@ class WeightStats:
 
 @dataclass(frozen=True)
 class TensorDelta:
-    """Between two tensors a and b of a shape. max_abs: of |a - b|. relative: |a - b| / |a| in the L2 norm.
+    """The difference between two tensors a and b of the same shape.
 
-    relative, cosine: nan where a norm is 0. dtypes: of both, where they are not the same.
+    Attributes:
+        name: their name.
+        max_abs: max |a - b|.
+        relative: |a - b| / |a| in the L2 norm; nan if |a| is 0.
+        cosine: of the angle between a and b; nan if a norm is 0.
+        dtypes: both types, if they differ.
     """
 
     name: str
@@ -51,7 +56,14 @@ class TensorDelta:
 
 @dataclass(frozen=True)
 class TensorDiff:
-    """Between two files of tensors. shapes: name, and the shapes of both. deltas: largest first."""
+    """The differences between two files of tensors.
+
+    Attributes:
+        count: number of different names.
+        only_a, only_b: names that one file lacks.
+        shapes: name and both shapes, where they differ.
+        deltas: of tensors with different values or types, largest first.
+    """
 
     count: int
     only_a: list[str]
@@ -61,38 +73,45 @@ class TensorDiff:
 
     @property
     def equal(self) -> bool:
-        """Bit for bit, in names, shapes and types too."""
+        """Whether names, shapes, types and all bits are equal."""
         return not (self.only_a or self.only_b or self.shapes or self.deltas)
 
 
-def dtype_of(tensor: torch.Tensor) -> str:
-    """As `bfloat16`."""
+def dtype_name(tensor: TensorMeta) -> str:
+    """The name of its type, such as `bfloat16`."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def describe_nonfinite(file: Path, tensors: dict[str, torch.Tensor], on_progress: ProgressCallback) -> str:
-    """How many values of a file's tensors are not finite, and where, in words; empty where all are."""
-    found = {}
+def describe_nonfinite(tensors: Mapping[str, LazyTensor], on_progress: ProgressCallback) -> str:
+    """How many values are not finite, and where, in words; empty if all are finite."""
+    counts = {}
     for name, tensor in tensors.items():
         count = 0
-        for chunk in _chunks(f"{file}: {name}", tensor):
-            # Types of one byte have no isfinite of their own; float() would make infinities of large doubles.
+        for chunk in _chunks(name, tensor, CHUNK_ELEMENTS):
+            # isfinite lacks the one-byte types, and float() would turn large doubles into infinities.
             count += chunk.numel() - int(torch.isfinite(chunk.float() if chunk.itemsize == 1 else chunk).sum())
             on_progress(chunk.nbytes)
         if count:
-            found[name] = count
-    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-    return f"{sum(found.values())} values are not finite, in {next(iter(found))}{more}" if found else ""
+            counts[name] = count
+    more = f" and {len(counts) - 1} more" if len(counts) > 1 else ""
+    return f"{sum(counts.values())} values are not finite, in {next(iter(counts))}{more}" if counts else ""
 
 
-def weight_stats(file: Path, on_progress: ProgressCallback) -> Iterator[WeightStats]:
-    """Of every tensor of a file, in its order. on_progress: told of the bytes that are done.
+def weight_stats(
+    file: Path, on_progress: ProgressCallback, chunk_elements: int = CHUNK_ELEMENTS
+) -> Iterator[WeightStats]:
+    """Statistics of every tensor of a file, in its order.
 
-    Mean and squares are merged piece by piece (Chan, Golub, LeVeque 1979), which loses no digits.
+    Args:
+        file: a .pt file.
+        on_progress: called with a number of further bytes that are done.
+        chunk_elements: elements in memory at a time.
+
+    Mean and squares of chunks are merged without loss of digits (Chan, Golub, LeVeque 1979).
     """
-    for name, tensor in read_weights(file).items():
+    for name, tensor in open_pt(file).items():
         count, mean, squares, lowest, highest = 0, 0.0, 0.0, math.inf, -math.inf
-        for chunk in _chunks(f"{file}: {name}", tensor):
+        for chunk in _chunks(name, tensor, chunk_elements):
             values = chunk.double()
             values = values[values.isfinite()]
             if new := values.numel():
@@ -103,71 +122,75 @@ def weight_stats(file: Path, on_progress: ProgressCallback) -> Iterator[WeightSt
                 count += new
             on_progress(chunk.nbytes)
         stats = (mean, math.sqrt(squares / count), lowest, highest) if count else (None,) * 4
-        yield WeightStats(name, list(tensor.shape), dtype_of(tensor), tensor.numel() - count, *stats)
+        yield WeightStats(name, list(tensor.shape), dtype_name(tensor), tensor.shape.numel() - count, *stats)
 
 
-def compare_tensors(a: Path, b: Path, on_progress: ProgressCallback) -> TensorDiff:
-    """What is different in two files of tensors. on_progress: told of the bytes of a's that are done."""
-    ours, theirs = read_weights(a), read_weights(b)
+def compare_tensors(
+    a: Path, b: Path, on_progress: ProgressCallback, chunk_elements: int = CHUNK_ELEMENTS
+) -> TensorDiff:
+    """The differences between two .pt files.
+
+    Args:
+        a, b: the files.
+        on_progress: called with a number of further bytes of `a` that are done.
+        chunk_elements: elements of each in memory at a time.
+    """
+    tensors_a, tensors_b = open_pt(a), open_pt(b)
     shapes, deltas = [], []
-    for name in (name for name in ours if name in theirs):  # in the order of the file
-        one, other = ours[name], theirs[name]
+    for name in (name for name in tensors_a if name in tensors_b):  # in the order of the file
+        one, other = tensors_a[name], tensors_b[name]
         if one.shape != other.shape:
             shapes.append((name, list(one.shape), list(other.shape)))
-        elif one.dtype != other.dtype or not _same_bits(_pairs(a, b, name, one, other)):
-            dtypes = "" if one.dtype == other.dtype else f"{dtype_of(one)}, {dtype_of(other)}"
-            deltas.append(TensorDelta(name, *_delta(_pairs(a, b, name, one, other)), dtypes))
+        elif one.dtype != other.dtype or not _same_bits(_pairs(name, one, other, chunk_elements)):
+            dtypes = "" if one.dtype == other.dtype else f"{dtype_name(one)}, {dtype_name(other)}"
+            deltas.append(TensorDelta(name, *_delta(_pairs(name, one, other, chunk_elements)), dtypes))
         on_progress(one.nbytes)
     return TensorDiff(
-        count=len(ours.keys() | theirs.keys()),
-        only_a=sorted(ours.keys() - theirs.keys()),
-        only_b=sorted(theirs.keys() - ours.keys()),
+        count=len(tensors_a.keys() | tensors_b.keys()),
+        only_a=sorted(tensors_a.keys() - tensors_b.keys()),
+        only_b=sorted(tensors_b.keys() - tensors_a.keys()),
         shapes=sorted(shapes),
-        # What is not a number at all comes before the largest.
+        # nan sorts before the largest.
         deltas=sorted(deltas, key=lambda d: (-math.inf if math.isnan(d.max_abs) else -d.max_abs, d.name)),
     )
 
 
-Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]
+_Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 
-def _same_bits(pairs: Pairs) -> bool:
-    return all(torch.equal(mine.view(torch.uint8), yours.view(torch.uint8)) for mine, yours in pairs)
+def _same_bits(pairs: _Pairs) -> bool:
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
 
 
-def _delta(pairs: Pairs) -> tuple[float, float, float]:
+def _delta(pairs: _Pairs) -> tuple[float, float, float]:
     """max_abs, relative and cosine of TensorDelta."""
     largest, sums = torch.zeros((), dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
-    for mine, yours in pairs:
-        x, y = mine.double(), yours.double()
-        gap = x - y
-        largest = torch.maximum(largest, gap.abs().max())  # which keeps a nan
-        sums += torch.stack([gap.dot(gap), x.dot(x), y.dot(y), x.dot(y)])
-    gaps, squares_a, squares_b, product = sums.tolist()
-    both = math.sqrt(squares_a) * math.sqrt(squares_b)
-    return float(largest), math.sqrt(gaps / squares_a) if squares_a else math.nan, product / both if both else math.nan
+    for a, b in pairs:
+        x, y = a.double(), b.double()
+        difference = x - y
+        largest = torch.maximum(largest, difference.abs().max())  # which propagates nan
+        sums += torch.stack([difference.dot(difference), x.dot(x), y.dot(y), x.dot(y)])
+    squares, squares_a, squares_b, product = sums.tolist()
+    norms = math.sqrt(squares_a) * math.sqrt(squares_b)
+    relative = math.sqrt(squares / squares_a) if squares_a else math.nan
+    return float(largest), relative, product / norms if norms else math.nan
 
 
-def _pairs(a: Path, b: Path, name: str, one: torch.Tensor, other: torch.Tensor) -> Pairs:
-    return zip(_chunks(f"{a}: {name}", one), _chunks(f"{b}: {name}", other))
+def _pairs(name: str, one: LazyTensor, other: LazyTensor, chunk_elements: int) -> _Pairs:
+    return zip(_chunks(name, one, chunk_elements), _chunks(name, other, chunk_elements))
 
 
-def _chunks(where: str, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A tensor's values in flat, contiguous pieces. Raises UserError for a kind of tensor that has none."""
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
-        raise UserError(f"{where}: found {tensor.type()}, expected a plain tensor of real numbers")
-    if tensor.nbytes > tensor.untyped_storage().nbytes():  # written out, a few bytes could fill the memory
-        raise UserError(f"{where}: repeats its values ({list(tensor.shape)} of them); write it out in full")
-    if tensor.numel():
-        for chunk in tensor.detach().reshape(-1).split(_CHUNK_ELEMENTS):
-            yield chunk.contiguous()
+def _chunks(name: str, tensor: LazyTensor, elements: int) -> Iterator[torch.Tensor]:
+    """A tensor's values in flat chunks. Raises UserError if it repeats its values."""
+    reject_repeated_values(name, tensor)
+    yield from tensor.flat_chunks(elements)
 
 
-def infer_model_config(weights: dict[str, torch.Tensor]) -> dict[str, Any] | None:
-    """The keys of a model configuration that shapes tell; None for weights of something else."""
+def infer_model_config(weights: Mapping[str, TensorMeta]) -> dict[str, Any] | None:
+    """The keys of a model configuration that follow from the shapes; None if these are not a 9G model's."""
     embedding = weights.get("input_embedding.weight")
     gate = weights.get("encoder.layers.0.ffn.ffn.w_in.w_0.weight")
-    if embedding is None or gate is None or embedding.dim() != 2 or gate.dim() != 2:
+    if embedding is None or gate is None or len(embedding.shape) != 2 or len(gate.shape) != 2:
         return None
     layers = {match[1] for name in weights if (match := re.match(r"encoder\.layers\.(\d+)\.", name))}
     return {

@@ -1,6 +1,6 @@
-"""The command `fm9g`: its subcommands, each a thin function over the library.
+"""The command line of fm9g. Each command is a thin function over the library.
 
-Only what argument parsing needs is imported here, so that `--help` answers at once.
+Imports only what parsing the arguments needs, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import io
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,15 @@ from fm9g.cli.lora import add_lora_commands
 from fm9g.cli.report import add_report_commands
 from fm9g.cli.run import add_run_commands
 from fm9g.errors import UserError
-from fm9g.io.atomic import is_too_many_open_files, raise_open_file_limit, too_many_open_files
 from fm9g.io.inputs import protect_inputs
+from fm9g.io.open_files import is_too_many_open_files, raise_open_file_limit, too_many_open_files
 from fm9g.io.utf8 import ensure_utf8_mode
 from fm9g.log import log_to_console
-from fm9g.memory import TRAINING_OOM_ADVICE, oom_as_user_error
 from fm9g.openmp import limit_spin_wait
+from fm9g.out_of_memory import TRAINING_OOM_ADVICE, oom_as_user_error
 from fm9g.printable import printable_output, raw_stream
 
-_MEMORY_ADVICE = {  # what makes a subcommand take less memory
+_MEMORY_ADVICE = {  # how a command needs less memory
     "train": TRAINING_OOM_ADVICE,
     "data": "give fewer --workers, end other programs, or raise the limit (ulimit -v)",
     "generate": "lower max_new_tokens, give a smaller model, or raise the limit (ulimit -v)",
@@ -36,13 +37,13 @@ _MEMORY_ADVICE = {  # what makes a subcommand take less memory
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command line; returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Runs a command line; returns the exit status: 0, 2 for a mistake of the user, 130 if interrupted."""
     if argv is None:
         ensure_utf8_mode()
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # a closed one is none
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # None if it is closed
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - for as long as the process
-    for stream in (sys.stdout, sys.stderr):  # whatever a terminal cannot show must not end the command
+    for stream in (sys.stdout, sys.stderr):  # characters that a terminal cannot show must not end the command
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     raise_open_file_limit()
@@ -57,8 +58,8 @@ def _main(argv: list[str]) -> int:
     if rest and not options.accepts_overrides:
         parser.error(f"unknown arguments: {' '.join(rest)} (see fm9g {options.command} --help)")
     try:
-        if odd := [word for word in argv if "\0" in word]:
-            raise UserError(f"{odd[0]}: holds a NUL character, which no path and no text on a command line has")
+        if with_nul := [word for word in argv if "\0" in word]:
+            raise UserError(f"{with_nul[0]}: contains a NUL character, which is not possible in a path or an argument")
         options.rest = rest
         with (
             protect_inputs(),
@@ -79,7 +80,7 @@ def _main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    except OSError as error:  # what no room expected: the system's own words name the file
+    except OSError as error:  # one that no package expected; the message of the system names the file
         if isinstance(error, BrokenPipeError):  # the reader of our output went away, as in `fm9g ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
@@ -92,9 +93,11 @@ def _main(argv: list[str]) -> int:
         print(f"fm9g: {known}", file=sys.stderr)
         return 2
     except ValueError as error:
-        if "embedded null" not in str(error):  # what Python says of such a path
+        if "embedded null" not in str(error):  # the message of Python for such a path
             raise
-        print("fm9g: a path in a file that was read holds a NUL character, which no path has", file=sys.stderr)
+        print(
+            "fm9g: a path in an input file contains a NUL character, which is not possible in a path", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         print("fm9g: interrupted", file=sys.stderr)
@@ -102,8 +105,8 @@ def _main(argv: list[str]) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes `--some-option` and `--some_option` alike. Refuses an option that is given twice, of which one would be
-    lost, and an empty path, which is the current folder to Python, and mostly a variable of the shell that is not set.
+    """Treats `--some-option` and `--some_option` alike. Refuses an option that is given twice, since one value would be
+    lost, and an empty path: Python takes it for the current folder, but usually a shell variable is not set.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -124,7 +127,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _with_known_spelling(word: str, known: dict[str, str]) -> str:
-    """A word of a command line. known: options with underscores alone -> as the parser has them."""
+    """Spells an option as the parser does. known: option with underscores -> spelling of the parser."""
     name, equals, value = word.partition("=")
     return known.get(name.replace("-", "_"), name) + equals + value if name[:2] == "--" else word
 
@@ -143,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     def subcommand(
         name: str, run: Any, help: str, parent: Any = subparsers, accepts_overrides: bool = False
     ) -> argparse.ArgumentParser:
-        sub = parent.add_parser(name, help=help, description=help)
+        sub: argparse.ArgumentParser = parent.add_parser(name, help=help, description=help)
         sub.set_defaults(run=run, accepts_overrides=accepts_overrides)
         return sub
 
@@ -152,11 +155,13 @@ def _parser() -> argparse.ArgumentParser:
         return sub.add_subparsers(dest=f"{name}_command", required=True, metavar="VERB")
 
     quick = subcommand(
-        "quickstart", _quickstart, "the whole path on this machine: text, index, training, export, generation"
+        "quickstart", _quickstart, "try everything once on this machine: text, index, training, export, generation"
     )
-    quick.add_argument("--out", type=Path, default=Path("quickstart"), help="folder for all that is made (%(default)s)")
-    quick.add_argument("--steps", type=int, default=200, help="optimizer steps (%(default)s)")
-    quick.add_argument("--overwrite", action="store_true", help="replace --out if it holds something")
+    quick.add_argument(
+        "--out", type=Path, default=Path("quickstart"), help="folder for all results (default: %(default)s)"
+    )
+    quick.add_argument("--steps", type=int, default=200, help="number of optimizer steps (default: %(default)s)")
+    quick.add_argument("--overwrite", action="store_true", help="replace --out if it is not empty")
 
     add_run_commands(subcommand, group)
     add_report_commands(subcommand)
@@ -169,14 +174,14 @@ def _parser() -> argparse.ArgumentParser:
     generate = subcommand("generate", _generate, "continue a prompt with the model of a Hugging Face folder")
     generate.add_argument("folder", type=Path, help="a Hugging Face folder")
     generate.add_argument("--prompt", required=True, help="the text to continue")
-    generate.add_argument("--chat", action="store_true", help="put the prompt into the folder's chat template")
-    generate.add_argument("--system", default="", help="with --chat: the system message")
+    generate.add_argument("--chat", action="store_true", help="format the prompt with the chat template of the folder")
+    generate.add_argument("--system", default="", help="with --chat: the system message; default: none")
     for option, kind, default, meaning in (
-        ("max_new_tokens", int, 100, "longest continuation"),
-        ("temperature", float, 0.0, "0: always the likeliest token"),
-        ("top_p", float, 1.0, "sample from the likeliest tokens that make up this share"),
-        ("repetition_penalty", float, 1.0, "above 1: what was said becomes less likely"),
-        ("seed", int, 1234, "of the sampling"),
+        ("max_new_tokens", int, 100, "maximum length of the continuation, in tokens"),
+        ("temperature", float, 0.0, "randomness of sampling; 0: always the most probable token"),
+        ("top_p", float, 1.0, "sample from the most probable tokens whose probabilities add up to this"),
+        ("repetition_penalty", float, 1.0, "above 1: repeating tokens becomes less probable; 1: no change"),
+        ("seed", int, 1234, "random seed of the sampling"),
     ):
         generate.add_argument(f"--{option}", type=kind, default=default, help=f"{meaning} (default: {default})")
     return parser
@@ -189,12 +194,9 @@ def _quickstart(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from fm9g.infer.generate import generate
+    from fm9g.infer.generate import GenerationOptions, generate
 
-    settings = {
-        key: getattr(options, key)
-        for key in ("max_new_tokens", "temperature", "top_p", "repetition_penalty", "seed", "chat", "system")
-    }
+    generation = GenerationOptions(**{field.name: getattr(options, field.name) for field in fields(GenerationOptions)})
     begun = False
     out = (
         sys.stdout if raw_stream(sys.stdout).isatty() else raw_stream(sys.stdout)
@@ -205,5 +207,5 @@ def _generate(options: argparse.Namespace) -> None:
         print(text if begun or options.chat else options.prompt, end="", flush=True, file=out)
         begun = True
 
-    generate(options.folder, options.prompt, on_text=show, **settings)
+    generate(options.folder, options.prompt, options=generation, on_text=show)
     print()

@@ -1,47 +1,54 @@
-"""The subcommands of checkpoints: ls, verify, show, diff. None of them writes anything."""
+"""The subcommands for checkpoints: ls, verify, show, diff. None of them writes anything."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import unicodedata
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fm9g.printable import printable
+from fm9g.text_table import text_table
 
-_MAX_SHOWN = 10  # differences and names in a list that is not all of them
+if TYPE_CHECKING:
+    from fm9g.checkpoint.tensor_diff import TensorDiff
+
+_MAX_SHOWN = 10  # lines of a list of differences, without --all
 
 
 def add_ckpt_commands(subcommand: Any, group: Any) -> None:
-    """subcommand, group: put a subcommand, or a group of them, on the command line."""
-    ckpt = group("ckpt", "ls, verify, show, diff: look at checkpoints; nothing is changed")
+    """Adds them to the command line. subcommand, group: functions that add a subcommand, or a group of them."""
+    ckpt = group("ckpt", "ls, verify, show, diff: look at checkpoints without changing them")
     where = "a folder, or RUN/STEP, RUN/best or RUN/last in data/checkpoints/"
     ls = subcommand(
-        "ls", _ls, "the checkpoints of runs: size, loss, what they hold, whether they are whole", parent=ckpt
+        "ls", _ls, "list the checkpoints of runs: size, loss, contents, whether they are complete", parent=ckpt
     )
     ls.add_argument(
-        "runs", nargs="*", type=Path, metavar="RUN", help="a folder, or a name in data/checkpoints/; default: all there"
+        "runs",
+        nargs="*",
+        type=Path,
+        metavar="RUN",
+        help="a folder, or a name in data/checkpoints/; default: all of these",
     )
     verify = subcommand(
-        "verify", _verify, "read whole checkpoints: checksums, shapes, values; 2: something is wrong", ckpt
+        "verify", _verify, "read all of a checkpoint: checksums, shapes, values; exit status 2: a problem", ckpt
     )
     verify.add_argument(
-        "paths", nargs="+", type=Path, metavar="PATH", help=f"a checkpoint: {where}; or a run, for all of it"
+        "paths", nargs="+", type=Path, metavar="PATH", help=f"a checkpoint: {where}; or a run, for all its checkpoints"
     )
-    show = subcommand("show", _show, "what a checkpoint, or a 9G .pt file, is", parent=ckpt)
+    show = subcommand("show", _show, "describe a checkpoint or a 9G .pt file", parent=ckpt)
     show.add_argument("path", type=Path, metavar="PATH", help=f"a .pt file, or a checkpoint: {where}")
     show.add_argument("--weights", action="store_true", help="also shape, type and statistics of every weight")
-    show.add_argument("--json", action="store_true", help="as JSON; null: not known, or not a finite number")
+    show.add_argument("--json", action="store_true", help="as JSON; null: unknown, or not a finite number")
     diff = subcommand(
-        "diff", _diff, "what two checkpoints, or .pt files, differ in; 0: their weights are equal, else 1", ckpt
+        "diff", _diff, "compare two checkpoints or .pt files; exit status 0: equal weights, 1: different", ckpt
     )
     diff.add_argument("a", type=Path, metavar="A", help=f"a .pt file, or a checkpoint: {where}")
     diff.add_argument("b", type=Path, metavar="B", help="another one")
-    diff.add_argument("--all", action="store_true", help=f"every difference, not the {_MAX_SHOWN} largest")
+    diff.add_argument("--all", action="store_true", help=f"every difference, not only the {_MAX_SHOWN} largest")
 
 
 def _ls(options: argparse.Namespace) -> None:
@@ -49,12 +56,12 @@ def _ls(options: argparse.Namespace) -> None:
     from fm9g.checkpoint.listing import inspect_run
 
     folders = [run for path in options.runs or [None] for run in find_runs(path)]
-    rows: list[Sequence[str]] = [("run", "step", "written", "size", "tokens", "loss", "val_loss", "holds", "state")]
+    rows: list[Sequence[str]] = [("run", "step", "written", "size", "tokens", "loss", "val_loss", "contents", "state")]
     notes = []
     for run in map(inspect_run, dict.fromkeys(folders)):
         for item in run.checkpoints:
             marks = ["resume auto"] * (item.folder == run.newest) + ["best val_loss"] * (item.folder == run.best)
-            state = f"damaged: {item.problem}" if item.problem else "whole"
+            state = f"damaged: {item.problem}" if item.problem else "complete"
             rows.append(
                 (
                     run.folder.resolve().name,
@@ -68,8 +75,8 @@ def _ls(options: argparse.Namespace) -> None:
                     f"{state}  <- {', '.join(marks)}" if marks else state,
                 )
             )
-        notes += [printable(f"note: {leftover}: {why}") for leftover, why in run.leftovers]
-    print("\n".join([*_table(rows, right=(1, 3, 4, 5, 6)), *notes]))
+        notes += [printable(f"note: {leftover}: {explanation}") for leftover, explanation in run.leftovers]
+    print("\n".join([*text_table(rows, right=(1, 3, 4, 5, 6)), *notes]))
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -80,15 +87,15 @@ def _verify(options: argparse.Namespace) -> int:
     damaged = 0
     for folder in dict.fromkeys(folder for path in options.paths for folder in find_checkpoints(path)):
         with Progress(f"verifying {folder.name}", verify_bytes(folder), "B") as progress:
-            found = verify(folder, progress.advance)
+            result = verify(folder, progress.advance)
         if not folder.exists():
             print(printable(f"{folder}: was deleted meanwhile"), flush=True)
-        elif found.problems:
+        elif result.problems:
             damaged += 1
-            print("\n  ".join(map(printable, [f"{folder}: damaged", *found.problems])))
+            print("\n  ".join(map(printable, [f"{folder}: damaged", *result.problems])))
         else:
-            size = f"{found.files} files, {_bytes(found.size)}, {found.parameters:,} parameters"
-            print(printable(f"{folder}: whole: {size}, every value finite"), flush=True)
+            size = f"{result.files} files, {_bytes(result.size)}, {result.parameters:,} parameters"
+            print(printable(f"{folder}: complete: {size}, all values finite"), flush=True)
     return 2 if damaged else 0
 
 
@@ -114,50 +121,51 @@ def _diff(options: argparse.Namespace) -> int:
     from fm9g.progress import Progress
 
     with Progress("comparing", tensors_size(options.a), "B") as progress:
-        found = compare(options.a, options.b, progress.advance)
+        result = compare(options.a, options.b, progress.advance)
     print(f"A: {printable(str(options.a))}\nB: {printable(str(options.b))}")
-    for title, changes in (("configuration", found.configuration), ("counts", found.trainer_state)):
+    for title, changes in (("configuration", result.configuration), ("counts", result.trainer_state)):
         if changes is None:
-            print(f"{title}: not told by both")
+            print(f"{title}: not in both")
         elif not changes:
             print(f"{title}: equal")
         else:
             rows = [("", "A", "B"), *((key, _value(a), _value(b)) for key, a, b in changes)]
             print(
-                "\n  ".join([f"{title}: {len(changes)} {'differ' if len(changes) > 1 else 'differs'}", *_table(rows)])
+                "\n  ".join(
+                    [f"{title}: {len(changes)} {'differ' if len(changes) > 1 else 'differs'}", *text_table(rows)]
+                )
             )
-    places = {None: "not told by both", True: "equal", False: "not equal"}
-    print(f"data position: {places[found.loader_state]}")
-    for kind, tensors in found.tensors.items():
+    positions = {None: "not in both", True: "equal", False: "different"}
+    print(f"data position: {positions[result.loader_state]}")
+    for kind, tensors in result.tensors.items():
         print("\n  ".join(_tensor_lines(kind, tensors, options.all)))
-    return 0 if found.tensors["weights"].equal else 1
+    return 0 if result.tensors["weights"].equal else 1
 
 
-def _tensor_lines(kind: str, found: Any, everything: bool) -> Iterator[str]:
-    """found: a TensorDiff."""
-    if found.equal:
-        yield f"{kind}: {found.count} tensors, equal, bit for bit"
+def _tensor_lines(kind: str, diff: TensorDiff, show_all: bool) -> Iterator[str]:
+    if diff.equal:
+        yield f"{kind}: {diff.count} tensors, all bits equal"
         return
-    yield f"{kind}: of {found.count} tensors, {len(found.deltas)} differ in values, {len(found.shapes)} in shape"
-    only = [("only in A", name) for name in found.only_a] + [("only in B", name) for name in found.only_b]
+    yield f"{kind}: of {diff.count} tensors, {len(diff.deltas)} differ in values, {len(diff.shapes)} in shape"
+    only = [("only in A", name) for name in diff.only_a] + [("only in B", name) for name in diff.only_b]
     rows = [(name, where) for where, name in only]
-    rows += [(name, f"shape {a} in A, {b} in B") for name, a, b in found.shapes]
-    yield from _shortened(_table(rows), everything)
-    if found.deltas:
-        figures = [(d.name, f"{d.max_abs:.3e}", f"{d.relative:.3e}", f"{d.cosine:.6f}", d.dtypes) for d in found.deltas]
+    rows += [(name, f"shape {a} in A, {b} in B") for name, a, b in diff.shapes]
+    yield from _shortened(text_table(rows), show_all)
+    if diff.deltas:
+        deltas = [(d.name, f"{d.max_abs:.3e}", f"{d.relative:.3e}", f"{d.cosine:.6f}", d.dtypes) for d in diff.deltas]
         header = ("", "largest |A - B|", "|A - B| / |A|", "cosine", "")
-        yield from _shortened(_table([header, *figures], right=(1, 2, 3)), everything, 1)
+        yield from _shortened(text_table([header, *deltas], right=(1, 2, 3)), show_all, 1)
 
 
-def _shortened(lines: list[str], everything: bool, header: int = 0) -> Iterator[str]:
-    shown = len(lines) if everything else _MAX_SHOWN + header
+def _shortened(lines: list[str], show_all: bool, header: int = 0) -> Iterator[str]:
+    shown = len(lines) if show_all else _MAX_SHOWN + header
     yield from lines[:shown]
     if len(lines) > shown:
         yield f"and {len(lines) - shown} more; --all shows them"
 
 
 def _description(shown: dict[str, Any]) -> Iterator[str]:
-    """What describe gives, as text."""
+    """The result of `describe` as text."""
     counts, model = shown["counts"], shown["model"] or {}
     yield printable(shown["path"])
     facts = [("written", shown["written"].replace("T", " "))]
@@ -171,23 +179,25 @@ def _description(shown: dict[str, Any]) -> Iterator[str]:
         facts += [("data", text) for text in _data_lines(shown["data"])]
     keys = ", ".join(f"{key} {_value(value)}" for key, value in _main_keys(model))
     facts += (
-        [("model", keys), ("", f"from {shown['model_from']}")] if keys else [("model", "not one of 9G, by its names")]
+        [("model", keys), ("", f"from {shown['model_from']}")]
+        if keys
+        else [("model", "not a 9G model, by the names of the weights")]
     )
     types = ", ".join(f"{count} {dtype}" for dtype, count in shown["dtypes"].items())
     facts.append(("parameters", f"{shown['parameters']:,} in {shown['tensors']} tensors: {types}"))
-    yield from (f"  {line}" for line in _table(facts))
+    yield from (f"  {line}" for line in text_table(facts))
     for section, values in shown["configuration"].items():
         if values:
-            yield f"[{printable(section)}] what is not a default"
+            yield f"[{printable(section)}] values that are not defaults"
             rows = [(key, _value(item.get("value")), str(item["from"])) for key, item in values.items()]
-            yield from (f"  {line}" for line in _table(rows))
+            yield from (f"  {line}" for line in text_table(rows))
     yield "files"
     files = [(name, _bytes(size)) for name, size in shown["files"].items()]
-    yield from (f"  {line}" for line in _table(files, right=(1,)))
+    yield from (f"  {line}" for line in text_table(files, right=(1,)))
     if "weights" in shown:
         yield "weights"
         header = ("", "shape", "type", "mean", "std", "min", "max", "")
-        table = _table([header, *map(_weight_row, shown["weights"])], right=(3, 4, 5, 6))
+        table = text_table([header, *map(_weight_row, shown["weights"])], right=(3, 4, 5, 6))
         yield from (f"  {line}" for line in table)
 
 
@@ -199,19 +209,19 @@ def _main_keys(model: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _data_lines(data: dict[str, Any] | None) -> Iterator[str]:
     if data is None:
-        yield "position not known"
+        yield "position unknown"
         return
-    for task, figures in data["tasks"].items():
-        yield f"{task}: {figures['begun']:,} records of {figures['records']:,} begun, {figures['epochs']:.3f} epochs"
-    yield f"{data['waiting']:,} records or samples of these wait for the next steps"
+    for task, counts in data["tasks"].items():
+        yield f"{task}: {counts['begun']:,} records of {counts['records']:,} started, {counts['epochs']:.3f} epochs"
+    yield f"{data['waiting']:,} of these records or samples wait for the next steps"
     for reason, count in data["skipped"].items():
-        yield f"{count:,} records gave no sample: {reason}"
+        yield f"{count:,} records were skipped: {reason}"
 
 
 def _weight_row(row: dict[str, Any]) -> Sequence[str]:
-    figures = ("" if row[key] is None else f"{row[key]:.4g}" for key in ("mean", "std", "min", "max"))
-    odd = f"{row['not_finite']:,} not finite" if row["not_finite"] else ""
-    return (row["name"], str(row["shape"]), row["dtype"], *figures, odd)
+    statistics = ("" if row[key] is None else f"{row[key]:.4g}" for key in ("mean", "std", "min", "max"))
+    remark = f"{row['not_finite']:,} not finite" if row["not_finite"] else ""
+    return (row["name"], str(row["shape"]), row["dtype"], *statistics, remark)
 
 
 def _value(value: Any) -> str:
@@ -219,7 +229,7 @@ def _value(value: Any) -> str:
 
 
 def _count(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else "not known"
+    return f"{value:,}" if isinstance(value, int) else "unknown"
 
 
 def _bytes(size: float) -> str:
@@ -230,27 +240,8 @@ def _bytes(size: float) -> str:
     return f"{size:.1f} GiB"
 
 
-def _table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Lines of columns; those numbered in `right` end at the same place."""
-    rows = [list(map(printable, row)) for row in rows]
-    widths = [max(map(_width, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        cells = []
-        for number, (cell, width) in enumerate(zip(row, widths)):
-            space = " " * (width - _width(cell))
-            cells.append(space + cell if number in right else cell + space)
-        lines.append("  ".join(cells).rstrip())
-    return lines
-
-
-def _width(text: str) -> int:
-    """Columns on a terminal."""
-    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
-
-
 def _finite(value: Any) -> Any:
-    """JSON has no nan and no infinity."""
+    """Replaces nan and infinity, which JSON lacks, by null."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fm9g.errors import UserError
-from fm9g.printable import printable, raw_stream
+from fm9g.printable import raw_stream
+
+if TYPE_CHECKING:
+    from fm9g.data.prepare.record_formats import ColumnMapping
+
+logger = logging.getLogger(__name__)
 
 
 def add_data_commands(subcommand: Any, group: Any) -> None:
-    """subcommand, group: put a subcommand, or a group of them, on the command line."""
-    data = group("data", "txt2jsonl, index, tokenizer, check, show: prepare data and look at it")
-    subcommand("txt2jsonl", _data_txt2jsonl, "plain text on stdin, a record a line, to jsonl on stdout", parent=data)
-    _add_index(subcommand("index", _data_index, "make an indexed dataset from files of any kind", parent=data))
+    """subcommand, group: add a subcommand, or a group of them, to the command line."""
+    data = group("data", "prepare and inspect data: txt2jsonl, index, tokenizer, check, show")
+    subcommand(
+        "txt2jsonl", _data_txt2jsonl, "convert plain text (stdin, a record per line) to jsonl (stdout)", parent=data
+    )
+    _add_index(subcommand("index", _data_index, "build an indexed dataset from files of any format", parent=data))
     tokenizer = subcommand(
         "tokenizer", _data_tokenizer, "train a byte-level BPE tokenizer on the texts of files", parent=data
     )
-    tokenizer.add_argument("files", nargs="+", metavar="FILE", help="what `fm9g data index` reads")
-    tokenizer.add_argument("--vocab_size", type=int, required=True, help="most tokens it may have, at least 258")
+    tokenizer.add_argument("files", nargs="+", metavar="FILE", help="anything that `fm9g data index` reads")
+    tokenizer.add_argument("--vocab_size", type=int, required=True, help="maximum number of tokens, at least 258")
     tokenizer.add_argument("--output", type=Path, required=True, help="folder of the new tokenizer")
-    tokenizer.add_argument("--overwrite", action="store_true", help="replace a folder that holds something")
+    tokenizer.add_argument("--overwrite", action="store_true", help="replace the output folder if it is not empty")
     _add_check(
-        subcommand("check", _data_check, "read a mixture through: lengths, losses, shares, padding", parent=data)
+        subcommand(
+            "check", _data_check, "measure a mixture: lengths, dropped records, shares, padding, epochs", parent=data
+        )
     )
     _add_show(subcommand("show", _data_show, "print samples of a mixture as training sees them", parent=data))
 
@@ -37,83 +47,118 @@ def _add_index(index: argparse.ArgumentParser) -> None:
         "--path",
         nargs="+",
         required=True,
-        help="files, folders or globs: .jsonl .json .txt .md .csv .tsv .parquet, each also .gz .zst .xz .bz2; a folder "
-        "that datasets.save_to_disk made; LLaMA-Factory's dataset_info.json (with --dataset); - is stdin",
+        help="files, folders or globs: .jsonl .json .txt .md .csv .tsv .parquet, also compressed as .gz .zst .xz .bz2; "
+        "a folder written by datasets.save_to_disk; LLaMA-Factory's dataset_info.json (with --dataset); - for stdin",
     )
-    index.add_argument("--language", required=True, choices=["zh", "en", "code"], help="for the estimate of its tokens")
+    index.add_argument(
+        "--language", required=True, choices=["zh", "en", "code"], help="of the texts; used to estimate their tokens"
+    )
     index.add_argument("--output", type=Path, required=True, help="folder of the new dataset")
     index.add_argument(
         "--language-filter",
         default="",
         choices=LANGUAGES,
-        help="keep records whose prompt is in it: more than half of the characters",
+        help="keep only records whose prompt is in this language (more than half of its characters)",
     )
-    index.add_argument("--overwrite", action="store_true", help="replace a folder that holds something")
-    index.add_argument("--format", default="", choices=FORMATS, help="of all files; default: by their names")
+    index.add_argument("--overwrite", action="store_true", help="replace the output folder if it is not empty")
+    index.add_argument("--format", default="", choices=FORMATS, help="format of all files; default: by their names")
     index.add_argument(
         "--text-unit",
         default="",
         choices=TEXT_UNITS,
-        help="a record of text; default: a line of .txt, the whole of .md",
+        help="which part of a text is a record; default: a line of .txt, the complete .md file",
     )
     index.add_argument(
-        "--columns", default="", help="prompt=KEY,response=KEY,... where the keys are not known ones; or a JSON file"
+        "--columns",
+        default="",
+        help="which keys hold what, if they have other names: prompt=KEY,response=KEY,...; or a JSON file",
     )
-    index.add_argument("--dataset", default="", metavar="NAME", help="entry of the dataset_info.json that --path names")
-    index.add_argument("--as-is", action="store_true", help="keep objects of any keys, for a transform to shape")
-    index.add_argument("--skip-bad", action="store_true", help="leave bad records out, and list them in rejects.jsonl")
+    index.add_argument("--dataset", default="", metavar="NAME", help="entry of the dataset_info.json given by --path")
+    index.add_argument(
+        "--as-is", action="store_true", help="store objects with any keys, for a transform to convert in training"
+    )
+    index.add_argument(
+        "--skip-bad", action="store_true", help="leave bad records out and list them in OUTPUT/rejects.jsonl"
+    )
     index.add_argument(
         "--split",
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="this much to OUTPUT/validation, the rest to OUTPUT/train",
+        help="share of the records, from 0 to 1, for OUTPUT/validation; the rest goes to OUTPUT/train",
     )
-    index.add_argument("--seed", type=int, default=1234, help="of the split (%(default)s)")
-    index.add_argument("--workers", type=int, default=None, help="processes; default: one a core where that pays")
+    index.add_argument("--seed", type=int, default=1234, help="random seed of --split (%(default)s)")
+    index.add_argument("--workers", type=int, default=None, help=_WORKERS_HELP)
+
+
+_WORKERS_HELP = "number of worker processes; default: one per core if there is enough to read"
 
 
 def _add_mixture_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("mixture", metavar="CONFIG", help="a name in dataset_configs/, or a path of a mixture")
-    parser.add_argument("--tokenizer", required=True, help="a tokenizer file, or a folder that holds one")
-    parser.add_argument("--max_length", type=int, default=4096, help="longest sample, in tokens (%(default)s)")
-    parser.add_argument("--batch_size", type=int, default=1, help="a row is as many times max_length (%(default)s)")
+    parser.add_argument("mixture", metavar="CONFIG", help="name of a mixture in dataset_configs/, or its path")
+    parser.add_argument("--tokenizer", required=True, help="tokenizer file, or folder of a tokenizer")
+    parser.add_argument("--max_length", type=int, default=4096, help="maximum tokens per sample (%(default)s)")
     parser.add_argument(
-        "--chat_template", "--template", default="", help="of the datasets that name none; none: pairs as they are"
+        "--batch_size", type=int, default=1, help="tokens per row = batch_size * max_length (%(default)s)"
     )
     parser.add_argument(
-        "--chat_template_date", "--template_date", default="", help="what templates write as today's date (today)"
+        "--chat_template",
+        "--template",
+        default="",
+        help="template of the datasets that name none; without one, pairs are trained on as they are",
     )
-    parser.add_argument("--turns", default="auto", help="texts of a conversation: auto or split (%(default)s)")
     parser.add_argument(
-        "--train_on", "--loss", default="assistant", help="what they learn: assistant, last or all (%(default)s)"
+        "--chat_template_date",
+        "--template_date",
+        default="",
+        help="date that templates write as today's, YYYY-MM-DD (today)",
     )
-    parser.add_argument("--seed", type=int, default=1234, help="of the order of samples (%(default)s)")
+    parser.add_argument(
+        "--turns",
+        default="auto",
+        help="auto: one sample per conversation, or several if the template rewrites earlier turns; split: one sample "
+        "per answer (%(default)s)",
+    )
+    parser.add_argument(
+        "--train_on",
+        "--loss",
+        default="assistant",
+        help="trained turns of a conversation: all of the assistant's (assistant), its last one (last), or all text "
+        "(all) (%(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="random seed of the sample order (%(default)s)")
 
 
 def _add_check(check: argparse.ArgumentParser) -> None:
     _add_mixture_arguments(check)
-    check.add_argument("--steps", type=int, default=1000, help="length of the run to foretell (%(default)s)")
+    check.add_argument("--steps", type=int, default=1000, help="optimizer steps of the run to forecast (%(default)s)")
     check.add_argument(
-        "--packs", type=int, default=8, help="packs a step: processes x gradient_accumulation_steps (%(default)s)"
+        "--packs", type=int, default=8, help="packs per step = processes * gradient_accumulation_steps (%(default)s)"
     )
-    check.add_argument("--sample", type=int, default=None, help="read only so many records of each dataset")
-    check.add_argument("--workers", type=int, default=None, help="processes; default: one a core where that pays")
+    check.add_argument(
+        "--sample", type=int, default=None, help="read only this many records of each dataset; default: all"
+    )
+    check.add_argument("--workers", type=int, default=None, help=_WORKERS_HELP)
     check.add_argument(
         "--output", type=Path, default=Path("data_check"), help="folder for check.json and lengths.png (%(default)s)"
     )
-    check.add_argument("--overwrite", action="store_true", help="replace a folder that holds anything else")
+    check.add_argument(
+        "--overwrite", action="store_true", help="replace the output folder even if it holds other files"
+    )
 
 
 def _add_show(show: argparse.ArgumentParser) -> None:
     _add_mixture_arguments(show)
-    show.add_argument("--count", type=int, default=3, help="how many samples, or rows (%(default)s)")
-    show.add_argument("--task", default="", help="of this dataset only")
-    show.add_argument("--record", type=int, default=None, help="this record, a line number from 1")
-    show.add_argument("--packs", action="store_true", help="whole rows, with their padding")
-    show.add_argument("--full", action="store_true", help="long texts whole")
+    show.add_argument("--count", type=int, default=3, help="number of samples, or of rows with --packs (%(default)s)")
+    show.add_argument("--task", default="", help="show only this dataset, by its task_name")
+    show.add_argument("--record", type=int, default=None, help="show the record on this line, from 1")
+    show.add_argument("--packs", action="store_true", help="show complete rows with their padding")
+    show.add_argument("--full", action="store_true", help="do not shorten long samples")
     show.add_argument(
-        "--color", default="auto", choices=["auto", "always", "never"], help="auto: on a terminal, without NO_COLOR"
+        "--color",
+        default="auto",
+        choices=["auto", "always", "never"],
+        help="auto: on a terminal, unless NO_COLOR is set (%(default)s)",
     )
 
 
@@ -126,23 +171,12 @@ def _data_txt2jsonl(options: argparse.Namespace) -> None:
 
 
 def _data_index(options: argparse.Namespace) -> None:
-    from fm9g.data.prepare.columns import columns_from_file, columns_from_text, dataset_info_entry
-    from fm9g.data.prepare.index_builder import build_index, drop_companion_files
+    from fm9g.data.prepare.index_builder import build_index
     from fm9g.data.prepare.index_worker import IndexConfig
     from fm9g.data.prepare.sources import find_sources
 
-    paths, columns = options.path, None
-    if options.dataset:
-        if len(paths) != 1 or options.columns:
-            raise UserError("--dataset: goes with one --path, a dataset_info.json, and without --columns")
-        path, columns, samples = dataset_info_entry(Path(paths[0]), options.dataset)
-        if samples is not None:
-            raise UserError(f"{paths[0]}: num_samples: remove it; abs_weight in a mixture says how much is trained on")
-        paths = [str(path)]
-    elif options.columns:
-        is_file = "=" not in options.columns
-        columns = columns_from_file(Path(options.columns)) if is_file else columns_from_text(options.columns)
-    sources = drop_companion_files(find_sources(paths, options.format, options.text_unit, options.output), paths)
+    paths, columns = _paths_and_columns(options)
+    sources = find_sources(paths, options.format, options.text_unit, options.output)
     config = IndexConfig(
         options.language,
         columns,
@@ -154,29 +188,41 @@ def _data_index(options: argparse.Namespace) -> None:
     )
     report = build_index(sources, options.output, config, options.workers, options.overwrite)
     for folder, meta in report.metas.items():
-        size = f"{meta['nlines']} records, {meta['nbytes']} bytes, about {meta['avg_token_per_line']:.0f} tokens each"
-        print(f"{folder}: {size}")
+        tokens = f"about {meta['avg_token_per_line']:.0f} tokens each"
+        print(f"{folder}: {meta['nlines']} records, {meta['nbytes']} bytes, {tokens}")
     formats = ", ".join(f"{count} {record_format}" for record_format, count in report.record_formats.most_common())
     print(f"read from {report.sources} {'file' if report.sources == 1 else 'files'}: {formats}")
-    for note in report.findings.notes():
-        print(f"note: {printable(note)}")
-    if report.empty:
-        print(f"note: {report.empty} records have no output; training skips them")
-    if report.filtered:
-        print(f"note: {report.filtered} records are not in {options.language_filter} and were left out")
-    if report.rejected:
-        print(f"note: {report.rejected} bad records were left out: {options.output / 'rejects.jsonl'}")
+
+
+def _paths_and_columns(options: argparse.Namespace) -> tuple[list[str], ColumnMapping | None]:
+    """What --path, --dataset and --columns name together."""
+    from fm9g.data.prepare.columns import columns_from_file, columns_from_text, dataset_info_entry
+
+    if options.dataset:
+        if len(options.path) != 1 or options.columns:
+            raise UserError("--dataset: goes with one --path, a dataset_info.json, and without --columns")
+        info = options.path[0]
+        path, columns, num_samples = dataset_info_entry(Path(info), options.dataset)
+        if num_samples is not None:
+            raise UserError(
+                f"{info}: num_samples: remove it; max_samples of the dataset in a mixture limits its records"
+            )
+        return [str(path)], columns
+    if "=" in options.columns:
+        return options.path, columns_from_text(options.columns)
+    return options.path, columns_from_file(Path(options.columns)) if options.columns else None
 
 
 def _data_tokenizer(options: argparse.Namespace) -> None:
-    from fm9g.data.encode.tokenizer import train_tokenizer
-    from fm9g.data.prepare.index_builder import drop_companion_files, iter_texts
+    from fm9g.data.encode.tokenizer_training import train_tokenizer
     from fm9g.data.prepare.sources import find_sources
+    from fm9g.data.prepare.texts import iter_texts
 
-    sources = drop_companion_files(find_sources(options.files), options.files)
-    size = train_tokenizer(iter_texts(sources), options.vocab_size, options.output, options.overwrite)
-    less = f"; fewer than {options.vocab_size}: the text gives no more" if size < options.vocab_size else ""
-    print(f"{options.output}: a tokenizer of {size} tokens{less}")
+    texts = iter_texts(find_sources(options.files))
+    size = train_tokenizer(texts, options.vocab_size, options.output, options.overwrite)
+    print(f"{options.output}: a tokenizer of {size} tokens")
+    if size < options.vocab_size:
+        logger.warning(f"the tokenizer has fewer than {options.vocab_size} tokens: the texts are too short for more")
 
 
 def _mixture_settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -194,9 +240,9 @@ def _data_check(options: argparse.Namespace) -> None:
     print(format_report(report))
     for line in report["templates"]:
         print(line)
-    for note in report["notes"]:
-        print(f"note: {printable(note)}")
-    print(f"{options.output}: check.json, lengths.png")
+    print(f"{options.output}: check.json, lengths.png", flush=True)
+    for warning in report["notes"]:
+        logger.warning(warning)
 
 
 def _data_show(options: argparse.Namespace) -> None:
@@ -206,4 +252,4 @@ def _data_show(options: argparse.Namespace) -> None:
     mixture, _ = open_named_mixture(options.mixture, **_mixture_settings(options))
     arguments = {key: getattr(options, key) for key in ("count", "task", "record", "packs", "full")}
     for text in show_samples(mixture, **arguments, color=wants_color(options.color)):
-        print(text, file=raw_stream(sys.stdout))  # which is printable, but for its colours
+        print(text, file=raw_stream(sys.stdout))  # only its colour codes are not printable

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from fm9g.printable import printable
-
 
 def add_report_commands(subcommand: Any) -> None:
-    """subcommand: puts a subcommand on the command line."""
+    """Adds the subcommands. subcommand: see fm9g.cli."""
     report = subcommand(
         "report", _report, "how runs went, as one HTML page: curves, events, configuration; or side by side"
     )
@@ -29,29 +26,22 @@ def _add_arguments(parser: argparse.ArgumentParser, output: str, meaning: str) -
 
 
 def _report(options: argparse.Namespace) -> None:
-    from fm9g.io.atomic import check_output_file
+    from fm9g.io.output import check_output_file
     from fm9g.report.files import open_runs
     from fm9g.report.page import write_page
 
     runs = open_runs(options.runs)
-    _print_notes(runs)
     check_output_file(options.output, "--output", (".html", ".htm"), options.overwrite)
     write_page(runs, options.output)
     print(f"{options.output}: open it in a browser; it needs no network")
 
 
 def _plot(options: argparse.Namespace) -> None:
-    from fm9g.io.atomic import IMAGE_SUFFIXES, check_output_file
+    from fm9g.io.output import IMAGE_SUFFIXES, check_output_file
     from fm9g.report.files import open_runs
     from fm9g.report.plot import plot_runs
 
     runs = open_runs(options.runs)
-    _print_notes(runs)
     check_output_file(options.output, "--output", IMAGE_SUFFIXES, options.overwrite)
     plot_runs(runs, options.output)
     print(options.output)
-
-
-def _print_notes(runs: list[Any]) -> None:
-    for note in (note for run in runs for note in run.notes):
-        print(f"note: {printable(note)}", file=sys.stderr)

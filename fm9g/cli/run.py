@@ -1,24 +1,30 @@
-"""The subcommands of runs: train, config, plan, doctor."""
+"""The commands of a run: train, config, plan, doctor."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
-import sys
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fm9g.errors import UserError
 from fm9g.printable import printable
+
+if TYPE_CHECKING:
+    from fm9g.config.run import RunConfig
+    from fm9g.train.loader_benchmark import LoaderBenchmark
+    from fm9g.train.runner import TrainResult
+
+logger = logging.getLogger(__name__)
 
 _NODE_OPTIONS = ("nnodes", "node_rank", "master_addr", "master_port")
 
 
 def add_run_commands(subcommand: Any, group: Any) -> None:
-    """subcommand, group: put a subcommand, or a group of them, on the command line."""
-    from fm9g.doctor import add_doctor_arguments
+    """Args: subcommand, group: functions that add a command, or a group of commands, to the command line."""
+    from fm9g.doctor.command import add_doctor_arguments
     from fm9g.plan.command import add_plan_arguments
 
     train = subcommand(
@@ -26,20 +32,28 @@ def add_run_commands(subcommand: Any, group: Any) -> None:
     )
     _add_run_arguments(train)
     _add_launch_arguments(train)
-    train.add_argument("--print-secret", action=_PrintSecret, help="print a new FM9G_SECRET for the machines of a run")
-    add_plan_arguments(subcommand("plan", _plan, "memory, disk and days that a training takes", accepts_overrides=True))
+    train.add_argument(
+        "--print-secret",
+        action=_PrintSecret,
+        help="print a new value for FM9G_SECRET, which all machines of a run must have, and exit",
+    )
+    add_plan_arguments(
+        subcommand(
+            "plan", _plan, "estimate the memory, disk space and time that a training needs", accepts_overrides=True
+        )
+    )
     add_doctor_arguments(
-        subcommand("doctor", _doctor, "what of this machine keeps a run from working", accepts_overrides=True)
+        subcommand("doctor", _doctor, "check this machine for problems that would stop a run", accepts_overrides=True)
     )
 
-    config = group("config", "show, keys: the configuration of a run, every key there is")
-    show = "every value of a run's configuration and where it came from"
+    config = group("config", "show: the configuration of a run; keys: every configuration key")
+    show = "print every value of a run's configuration and its origin"
     _add_run_arguments(subcommand("show", _config_show, show, parent=config, accepts_overrides=True))
-    subcommand("keys", _config_keys, "every key of the three kinds of configuration file", parent=config)
+    subcommand("keys", _config_keys, "print every key of the three kinds of configuration files", parent=config)
 
 
 class _PrintSecret(argparse.Action):
-    """As --version: prints, and that is all."""
+    """Prints a secret and exits, as --version does."""
 
     def __init__(self, **words: Any) -> None:
         super().__init__(nargs=0, **words)
@@ -52,35 +66,41 @@ class _PrintSecret(argparse.Action):
 
 
 def _add_launch_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("processes", "Under torchrun and srun, none of these is needed.")
+    group = parser.add_argument_group("processes", "None of these is needed under torchrun or srun.")
     for option, kind, meaning in (
-        ("nproc", int, "processes on this machine; default: GPUS_PER_NODE, else the key n_gpus"),
-        ("nnodes", int, "machines; default: NNODES, else 1"),
-        ("node-rank", int, "which of them this one is, from 0; default: RANK"),
-        ("master-addr", str, "name or address of machine 0; default: MASTER_ENDPOINT or MASTER_ADDR"),
-        ("master-port", int, "a free port of machine 0; default: MASTER_PORT"),
+        ("nproc", int, "number of processes on this machine; default: the variable GPUS_PER_NODE, else the key n_gpus"),
+        ("nnodes", int, "number of machines; default: the variable NNODES, else 1"),
+        ("node-rank", int, "number of this machine, from 0; default: the variable RANK"),
+        ("master-addr", str, "host name or address of machine 0; default: the variable MASTER_ENDPOINT or MASTER_ADDR"),
+        ("master-port", int, "a free port of machine 0; default: the variable MASTER_PORT"),
     ):
         group.add_argument(f"--{option}", type=kind, default=None, help=meaning)
     group.add_argument(
-        "--max-restarts", type=int, default=0, help="go on from the last checkpoint after a failure, so often at most"
+        "--max-restarts",
+        type=int,
+        default=0,
+        help="maximum number of restarts from the last checkpoint after a failure (default: %(default)s)",
     )
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--config", required=True, metavar="NAME", help="a name in train_configs/ or model_configs/, or a path"
+        "--config",
+        required=True,
+        metavar="NAME",
+        help="the run: a name in train_configs/ or model_configs/, or the path of such a file",
     )
     parser.usage = f"{parser.prog} [-h] --config NAME [--KEY VALUE ...]"
     parser.epilog = (
-        "Also --KEY VALUE for every training key, --model.KEY VALUE for a key of the model, --data.TASK.KEY VALUE for "
-        "one of a dataset, --default.KEY VALUE for a training key that the file of train_configs/ may overrule. "
-        "`fm9g config keys` lists them; --some-key and --some_key are the same. Training needs dataset_config and "
-        "tokenizer_path, given here or in the file of train_configs/."
+        "Further options: --KEY VALUE sets a training key, --model.KEY VALUE a key of the model, "
+        "--data.TASK.KEY VALUE a key of a dataset, --default.KEY VALUE a training key unless the file of "
+        "train_configs/ sets it. `fm9g config keys` lists all keys; --some-key and --some_key are the same. Training "
+        "needs dataset_config and tokenizer_path, here or in the file of train_configs/."
     )
 
 
 def _parse_overrides(options: argparse.Namespace) -> dict[str, str]:
-    """`--key value` and `--key=value` pairs that the parser does not know by name."""
+    """The `--key value` and `--key=value` pairs that are not options of the parser."""
     pairs: dict[str, str] = {}
     rest = list(options.rest)
     while rest:
@@ -103,62 +123,98 @@ def _parse_overrides(options: argparse.Namespace) -> dict[str, str]:
 
 def _train(options: argparse.Namespace) -> int:
     from fm9g.config.run import load_run
-    from fm9g.launch.dist_env import detect_launcher, read_dist_env, read_launch_config
     from fm9g.launch.worker_group import set_parent_death_signal
 
     set_parent_death_signal()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to save
+    starts_workers = _starts_workers(options)
+    if not starts_workers:
+        _quiet_other_ranks()
     run = load_run(options.config, _parse_overrides(options))
-    config = run.train.value
-    if config.only_run_dataloader:
-        from fm9g.train.data_loading import benchmark_dataloader
+    if run.train.only_run_dataloader:
+        from fm9g.train.loader_benchmark import benchmark_dataloader
 
         _print_loader_benchmark(benchmark_dataloader(run))
         return 0
+    if starts_workers:
+        status = _launch(options, run)
+        if status is not None:
+            return status
+    return _train_here(run)
+
+
+def _starts_workers(options: argparse.Namespace) -> bool:
+    """Whether this process may start others: no launcher did, or srun started one process per machine for that."""
+    from fm9g.launch.dist_env import detect_launcher
+
     launcher = detect_launcher()
-    several = options.nproc is not None or bool(os.environ.get("GPUS_PER_NODE"))  # to be started here
-    if launcher == "" or (launcher == "slurm" and several):
-        nproc = options.nproc if several else config.n_gpus
-        launch_config = read_launch_config(os.environ, nproc, *(getattr(options, key) for key in _NODE_OPTIONS))
-        # A mistake is told before anything starts.
-        config.packs_per_step(config.dp_size(launch_config.nnodes * launch_config.nproc))
-        from fm9g.doctor.fit import cpu_memory_problem
+    asked = options.nproc is not None or bool(os.environ.get("GPUS_PER_NODE"))
+    return launcher == "" or (launcher == "slurm" and asked)
 
-        if problem := cpu_memory_problem(run, launch_config.nnodes, launch_config.nproc):
-            print(f"warning: {problem}. See fm9g doctor --config {options.config}", file=sys.stderr)
-        if launch_config.nnodes * launch_config.nproc > 1 or options.max_restarts:
-            from fm9g.launch.agent import run_agent
-            from fm9g.launch.consistency import code_fingerprint
 
-            logs = Path(config.output_dir) / "logs" / f"{config.exp_group}{config.model_unique}"
-            return run_agent(
-                ["train", "--config", options.config, *options.rest],
-                launch_config,
-                max_restarts=options.max_restarts,
-                fingerprint={"code": code_fingerprint(), "config": run.fingerprint()},
-                log_dir=logs,
-                timeout=config.timeout,
-                step_timeout=config.step_timeout,
-            )
+def _quiet_other_ranks() -> None:
+    """Silences all ranks but 0, and the configuration's messages if our agent has shown them already."""
+    from fm9g.launch.dist_env import read_dist_env
+    from fm9g.log import log_only_errors
+
+    rank_info = read_dist_env()
+    if rank_info.rank:
+        log_only_errors()
+    elif rank_info.has_agent:
+        logging.getLogger("fm9g.config").setLevel(logging.ERROR)
+
+
+def _launch(options: argparse.Namespace, run: RunConfig) -> int | None:
+    """Runs the training in processes that this one starts; returns their exit status, None if one process suffices."""
+    from fm9g.config.resolved import DeviceFacts, resolve
+    from fm9g.doctor.fit import cpu_memory_problem
+    from fm9g.launch.dist_env import read_launch_config
+
+    config = run.train
+    asked = options.nproc is not None or bool(os.environ.get("GPUS_PER_NODE"))
+    nproc = options.nproc if asked else config.n_gpus
+    launch_config = read_launch_config(os.environ, nproc, *(getattr(options, key) for key in _NODE_OPTIONS))
+    world_size = launch_config.nnodes * launch_config.nproc
+    resolve(run, world_size, DeviceFacts(on_gpu=True))  # reports a mistake before anything starts
+    if problem := cpu_memory_problem(run, launch_config.nnodes, launch_config.nproc):
+        logger.warning(f"{problem}. See fm9g doctor --config {options.config}")
+    if world_size == 1 and not options.max_restarts:
+        return None
+    from fm9g.launch.agent import run_agent
+    from fm9g.launch.consistency import code_fingerprint
+
+    return run_agent(
+        ["train", "--config", options.config, *options.rest],
+        launch_config,
+        max_restarts=options.max_restarts,
+        fingerprint={"code": code_fingerprint(), "config": run.fingerprint()},
+        log_dir=config.folders.logs,
+        timeout=config.timeout,
+        step_timeout=config.step_timeout,
+    )
+
+
+def _train_here(run: RunConfig) -> int:
+    from fm9g.launch.dist_env import read_dist_env
     from fm9g.train.runner import run_training
 
-    rank_info = replace(read_dist_env(), timeout=config.timeout, step_timeout=config.step_timeout)
+    rank_info = replace(read_dist_env(), timeout=run.train.timeout, step_timeout=run.train.step_timeout)
     result = run_training(run, rank_info)
     if rank_info.rank == 0:
         _print_result(result)
     return 130 if result.interrupted else 0
 
 
-def _print_result(result: Any) -> None:
+def _print_result(result: TrainResult) -> None:
     rate = result.tokens / max(result.seconds, 1e-9)
-    print(f"step {result.step}: {result.tokens} tokens in this session, {result.seconds:.0f} s, {rate:.0f} tokens/s")
+    print(f"step {result.step}: {result.tokens} tokens since this start, {result.seconds:.0f} s, {rate:.0f} tokens/s")
     if result.interrupted and result.checkpoint:
-        print("stopped before the end; the same command with --resume auto goes on")
+        print("stopped before the end; the same command with --resume auto continues")
     print(f"checkpoint: {result.checkpoint or 'none (save is false)'}")
     if result.best_checkpoint:
         same = " (the last one)" if result.best_checkpoint == result.checkpoint else ""
         print(f"best checkpoint, by validation loss: {result.best_checkpoint}{same}")
-    print(f"figures: {result.metrics_file}")
+    print(f"metrics: {result.metrics_file}")
     if result.tensorboard_dir.is_dir():
         print(f"TensorBoard: {result.tensorboard_dir}")
 
@@ -170,12 +226,12 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from fm9g.doctor import run_doctor
+    from fm9g.doctor.command import run_doctor
 
     return run_doctor(options, _parse_overrides(options))
 
 
-def _print_loader_benchmark(result: Any) -> None:
+def _print_loader_benchmark(result: LoaderBenchmark) -> None:
     total = sum(result.tokens.values())
     padding = 1 - total / max(1, result.padded_tokens)
     print(
@@ -184,25 +240,20 @@ def _print_loader_benchmark(result: Any) -> None:
     )
     for task, tokens in result.tokens.items():
         share, target = tokens / max(1, total), result.target_shares[task]
-        print(f"  {printable(task)}: {tokens} tokens, {share:.2%} (wanted: {target:.2%})")
+        print(f"  {printable(task)}: {tokens} tokens, {share:.2%} (target: {target:.2%})")
     for reason, count in result.skipped.items():
-        print(f"note: {count} records were skipped: {printable(reason)}")
+        logger.warning(f"{count} records were skipped: {reason}")
 
 
 def _config_show(options: argparse.Namespace) -> None:
     from fm9g.config.run import load_run
+    from fm9g.convert.run_adapter import with_adapter
 
-    run = load_run(options.config, _parse_overrides(options), complete=False)
-    if run.train.value.adapter:
-        from fm9g.convert.merge import with_adapter
-
-        run = with_adapter(run)
+    run = with_adapter(load_run(options.config, _parse_overrides(options), complete=False))
     for section, values in run.to_json().items():
         print(f"[{printable(section)}]")
         for key, item in values.items():
             print(f"  {key:<28} {item['value']!r:<24} {item['from']}")
-    for note in run.notes:
-        print(f"note: {printable(note)}")
 
 
 def _config_keys(options: argparse.Namespace) -> None:
@@ -224,10 +275,10 @@ def _config_keys(options: argparse.Namespace) -> None:
             default = "required" if key in schema_of(cls)["required"] else f"default {_default(field)!r}"
             others = "".join(f"; also called {alias}" for alias in field.metadata["aliases"])
             print(f"  {key}: {describe(properties[key])}; {default}{others}\n      {field.metadata['help']}")
-    print("[names of the 9G guide that change nothing]")
+    print("[keys of the 9G guide that have no effect]")
     for key, why in DEPRECATED_KEYS.items():
         print(f"  {key}: {why}")
-    print("[keys of published models that change nothing]")
+    print("[keys of published models that have no effect]")
     for key, (_, why) in model.DEPRECATED_KEYS.items():
         print(f"  {key}: {why}")
 

@@ -1,4 +1,4 @@
-"""What a LoRA adapter is: the keys of `adapter_config.json`, which lies beside its weights."""
+"""Kind and size of a LoRA adapter: the keys of `adapter_config.json`, which is beside its weights."""
 
 from __future__ import annotations
 
@@ -8,36 +8,42 @@ from pathlib import Path
 from typing import Any
 
 from fm9g.config.fields import key_of, option
-from fm9g.config.load import ConfigSource, build, read_object
+from fm9g.config.load import ConfigSource, build
 from fm9g.config.train import TrainConfig
 from fm9g.errors import UserError
+from fm9g.io.json_file import read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Keys are PEFT's where PEFT has them. What the adapter adds to a linear layer is `scaling` * B A x."""
+    """Keys are those of PEFT as far as PEFT has them. The adapter adds `scaling` * B A x to a linear layer."""
 
     r: int = option(help="rank of A and B in the file", minimum=1, maximum=2**20)
-    alpha: float = option(help="the numerator of the scaling", key="lora_alpha", exclusiveMinimum=0, maximum=1e7)
-    layers: list[str] = option(help="names of the linear layers", key="target_modules", minItems=1)
+    alpha: float = option(help="numerator of the scale alpha / r", key="lora_alpha", exclusiveMinimum=0, maximum=1e7)
+    layers: list[str] = option(help="names of the linear layers with an adapter", key="target_modules", minItems=1)
     dropout: float = option(
-        0.0, help="of the adapters' inputs, in training", key="lora_dropout", minimum=0, exclusiveMaximum=1
+        0.0,
+        help="dropout probability of the adapters' inputs in training; 0: none",
+        key="lora_dropout",
+        minimum=0,
+        exclusiveMaximum=1,
     )
-    rslora: bool = option(False, help="scaling is alpha / sqrt(r), not alpha / r", key="use_rslora")
-    dora: bool = option(False, help="the file holds the lengths of the rows of the merged weight", key="use_dora")
+    rslora: bool = option(False, help="the scale is alpha / sqrt(r) instead of alpha / r", key="use_rslora")
+    dora: bool = option(False, help="the file also holds the length of each row of the merged weight", key="use_dora")
     pissa: bool = option(
         False,
-        help="the last half of the ranks takes out what the first half began with, so that the base is the whole one",
+        help="the second half of the ranks subtracts the initial values of the first half, so the base keeps "
+        "its original weights",
     )
-    base: str = option("", help="where the base was when the adapter was trained", key="base_model_name_or_path")
-    base_sha256: str = option("", help="of the base's weights: fm9g.lora.base_fingerprint; empty: not known")
-    made_from: list[str] = option([], help="the adapters that it is the weighted sum of")
+    base: str = option("", help="path of the base model during training", key="base_model_name_or_path")
+    base_sha256: str = option("", help="SHA-256 of the base's weights, by fm9g.lora.base_fingerprint; empty: unknown")
+    made_from: list[str] = option([], help="adapters of which this one is the weighted sum; empty: it was trained")
 
     def __post_init__(self) -> None:
         if self.dora and self.pissa:
-            raise UserError("use_dora and pissa are both true, which no adapter of ours is")
+            raise UserError("use_dora and pissa are both true, which fm9g does not support")
 
     @property
     def scaling(self) -> float:
@@ -45,7 +51,7 @@ class AdapterConfig:
 
     @classmethod
     def from_train_config(cls, train: TrainConfig) -> AdapterConfig:
-        """Of the adapters that a run trains."""
+        """The configuration of the adapters that a run trains."""
         return cls(
             r=train.lora_r,
             alpha=train.lora_alpha,
@@ -57,7 +63,7 @@ class AdapterConfig:
         )
 
     def for_file(self) -> AdapterConfig:
-        """Of the file, from that of the layers that are trained: with PiSSA it has twice the ranks."""
+        """The configuration of the file: with PiSSA it has twice the rank of the trained layers."""
         if not self.pissa:
             return self
         rank = 2 * self.r
@@ -68,5 +74,5 @@ class AdapterConfig:
 
 
 def load_adapter_config(path: Path) -> AdapterConfig:
-    """Raises UserError for a file that is missing or not one of ours."""
-    return build(AdapterConfig, [ConfigSource(str(path), read_object(path))]).value
+    """Raises UserError for a file that is missing or was not written by fm9g."""
+    return build(AdapterConfig, [ConfigSource(str(path), read_object(path))])

@@ -1,4 +1,4 @@
-"""Options of a configuration: one dataclass field holds its type, default, meaning and JSON schema."""
+"""Keys of a configuration: one dataclass field defines type, default, help text and JSON schema of a key."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from fm9g.errors import UserError
 
-_MAX_SHOWN = 5  # wrong keys of a message that names no more
+_MAX_SHOWN = 5  # wrong keys that a message names
 _JSON_TYPES: dict[str, Any] = {
     "bool": {"type": "boolean"},
     "int": {"type": "integer"},
@@ -36,13 +36,16 @@ def option(
 ) -> Any:
     """A dataclass field that is also a key of a configuration file.
 
-    default: a list stands for a fresh copy of it in every object; without a default the key is required.
-    key: its name in files and on the command line when that differs from the attribute.
-    aliases: further names that it is read by, everywhere. value_aliases: former spelling of a value -> the present one.
-    case_insensitive: the value is folded to lower case before it is checked.
-    schema: further JSON schema keywords (minimum, enum, ...).
+    A class of options may define FOREIGN_KEYS, for hints about keys of other tools: see fm9g.config.foreign.
 
-    A class of options may name in FOREIGN_KEYS what keys of other tools are called here: see fm9g.config.foreign.
+    Args:
+        default: of the key, copied if it is a list; without a default the key is required.
+        help: what the key does, its unit, and what 0 or empty means.
+        key: its name in files and on the command line, if that differs from the attribute.
+        aliases: further names of the key, accepted everywhere.
+        value_aliases: former spelling of a value -> present spelling.
+        case_insensitive: convert the value to lower case before checking it.
+        schema: further JSON schema keywords (minimum, enum, ...).
     """
     metadata = {
         "help": help,
@@ -57,22 +60,22 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def key_of(field: dataclasses.Field) -> str:
+def key_of(field: dataclasses.Field[Any]) -> str:
     return field.metadata["key"] or field.name
 
 
-def keys_of(cls: type) -> dict[str, dataclasses.Field]:
+def keys_of(cls: type) -> dict[str, dataclasses.Field[Any]]:
     """File key -> field, in the order of declaration."""
     return {key_of(field): field for field in dataclasses.fields(cls)}
 
 
 def aliases_of(cls: type) -> dict[str, str]:
-    """Alias -> the key that it is another name of."""
+    """Alias -> key."""
     return {alias: key for key, field in keys_of(cls).items() for alias in field.metadata["aliases"]}
 
 
 def canonical_keys(cls: type, values: dict[str, Any], origin: str) -> dict[str, Any]:
-    """The values under the keys' own names. Raises UserError where a key is given by two of its names."""
+    """Replaces aliases by keys. Raises UserError if a key is given under two of its names."""
     aliases, given = aliases_of(cls), dict[str, str]()
     for name in values:
         key = aliases.get(name, name)
@@ -82,7 +85,7 @@ def canonical_keys(cls: type, values: dict[str, Any], origin: str) -> dict[str, 
     return {key: values[name] for key, name in given.items()}
 
 
-def canonical_value(field: dataclasses.Field, value: Any) -> Any:
+def canonical_value(field: dataclasses.Field[Any], value: Any) -> Any:
     """The present spelling of a value."""
     if not isinstance(value, str):
         return value
@@ -90,7 +93,7 @@ def canonical_value(field: dataclasses.Field, value: Any) -> Any:
     return field.metadata["value_aliases"].get(value, value)
 
 
-def field_schema(field: dataclasses.Field) -> dict[str, Any]:
+def field_schema(field: dataclasses.Field[Any]) -> dict[str, Any]:
     return {**_JSON_TYPES[str(field.type)], **field.metadata["schema"]}
 
 
@@ -112,8 +115,8 @@ def did_you_mean(word: str, known: list[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
-def parse_value(text: str, field: dataclasses.Field) -> Any:
-    """The value that a string on the command line spells; the string itself where it spells none of the type.
+def parse_value(text: str, field: dataclasses.Field[Any]) -> Any:
+    """The value that a string on the command line spells; the string itself if it is not of the type of the key.
 
     The 9G guide writes every value as a string ("4096", "False", "1e-2", "0" for no), so training
     configurations are read the same way.
@@ -141,8 +144,8 @@ def parse_value(text: str, field: dataclasses.Field) -> Any:
 
 
 def check(cls: type, values: dict[str, Any], origins: dict[str, str], prefix: str = "") -> None:
-    """Raises UserError that names every wrong key: where it came from, what was found, what is allowed."""
-    import jsonschema  # here, so that command lines are read without it
+    """Raises UserError that names every wrong key with its origin, its value and the allowed values."""
+    import jsonschema  # here, since reading a command line does not need it
 
     errors = []
     known = list(keys_of(cls))
@@ -170,7 +173,9 @@ def check(cls: type, values: dict[str, Any], origins: dict[str, str], prefix: st
             errors.append(f"{found}, expected a finite number up to 2^53")
     for key, value in values.items():
         if isinstance(value, str) and any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in value):
-            errors.append(f"{origins[key]}: {prefix}{key}: found {value!r}, which holds what no text has")
+            errors.append(
+                f"{origins[key]}: {prefix}{key}: found {value!r}, which contains characters that are not text"
+            )
     if errors := list(dict.fromkeys(errors)):
         more = [f"and {len(errors) - _MAX_SHOWN} more"] if len(errors) > _MAX_SHOWN else []
         raise UserError(*errors[:_MAX_SHOWN], *more)
@@ -188,12 +193,12 @@ def _foreign_hint(cls: type, key: str) -> str:
 
 
 def _is_bounded(value: Any) -> bool:
-    """Whether it is no number, or a finite one; a whole one is to be exact as a float, too."""
+    """Whether a value is finite, and an integer exact as a float. True for what is not a number."""
     return abs(value) <= 2**53 if isinstance(value, int) else not isinstance(value, float) or math.isfinite(value)
 
 
 def describe(schema: dict[str, Any]) -> str:
-    """What a schema of ours allows, in words."""
+    """The values that a schema allows, in words."""
     if "const" in schema:
         return f"only {schema['const']!r}"
     if "enum" in schema:

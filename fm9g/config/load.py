@@ -1,8 +1,7 @@
-"""From files and `--key value` to checked, frozen configuration objects that remember where each value came from."""
+"""From files and `--key value` to checked, frozen configuration objects, with the origin of each value."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import dataclass, fields, replace
@@ -11,20 +10,19 @@ from typing import Any, Generic, TypeVar
 
 from fm9g.config.fields import canonical_keys, canonical_value, check, did_you_mean, key_of, keys_of, parse_value
 from fm9g.errors import UserError
-from fm9g.io.inputs import register_input
 from fm9g.io.path_kind import MIXTURE, MODEL, MODEL_CONFIG, TRAIN_CONFIG, check_kind
-from fm9g.io.regular_file import check_regular
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"
-_MAX_BYTES = 64 << 20  # bytes; the lists of weights of the largest models take a few MB
 
 
 @dataclass(frozen=True)
 class ConfigSource:
-    """Some values of a configuration and the place they were written in. Later sources win.
+    """Values of a configuration from one place. Later sources override earlier ones.
 
-    text: values may be strings that spell a number or a truth value, as the 9G guide writes them.
+    Args:
+        origin: the place, as messages name it.
+        text: values may be strings that spell a number or a truth value, as the 9G guide writes them.
     """
 
     origin: str
@@ -34,9 +32,11 @@ class ConfigSource:
 
 @dataclass(frozen=True)
 class Resolved(Generic[T]):
-    """A configuration and, for every key, where its value came from.
+    """A configuration with the origin of each value. Used inside fm9g.config; others get the plain configuration.
 
-    notes: what the user should know about the given keys, a line each.
+    Args:
+        origins: key -> origin.
+        notes: messages for the user about the given keys.
     """
 
     value: T
@@ -47,17 +47,23 @@ class Resolved(Generic[T]):
         return [(key_of(f), getattr(self.value, f.name), self.origins[key_of(f)]) for f in fields(self.value)]  # type: ignore[arg-type]
 
     def with_values(self, values: dict[str, Any], origin: str) -> Resolved[T]:
-        """The configuration with other values of some keys, from one origin. Raises UserError where they do not fit."""
+        """Returns a copy in which some keys have other values, all from one origin."""
         names = keys_of(type(self.value))
         value = replace(self.value, **{names[key].name: each for key, each in values.items()})  # type: ignore[type-var]
         return replace(self, value=value, origins=self.origins | dict.fromkeys(values, origin))
 
 
-def build(cls: type[T], sources: list[ConfigSource], prefix: str = "") -> Resolved[T]:
-    """Merges the sources over the defaults and checks the result against the class's schema.
+def build(cls: type[T], sources: list[ConfigSource], prefix: str = "") -> T:
+    """Merges the sources over the defaults and checks the result against the schema of the class.
 
-    Raises UserError that names each wrong key with its origin.
+    Raises:
+        UserError: names each wrong key with its origin.
     """
+    return resolve_sources(cls, sources, prefix).value
+
+
+def resolve_sources(cls: type[T], sources: list[ConfigSource], prefix: str = "") -> Resolved[T]:
+    """Does the same as `build`, and returns the origin of each value as well."""
     known = keys_of(cls)
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -83,56 +89,19 @@ def build(cls: type[T], sources: list[ConfigSource], prefix: str = "") -> Resolv
     return Resolved(config, {key: origins.get(key, "default") for key in known})
 
 
-def read_json(path: Path, is_input: bool = True) -> Any:
-    """The content of a JSON file; UserError with file, line and column otherwise. A repeated key is an error.
-
-    is_input: see fm9g.io.inputs; False for what a run wrote itself, and may replace.
-    """
-    if is_input:
-        register_input(path)
-
-    def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in seen:
-                raise UserError(f"{path}: key {key!r} is given twice; keep one of them")
-            seen[key] = value
-        return seen
-
-    check_regular(path, _MAX_BYTES)
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=reject_duplicate_keys)
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-
-
-def read_object(path: Path, is_input: bool = True) -> dict[str, Any]:
-    """As read_json, of a file that holds an object."""
-    content = read_json(path, is_input)
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: found {type(content).__name__}, expected a JSON object {{...}}")
-    return content
-
-
 def config_folders(kind: str) -> list[Path]:
-    """Where `model_configs`, `train_configs` or `dataset_configs` are looked for, first match wins."""
+    """The folders in which a file of `model_configs`, `train_configs` or `dataset_configs` is searched, in order."""
     checkout = Path(__file__).resolve().parents[2]
     return [Path(kind), checkout / kind, Path(sys.prefix) / "share" / "fm9g" / kind]
 
 
 def bare_name(name: str) -> str:
-    """The name of a configuration that is given by its name or its path; it may have dots ("2.4b")."""
+    """The name of a configuration that is given by name or path. It may contain dots ("2.4b")."""
     return Path(name).name.removesuffix(".json")
 
 
 def find_config(kind: str, name: str) -> Path | None:
-    """The file that NAME or a path stands for in a configuration folder, or None."""
+    """The configuration file for a name or path, or None."""
     if name.endswith(".json") or "/" in name:
         return Path(name) if Path(name).is_file() else None
     for folder in config_folders(kind):
@@ -140,12 +109,12 @@ def find_config(kind: str, name: str) -> Path | None:
         if file.is_file():
             return file
         if os.path.lexists(file):
-            raise UserError(f"{file}: not a file but a folder, a link that leads nowhere, or the like; remove it")
+            raise UserError(f"{file}: is not a file but a folder or a broken link; remove it")
     return None
 
 
 def require_config(kind: str, name: str) -> Path:
-    """As find_config, but a name that is not there is a UserError that lists those that are."""
+    """The configuration file for a name or path. Raises UserError, which lists the known names."""
     path = find_config(kind, name)
     if path is None:
         check_kind(Path(name), *([MIXTURE] if kind == "dataset_configs" else [MODEL_CONFIG, TRAIN_CONFIG, MODEL]))
@@ -153,7 +122,7 @@ def require_config(kind: str, name: str) -> Path:
         if kind == "model_configs" and (Path(name) / "config.json").is_file():
             stem = Path(name).resolve().name
             raise UserError(
-                f"{name!r} is a Hugging Face folder, and not a configuration. `fm9g convert {name} {stem}.pt` makes a "
+                f"{name!r} is a Hugging Face folder, not a configuration. `fm9g convert {name} {stem}.pt` makes a "
                 f"9G model of it; then give --config {stem}.json --pretrained_model {stem}.pt --tokenizer_path {name}"
             )
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a 9G model is: the keys of `model_configs/*.json`."""
+"""The shape and arithmetic of a model: the keys of `model_configs/*.json`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 
 from fm9g.config import foreign
 from fm9g.config.fields import key_of, keys_of, option
-from fm9g.config.load import ConfigSource, Resolved, build, read_object
+from fm9g.config.load import ConfigSource, Resolved, resolve_sources
 from fm9g.errors import UserError
+from fm9g.io.json_file import read_object
 
-# Keys of published files that change nothing: key -> the values that they may have, and why they change nothing.
+# Keys of published files that are accepted and ignored: key -> allowed values, and the reason.
 DEPRECATED_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "ffn_gated": ((True,), "every 9G model has gated feed-forward layers"),
-    "flash_attn_mask_shape": (("1d", "2d"), "attention stays within a document, whatever the shape of a mask"),
+    "flash_attn_mask_shape": (("1d", "2d"), "attention stays within a document in any case"),
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
 _LONGEST = 2**31 - 1  # tokens; positions are int32
@@ -24,81 +25,117 @@ ROPE_SCALINGS = ("", "linear", "ntk-aware", "dynamic ntk", "ntk-by-parts", "yarn
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Attributes carry the field's names, `key` the names in 9G files."""
+    """Attributes have the usual names of the field; `key` is the name in 9G files if it differs."""
 
     FOREIGN_KEYS: ClassVar[dict[str, str]] = foreign.MODEL
 
-    vocab_size: int = option(help="number of token ids", minimum=1, maximum=2**24)
-    hidden_size: int = option(help="width of the hidden states", key="dim_model", minimum=1, maximum=2**20)
+    vocab_size: int = option(help="vocabulary size: number of token ids", minimum=1, maximum=2**24)
+    hidden_size: int = option(help="hidden size: width of the hidden states", key="dim_model", minimum=1, maximum=2**20)
     intermediate_size: int = option(help="width inside the feed-forward layers", key="dim_ff", minimum=1, maximum=2**22)
-    num_layers: int = option(help="transformer layers", minimum=1, maximum=2**10)
-    num_heads: int = option(help="query heads", minimum=1, maximum=2**14)
-    num_kv_heads: int = option(0, help="key and value heads; 0: as many as num_heads", minimum=0, maximum=2**14)
-    head_dim: int = option(
-        0, help="width of a head; 0: dim_model / num_heads", key="dim_head", minimum=0, maximum=2**16
+    num_layers: int = option(help="number of transformer layers", minimum=1, maximum=2**10)
+    num_heads: int = option(help="number of query heads", minimum=1, maximum=2**14)
+    num_kv_heads: int = option(
+        0, help="number of key and value heads (grouped-query attention); 0: num_heads", minimum=0, maximum=2**14
     )
-    activation: str = option("silu", help="of the feed-forward gate", key="activate_fn", enum=["silu", "gelu"])
+    head_dim: int = option(
+        0, help="width of an attention head; 0: dim_model / num_heads", key="dim_head", minimum=0, maximum=2**16
+    )
+    activation: str = option(
+        "silu", help="activation function of the feed-forward gate", key="activate_fn", enum=["silu", "gelu"]
+    )
     norm_eps: float = option(1e-5, help="epsilon of RMSNorm", key="eps", exclusiveMinimum=0)
     dropout: float = option(
-        0.0, help="of each residual branch's output, in training", key="dropout_p", minimum=0, exclusiveMaximum=1
+        0.0,
+        help="dropout probability of each residual branch's output in training; 0: none",
+        key="dropout_p",
+        minimum=0,
+        exclusiveMaximum=1,
     )
-    init_std: float = option(0.02, help="standard deviation of initial weights", exclusiveMinimum=0)
-    scale: bool = option(False, help="width-scaled arithmetic (2b, 4b): scale_emb and dim_model_base act")
-    scale_emb: float = option(1.0, help="embeddings times this, where scale is true", exclusiveMinimum=0)
-    scale_depth: float = option(-1.0, help="residual branches times scale_depth/sqrt(num_layers), where > 0")
+    init_std: float = option(0.02, help="standard deviation of random initial weights", exclusiveMinimum=0)
+    scale: bool = option(
+        False, help="use width-scaled arithmetic, as the 2b and 4b models do: scale_emb and dim_model_base take effect"
+    )
+    scale_emb: float = option(1.0, help="factor on the embeddings if scale is true", exclusiveMinimum=0)
+    scale_depth: float = option(
+        -1.0, help="each residual branch is multiplied by scale_depth / sqrt(num_layers); 0 or below: not multiplied"
+    )
     base_hidden_size: int = option(
-        0, help="hidden states are divided by dim_model/this before the output", key="dim_model_base", minimum=0
+        0,
+        help="with scale true: hidden states are divided by dim_model / dim_model_base before the output layer",
+        key="dim_model_base",
+        minimum=0,
     )
     mup_lr: bool = option(
-        True, help="where scale is true: lr of linear layers is divided by dim_model / dim_model_base (muP)"
+        True, help="muP: with scale true, divide the learning rate of linear layers by dim_model / dim_model_base"
     )
-    qkv_bias: bool = option(False, help="biases on the query, key and value projections")
-    qk_norm: bool = option(False, help="an RMSNorm on each query and key head, before the rotation (Qwen3)")
-    attention_scale: float = option(0.0, help="queries times keys times this; 0: 1/sqrt(dim_head)", minimum=0)
-    tie_word_embeddings: bool = option(False, help="output weights are the embedding's", key="tie_lm_head")
+    qkv_bias: bool = option(False, help="add biases to the query, key and value projections")
+    qk_norm: bool = option(
+        False, help="apply an RMSNorm to each query and key head before the rotary embedding, as Qwen3 does"
+    )
+    attention_scale: float = option(
+        0.0, help="factor on the products of queries and keys; 0: 1 / sqrt(dim_head)", minimum=0
+    )
+    tie_word_embeddings: bool = option(False, help="use the embedding as output layer", key="tie_lm_head")
     rope_theta: float = option(10000.0, help="base of the rotary embedding", key="base", exclusiveMinimum=1)
     rope_scaling: str = option(
         "",
-        help="how rotary positions stretch to longer texts",
+        help="method of stretching rotary positions to longer texts; empty: none",
         key="rope_scaling_type",
         case_insensitive=True,
         enum=list(ROPE_SCALINGS),
     )
-    rope_factor: float = option(1.0, help="by how much positions stretch", key="rope_scaling_factor", minimum=1)
+    rope_factor: float = option(
+        1.0, help="factor by which rotary positions are stretched", key="rope_scaling_factor", minimum=1
+    )
     rope_low_freq_factor: float = option(
-        1.0, help="llama3: what turns less often within the original length is divided whole", exclusiveMinimum=0
+        1.0,
+        help="llama3: frequencies with fewer turns than this in the original length are divided by rope_scaling_factor",
+        exclusiveMinimum=0,
     )
     rope_high_freq_factor: float = option(
-        4.0, help="llama3: what turns more often within the original length stays", exclusiveMinimum=0
+        4.0,
+        help="llama3: frequencies with more turns than this in the original length are unchanged",
+        exclusiveMinimum=0,
     )
     rope_attention_factor: float = option(
-        0.0, help="yarn: cosines and sines times this; 0: 0.1 ln(rope_scaling_factor) + 1", minimum=0
+        0.0, help="yarn: factor on cosines and sines; 0: 0.1 ln(rope_scaling_factor) + 1", minimum=0
     )
     rope_beta_fast: float = option(
-        32.0, help="yarn, ntk-by-parts: what turns more often within the original length stays", exclusiveMinimum=0
+        32.0,
+        help="yarn and ntk-by-parts: frequencies with more turns than this in the original length are unchanged",
+        exclusiveMinimum=0,
     )
     rope_beta_slow: float = option(
-        1.0, help="yarn, ntk-by-parts: what turns less often within the original length is divided", exclusiveMinimum=0
+        1.0,
+        help="yarn and ntk-by-parts: frequencies with fewer turns than this in the original length are divided "
+        "by rope_scaling_factor",
+        exclusiveMinimum=0,
     )
     sliding_window: int = option(
-        0, help="tokens that a token attends to, itself included; 0: all before it", minimum=0, maximum=_LONGEST
+        0,
+        help="number of tokens that a token attends to, including itself; 0: all before it",
+        minimum=0,
+        maximum=_LONGEST,
     )
     layer_types: list[str] = option(
         [],
-        help="where sliding_window is set: full_attention or sliding_attention for each layer; empty: all slide",
+        help="attention of each layer if sliding_window is set: full_attention or sliding_attention; empty: "
+        "all layers slide",
         items={"enum": list(LAYER_TYPES)},
     )
-    max_length: int = option(
-        8192, help="longest text in tokens that the model is made for", minimum=1, maximum=_LONGEST
-    )
+    max_length: int = option(8192, help="maximum length of a text in tokens", minimum=1, maximum=_LONGEST)
     orig_max_length: int = option(
-        0, help="longest text before the stretch; 0: max_length / rope_scaling_factor", minimum=0, maximum=_LONGEST
+        0, help="maximum length before the stretch; 0: max_length / rope_scaling_factor", minimum=0, maximum=_LONGEST
     )
-    half: bool = option(True, help="false: compute in fp32 whatever half_type says")
-    half_type: str = option("bf16", help="compute and export precision", enum=["bf16", "fp16", "fp32"])
-    use_flash_attn: bool = option(True, help="false: never the flash-attn kernel")
-    use_checkpoint: bool = option(False, help="the run's use_checkpoint, where the run says nothing of its own")
-    model_type: str = option("fm9g", help="constant", const="fm9g")
+    half: bool = option(True, help="compute in half_type; false: in fp32")
+    half_type: str = option(
+        "bf16", help="number format of the computation and of exported weights", enum=["bf16", "fp16", "fp32"]
+    )
+    use_flash_attn: bool = option(True, help="allow the flash-attn kernel")
+    use_checkpoint: bool = option(
+        False, help="recompute whole layers in the backward pass, unless a key of the run decides it"
+    )
+    model_type: str = option("fm9g", help="always fm9g", const="fm9g")
 
     def __post_init__(self) -> None:
         # Frozen: the derived defaults are written once, here.
@@ -146,14 +183,14 @@ class ModelConfig:
 
     @property
     def rotary_multiplier(self) -> float:
-        """Of cosines and sines. YaRN sharpens attention: queries and keys each grow (Peng et al. 2023, section 3.4)."""
+        """Factor on cosines and sines: YaRN scales up queries and keys (Peng et al. 2023, section 3.4)."""
         if self.rope_scaling != "yarn":
             return 1.0
         return self.rope_attention_factor or 0.1 * math.log(self.rope_factor) + 1.0
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """Of each layer: the tokens that a token attends to, itself included; 0: all before it."""
+        """Sliding window of each layer in tokens, the token itself included; 0: all tokens before it."""
         kinds = self.layer_types or ["sliding_attention"] * self.num_layers
         return tuple(self.sliding_window if kind == "sliding_attention" else 0 for kind in kinds)
 
@@ -163,12 +200,12 @@ class ModelConfig:
         return self.half_type if self.half else "fp32"
 
     def to_json(self) -> dict[str, Any]:
-        """The 9G keys, every one with its value."""
+        """All keys of a 9G file with their values."""
         values = {key_of(f): getattr(self, f.name) for f in fields(self)}
         return {**values, "architectures": ["FM9GForCausalLM"]}
 
 
-# Keys that change no result of a trained model: how it is computed, how it starts, how long texts may be.
+# Keys that do not change the output of a trained model: initial values, precision, maximum length.
 _NON_ARCHITECTURE_KEYS = (
     "dropout_p",
     "init_std",
@@ -182,11 +219,13 @@ _NON_ARCHITECTURE_KEYS = (
 
 
 def architecture_of(config: ModelConfig) -> dict[str, Any]:
-    """The keys that two configurations of one model have alike, in the terms that act."""
+    """The keys that decide the output of a model, in a normal form: equal models have equal values."""
     values = {key: value for key, value in config.to_json().items() if key not in _NON_ARCHITECTURE_KEYS}
     if not config.scale:
         values |= {"scale_emb": 1.0, "dim_model_base": 0}
-    values["scale_depth"] = config.residual_multiplier * math.sqrt(config.num_layers)  # what does without it, too
+    values["scale_depth"] = config.residual_multiplier * math.sqrt(
+        config.num_layers
+    )  # a model without it has a multiplier, too
     values["attention_scale"] = config.attention_multiplier
     if not config.rope_scaling:
         values |= {"rope_scaling_factor": 1.0, "orig_max_length": 0}
@@ -206,11 +245,11 @@ def architecture_of(config: ModelConfig) -> dict[str, Any]:
 
 
 def values_differ(one: Any, other: Any) -> bool:
-    """Whether two values of a key are not the same; some are computed, and come back by a division."""
+    """Whether two values of a key differ by more than rounding; some result from a division."""
     return not math.isclose(one, other, rel_tol=1e-6) if isinstance(one, float) else one != other
 
 
-# The sizes in a config.json of transformers, and the keys of ours that say how large each may be.
+# Sizes in a config.json of transformers, by the key here that limits them.
 _SIZES = {
     "dim_model": ("hidden_size", "n_embd", "d_model"),
     "dim_ff": ("intermediate_size", "n_inner", "d_ff"),
@@ -223,44 +262,57 @@ _SIZES = {
 
 
 def check_sizes(hf: dict[str, Any], where: str) -> None:
-    """Raises UserError for a size in a config.json that no model has, before anything is made or counted by it.
+    """Raises UserError for an impossible size in a config.json, before anything of that size is allocated.
 
-    That of a model with images has the sizes of its parts in objects of their own, such as text_config.
+    The config.json of a multimodal model has the sizes of its parts in nested objects such as text_config.
     """
     for part in (hf, *(value for value in hf.values() if isinstance(value, dict))):
         for ours, names in _SIZES.items():
-            most = keys_of(ModelConfig)[ours].metadata["schema"]["maximum"]
+            maximum = keys_of(ModelConfig)[ours].metadata["schema"]["maximum"]
             for name in names:
                 value = part.get(name)
-                if isinstance(value, (int, float)) and not value <= most:
-                    raise UserError(f"{where}: {name}: found {value!r:.20}, allowed: at most {most}; is it damaged?")
+                if isinstance(value, (int, float)) and not value <= maximum:
+                    raise UserError(
+                        f"{where}: {name}: found {value!r:.20}, allowed: at most {maximum}; is the file damaged?"
+                    )
 
 
-def load_model_config(path: Path, overrides: dict[str, Any] | None = None) -> Resolved[ModelConfig]:
+def load_model_config(path: Path) -> ModelConfig:
     """Reads a 9G model configuration.
 
-    overrides: `--model.KEY value` from the command line, as strings.
-    Raises UserError for unknown keys, wrong types and values out of range.
+    Raises:
+        UserError: for unknown keys, wrong types and values out of range.
+    """
+    return resolve_model_config(path).value
+
+
+def resolve_model_config(path: Path, overrides: dict[str, Any] | None = None) -> Resolved[ModelConfig]:
+    """Does the same as `load_model_config`, and returns the origin of each value as well.
+
+    Args:
+        overrides: `--model.KEY value` from the command line, as strings.
     """
     raw = read_object(path)
     if raw.pop("architectures", ["FM9GForCausalLM"]) != ["FM9GForCausalLM"]:
         raise UserError(f"{path}: architectures: expected ['FM9GForCausalLM']")
-    if "ori_max_length" in raw:  # a spelling that files in the wild use
+    if "ori_max_length" in raw:  # a spelling in some published files
         raw.setdefault("orig_max_length", raw.pop("ori_max_length"))
     if raw.get("dim_model_base") is None:
         raw.pop("dim_model_base", None)
     sources = [ConfigSource(str(path), raw), ConfigSource("command line (--model.)", dict(overrides or {}), text=True)]
     notes = [note for source in sources for note in _without_deprecated(source)]
-    resolved = build(ModelConfig, sources)
-    unscaled = {"scale_emb": 1.0, "dim_model_base": 0}  # what files that we write have
-    scaled = [key for key, value in unscaled.items() if raw.get(key, value) != value]
-    if scaled and not resolved.value.scale:
-        notes.append(f"{path}: {' and '.join(scaled)} {'change' if scaled[1:] else 'changes'} nothing: scale is false")
+    resolved = resolve_sources(ModelConfig, sources)
+    unscaled = {"scale_emb": 1.0, "dim_model_base": 0}  # as in the files that fm9g writes
+    ignored = [key for key, value in unscaled.items() if raw.get(key, value) != value]
+    if ignored and not resolved.value.scale:
+        notes.append(
+            f"{path}: {' and '.join(ignored)} {'change' if ignored[1:] else 'changes'} nothing: scale is false"
+        )
     return replace(resolved, notes=tuple(notes))
 
 
 def _without_deprecated(source: ConfigSource) -> list[str]:
-    """Takes the keys that change nothing out of a source; returns a line for each."""
+    """Removes the deprecated keys from a source; returns a note for each."""
     notes = []
     for key in sorted(DEPRECATED_KEYS.keys() & source.values.keys()):
         allowed, why = DEPRECATED_KEYS[key]

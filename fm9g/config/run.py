@@ -1,18 +1,22 @@
-"""Everything a run is made from: training, model and mixture configuration, with the command line on top."""
+"""The configuration of a run: training, model and datasets, overridden by the command line."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fm9g.config.fields import canonical_keys, canonical_value, keys_of
 from fm9g.config.load import Resolved, require_config
-from fm9g.config.mixture import DatasetConfig, load_mixture
-from fm9g.config.model import ModelConfig, load_model_config
-from fm9g.config.train import TrainConfig, load_train_config
+from fm9g.config.mixture import DatasetConfig, resolve_mixture
+from fm9g.config.model import ModelConfig, resolve_model_config
+from fm9g.config.train import TrainConfig
+from fm9g.config.train_file import load_train_config
 from fm9g.errors import UserError
 
-# Keys that hold a path.
+logger = logging.getLogger(__name__)
+
+# Keys whose value is a path.
 PATH_KEYS = (
     "dataset_config",
     "val_dataset",
@@ -29,39 +33,71 @@ PATH_KEYS = (
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The resolved configuration of a run. notes: what the user should know about it, a line each."""
+    """The configuration of a run.
 
-    train: Resolved[TrainConfig]
-    model: Resolved[ModelConfig]
-    mixture: list[Resolved[DatasetConfig]]
-    validation: list[Resolved[DatasetConfig]]
-    notes: list[str]
+    Args:
+        mixture: the datasets to train on, in the order of the file.
+        validation: the datasets to evaluate on; empty: no evaluation.
+        origins: section -> key -> the file or command line that set the value. Sections are "train", "model",
+            "data.TASK" and "val.TASK"; keys are spelled as in files.
+    """
+
+    train: TrainConfig
+    model: ModelConfig
+    mixture: list[DatasetConfig]
+    validation: list[DatasetConfig]
+    origins: dict[str, dict[str, str]]
+
+    def rows(self, section: str) -> list[tuple[str, Any, str]]:
+        """Key, value and origin of every key of a section."""
+        config = self._sections()[section]
+        return [
+            (key, getattr(config, field.name), self.origins[section][key]) for key, field in keys_of(config).items()
+        ]
+
+    def changed(self, section: str, values: dict[str, Any], origin: str) -> RunConfig:
+        """Returns a copy in which some keys of "train" or "model" have other values, all from one origin.
+
+        Raises:
+            UserError: the new values do not go together with the others.
+        """
+        config = self._sections()[section]
+        names = {key: field.name for key, field in keys_of(config).items()}
+        origins = self.origins | {section: self.origins[section] | dict.fromkeys(values, origin)}
+        config = replace(config, **{names[key]: value for key, value in values.items()})
+        return replace(self, origins=origins, **{section: config})
 
     def to_json(self) -> dict[str, Any]:
-        """Every value with its origin, as kept in checkpoints."""
+        """Every value with its origin, as checkpoints store it."""
         return {
-            name: {key: {"value": value, "from": origin} for key, value, origin in resolved.items()}
-            for name, resolved in self._sections().items()
+            section: {key: {"value": value, "from": origin} for key, value, origin in self.rows(section)}
+            for section in self._sections()
         }
 
     def fingerprint(self) -> dict[str, Any]:
-        """What must be the same on all machines: every value but places of files, which may be mounted elsewhere."""
+        """What must be equal on all machines: every value except paths, which may differ between machines."""
         return {
-            name: {key: value for key, value, _ in resolved.items() if key not in PATH_KEYS}
-            for name, resolved in self._sections().items()
+            section: {key: value for key, value, _ in self.rows(section) if key not in PATH_KEYS}
+            for section in self._sections()
         }
 
-    def _sections(self) -> dict[str, Resolved[Any]]:
-        sections: dict[str, Resolved[Any]] = {"train": self.train, "model": self.model}
-        sections |= {f"data.{item.value.task_name}": item for item in self.mixture}
-        return sections | {f"val.{item.value.task_name}": item for item in self.validation}
+    def _sections(self) -> dict[str, Any]:
+        sections: dict[str, Any] = {"train": self.train, "model": self.model}
+        sections |= {f"data.{dataset.task_name}": dataset for dataset in self.mixture}
+        return sections | {f"val.{dataset.task_name}": dataset for dataset in self.validation}
+
+
+def section_class(section: str) -> type[TrainConfig] | type[ModelConfig] | type[DatasetConfig]:
+    """The configuration class of a section of RunConfig.to_json."""
+    if section == "train":
+        return TrainConfig
+    return ModelConfig if section == "model" else DatasetConfig
 
 
 def with_current_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """RunConfig.to_json as an earlier version may have written it, by the names that keys and values have now."""
-    classes: dict[str, type] = {"train": TrainConfig, "model": ModelConfig}
+    """Replaces former names of keys and values in a RunConfig.to_json that an earlier version may have written."""
     return {
-        section: _with_current_keys(classes.get(section, DatasetConfig), items) if isinstance(items, dict) else items
+        section: _with_current_keys(section_class(section), items) if isinstance(items, dict) else items
         for section, items in config.items()
     }
 
@@ -75,21 +111,26 @@ def _with_current_keys(cls: type, items: dict[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-def with_defaults(item: Resolved[DatasetConfig], train: Resolved[TrainConfig]) -> Resolved[DatasetConfig]:
-    """A dataset with the run's chat_template, train_on, turns and max_samples where it has none; and stop_when_end."""
-    keys = [key for key in ("chat_template", "train_on", "turns", "max_samples") if not getattr(item.value, key)]
-    values = {key: getattr(train.value, key) for key in keys}
-    origins = {key: train.origins[key] for key in keys}
-    if train.value.stop_when_end:
-        values["allow_repeat"], origins["allow_repeat"] = False, train.origins["stop_when_end"]
-    return Resolved(replace(item.value, **values), item.origins | origins)
+def with_defaults(dataset: DatasetConfig, train: TrainConfig) -> DatasetConfig:
+    """Returns the dataset with the run's values for the keys that it leaves open."""
+    return replace(dataset, **{key: value for key, (value, _) in _inherited(dataset, train).items()})
+
+
+def _inherited(dataset: DatasetConfig, train: TrainConfig) -> dict[str, tuple[Any, str]]:
+    """Key of the dataset -> the value it takes over from the run, and the training key that sets the value."""
+    open_keys = [key for key in ("chat_template", "train_on", "turns", "max_samples") if not getattr(dataset, key)]
+    values = {key: (getattr(train, key), key) for key in open_keys}
+    return values | ({"allow_repeat": (False, "stop_when_end")} if train.stop_when_end else {})
 
 
 def load_run(name: str, overrides: dict[str, str], complete: bool = True) -> RunConfig:
     """The configuration that `fm9g train --config NAME --key value ...` names.
 
-    overrides: KEY, default.KEY, model.KEY or data.TASK.KEY -> text. complete: what a run cannot do without must be
-    there; else it is a note. Raises UserError.
+    Logs what the user should know about the keys.
+
+    Args:
+        overrides: KEY, default.KEY, model.KEY or data.TASK.KEY -> text.
+        complete: raise UserError if a run could not start because a key is missing; False: log it.
     """
     train_overrides: dict[str, str] = {}
     model_overrides: dict[str, str] = {}
@@ -107,7 +148,7 @@ def load_run(name: str, overrides: dict[str, str], complete: bool = True) -> Run
         else:
             train_overrides[key] = value
     train, model_file = load_train_config(name, train_overrides, default_overrides)
-    model = load_model_config(model_file, model_overrides)
+    model = resolve_model_config(model_file, model_overrides)
     train = _with_model_checkpointing(train, model)
     missing = [
         f"{key}: missing; give --{key}, or set it in a file of train_configs/"
@@ -116,20 +157,33 @@ def load_run(name: str, overrides: dict[str, str], complete: bool = True) -> Run
     ]
     if missing and complete:
         raise UserError(*missing)
-    notes = [*train.notes, *model.notes, *missing]
+    for note in train.notes:
+        logger.warning(note)
+    for note in [*model.notes, *missing]:
+        logger.info(note)
+    mixture = _resolve_datasets(train.value.dataset_config, data_overrides)
+    validation = _resolve_datasets(train.value.val_dataset, {})
+    origins = {"train": train.origins, "model": model.origins}
+    for prefix, datasets in (("data", mixture), ("val", validation)):
+        for dataset in datasets:
+            inherited = {key: train.origins[of] for key, (_, of) in _inherited(dataset.value, train.value).items()}
+            origins[f"{prefix}.{dataset.value.task_name}"] = dataset.origins | inherited
+    return RunConfig(
+        train.value,
+        model.value,
+        [with_defaults(dataset.value, train.value) for dataset in mixture],
+        [with_defaults(dataset.value, train.value) for dataset in validation],
+        origins,
+    )
 
-    def datasets(name: str, overrides: dict[str, dict[str, str]]) -> list[Resolved[DatasetConfig]]:
-        found = load_mixture(require_config("dataset_configs", name), overrides) if name else []
-        return [with_defaults(item, train) for item in found]
 
-    mixture, validation = datasets(train.value.dataset_config, data_overrides), datasets(train.value.val_dataset, {})
-    return RunConfig(train, model, mixture, validation, notes)
+def _resolve_datasets(name: str, overrides: dict[str, dict[str, str]]) -> list[Resolved[DatasetConfig]]:
+    return resolve_mixture(require_config("dataset_configs", name), overrides) if name else []
 
 
 def _with_model_checkpointing(train: Resolved[TrainConfig], model: Resolved[ModelConfig]) -> Resolved[TrainConfig]:
-    """The training configuration with the model's use_checkpoint, where it says nothing of its own."""
+    """The training configuration with the model's use_checkpoint, unless the training configuration sets its own."""
     given = [key for key in ("use_checkpoint", "activation_checkpoint") if train.origins[key] != "default"]
     if given or not model.value.use_checkpoint:
         return train
-    origins = train.origins | {"use_checkpoint": model.origins["use_checkpoint"]}
-    return Resolved(replace(train.value, use_checkpoint=True), origins, train.notes)
+    return train.with_values({"use_checkpoint": True}, model.origins["use_checkpoint"])

@@ -1,7 +1,10 @@
-"""The families of models whose folders are read and written: an entry each, by the model_type of config.json.
+"""Model families that fm9g converts: one row of FAMILIES each, by the model_type of config.json.
 
-A family says how its weights are called, how its configuration reads in the terms of Llama's, and, where queries, keys
-and values are one weight, in which rows each of them lies. Out of these come both directions.
+A row gives the names of weights, the configuration as a Llama one, and, if queries, keys and values are fused into one
+weight, their rows in it. Both directions of a conversion follow from it.
+
+    qkv_concatenated     q0 q1 q2 q3 | k0 k1 | v0 v1        (4 query heads, 2 key heads)
+    qkv_interleaved      q0 q1 k0 v0 | q2 q3 k1 v1
 """
 
 from __future__ import annotations
@@ -18,22 +21,24 @@ from fm9g.convert.weight_map import NameTable, WeightMap, llama_map_with, strip_
 from fm9g.errors import UserError
 from fm9g.io.lazy_tensor import LazyConcat, LazyTensor
 
-QKVLayout = list[tuple[str, int]]  # q, k or v, and how many of its rows come next
+QKVLayout = list[tuple[str, int]]  # (q, k or v; number of its next rows), in the order of the fused weight
 HFConfig = dict[str, Any]
 
 
 class UnsupportedConfigError(Exception):
-    """A key of a configuration that asks for what 9G has not. args: the key, and the reason."""
+    """A configuration that 9G cannot represent. args: the key, and the reason."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """table: the names of weights. qkv_layout: the rows of a packed weight. to_llama_config:
-    a configuration in Llama's terms.
+    """How a family's folders relate to 9G models.
 
-    defaults: what the published configuration class takes for keys that are not given; None: transformers has the
-    class. has_normalized_head: whether the model of a configuration normalizes the rows of its output weights before it
-    multiplies with them.
+    Args:
+        table: 9G name -> the family's name of each weight.
+        qkv_layout: rows of the fused weight of queries, keys and values; None: they are three weights.
+        to_llama_config: rewrites a configuration with Llama's keys. Raises UnsupportedConfigError.
+        defaults: of the published configuration class, for keys that are not given; None: transformers has the class.
+        has_normalized_head: whether a model normalizes the rows of its output weights before multiplying.
     """
 
     table: NameTable = field(default_factory=llama_map_with)
@@ -49,20 +54,20 @@ class Family:
 
 def qkv_concatenated(config: ModelConfig) -> QKVLayout:
     """All queries, then all keys, then all values."""
-    shared = config.num_kv_heads * config.head_dim
-    return [("q", config.num_heads * config.head_dim), ("k", shared), ("v", shared)]
+    kv_dim = config.num_kv_heads * config.head_dim
+    return [("q", config.num_heads * config.head_dim), ("k", kv_dim), ("v", kv_dim)]
 
 
 def qkv_interleaved(config: ModelConfig) -> QKVLayout:
-    """For each key head the queries that share it, itself, and its values."""
+    """For each key head its queries, its keys and its values."""
     group = config.num_heads // config.num_kv_heads
     return [("q", group * config.head_dim), ("k", config.head_dim), ("v", config.head_dim)] * config.num_kv_heads
 
 
 def _qwen(hf: HFConfig) -> HFConfig:
-    """Qwen of 2023: two halves of a feed-forward width, and stretches that begin beyond seq_length only."""
+    """Qwen of 2023: intermediate_size counts gate and up together, and rope is stretched only beyond seq_length."""
     if not hf.get("no_bias", True):
-        raise UnsupportedConfigError("no_bias", "is false: 9G has biases on queries, keys and values alone")
+        raise UnsupportedConfigError("no_bias", "is false: 9G has biases only on queries, keys and values")
     return hf | {
         "intermediate_size": hf["intermediate_size"] // 2,
         "head_dim": hf["kv_channels"],
@@ -77,7 +82,7 @@ def _qwen(hf: HFConfig) -> HFConfig:
 def _baichuan(hf: HFConfig) -> HFConfig:
     if "max_position_embeddings" not in hf:
         raise UnsupportedConfigError(
-            "max_position_embeddings", "is missing: a 13B of Baichuan, whose positions are ALiBi"
+            "max_position_embeddings", "is missing, as in Baichuan 13B, which uses ALiBi positions"
         )
     return hf
 
@@ -139,7 +144,7 @@ _MINICPM_DEFAULTS = _COMMON_7B | {
     "scale_depth": 1,
     "dim_model_base": 1,
 }
-_XVERSE_DEFAULTS = _COMMON | {  # those of its 13B
+_XVERSE_DEFAULTS = _COMMON | {  # of the 13B
     "vocab_size": 100278,
     "hidden_size": 5120,
     "intermediate_size": 13824,
@@ -191,29 +196,36 @@ FAMILIES = {
 
 
 def family_of(hf: HFConfig, where: str) -> Family:
-    """The family of a configuration. Raises UserError for one that is not known."""
+    """The family of a configuration. Raises UserError for an unknown model_type."""
     kind = hf.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UserError(f"{where}: model_type {kind!r} is not one that can be read: {', '.join(FAMILIES)}")
+        raise UserError(f"{where}: model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}")
     return FAMILIES[kind]
 
 
 def default_config(kind: str) -> HFConfig:
-    """What the configuration class of a model_type takes for keys that are not given."""
-    if (known := FAMILIES[kind].defaults) is not None:
-        return known
+    """The values that the configuration class of a model_type uses for keys that are not given."""
+    if (defaults := FAMILIES[kind].defaults) is not None:
+        return defaults
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     parameters = inspect.signature(CONFIG_MAPPING[kind].__init__).parameters.values()
-    given = {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
-    # From 5 on, rope_theta has its default apart.
-    return given | {"rope_theta": getattr(CONFIG_MAPPING[kind], "default_theta", given.get("rope_theta"))}
+    defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
+    # transformers 5 keeps the default of rope_theta apart.
+    return defaults | {"rope_theta": getattr(CONFIG_MAPPING[kind], "default_theta", defaults.get("rope_theta"))}
 
 
 def from_hf_weights(
     family: Family, config: ModelConfig, tensors: Mapping[str, LazyTensor], where: str
 ) -> dict[str, LazyConcat]:
-    """The weights of a folder under their 9G names. Raises UserError where one has none."""
+    """Splits and renames the tensors of a folder to 9G weights.
+
+    Args:
+        where: the folder, for messages.
+
+    Raises:
+        UserError: a tensor has no 9G name, two have the same, or a fused one has the wrong number of rows.
+    """
     names = family.names
     weights: dict[str, LazyConcat] = {}
     unknown = []
@@ -222,7 +234,7 @@ def from_hf_weights(
         native = names.from_hf(name)
         if doubled := weights.keys() & native:
             raise UserError(f"{where}: {raw_name}: is there twice, as {min(doubled)}; remove the one that is wrong")
-        if not native and not name.endswith("rotary_emb.inv_freq"):  # a constant that old folders hold
+        if not native and not name.endswith("rotary_emb.inv_freq"):  # a constant in old folders
             unknown.append(raw_name)
         elif len(native) == 1:
             weights[native[0]] = LazyConcat((tensor,), tensor.dtype)
@@ -236,7 +248,10 @@ def from_hf_weights(
 
 
 def to_hf_weights(family: Family, config: ModelConfig, weights: Mapping[str, LazyConcat]) -> dict[str, LazyConcat]:
-    """A 9G model's weights under the family's names, in their order. Those that are packed must be as in a file."""
+    """Fuses and renames 9G weights to a family's, in the order of the 9G ones.
+
+    Weights to be fused must be unchanged tensors of files: rows of them are put together without reading values.
+    """
     names = family.names
     groups: dict[str, dict[str, LazyConcat]] = {}
     for name, tensor in weights.items():
@@ -253,20 +268,20 @@ def to_hf_weights(family: Family, config: ModelConfig, weights: Mapping[str, Laz
             continue
         assert family.qkv_layout, hf_name
         assert all(tensor.transform is None and len(tensor.parts) == 1 for tensor in group.values()), hf_name
-        rows, parts = dict.fromkeys("qkv", 0), []
-        kinds = {_qkv_part(name): tensor.parts[0] for name, tensor in group.items()}
+        tensors = {_qkv_part(name): tensor.parts[0] for name, tensor in group.items()}
+        next_row, parts = dict.fromkeys("qkv", 0), []
         for kind, count in family.qkv_layout(config):
-            parts.append(kinds[kind].rows(rows[kind], rows[kind] + count))
-            rows[kind] += count
+            parts.append(tensors[kind].rows(next_row[kind], next_row[kind] + count))
+            next_row[kind] += count
         fused[hf_name] = LazyConcat(tuple(parts), parts[0].dtype)
     return fused
 
 
 def _split_qkv(tensor: LazyTensor, layout: QKVLayout, where: str) -> dict[str, list[LazyTensor]]:
-    """The rows of queries, keys and values in a packed weight."""
+    """The rows of queries, keys and values in a fused weight."""
     total = sum(count for _, count in layout)
     if not tensor.shape or tensor.shape[0] != total:
-        raise UserError(f"{where}: shape {list(tensor.shape)}, expected {total} rows, of queries, keys and values")
+        raise UserError(f"{where}: shape {list(tensor.shape)}, expected {total} rows, for queries, keys and values")
     parts: dict[str, list[LazyTensor]] = {"q": [], "k": [], "v": []}
     start = 0
     for kind, count in layout:
@@ -276,10 +291,13 @@ def _split_qkv(tensor: LazyTensor, layout: QKVLayout, where: str) -> dict[str, l
 
 
 def _qkv_part(name: str) -> str:
-    """q, k or v, of the 9G name of a projection."""
+    """q, k or v, from the 9G name of a projection."""
     return name.rsplit(".", 2)[1].removeprefix("project_")
 
 
 def normalized(rows: torch.Tensor, first_row: int) -> torch.Tensor:
-    """Each row divided by its length, in fp32; same type out."""
+    """Each row divided by its norm, in fp32; the result has the type of the rows.
+
+    Interrupted conversions resume by this function's __name__: it is part of the journal's fingerprint.
+    """
     return torch.nn.functional.normalize(rows.float()).to(rows.dtype)

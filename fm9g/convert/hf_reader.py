@@ -1,4 +1,4 @@
-"""What a Hugging Face folder holds, without its values: the model configuration and the places of the weights."""
+"""Opens a Hugging Face folder without reading values: its 9G model configuration and its weights as lazy tensors."""
 
 from __future__ import annotations
 
@@ -8,38 +8,39 @@ from pathlib import Path
 
 import torch
 
-from fm9g.config.load import read_object
+from fm9g.checkpoint.weight_check import check_dtypes, check_weights
 from fm9g.config.model import ModelConfig
 from fm9g.convert.families import family_of, from_hf_weights, normalized
 from fm9g.convert.hf_config import from_hf_config
-from fm9g.convert.weight_map import LLAMA_MAP, WeightMap, strip_wrappers
 from fm9g.errors import UserError
-from fm9g.io.lazy_tensor import LazyConcat, LazyTensor, open_pt, open_safetensors
+from fm9g.io.json_file import read_object
+from fm9g.io.lazy_tensor import LazyConcat, LazyTensor, TensorMeta
+from fm9g.io.pt_file import open_pt
 from fm9g.io.regular_file import check_regular
-from fm9g.io.weights import TensorMeta, check_dtypes, check_weights
+from fm9g.io.safetensors_file import open_safetensors
 from fm9g.model.transformer import weight_shapes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LM_HEAD, EMBEDDING = "lm_head.weight", "input_embedding.weight"
-_CHUNK_BYTES = 1 << 25  # bytes that are compared at a time
-# The files of weights: the one, the list of several, any that look like it; and their reader.
+_CHUNK_BYTES = 1 << 25  # compared at a time
+# Basename and suffix of the files of weights, and their reader, in the order in which transformers looks for them.
 _FORMATS: tuple[tuple[str, str, Callable[[Path], dict[str, LazyTensor]]], ...] = (
     ("model", ".safetensors", open_safetensors),
     ("pytorch_model", ".bin", open_pt),
 )
 
 
-def open_hf_folder(source: Path) -> tuple[ModelConfig, dict[str, LazyConcat]]:
-    """The 9G configuration of a Hugging Face folder, and its weights under their 9G names, to be read one at a time.
+def open_hf_folder(folder: Path) -> tuple[ModelConfig, dict[str, LazyConcat]]:
+    """The 9G configuration of a Hugging Face folder, and its weights as lazy tensors under their 9G names.
 
-    Raises UserError where a weight has no 9G name, is missing, or does not fit the configuration.
+    Raises UserError if a weight has no 9G name, is missing, or does not fit the configuration.
     """
-    hf = read_object(source / "config.json")
-    config = from_hf_config(hf, str(source / "config.json"))
-    family = family_of(hf, str(source / "config.json"))
-    stored = open_hf_tensors(source)
-    check_dtypes(stored, str(source))
-    weights = from_hf_weights(family, config, stored, str(source))
+    hf = read_object(folder / "config.json")
+    config = from_hf_config(hf, str(folder / "config.json"))
+    family = family_of(hf, str(folder / "config.json"))
+    tensors = open_hf_tensors(folder)
+    check_dtypes(tensors, str(folder))
+    weights = from_hf_weights(family, config, tensors, str(folder))
     if family.has_normalized_head(hf) and LM_HEAD in weights:
         weights[LM_HEAD] = dataclasses.replace(weights[LM_HEAD], transform=normalized)
     if config.tie_word_embeddings and LM_HEAD in weights:  # as transformers 5 does
@@ -49,38 +50,32 @@ def open_hf_folder(source: Path) -> tuple[ModelConfig, dict[str, LazyConcat]]:
             del weights[LM_HEAD]
         else:
             config = dataclasses.replace(config, tie_word_embeddings=False)
-    check_weights(weights, weight_shapes(config), str(source), strict=True)
-    if not (hf.get("dtype") or hf.get("torch_dtype")):  # then the weights say it
+    check_weights(weights, weight_shapes(config), str(folder), strict=True)
+    if not (hf.get("dtype") or hf.get("torch_dtype")):
         names = {dtype: name for name, dtype in DTYPES.items()}
         config = dataclasses.replace(config, half_type=names.get(main_dtype(weights), "fp32"))
     return config, weights
 
 
-def open_pt_weights(file: Path) -> dict[str, LazyTensor]:
-    """The weights of a 9G .pt file, under their names without what wrappers put in front. Raises UserError."""
-    names = WeightMap(LLAMA_MAP)
-    weights: dict[str, LazyTensor] = {}
-    for raw_name, tensor in open_pt(file).items():
-        name = strip_wrappers(raw_name, lambda name: names.to_hf(name) is not None)
-        if name in weights:
-            raise UserError(f"{file}: {raw_name}: is there twice, as {name}; remove the one that is wrong")
-        weights[name] = tensor
-    return weights
-
-
 def main_dtype(weights: Mapping[str, TensorMeta]) -> torch.dtype:
-    """That of most of the weights' bytes."""
+    """The type of most of the weights' bytes."""
     sizes: dict[torch.dtype, int] = {}
     for weight in weights.values():
         sizes[weight.dtype] = sizes.get(weight.dtype, 0) + weight.shape.numel() * weight.dtype.itemsize
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def open_hf_tensors(folder: Path) -> dict[str, LazyTensor]:
-    """Every tensor of a folder's safetensors or, where there are none, .bin files, in their order.
+def cast_weights(weights: Mapping[str, LazyConcat], dtype: str) -> dict[str, LazyConcat]:
+    """The weights, to be read in another type. dtype: a key of DTYPES; empty: unchanged."""
+    target = DTYPES.get(dtype)
+    return {name: dataclasses.replace(weight, dtype=target or weight.dtype) for name, weight in weights.items()}
 
-    As transformers looks for them: one file, else those that an index lists. Raises UserError where one is missing, or
-    two files hold a tensor of one name.
+
+def open_hf_tensors(folder: Path) -> dict[str, LazyTensor]:
+    """The tensors of a folder's safetensors or, without these, .bin files, under the names and in the order there.
+
+    Finds files as transformers does: one file, else those that an index lists. Raises UserError if a file or a tensor
+    is missing, or two files hold a tensor of the same name.
     """
     for stem, suffix, reader in _FORMATS:
         index = folder / f"{stem}{suffix}.index.json"
@@ -90,11 +85,11 @@ def open_hf_tensors(folder: Path) -> dict[str, LazyTensor]:
             return _from_index(index, reader)
         if shards := sorted(folder.glob(f"{stem}*{suffix}")):
             return _merge_files(shards, reader)
-    raise UserError(f"{folder}: neither model*.safetensors nor pytorch_model*.bin is there")
+    raise UserError(f"{folder}: has no weights; expected model*.safetensors or pytorch_model*.bin")
 
 
 def check_weight_files(folder: Path) -> None:
-    """Raises UserError for a file of weights that is not whole, or that holds code. Reads no values."""
+    """Raises UserError for a file of weights that is incomplete or contains code. Reads no values."""
     for stem, suffix, reader in _FORMATS:
         files = sorted(folder.glob(f"{stem}*{suffix}"))
         for file in files:
@@ -112,11 +107,11 @@ def _from_index(index: Path, reader: Callable[[Path], dict[str, LazyTensor]]) ->
         if Path(file).name != file:
             raise UserError(f"{index}: {file}: expected the name of a file beside it")
         if not (index.parent / file).is_file():
-            raise UserError(f"{index.parent / file}: is missing, and {index.name} lists it; get it again")
+            raise UserError(f"{index.parent / file}: is missing, but {index.name} lists it; get it again")
     tensors = _merge_files([index.parent / file for file in files], reader)
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file.name != file:
-            raise UserError(f"{index.parent / file}: {name}: is missing, and {index.name} lists it; get both again")
+            raise UserError(f"{index.parent / file}: {name}: is missing, but {index.name} lists it; get both again")
     return tensors
 
 
@@ -132,7 +127,7 @@ def _merge_files(files: list[Path], reader: Callable[[Path], dict[str, LazyTenso
 
 
 def _equal(one: LazyConcat, other: LazyConcat) -> bool:
-    """Whether two tensors have the same values, which are read in pieces."""
+    """Whether two tensors have the same values. Reads them in chunks."""
     if one.shape != other.shape or one.parts == other.parts:
         return one.shape == other.shape
     return all(

@@ -1,4 +1,7 @@
-"""Logits of a model of any size, in fp32 on the host, with the weights of one layer in memory at a time."""
+"""Logits of a model of any size, in fp32 on the CPU, with the weights of one layer in memory at a time.
+
+T: tokens of all prompts, C: hidden size, V: vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from fm9g.config.model import ModelConfig
-from fm9g.model.transformer import FM9G, Batch
+from fm9g.model.prompt_batch import prompt_batch
+from fm9g.model.transformer import FM9G
 
 ReadWeight = Callable[[str], torch.Tensor]
 LayerHook = Callable[[nn.Module, int], None]
 
-_ROWS = 4096  # of the output weights in fp32 at a time
+_HEAD_ROWS = 4096  # of the output weights in fp32 at a time
 
 
 class _Embedding(nn.Module):
-    """An embedding whose weight is read when it is called for."""
+    """An embedding that reads its weight on each call."""
 
     def __init__(self, read: ReadWeight) -> None:
         super().__init__()
@@ -32,12 +36,12 @@ class _Embedding(nn.Module):
 def streamed_logits(
     config: ModelConfig, read: ReadWeight, prompts: list[list[int]], layer_hook: LayerHook | None = None, last: int = 0
 ) -> list[torch.Tensor]:
-    """The (tokens, V) logits of each prompt, which see nothing of each other.
+    """The logits (T, V) of each prompt. Prompts do not attend to one another.
 
-    read: gives a weight by its 9G name, in any floating-point type; it is called once for each. layer_hook: is shown
-    each layer with its weights in fp32, and its number, before it is used, and may change it.
-    last: so many tokens at the
-    end of each prompt have logits; 0: all.
+    Args:
+        read: returns a weight by its 9G name, in any floating-point type; called once per weight.
+        layer_hook: called with each layer, its weights in fp32, and its number before it runs; may change the layer.
+        last: tokens at the end of each prompt that get logits; 0: all.
     """
     with torch.device("meta"):
         model = FM9G(config).eval()
@@ -46,40 +50,27 @@ def streamed_logits(
         layer.register_forward_pre_hook(_materialize(f"encoder.layers.{number}.", read, layer_hook, number))
         layer.register_forward_hook(_release)
     model.encoder.output_layernorm.register_forward_pre_hook(_materialize("encoder.output_layernorm.", read))
-    rows_of_prompts = model.hidden_states(_batch(prompts)).split([len(prompt) for prompt in prompts])
-    last_rows = [rows[-last:] for rows in rows_of_prompts]
-    hidden = torch.cat(last_rows)  # (tokens, C)
+    hidden = model.hidden_states(prompt_batch(prompts))
+    last_rows = [rows[-last:] for rows in torch.split(hidden, [len(prompt) for prompt in prompts])]
+    hidden = torch.cat(last_rows)  # (T, C)
     head = read("input_embedding.weight" if config.tie_word_embeddings else "lm_head.weight")
-    logits = torch.cat([F.linear(hidden, rows.float()) for rows in head.split(_ROWS)], dim=-1)
-    return list(logits.split([len(rows) for rows in last_rows]))
+    logits = torch.cat([F.linear(hidden, rows.float()) for rows in torch.split(head, _HEAD_ROWS)], dim=-1)  # (T, V)
+    return list(torch.split(logits, [len(rows) for rows in last_rows]))
 
 
 def _materialize(
     prefix: str, read: ReadWeight, layer_hook: LayerHook | None = None, number: int = 0
 ) -> Callable[..., None]:
-    """A hook that gives a module on the meta device its weights."""
+    """A hook that reads the weights of a module on the meta device."""
 
-    def fill(module: nn.Module, inputs: object) -> None:
+    def read_weights(module: nn.Module, inputs: object) -> None:
         weights = {name: read(prefix + name).float() for name, _ in module.named_parameters()}
         module.load_state_dict(weights, assign=True)
         if layer_hook:
             layer_hook(module, number)
 
-    return fill
+    return read_weights
 
 
 def _release(module: nn.Module, inputs: object, outputs: object) -> None:
     module.to_empty(device="meta")
-
-
-def _batch(prompts: list[list[int]]) -> Batch:
-    seqlens = [len(prompt) for prompt in prompts]
-    nothing = torch.zeros(0, dtype=torch.int64)
-    return Batch(
-        input_ids=torch.tensor([token for prompt in prompts for token in prompt]),
-        positions=torch.cat([torch.arange(length) for length in seqlens]),
-        cu_seqlens=torch.tensor([0, *seqlens], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        seqlens=seqlens,
-        target_positions=nothing,
-        targets=nothing,
-    )

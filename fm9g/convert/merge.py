@@ -1,129 +1,55 @@
-"""Adapters from wherever they are, and the base with one in its weights."""
+"""Merges an adapter into the weights of its base.
+
+    base (lazy)  ─┬─ each weight: W + s B A in fp32 while it is written ──> written model
+                  │                                                            │
+    adapter ──────┤                                       logits compared (3) ─┘
+                  └─ both apart, layer by layer ── logits compared (1, 2)
+
+(1) with those of both merged in fp32: `merge_error`; (2) with those of the base alone: `max_change`; (3) with those of
+the written model, whose weights may be rounded to 16 bits: `rounding_error`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from fm9g.checkpoint.checkpoint import MANIFEST, TOKENIZER
+from fm9g.checkpoint.checkpoint import Checkpoint
 from fm9g.checkpoint.find import resolve_checkpoint_path
-from fm9g.config.adapter import ADAPTER_CONFIG, AdapterConfig
-from fm9g.config.run import RunConfig
-from fm9g.convert.hf import ExportSource, open_export_source, open_pt_model, write_hf_folder, write_pt_model
-from fm9g.convert.hf_reader import open_hf_folder
+from fm9g.checkpoint.layout import MANIFEST
+from fm9g.convert.hf_export import ExportOptions, write_hf_folder
+from fm9g.convert.hf_import import write_pt_model
 from fm9g.convert.logits import LayerHook, streamed_logits
-from fm9g.convert.peft import is_peft, read_peft
+from fm9g.convert.source import Source, open_source
 from fm9g.convert.verify import TOLERANCE, make_prompts
 from fm9g.errors import UserError
 from fm9g.io.inputs import check_output, protect_inputs
 from fm9g.io.lazy_tensor import LazyConcat
-from fm9g.io.path_kind import ADAPTER, CHECKPOINT, MODEL, WEIGHTS, check_kind
-from fm9g.lora.adapter_file import Adapter, open_adapter, save_adapter
+from fm9g.io.path_kind import CHECKPOINT, MODEL, WEIGHTS, check_kind
+from fm9g.lora.adapter_file import Adapter
 from fm9g.lora.base_fingerprint import base_fingerprint
-from fm9g.lora.inject import load_adapter_into, select_target_layers
-from fm9g.model.transformer import weight_shapes
+from fm9g.lora.inject import load_adapter_into
 
-_ROUNDING = 0.05  # of the largest logit: what weights in 16 bits may change
+logger = logging.getLogger(__name__)
 
-
-def read_adapter(path: Path, train_config: Path | None = None) -> Adapter:
-    """As fm9g.lora.adapter_file.open_adapter; also PEFT's folders, and RUN/best or RUN/last."""
-    path = resolve_checkpoint_path(path)
-    check_kind(path, ADAPTER, WEIGHTS, CHECKPOINT)
-    if not path.is_dir() or not is_peft(path):
-        return open_adapter(path, train_config)
-    if train_config is not None:
-        raise UserError(f"{path}: a folder of PEFT, which says its r and alpha itself; leave --train-config away")
-    return read_peft(path)
-
-
-def with_adapter(run: RunConfig) -> RunConfig:
-    """The run with the layers, rank, alpha and kind of the adapter that it starts from, and with its base, if it names
-    one that is here and the run names none.
-
-    Raises UserError if the adapter is of another model, or if keys that are given say something else.
-    """
-    train, model = run.train, run.model.value
-    if not train.value.adapter:
-        return run
-    path = resolve_checkpoint_path(Path(train.value.adapter))
-    if path.is_file() and not (path.parent / ADAPTER_CONFIG).is_file():
-        raise UserError(
-            f"adapter {path}: its r and alpha are not known, for {ADAPTER_CONFIG} is not beside it; "
-            f"`fm9g lora export {path} FOLDER --train-config FILE` makes a folder that says them"
-        )
-    adapter = read_adapter(path)
-    shapes = weight_shapes(model)
-    check_layers(adapter, shapes, f"the model of {run.model.origins['dim_model']}")
-    linear = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
-    names = adapter.config.layers
-    if set(select_target_layers(linear, names)) != set(adapter.layers):  # it leaves out some of the model's layers
-        names = adapter.layers
-    config = adapter.config
-    found = {
-        "lora_layer": names,
-        "lora_r": config.r,
-        "lora_alpha": config.alpha,
-        "use_rslora": config.rslora,
-        "use_dora": config.dora,
-        "init_lora_weights": "default",  # which acts on weights that are new
-    }
-    where = str((path if path.is_dir() else path.parent) / ADAPTER_CONFIG)
-    odd = []
-    for key, value in found.items():
-        given, origin = getattr(train.value, key), train.origins[key]
-        same = (
-            set(select_target_layers(linear, given)) == set(adapter.layers) if key == "lora_layer" else given == value
-        )
-        if origin != "default" and not same:
-            odd.append(f"{key} is {given!r} ({origin}), and {value!r} in {where}")
-    if odd:
-        raise UserError(f"adapter {path}: keys beside it describe another one: {'; '.join(odd)}; leave them away")
-    if not train.value.pretrained_model and config.base and Path(config.base).exists():
-        found["pretrained_model"] = config.base
-    return dataclasses.replace(run, train=train.with_values(found, where))
-
-
-@protect_inputs()
-def import_peft(source: Path, target: Path, base: Path | None, overwrite: bool) -> AdapterConfig:
-    """Writes a PEFT folder as an adapter of ours. base: what it was trained on, whose hash is kept."""
-    if not is_peft(source):
-        raise UserError(f"{source}: not a folder of PEFT (its adapter_config.json has no peft_type)")
-    adapter = read_peft(source)
-    if base is not None:
-        base = resolve_checkpoint_path(base)
-        if not base.exists():
-            raise UserError(f"--base {base}: not here, and its weights are read; give a folder or a file")
-        _, weights = open_base(base, None)
-        check_layers(adapter, {name: weight.shape for name, weight in weights.items()}, str(base))
-        found = base_fingerprint(weights, lambda name: weights[name].read())
-        config = dataclasses.replace(adapter.config, base=str(base), base_sha256=found)
-        adapter = dataclasses.replace(adapter, config=config)
-    save_adapter(adapter, target, overwrite)
-    return adapter.config
-
-
-def open_base(base: Path, reference: Path | None) -> tuple[ExportSource, dict[str, LazyConcat]]:
-    """What is known of a base, a .pt file, a checkpoint or a Hugging Face folder, and its weights."""
-    if base.is_dir() and not (base / MANIFEST).is_file():
-        config, weights = open_hf_folder(base)
-        return ExportSource(base / "config.json", config, None, base), weights
-    source = open_export_source(base, reference)
-    return source, open_pt_model(source)
+ROUNDING_TOLERANCE = 0.05  # of the largest logit: how much rounding the weights to 16 bits may change logits
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge came to.
+    """The result of a merge. Numbers are differences of logits; all are 0 where nothing was compared.
 
-    written: the transformers class of the folder, or the configuration beside the .pt file. max_logit: the largest.
-    max_change: the largest of any logit by the adapter. merge_error: the largest difference between base and
-    adapter apart and both merged in fp32.
-    rounding_error: between the first and what was written. All are 0 where nothing was compared.
+    Args:
+        written: the transformers class of the folder, or the configuration file beside the .pt file.
+        max_logit: the largest logit of base and adapter.
+        max_change: by the adapter, in any logit.
+        merge_error: between base and adapter apart, and both merged in fp32.
+        rounding_error: between base and adapter apart, and the written model.
     """
 
     written: str
@@ -144,100 +70,117 @@ def merge(
     overwrite: bool = False,
     verify: bool = True,
 ) -> MergeReport:
-    """Writes a base with an adapter in its weights, summed in fp32, as a .pt file or a Hugging Face folder.
+    """Writes a base with an adapter merged into its weights, as a .pt file or a Hugging Face folder.
 
-    base: what the adapter was trained on. reference: a Hugging Face folder whose configuration and tokenizer travel
-    along; default: the base, where it is one. dtype: bf16, fp16 or fp32; empty: the base's. verify: compare logits.
-    Raises UserError for another base, for an adapter that does not fit it, and for logits that differ; then nothing is
-    written.
+    Sums are computed in fp32.
+
+    Args:
+        base: that the adapter was trained on: a .pt file, a checkpoint or a Hugging Face folder.
+        target: FILE.pt, or the folder.
+        reference: Hugging Face folder that gives configuration and tokenizer; default: the base if it is one.
+        dtype: bf16, fp16 or fp32; empty: the base's.
+        verify: compare logits.
+
+    Raises:
+        UserError: the adapter is for another base, or logits differ. Then nothing is written.
     """
     base = resolve_checkpoint_path(base)
     check_kind(base, MODEL, CHECKPOINT, WEIGHTS)
-    adapter.note()
+    adapter.register_inputs()
     check_output(target)
-    source, weights = open_base(base, reference)
-    check_layers(adapter, {name: weight.shape for name, weight in weights.items()}, str(base))
-    _check_base(adapter, weights, base)
-    merged = {name: _with_adapter(name, weight, adapter) for name, weight in weights.items()}
-    # As the base, but with the facts and the tokenizer of the adapter's own checkpoint.
-    trained = adapter.path.parent if (adapter.path.parent / MANIFEST).is_file() else source.folder
-    tokenizer = source.tokenizer or (trained / TOKENIZER if trained else None)
-    whole = dataclasses.replace(source, folder=trained, tokenizer=tokenizer, adapter=adapter.config, base=base)
-    if source.folder is None and base.is_dir():
-        reference = reference or base
-    prompts, _ = make_prompts(tokenizer, source.config.vocab_size)
-    rounding = 0.0
-
-    def logits(weights: Mapping[str, LazyConcat], layer_hook: LayerHook | None = None) -> torch.Tensor:
-        return torch.cat(streamed_logits(source.config, lambda name: weights[name].read(), prompts, layer_hook))
-
-    def attach_adapter(layer: torch.nn.Module, number: int) -> None:
-        load_adapter_into(layer, f"encoder.layers.{number}.", adapter.config, adapter.weights)
-
-    def difference(other: torch.Tensor, tolerated: float) -> float:
-        found = float((apart - other).abs().max())
-        if not found <= tolerated * largest:  # true for what is not a number, too
-            raise UserError(
-                f"{base}: with {adapter.path} in its weights, logits differ by {found:.2e} from those of both apart, "
-                f"of up to {largest:.2f}: {tolerated:g} of these is tolerated. Nothing was written"
-            )
-        return found
-
-    def compare(written: Mapping[str, LazyConcat]) -> None:
-        nonlocal rounding
-        rounding = difference(logits(written), _ROUNDING)
-
-    if verify:
-        apart = logits(weights, attach_adapter)
-        together = logits({name: dataclasses.replace(weight, dtype=torch.float32) for name, weight in merged.items()})
-        largest = float(apart.abs().max())
-        exact = difference(together, TOLERANCE)
-        change = float((apart - logits(weights)).abs().max())
+    source = open_source(base, reference)
+    adapter.check_fits({name: weight.shape for name, weight in source.weights.items()}, str(base))
+    _check_base(adapter, source.weights, base)
+    merged = _merged_source(source, base, adapter)
+    comparison = _Comparison(source, merged, adapter, base) if verify else None
+    check = comparison.check_written if comparison else None
     if target.suffix == ".pt":
-        written = str(write_pt_model(source.config, merged, target, overwrite, dtype, compare if verify else None))
+        written = str(write_pt_model(merged.config, merged.weights, target, overwrite, dtype, check))
     else:
-        check = compare if verify else None
-        written = write_hf_folder(whole, merged, target, reference, dtype, overwrite, check=check)
-    return MergeReport(written, largest, change, exact, rounding) if verify else MergeReport(written)
-
-
-def check_layers(adapter: Adapter, shapes: Mapping[str, torch.Size], base: str) -> None:
-    """Raises UserError if weights of these shapes do not have the adapter's layers. base: what they are of."""
-    for layer in adapter.layers:
-        shape = shapes.get(f"{layer}.weight")
-        if shape != adapter.shape(layer):
-            has = "has no such layer" if shape is None else f"has {list(shape)} there"
-            raise UserError(
-                f"{adapter.path}: {layer}: is for {list(adapter.shape(layer))}, {base} {has}: it is of another model"
-            )
+        written = write_hf_folder(merged, target, ExportOptions(dtype, overwrite), check)
+    return comparison.report(written) if comparison else MergeReport(written)
 
 
 def _check_base(adapter: Adapter, weights: Mapping[str, LazyConcat], base: Path) -> None:
     wanted = adapter.config.base_sha256
     if not wanted:
-        print(f"note: {adapter.path}: does not say which base it is for; {base} is taken for it")
+        logger.warning(f"{adapter.path}: does not record which base it was trained on; assuming {base}")
     elif base_fingerprint(weights, lambda name: weights[name].read()) != wanted:
         raise UserError(
             f"{base}: is not the base that {adapter.path} was trained on ({adapter.config.base}, SHA-256 "
-            f"{wanted[:16]}); with another one it means nothing"
+            f"{wanted[:16]}); an adapter fits no other base"
         )
 
 
+def _merged_source(source: Source, base: Path, adapter: Adapter) -> Source:
+    """The base with merged weights. The adapter's checkpoint, if there is one, gives tokenizer and run for the card."""
+    checkpoint, folder = source.checkpoint, adapter.path.parent
+    if (folder / MANIFEST).is_file():
+        checkpoint = Checkpoint(folder, checksums=False, needs_optimizer=False)
+    return dataclasses.replace(
+        source,
+        weights={name: merged_weight(name, weight, adapter) for name, weight in source.weights.items()},
+        checkpoint=checkpoint,
+        tokenizer=source.tokenizer or (checkpoint.tokenizer if checkpoint else None),
+        adapter=adapter.config,
+        base=base,
+    )
+
+
+def merged_weight(name: str, weight: LazyConcat, adapter: Adapter) -> LazyConcat:
+    """A weight of the base, which gets the adapter of its layer, if any, when its rows are read."""
+    layer = name.removesuffix(".weight")
+    if layer == name or layer not in adapter.layers:
+        return weight
+    assert weight.transform is None, name  # no family changes the weight of a layer that adapters have
+    return dataclasses.replace(weight, transform=_MergedRows(adapter, layer))
+
+
 class _MergedRows:
-    """Puts the adapter of a layer into rows of its weight."""
+    """Adds the adapter of a layer to rows of its weight."""
 
     def __init__(self, adapter: Adapter, layer: str) -> None:
         self._adapter, self._layer = adapter, layer
-        # What was begun with another adapter is not gone on with.
+        # Part of the journal's fingerprint: a merge that was interrupted with another adapter is not resumed.
         self.__name__ = f"{layer} {adapter.fingerprint}"
 
     def __call__(self, rows: torch.Tensor, first_row: int) -> torch.Tensor:
         return self._adapter.apply(self._layer, rows, first_row)
 
 
-def _with_adapter(name: str, weight: LazyConcat, adapter: Adapter) -> LazyConcat:
-    layer = name.removesuffix(".weight")
-    if layer == name or layer not in adapter.layers:
-        return weight
-    assert weight.transform is None, name  # no family changes the weight of a layer that adapters have
-    return dataclasses.replace(weight, transform=_MergedRows(adapter, layer))
+class _Comparison:
+    """Logits of base and adapter apart, to which a merged model's are compared."""
+
+    def __init__(self, source: Source, merged: Source, adapter: Adapter, base: Path) -> None:
+        """Compares the weights that are to be written, in fp32. Raises UserError if logits differ."""
+        self._config, self._models = source.config, f"{base}: with {adapter.path} merged into its weights"
+        self._prompts, _ = make_prompts(merged.tokenizer, source.config.vocab_size)
+
+        def attach_adapter(layer: torch.nn.Module, number: int) -> None:
+            load_adapter_into(layer, f"encoder.layers.{number}.", adapter.config, adapter.weights)
+
+        self._apart = self._logits(source.weights, attach_adapter)
+        self._max_logit = float(self._apart.abs().max())
+        in_fp32 = {name: dataclasses.replace(weight, dtype=torch.float32) for name, weight in merged.weights.items()}
+        self._merge_error = self._difference(self._logits(in_fp32), TOLERANCE)
+        self._max_change = float((self._apart - self._logits(source.weights)).abs().max())
+        self._rounding_error = 0.0
+
+    def check_written(self, weights: Mapping[str, LazyConcat]) -> None:
+        """Compares the written weights. Raises UserError if rounding changed logits too much."""
+        self._rounding_error = self._difference(self._logits(weights), ROUNDING_TOLERANCE)
+
+    def report(self, written: str) -> MergeReport:
+        return MergeReport(written, self._max_logit, self._max_change, self._merge_error, self._rounding_error)
+
+    def _logits(self, weights: Mapping[str, LazyConcat], layer_hook: LayerHook | None = None) -> torch.Tensor:
+        return torch.cat(streamed_logits(self._config, lambda name: weights[name].read(), self._prompts, layer_hook))
+
+    def _difference(self, logits: torch.Tensor, tolerance: float) -> float:
+        difference = float((self._apart - logits).abs().max())
+        if not difference <= tolerance * self._max_logit:  # true for NaN, too
+            raise UserError(
+                f"{self._models}, logits differ by {difference:.2e} from those of both apart (largest logit "
+                f"{self._max_logit:.2f}, tolerance {tolerance:g} of it). Nothing was written"
+            )
+        return difference

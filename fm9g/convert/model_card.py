@@ -1,4 +1,7 @@
-"""Model cards: README.md of a written folder, as Hugging Face's hub reads it. They say what is known, and no more."""
+"""Model cards: README.md of a written folder, in the format of Hugging Face's hub.
+
+A card states what files prove: the configuration, the checkpoint's run, the base's own card. It guesses nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,21 @@ import math
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fm9g.checkpoint.checkpoint import MANIFEST, Checkpoint
+from fm9g.checkpoint.checkpoint import Checkpoint
+from fm9g.checkpoint.layout import MANIFEST
 from fm9g.config.adapter import ADAPTER_CONFIG, AdapterConfig
-from fm9g.config.load import read_object
 from fm9g.config.model import ModelConfig
 from fm9g.convert.native_tokenizer import AUTO_TOKENIZER
-from fm9g.data.encode.tokenizer import CHAT_TEMPLATE, TOKENIZER_CONFIG, tokenizer_files
+from fm9g.convert.source import Source
+from fm9g.data.encode.tokenizer_files import CHAT_TEMPLATE, TOKENIZER_CONFIG, tokenizer_files
 from fm9g.io.inputs import register_input
+from fm9g.io.json_file import read_object
+from fm9g.lora.adapter_file import Adapter
 from fm9g.model.transformer import weight_shapes
-
-if TYPE_CHECKING:
-    from fm9g.convert.hf import ExportSource
-    from fm9g.lora.adapter_file import Adapter
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _LICENSE = re.compile(r"^(license|license_name|license_link): *([^\s#'\"\[\]{}]+) *$", re.MULTILINE)
@@ -34,67 +37,79 @@ output = model.generate(inputs["input_ids"], attention_mask=inputs["attention_ma
 print(tokenizer.decode(output[0], skip_special_tokens=True))"""
 
 
-def model_card(
-    model: ExportSource, folder: Path, name: str, loads_as: str, reference: Path | None, needs_code: bool, opener: str
-) -> str:
-    """The text of README.md of a model.
+@dataclass(frozen=True)
+class ModelUse:
+    """How a written folder is loaded.
 
-    folder: it holds the tokenizer already. name: its own, when it is complete. loads_as: the transformers class, or the
-    reference's model_type. opener: the class that opens the tokenizer.
+    Args:
+        loads_as: the transformers class, or the model_type of the reference whose code loads it.
+        needs_code: whether that is code in the folder (trust_remote_code).
+        tokenizer_class: the transformers class that opens the tokenizer.
     """
-    checkpoint = Checkpoint(model.folder, checksums=False, needs_optimizer=False) if model.folder else None
-    run = _RunMetadata(checkpoint) if checkpoint else None
-    adapter = model.adapter
+
+    loads_as: str
+    needs_code: bool = False
+    tokenizer_class: str = AUTO_TOKENIZER
+
+
+def model_card(source: Source, folder: Path, name: str, use: ModelUse) -> str:
+    """The text of a model's README.md.
+
+    Args:
+        folder: holds the tokenizer already.
+        name: the folder's final name.
+    """
+    run = _RunMetadata(source.checkpoint) if source.checkpoint else None
+    adapter, config = source.adapter, source.config
     # A merge knows the run that trained the adapter, or only that of the base.
     of_base = run is not None and adapter is not None and not (run.folder / ADAPTER_CONFIG).is_file()
-    base = model.base or (run.base if run else None)
-    new = run is not None and run.is_new and not (model.config.qkv_bias or model.config.qk_norm)  # and no import's
-    nine_g = _type_of(reference) == "fm9g" or (_is_9g(base) if base else new)
+    base = source.base or (run.base if run else None)
+    trained_from_scratch = run is not None and run.is_new and not (config.qkv_bias or config.qk_norm)
+    nine_g = source.reference_config.get("model_type") == "fm9g" or (_is_9g(base) if base else trained_from_scratch)
     title = " ".join(name.split())
     head = {"library_name": "transformers", "pipeline_tag": "text-generation"} | (_base_keys(base) if base else {})
     kind = "A 9G language model" if nine_g else "A language model"
     sections = [
         _front_matter(head, ["fm9g", "causal-lm"] if nine_g else ["causal-lm"]),
         f"# {title}",
-        " ".join([f"{kind}, exported by fm9g.", *_origin(base, adapter, run), f"It loads as `{loads_as}`."]),
-        _table("Configuration", _configuration(model.config)),
+        " ".join([f"{kind}, exported by fm9g.", *_origin(base, adapter, run), f"It loads as `{use.loads_as}`."]),
+        _table("Configuration", _configuration(config)),
     ]
     if adapter:
         trained_by = None if of_base else run
-        named = (_hub_name(base) or _title(base)) if base else ""
-        sections.append(_table("Adapter", _adapter(adapter, trained_by, named, adapter.layers)))
+        base_name = (_hub_name(base) or _title(base)) if base else ""
+        sections.append(_table("Adapter", _adapter_rows(adapter, trained_by, base_name, adapter.layers)))
     if run:
         sections += run.sections(" of the base" if of_base else "", adapter is not None)
-    sections.append("## Use\n\n" + _use(folder, title, needs_code, opener))
+    sections.append("## Use\n\n" + _use(folder, title, use))
     return "\n\n".join(sections) + "\n"
 
 
 def peft_card(adapter: Adapter, name: str, base: str, modules: Iterable[str]) -> str:
     """The text of README.md of an adapter in PEFT's layout.
 
-    name: of its folder. base: what its configuration names as the base; empty: not known. modules: their names there.
+    Args:
+        name: of its folder.
+        base: named as the base in its configuration; empty: unknown.
+        modules: full names in PEFT's layout of the layers with an adapter.
     """
-    config, folder = adapter.config, adapter.path.parent
-    run = (
-        _RunMetadata(Checkpoint(folder, checksums=False, needs_optimizer=False))
-        if (folder / MANIFEST).is_file()
-        else None
-    )
+    config, run = adapter.config, _run_in(adapter.path.parent)
     local = Path(base) if base and Path(base).exists() else None
     hub = _hub_name(local) if local else ""
     # A run of ours records a path, which may look like a name on a hub.
     if not local and not (config.base_sha256 and base == config.base) and HUB_NAME.fullmatch(base):
         hub = base
-    loads = base if _is_folder(local) else hub
+    loads = base if _is_hf_folder(local) else hub
     head = {"base_model": hub} if hub else {}
     head |= {"library_name": "peft", "pipeline_tag": "text-generation"} | (_license_keys(local) if local else {})
-    title, named = " ".join(name.split()), hub or (_title(Path(base)) if base else "")
+    layers = sorted({module.rpartition(".")[2] for module in modules})
+    title, base_name = " ".join(name.split()), hub or (_title(Path(base)) if base else "")
     sections = [
         _front_matter(head, ["lora", "transformers"]),
         f"# {title}",
-        f"An adapter for {named or 'a language model'}, exported by fm9g: "
+        f"An adapter for {base_name or 'a language model'}, exported by fm9g: "
         f"{_kind(config)} of rank {_rank(config)} and alpha {_alpha(config):g}.",
-        _table("Adapter", _adapter(config, run, named, sorted({module.rpartition(".")[2] for module in modules}))),
+        _table("Adapter", _adapter_rows(config, run, base_name, layers)),
     ]
     if run:
         sections += run.sections("", True)
@@ -114,13 +129,12 @@ def peft_card(adapter: Adapter, name: str, base: str, modules: Iterable[str]) ->
 
 
 class _RunMetadata:
-    """What a checkpoint knows of its run."""
+    """Configuration, progress and data of the run that saved a checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.folder, self._checkpoint = checkpoint.folder, checkpoint
         self._config, self._trainer_state = checkpoint.run_config(), checkpoint.trainer_state()
-        position = checkpoint.loader_state()
-        self._records = position.get("fingerprint", {}).get("datasets", {})
+        self._datasets = checkpoint.loader_state().get("fingerprint", {}).get("datasets", {})
 
     def value(self, key: str, section: str = "train") -> Any:
         item = self._config.get(section, {}).get(key)
@@ -128,13 +142,17 @@ class _RunMetadata:
 
     @property
     def base(self) -> Path | None:
-        """What it was trained from, if that is known."""
+        """The model that training started from; None: unknown, or new weights."""
         given = self.value("pretrained_model")
         return Path(given) if given else None
 
     @property
     def is_new(self) -> bool:
-        """Whether its weights were new at step 0. Runs of earlier versions forgot their base when they resumed."""
+        """Whether the weights were initialized at step 0.
+
+        Earlier versions did not record the base of a resumed run; their runs without a base count only if they have
+        the key `adapter`, which is newer, or never resumed.
+        """
         return self.value("pretrained_model") == "" and (
             self.value("adapter") is not None or not self.value("resume_ckpt")
         )
@@ -166,7 +184,7 @@ class _RunMetadata:
         total = sum(tokens.values())
         for task, count in tokens.items():
             share = f"{count / total:.2%}" if total else ""
-            template, records = self.value("chat_template", f"data.{task}"), self._records.get(task, {}).get("records")
+            template, records = self.value("chat_template", f"data.{task}"), self._datasets.get(task, {}).get("records")
             yield (
                 task,
                 f"{count:,}",
@@ -186,10 +204,10 @@ def _origin(base: Path | None, adapter: AdapterConfig | None, run: _RunMetadata 
         yield "It was trained from scratch."
 
 
-def _adapter(
+def _adapter_rows(
     config: AdapterConfig, run: _RunMetadata | None, base: str, layers: Iterable[str]
 ) -> Iterator[tuple[str, Any]]:
-    """run: the one that trained it. base: its name."""
+    """run: that trained the adapter. base: its name."""
     if base:
         yield "base model", base
     if config.base_sha256:
@@ -211,7 +229,7 @@ def _kind(config: AdapterConfig) -> str:
 
 
 def _rank(config: AdapterConfig) -> int:
-    """As trained: with PiSSA the file has twice the ranks."""
+    """The rank in training; a PiSSA adapter has twice as many in its file."""
     return config.r // 2 if config.pissa else config.r
 
 
@@ -234,8 +252,9 @@ def _configuration(config: ModelConfig) -> Iterator[tuple[str, Any]]:
     yield "output weights", "the embedding's" if config.tie_word_embeddings else "their own"
 
 
-def _use(folder: Path, title: str, needs_code: bool, opener: str) -> str:
-    code = ", trust_remote_code=True" if needs_code else ""
+def _use(folder: Path, title: str, use: ModelUse) -> str:
+    opener = use.tokenizer_class
+    code = ", trust_remote_code=True" if use.needs_code else ""
     load = f"AutoModelForCausalLM.from_pretrained({_literal(title)}{code})"
     if not tokenizer_files(folder):
         lines = ["from transformers import AutoModelForCausalLM", "", f"model = {load}"]
@@ -248,13 +267,13 @@ def _use(folder: Path, title: str, needs_code: bool, opener: str) -> str:
         _CHAT if _chat_template(folder) else _COMPLETION,
     ]
     text = _block("python", *lines)
-    if needs_code or opener != AUTO_TOKENIZER:  # vLLM opens tokenizers by AutoTokenizer
+    if use.needs_code or opener != AUTO_TOKENIZER:  # vLLM opens tokenizers with AutoTokenizer alone
         return text
     return f"{text}\n\nvLLM serves it:\n\n" + _block("shell", f"vllm serve {shlex.quote(title)}")
 
 
 def _chat_template(folder: Path) -> str:
-    """The chat template of a folder's tokenizer; empty: it has none."""
+    """The chat template of a folder's tokenizer; empty: none."""
     if (folder / CHAT_TEMPLATE).is_file():
         return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8-sig")
     settings = read_object(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
@@ -263,7 +282,7 @@ def _chat_template(folder: Path) -> str:
 
 
 def _title(path: Path) -> str:
-    """How a reader knows a file or folder, without the folders of the machine that it was on."""
+    """The name of a file or folder without its parents, which mean nothing on another machine."""
     if path.name.isdecimal() and path.parent.name:
         return f"checkpoint {path.name} of {path.parent.name}"
     return path.name
@@ -275,42 +294,46 @@ def _base_keys(base: Path) -> dict[str, str]:
 
 
 def _license_keys(base: Path) -> dict[str, str]:
-    """What the card of a base says of its licence."""
+    """The licence keys of the base's own card."""
     card = base / "README.md"
     if not card.is_file():
         return {}
     register_input(card)
     head = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    found = dict(_LICENSE.findall(head[1])) if head else {}
-    return found if "license" in found else {}
+    keys = dict(_LICENSE.findall(head[1])) if head else {}
+    return keys if "license" in keys else {}
 
 
-def _is_folder(path: Path | None) -> bool:
-    """Whether it is a Hugging Face folder."""
+def _is_hf_folder(path: Path | None) -> bool:
     return path is not None and (path / "config.json").is_file() and not (path / MANIFEST).is_file()
 
 
 def _hub_name(base: Path) -> str:
-    """The name on a hub of a base that is here, which its configuration may tell; empty: not known."""
-    name = str(read_object(base / "config.json").get("_name_or_path", "")) if _is_folder(base) else ""
+    """The hub name (ORG/NAME) of a local base, from its configuration; empty: unknown."""
+    name = str(read_object(base / "config.json").get("_name_or_path", "")) if _is_hf_folder(base) else ""
     return name if HUB_NAME.fullmatch(name) and not Path(name).exists() else ""
 
 
-def _type_of(folder: Path | None) -> str:
-    return str(read_object(folder / "config.json").get("model_type")) if folder and _is_folder(folder) else ""
-
-
 def _is_9g(path: Path) -> bool:
-    """Whether a model that is here is known to be a 9G one: by its type, or as trained from scratch in 9G's terms."""
-    if _type_of(path):
-        return _type_of(path) == "fm9g"
-    folder = path if path.is_dir() else path.parent
-    if not (folder / MANIFEST).is_file():
+    """Whether a local model is certainly a 9G one: by its model_type, or trained from scratch without biases or norms.
+
+    Follows the bases of its runs.
+    """
+    if _is_hf_folder(path):
+        return bool(read_object(path / "config.json").get("model_type") == "fm9g")
+    run = _run_in(path if path.is_dir() else path.parent)
+    if run is None:
         return False
-    run = _RunMetadata(Checkpoint(folder, checksums=False, needs_optimizer=False))
     if run.base:
         return _is_9g(run.base)
     return run.is_new and not any(run.value(key, "model") for key in ("qkv_bias", "qk_norm"))
+
+
+def _run_in(folder: Path) -> _RunMetadata | None:
+    """The run of a checkpoint; None if the folder is none."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    return _RunMetadata(Checkpoint(folder, checksums=False, needs_optimizer=False))
 
 
 def _literal(text: str) -> str:

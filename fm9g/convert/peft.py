@@ -1,8 +1,12 @@
-"""Adapters in PEFT's layout: a folder of adapter_config.json and adapter_model.safetensors, for the exported base."""
+"""Adapters in PEFT's layout: a folder of adapter_config.json and adapter_model.safetensors, for the exported base.
+
+9G:    encoder.layers.0.self_att.self_attention.project_q.lora.lora_A
+PEFT:  base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
+"""
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,24 +14,29 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from fm9g.checkpoint.checkpoint import MANIFEST
+from fm9g.checkpoint.layout import MANIFEST
 from fm9g.config.adapter import ADAPTER_CONFIG, AdapterConfig
-from fm9g.config.load import ConfigSource, build, read_object
+from fm9g.config.load import ConfigSource, build
 from fm9g.convert.hf_reader import open_hf_folder, open_hf_tensors
 from fm9g.convert.model_card import HUB_NAME, peft_card
+from fm9g.convert.native_tokenizer import write_json
 from fm9g.convert.weight_map import LLAMA_MAP, WeightMap, strip_wrappers
 from fm9g.errors import UserError
 from fm9g.io.atomic import atomic_dir
 from fm9g.io.inputs import protect_inputs
-from fm9g.io.lazy_tensor import open_pt, open_safetensors
+from fm9g.io.json_file import read_object
+from fm9g.io.pt_file import open_pt
+from fm9g.io.safetensors_file import open_safetensors
 from fm9g.lora.adapter_file import Adapter, check_adapter
 from fm9g.lora.base_fingerprint import base_fingerprint
 from fm9g.lora.inject import MAGNITUDE, A, B
 
+logger = logging.getLogger(__name__)
+
 _PREFIX = "base_model.model."
 _PARTS = {A: ".lora_A.weight", B: ".lora_B.weight", MAGNITUDE: ".lora_magnitude_vector"}
 _WEIGHT_MAP = WeightMap(LLAMA_MAP)
-# Values of PEFT's keys that mean what we do; other keys say how PEFT works, or how training began.
+# Values of PEFT's keys that our adapters can express. Keys that are not listed have no effect on a trained adapter.
 _SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -61,7 +70,7 @@ _UNSUPPORTED_KEYS = (
 
 
 def is_peft(folder: Path) -> bool:
-    """Whether a folder holds an adapter of PEFT's, not one of ours."""
+    """Whether a folder holds an adapter in PEFT's layout, not in ours."""
     return (folder / ADAPTER_CONFIG).is_file() and "peft_type" in read_object(folder / ADAPTER_CONFIG)
 
 
@@ -69,26 +78,40 @@ def is_peft(folder: Path) -> bool:
 def write_peft(adapter: Adapter, target: Path, base: str = "", overwrite: bool = False) -> None:
     """Writes an adapter as a folder that PEFT loads on the exported base.
 
-    base: what its configuration names as the base: a Hugging Face folder, or a name on a hub (ORG/NAME); default: what
-    it was trained on. Raises UserError where PEFT could not put the adapter on that folder.
+    Args:
+        base: named as the base in the folder: a Hugging Face folder or a name on a hub (ORG/NAME); default: the base
+            it was trained on.
+
+    Raises:
+        UserError: PEFT could not load the adapter on that folder.
     """
-    config, tensors = adapter.config, {}
     modules = {layer: _hf_layer(layer, adapter.path) for layer in adapter.layers}
     if base:
         _check_base(base, adapter, modules)
+    tensors = {}
     for name, weight in adapter.weights.items():
         layer, _, _ = name.rpartition(".lora.")
-        part = name.removeprefix(layer)
-        tensors[f"{_PREFIX}{modules[layer]}{_PARTS[part]}"] = weight.float().contiguous()
-    peft_config = {
+        tensors[f"{_PREFIX}{modules[layer]}{_PARTS[name.removeprefix(layer)]}"] = weight.float().contiguous()
+    base_name = base or adapter.config.base
+    config = _peft_config(adapter.config, base_name, sorted(modules.values()))
+    adapter.register_inputs()
+    with atomic_dir(target, overwrite) as folder:
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        (folder / "adapter_model.safetensors").chmod(folder.stat().st_mode & 0o666)
+        write_json(folder / ADAPTER_CONFIG, config)
+        card = peft_card(adapter, target.resolve().name, base_name, modules.values())
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _peft_config(config: AdapterConfig, base: str, modules: list[str]) -> dict[str, Any]:
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base or config.base,
+        "base_model_name_or_path": base,
         "r": config.r,
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
         "lora_dropout": config.dropout,
-        # Full names: a layer that has no adapter gets none, whatever it is called.
-        "target_modules": sorted(modules.values()),
+        "target_modules": modules,  # full names, which select no layer without an adapter
         "use_rslora": config.rslora,
         "use_dora": config.dora,
         "bias": "none",
@@ -97,74 +120,75 @@ def write_peft(adapter: Adapter, target: Path, base: str = "", overwrite: bool =
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    adapter.note()
-    with atomic_dir(target, overwrite) as folder:
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        (folder / "adapter_model.safetensors").chmod(folder.stat().st_mode & 0o666)
-        (folder / ADAPTER_CONFIG).write_text(json.dumps(peft_config, indent=2, ensure_ascii=False), encoding="utf-8")
-        card = peft_card(adapter, target.resolve().name, base or config.base, modules.values())
-        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _check_base(base: str, adapter: Adapter, modules: Mapping[str, str]) -> None:
-    """Raises UserError if a base is not there, does not hold the modules of an adapter, each as a weight of its own and
-    of its shape, or is not the one that the adapter was trained on. modules: layer of the adapter -> its name there."""
+    """Raises UserError if a local base has not each of the adapter's modules as a weight of its own, or was not the
+    base in training. A name on a hub passes unchecked.
+
+    Args:
+        modules: layer of the adapter -> its name in PEFT's layout.
+    """
     folder = Path(base)
     if not folder.exists():
         if HUB_NAME.fullmatch(base) and not folder.parent.exists():
-            print(f"note: --base {base}: not a folder here, and so taken for a name on a hub; it was not looked at")
+            logger.info(f"--base {base}: no such folder here, so it is taken for a name on a hub and not checked")
             return
         raise UserError(f"--base {base}: no such folder; give a Hugging Face folder, or a name on a hub (ORG/NAME)")
     if not folder.is_dir() or (folder / MANIFEST).is_file():
-        what = "a 9G checkpoint" if folder.is_dir() else "a file"
-        raise UserError(f"--base {base}: {what}; PEFT loads Hugging Face folders, which `fm9g convert` makes")
+        kind = "a 9G checkpoint" if folder.is_dir() else "a file"
+        raise UserError(f"--base {base}: is {kind}; PEFT loads Hugging Face folders, which `fm9g convert` writes")
     if not (folder / "config.json").is_file():
         raise UserError(f"--base {base}: not a Hugging Face folder (config.json is missing)")
-    stored = open_hf_tensors(folder)
-    if missing := sorted(module for module in modules.values() if f"{module}.weight" not in stored):
-        raise UserError(
-            f"--base {base}: PEFT cannot put the adapter on it: it has no {missing[0]}.weight ({len(missing)} of "
-            f"{len(modules)} modules are missing), but names or packs its weights in another way. Merge the adapter "
-            "(fm9g lora merge), or name a folder in the native layout (fm9g convert to a .pt file and back)"
-        )
-    for layer, module in modules.items():
-        if (shape := stored[f"{module}.weight"].shape) != adapter.shape(layer):
-            raise UserError(
-                f"--base {base}: {module}.weight is {list(shape)}, the adapter is for {list(adapter.shape(layer))}: it "
-                "is of another model"
-            )
+    _check_modules(base, adapter, modules)
     wanted = adapter.config.base_sha256
     if wanted:
         _, weights = open_hf_folder(folder)
         if base_fingerprint(weights, lambda name: weights[name].read()) != wanted:
             raise UserError(
                 f"--base {base}: is not the base that the adapter was trained on ({adapter.config.base}, SHA-256 "
-                f"{wanted[:16]}): its values differ. A folder that holds the same values is fine"
+                f"{wanted[:16]}): its values differ. Any folder with the same values would do"
             )
 
 
-def _hf_layer(layer: str, where: Path) -> str:
+def _check_modules(base: str, adapter: Adapter, modules: Mapping[str, str]) -> None:
+    tensors = open_hf_tensors(Path(base))
+    if missing := sorted(module for module in modules.values() if f"{module}.weight" not in tensors):
+        raise UserError(
+            f"--base {base}: PEFT cannot load the adapter on it: {missing[0]}.weight is missing ({len(missing)} of "
+            f"{len(modules)} modules are), since its weights have other names or are packed. Merge the adapter (fm9g "
+            "lora merge), or name a folder in the native layout (fm9g convert to a .pt file and back)"
+        )
+    for layer, module in modules.items():
+        if (shape := tensors[f"{module}.weight"].shape) != adapter.shape(layer):
+            raise UserError(
+                f"--base {base}: {module}.weight is {list(shape)}, the adapter is for {list(adapter.shape(layer))}: it "
+                "is of another model"
+            )
+
+
+def _hf_layer(layer: str, path: Path) -> str:
     name = _WEIGHT_MAP.to_hf(f"{layer}.weight")
     if name is None:
-        raise UserError(f"{where}: {layer}: is no layer of a 9G model")
+        raise UserError(f"{path}: {layer}: is no layer of a 9G model")
     return name.removesuffix(".weight")
 
 
 def read_peft(folder: Path) -> Adapter:
-    """The adapter of a PEFT folder, trained on a model with Llama's names of weights.
+    """Reads the adapter of a PEFT folder, trained on a model with Llama's names of weights.
 
-    Raises UserError for what our adapters cannot say: anything but LoRA, rsLoRA and DoRA, other ranks for some layers,
-    biases, whole modules saved beside it, and ways to start that take something out of the base.
+    Raises UserError for anything but LoRA, rsLoRA and DoRA, ranks that differ between layers, biases, full modules
+    saved along, and initializations that changed the base.
     """
     file = folder / ADAPTER_CONFIG
     content = read_object(file)
-    for key, meant in _SUPPORTED_VALUES.items():
-        if key in content and content[key] not in meant:
-            raise UserError(f"{file}: {key}: found {content[key]!r}, which cannot be read: {_why(key)}")
-    if odd := [key for key in _UNSUPPORTED_KEYS if content.get(key)]:
-        raise UserError(f"{file}: {odd[0]}: a variant of LoRA that cannot be read")
+    for key, supported in _SUPPORTED_VALUES.items():
+        if key in content and content[key] not in supported:
+            raise UserError(f"{file}: {key}: {content[key]!r} is not supported: {_why(key)}")
+    if unsupported := [key for key in _UNSUPPORTED_KEYS if content.get(key)]:
+        raise UserError(f"{file}: {unsupported[0]}: this variant of LoRA is not supported")
     weights = {}
-    for name, tensor in _tensors(folder).items():
+    for name, tensor in _read_tensors(folder).items():
         native = _native_name(name)
         if native is None:
             raise UserError(f"{folder}: {name}: has no place in an adapter of a 9G model")
@@ -172,18 +196,18 @@ def read_peft(folder: Path) -> Adapter:
     keys = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "base_model_name_or_path")
     values = {key: content[key] for key in keys if content.get(key) is not None}
     values["target_modules"] = sorted({name.rpartition(".lora.")[0].rpartition(".")[2] for name in weights})
-    config = build(AdapterConfig, [ConfigSource(str(file), values)]).value
+    config = build(AdapterConfig, [ConfigSource(str(file), values)])
     check_adapter(weights, config, folder)
     modules = [_hf_layer(name.removesuffix(A), folder) for name in weights if name.endswith(A)]
     for problem in _contradictions(content, modules):
-        raise UserError(f"{file}: {problem}: it is not the configuration of these weights; get both again")
+        raise UserError(f"{file}: {problem}; it does not belong to the weights beside it; get both again")
     return Adapter(config, weights, folder)
 
 
 def _contradictions(content: dict[str, Any], modules: list[str]) -> Iterator[str]:
-    """What a configuration says of modules, and the weights do not. modules: that the weights have adapters for.
+    """Where the keys that select modules disagree with the modules that have weights.
 
-    A text among its values is a pattern, which only PEFT evaluates.
+    A string among their values is a regular expression, which only PEFT evaluates.
     """
     targets, excluded, numbers = (content.get(key) for key in _MODULE_KEYS)
     if isinstance(targets, list):
@@ -191,7 +215,7 @@ def _contradictions(content: dict[str, Any], modules: list[str]) -> Iterator[str
         for target in targets:
             is_known = str(target).rpartition(".")[2] in _LINEAR
             if is_known and not any(_is_named(module, [target]) for module in modules):
-                yield f"target_modules names {target}, and the weights hold no adapter for it"
+                yield f"target_modules names {target}, but the weights hold no adapter for it"
     if isinstance(excluded, list):
         yield from (f"exclude_modules names {module}" for module in modules if _is_named(module, excluded))
     if isinstance(numbers, (int, list)) and numbers != []:
@@ -202,30 +226,30 @@ def _contradictions(content: dict[str, Any], modules: list[str]) -> Iterator[str
 
 
 def _is_named(module: str, names: list[Any]) -> bool:
-    """As PEFT compares them."""
+    """Whether one of the names selects a module, by PEFT's rule."""
     return any(f".{module}".endswith(f".{name}") for name in names)
 
 
 def _why(key: str) -> str:
     if key == "init_lora_weights":
         return (
-            "the base lost what the adapter began with; save it with PEFT's path_initial_model_for_weight_conversion, "
-            "which makes a plain adapter of it"
+            "its initialization subtracted the adapter's start from the base; save it with PEFT's "
+            "path_initial_model_for_weight_conversion, which makes it a plain adapter"
         )
-    return "adapters here are of A and B of one rank for all layers, and nothing else"
+    return "our adapters consist of A and B of one rank for all layers, and nothing else"
 
 
 def _native_name(name: str) -> str | None:
     for part, suffix in _PARTS.items():
         if _PREFIX in name and name.endswith(suffix):
             weight = name.partition(_PREFIX)[2].removesuffix(suffix) + ".weight"
-            if found := _WEIGHT_MAP.from_hf(strip_wrappers(weight, lambda name: bool(_WEIGHT_MAP.from_hf(name)))):
-                return found[0].removesuffix(".weight") + part
+            if native := _WEIGHT_MAP.from_hf(strip_wrappers(weight, lambda name: bool(_WEIGHT_MAP.from_hf(name)))):
+                return native[0].removesuffix(".weight") + part
     return None
 
 
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     for name, reader in (("adapter_model.safetensors", open_safetensors), ("adapter_model.bin", open_pt)):
         if (folder / name).is_file():
-            return {key: stored.read() for key, stored in reader(folder / name).items()}
-    raise UserError(f"{folder}: neither adapter_model.safetensors nor adapter_model.bin is there")
+            return {key: tensor.read() for key, tensor in reader(folder / name).items()}
+    raise UserError(f"{folder}: has no weights; expected adapter_model.safetensors or adapter_model.bin")

@@ -1,4 +1,4 @@
-"""Whether a conversion changed what the model says: logits of both sides, in fp32, on fixed prompts."""
+"""Compares the logits of a Hugging Face folder and a 9G model, in fp32, on fixed prompts."""
 
 from __future__ import annotations
 
@@ -7,80 +7,96 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fm9g.config.load import read_object
 from fm9g.config.model import ModelConfig
 from fm9g.convert.families import family_of
 from fm9g.convert.hf_config import HF_CLASSES
-from fm9g.convert.hf_reader import DTYPES, open_hf_folder, open_hf_tensors, open_pt_weights
+from fm9g.convert.hf_reader import DTYPES, open_hf_folder, open_hf_tensors
 from fm9g.convert.logits import ReadWeight, streamed_logits
 from fm9g.convert.weight_map import strip_wrappers
-from fm9g.data.encode.tokenizer import load_tokenizer
+from fm9g.data.encode.tokenizer_loading import load_tokenizer
 from fm9g.errors import UserError, error_text
-from fm9g.io.lazy_tensor import LazyConcat, LazyTensor
-from fm9g.io.weights import check_weights
+from fm9g.io.json_file import read_object
+from fm9g.io.lazy_tensor import LazyConcat
 from fm9g.model.transformer import weight_shapes
 
+TOLERANCE = 1e-4  # of the largest logit: both sides sum in different orders
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is",
     "九格大模型是一个用于文本生成的语言模型",
     "def add(a: int, b: int) -> int:\n    return a +",
 )
-_RANDOM_PROMPTS, _RANDOM_LENGTH = 3, 32  # prompts and their tokens, where no tokenizer is there
-_LONG_LENGTH = 512  # tokens of a longer row, in which slow rotations show
-_BEYOND = 64  # tokens of a row beyond a window, or beyond the original length
-_LAST_TOKENS = 64  # tokens at the end of each prompt whose logits are compared
-_MAX_WORK = 1e12  # multiplications of a longer row, for each core of this machine: about a minute for both sides
-TOLERANCE = 1e-4  # of the largest logit: both sides add in another order
+_NUM_RANDOM_PROMPTS, _RANDOM_LENGTH = 3, 32  # in place of TEXTS where there is no tokenizer
+_LONG_LENGTH = 512  # tokens of a longer prompt, in which slow rotations show
+_MARGIN = 64  # tokens of a prompt beyond a window, or beyond the original length
+_NUM_LAST_TOKENS = 64  # tokens at the end of each prompt whose logits are compared
+MAX_MULTIPLICATIONS = 1e12  # of a longer prompt, per core: about a minute for both sides
 
 
 @dataclass(frozen=True)
 class LogitDiff:
-    """difference: the largest of two logits. largest: logit. reader: of the folder. given: the prompts, in words."""
+    """The result of a comparison.
+
+    Args:
+        difference: max over all logits.
+        max_logit: in absolute value.
+        reader: the class that read the folder, or why fm9g itself did.
+        prompts: described in words.
+    """
 
     difference: float
-    largest: float
+    max_logit: float
     reader: str
-    given: str
+    prompts: str
 
     @property
     def passed(self) -> bool:
-        return self.difference <= TOLERANCE * self.largest  # false for what is not a number, too
+        return self.difference <= TOLERANCE * self.max_logit  # false for NaN, too
 
     def __str__(self) -> str:
-        found = f"logits differ by {self.difference:.2e} at most, of up to {self.largest:.2f}"
-        limit = f"{'within' if self.passed else 'NOT within'} the tolerated {TOLERANCE:g} of these"
-        return f"{found}, {limit}; {self.given}, in fp32; the folder read by {self.reader}"
+        within = "within" if self.passed else "NOT within"
+        return (
+            f"logits differ by at most {self.difference:.2e} (largest logit {self.max_logit:.2f}), {within} the "
+            f"tolerance of {TOLERANCE:g} of it; {self.prompts}, in fp32; the folder read by {self.reader}"
+        )
 
 
-def verify(folder: Path, file: Path, config: ModelConfig, dtype: str = "") -> LogitDiff:
-    """Compares a Hugging Face folder with a 9G .pt file of the configuration.
+def verify(
+    folder: Path,
+    config: ModelConfig,
+    weights: Mapping[str, LazyConcat],
+    dtype: str = "",
+    max_multiplications: float = MAX_MULTIPLICATIONS,
+) -> LogitDiff:
+    """Compares a Hugging Face folder with the weights of a 9G model.
 
-    dtype: that the conversion rounded to; then the weights of both sides are rounded to it. Raises UserError.
+    Args:
+        dtype: that the conversion rounded weights to; the weights of both sides are rounded to it.
+        max_multiplications: per core, for each longer prompt; prompts that cost more are left out.
     """
-    weights = open_pt_weights(file)
-    check_weights(weights, weight_shapes(config), str(file), strict=True)
-    _, theirs = open_hf_folder(folder)
-    prompts, given = make_prompts(folder, config.vocab_size)
-    why_own = _why_not_transformers(folder, theirs)
-    if not why_own:
-        rows, about = _long_rows(config, sum(weight.shape.numel() for weight in theirs.values()))
-        prompts, given = prompts + rows, f"{given}, {about}"
-    found, reader = _folder_logits(folder, prompts, DTYPES.get(dtype), why_own)
-    ours = streamed_logits(config, _reader(weights, DTYPES.get(dtype)), prompts, last=_LAST_TOKENS)
-    gaps = [(one - other).abs().max() for one, other in zip(ours, found)]
+    hf_config, hf_weights = open_hf_folder(folder)
+    prompts, about = make_prompts(folder, config.vocab_size)
+    reader = _why_not_transformers(folder, hf_weights)
+    if reader:
+        hf_logits = _streamed(hf_config, hf_weights, prompts, dtype)
+    else:
+        long_prompts, about_long = _long_prompts(config, max_multiplications * (os.cpu_count() or 1))
+        prompts, about = prompts + long_prompts, f"{about}, {about_long}"
+        hf_logits, reader = _transformers_logits(folder, prompts, DTYPES.get(dtype))
+    logits = _streamed(config, weights, prompts, dtype)
     return LogitDiff(
-        difference=float(torch.stack(gaps).max()),
-        largest=float(torch.stack([logits.abs().max() for logits in found]).max()),
+        difference=float(torch.stack([(ours - its).abs().max() for ours, its in zip(logits, hf_logits)]).max()),
+        max_logit=float(torch.stack([its.abs().max() for its in hf_logits]).max()),
         reader=reader,
-        given=given,
+        prompts=about,
     )
 
 
 def make_prompts(folder: Path | None, vocab_size: int) -> tuple[list[list[int]], str]:
-    """Token ids, and what they are, in words. folder: of a tokenizer, where one is known."""
+    """Prompts as token ids, and their description. folder: of a tokenizer; None: random ids."""
     try:
         if folder is None:
             raise UserError("no tokenizer")
@@ -89,44 +105,47 @@ def make_prompts(folder: Path | None, vocab_size: int) -> tuple[list[list[int]],
         if all(ids and max(ids) < vocab_size for ids in prompts):
             return prompts, f"{len(prompts)} texts of {sum(map(len, prompts))} tokens"
     except UserError:
-        pass  # none, or one that only its own code reads
-    ids = torch.randint(0, vocab_size, (_RANDOM_PROMPTS, _RANDOM_LENGTH), generator=torch.Generator().manual_seed(0))
-    return ids.tolist(), f"{_RANDOM_PROMPTS} rows of {_RANDOM_LENGTH} random tokens"
+        pass  # no tokenizer, or one that only its own code reads
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocab_size, (_NUM_RANDOM_PROMPTS, _RANDOM_LENGTH), generator=generator)
+    return ids.tolist(), f"{_NUM_RANDOM_PROMPTS} rows of {_RANDOM_LENGTH} random tokens"
 
 
-def _long_rows(config: ModelConfig, weights: int) -> tuple[list[list[int]], str]:
-    """Random token ids for the lengths at which the arithmetic is another one, and what they are, in words.
+def _long_prompts(config: ModelConfig, max_cost: float) -> tuple[list[list[int]], str]:
+    """Random token ids at the lengths where windows and rope scaling set in, and their description.
 
-    weights: of the model. A length that would cost more than _MAX_WORK is left out, which the words say.
+    Leaves out lengths that cost more multiplications than max_cost; the description says so.
     """
     lengths = {min(_LONG_LENGTH, config.max_length): ""}
     if any(config.windows):
-        lengths[config.sliding_window + _BEYOND] = f" (beyond the window of {config.sliding_window})"
+        lengths[config.sliding_window + _MARGIN] = f" (beyond the window of {config.sliding_window})"
     if config.rope_scaling:
-        lengths[config.orig_max_length + _BEYOND] = f" (beyond the original length of {config.orig_max_length})"
+        lengths[config.orig_max_length + _MARGIN] = f" (beyond the original length of {config.orig_max_length})"
+    num_weights = sum(shape.numel() for shape in weight_shapes(config).values())
     width = config.num_layers * config.num_heads * config.head_dim
-    max_work = _MAX_WORK * (os.cpu_count() or 1)
-    rows, tried, left = [], [], []
+    prompts, tried, too_long = [], [], []
     for length, beyond in sorted(lengths.items()):
-        if length * (weights + length * width) > max_work:
-            left.append(f"{length}{beyond}")
+        if length * (num_weights + length * width) > max_cost:
+            too_long.append(f"{length}{beyond}")
             continue
         generator = torch.Generator().manual_seed(length)
-        rows.append(torch.randint(0, config.vocab_size, (length,), generator=generator).tolist())
+        prompts.append(torch.randint(0, config.vocab_size, (length,), generator=generator).tolist())
         tried.append(f"{length}{beyond}")
     about = [f"random rows of {' and '.join(tried)} tokens"] if tried else []
-    about += (
-        [f"rows of {' and '.join(left)} tokens were not tried, which are too long for this machine"] if left else []
-    )
-    return rows, "; ".join(about)
+    if too_long:
+        about.append(f"rows of {' and '.join(too_long)} tokens were not tried: they take too long on this machine")
+    return prompts, "; ".join(about)
 
 
-def _reader(weights: Mapping[str, LazyTensor | LazyConcat], dtype: torch.dtype | None) -> ReadWeight:
-    return lambda name: weights[name].read().to(dtype or weights[name].dtype)
+def _streamed(
+    config: ModelConfig, weights: Mapping[str, LazyConcat], prompts: list[list[int]], dtype: str
+) -> list[torch.Tensor]:
+    read: ReadWeight = lambda name: weights[name].read().to(DTYPES.get(dtype) or weights[name].dtype)  # noqa: E731
+    return streamed_logits(config, read, prompts, last=_NUM_LAST_TOKENS)
 
 
 def _why_not_transformers(folder: Path, weights: Mapping[str, LazyConcat]) -> str:
-    """Why fm9g itself has to read a folder; empty where transformers does."""
+    """Why fm9g itself has to read a folder; empty if transformers can."""
     hf = read_object(folder / "config.json")
     kind = hf["model_type"]
     if kind not in HF_CLASSES:
@@ -139,33 +158,33 @@ def _why_not_transformers(folder: Path, weights: Mapping[str, LazyConcat]) -> st
     return ""
 
 
-def _folder_logits(
-    folder: Path, prompts: list[list[int]], dtype: torch.dtype | None, why_own: str
+def _transformers_logits(
+    folder: Path, prompts: list[list[int]], dtype: torch.dtype | None
 ) -> tuple[list[torch.Tensor], str]:
-    """The last logits of prompts, and who read the folder. why_own: why it is fm9g; empty: it is transformers."""
-    if why_own:
-        config, weights = open_hf_folder(folder)
-        return streamed_logits(config, _reader(weights, dtype), prompts, last=_LAST_TOKENS), why_own
+    """The last logits of each prompt, and the class of the model. dtype: to round weights to."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    # Not "eager", which keeps the square of a row's length for every head.
+    # sdpa, since "eager" stores a matrix of length x length for every head
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False, local_files_only=True
-        ).eval()
-    except Exception as error:  # transformers raises whatever it meets
-        raise UserError(f"{folder}: cannot be verified, for transformers refuses it: {error_text(error)}") from None
+        )
+        model.eval()
+    except Exception as error:  # transformers raises many kinds
+        raise UserError(f"{folder}: cannot be verified: transformers refuses it: {error_text(error)}") from None
     for weight in model.parameters():
         weight.data = weight.data.to(dtype or torch.float32).float()
-    with torch.no_grad():  # the short ones first: after a long one, dynamic rope stays stretched
-        logits = [model(torch.tensor([ids]), use_cache=False, logits_to_keep=_LAST_TOKENS).logits[0] for ids in prompts]
+    with torch.no_grad():  # short prompts first: after a long one, dynamic rope stays stretched
+        logits = [
+            model(torch.tensor([ids]), use_cache=False, logits_to_keep=_NUM_LAST_TOKENS).logits[0] for ids in prompts
+        ]
     return logits, type(model).__name__
 
 
 def _free_memory() -> float:
-    """Bytes that the system has for new processes; infinity where it does not say."""
+    """Bytes that are available to new processes; infinity if the system does not tell."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))

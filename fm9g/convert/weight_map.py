@@ -1,4 +1,4 @@
-"""The names of weights in 9G files and in the folders of a family: one table for both directions."""
+"""Names of weights in 9G files and in a family's folders: one table for both directions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PREFIXES = ("module.", "model.")
 _BASES = ("model.", "transformer.")
 
 _ATTENTION = "encoder.layers.{n}.self_att.self_attention."
-# {n} is the number of a layer, {p} ends in weight or bias. The right side is that of Llama and of most others.
+# 9G name -> Llama's name, which most families share. {n}: number of the layer; {p}: weight or bias.
 LLAMA_MAP: NameTable = {
     "input_embedding.weight": "model.embed_tokens.weight",
     "encoder.output_layernorm.weight": "model.norm.weight",
@@ -32,7 +32,7 @@ LLAMA_MAP: NameTable = {
 
 
 def llama_map_with(*changes: tuple[str, str]) -> NameTable:
-    """The table of Llama with parts of its right side replaced, one change after the other."""
+    """Llama's table with parts of the Hugging Face names replaced, one change after the other."""
     table = dict(LLAMA_MAP)
     for old, new in changes:
         assert any(old in hf for hf in table.values()), old
@@ -41,15 +41,16 @@ def llama_map_with(*changes: tuple[str, str]) -> NameTable:
 
 
 def strip_wrappers(name: str, known: Callable[[str], bool]) -> str:
-    """A weight's name without what wrappers put in front of it, such as torch.compile and DistributedDataParallel.
+    """A weight's name without the prefixes of wrappers such as torch.compile and DistributedDataParallel.
 
-    known: whether a name is one of the model's. A name that is not known in any of these ways comes back as it is.
+    Args:
+        known: whether a name is one of the model's. If no variant is known, the name is returned as it is.
     """
     inner = name
     for wrapper in _WRAPPERS:
         inner = inner.replace(wrapper, "")
     while True:
-        for base in ("", *_BASES):  # a model that was saved without its output layer has no base in front
+        for base in ("", *_BASES):  # a model saved without its output layer lacks the base's prefix
             if known(base + inner):
                 return base + inner
         prefix = next((prefix for prefix in _PREFIXES if inner.startswith(prefix)), None)
@@ -59,18 +60,18 @@ def strip_wrappers(name: str, known: Callable[[str], bool]) -> str:
 
 
 class WeightMap:
-    """A table, compiled. Several 9G names with one name on the other side are packed into one weight there."""
+    """A compiled table. 9G weights that share one Hugging Face name are fused into one weight there (packed QKV)."""
 
     def __init__(self, table: NameTable) -> None:
         self._to_hf = [(_pattern(native), hf) for native, hf in table.items()]
         self._from_hf = [(_pattern(hf), native) for native, hf in table.items()]
 
     def to_hf(self, name: str) -> str | None:
-        """The family's name of a 9G weight, or None where the table has none."""
+        """The family's name of a 9G weight; None: the table has none."""
         return next(_translations(name, self._to_hf), None)
 
     def from_hf(self, name: str) -> list[str]:
-        """The 9G names of what a weight of the family holds; none where the table has none."""
+        """The 9G names of the weights in one weight of the family; empty: the table has none."""
         return list(_translations(name, self._from_hf))
 
 

@@ -1,4 +1,4 @@
-"""Worker processes that neither outlive the process they work for nor take its Ctrl-C for their own."""
+"""Pools of worker processes that end with their parent process and ignore its Ctrl-C."""
 
 from __future__ import annotations
 
@@ -14,22 +14,40 @@ from typing import Any
 
 from fm9g.errors import UserError
 from fm9g.io.safe_path import set_child_safe_path
-from fm9g.memory import tune_malloc
+from fm9g.process_memory import tune_malloc
 
-set_child_safe_path()  # as soon as there may be any: multiprocessing starts one for a lock already
-
+set_child_safe_path()  # on import, because multiprocessing starts a process even for a lock
 
 MAX_WORKERS = 1024
+_MAX_DEFAULT_WORKERS = 8
 
 
 def check_workers(count: int | None) -> None:
-    """Raises UserError for so many processes as no machine runs; None stands for a number that is still chosen."""
+    """Raises UserError for a number of processes that no machine runs; None (chosen later) is accepted."""
     if count is not None and not 0 <= count <= MAX_WORKERS:
         raise UserError(f"workers: found {count}, expected 0 to {MAX_WORKERS}")
 
 
+def default_workers(num_bytes: float, min_bytes: int) -> int:
+    """One worker per core, up to 8; 0 if there are at most `min_bytes` to read."""
+    return min(os.cpu_count() or 1, _MAX_DEFAULT_WORKERS) if num_bytes > min_bytes else 0
+
+
+@contextmanager
+def worker_pool(count: int) -> Iterator[ProcessPoolExecutor | None]:
+    """Starts `count` workers, and ends them with the block; None for 0."""
+    if not count:
+        yield None
+        return
+    pool = start_workers(count)
+    try:
+        yield pool
+    finally:
+        stop_workers(pool)
+
+
 def start_workers(count: int, initializer: Callable[..., None] | None = None, *arguments: Any) -> ProcessPoolExecutor:
-    """A pool of processes. prepare(*arguments): run in each as it starts."""
+    """Starts a pool of processes, each of which runs initializer(*arguments) first."""
     # spawn: a forked child of a process with torch threads or a CUDA context can hang.
     context = multiprocessing.get_context("spawn")
     with shared_memory_errors():
@@ -40,29 +58,30 @@ def start_workers(count: int, initializer: Callable[..., None] | None = None, *a
 
 @contextmanager
 def shared_memory_errors() -> Iterator[None]:
-    """For what processes share. Raises UserError where the system has no memory for it."""
+    """Around the creation of shared memory. Raises UserError if the system has none left."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.ENOMEM):
             raise
         raise UserError(
-            "/dev/shm is full, where worker processes share what they do. Delete what ended processes left there, give "
-            "a container more of it (docker run --shm-size), or ask for 0 workers"
+            "/dev/shm is full; worker processes need it to report their status. Delete files there that belong to "
+            "processes that have ended, enlarge it in a container (docker run --shm-size), or use 0 workers"
         ) from None
 
 
 def stop_workers(pool: ProcessPoolExecutor) -> None:
-    """Ends the processes of a pool at once: they hold nothing that could be lost, and may be in an endless loop."""
+    """Kills the processes of a pool: they hold nothing that could be lost, and may be in an endless loop."""
     processes = list((pool._processes or {}).values())  # Python 3.14 has a method for this
-    manager, results = pool._executor_manager_thread, pool._result_queue  # which shutdown forgets
+    manager, results = pool._executor_manager_thread, pool._result_queue  # shutdown drops both
     pool.shutdown(wait=False, cancel_futures=True)
     for process in processes:
         process.kill()
     for process in processes:
         process.join()
-    # A worker that is killed in the middle of a result leaves the manager, and so the exit of Python, waiting for the
-    # rest. Nobody else can write it: where the writing end is closed, the manager reads the end of file.
+    # If a worker is killed while it writes a result, the manager thread waits for the rest, and Python waits for the
+    # manager at its exit. No other process can write that rest: once our writing end is closed, the manager reads the
+    # end of the file.
     if results is not None:
         results._writer.close()  # type: ignore[attr-defined]
     if manager is not None and manager.is_alive():  # type: ignore[attr-defined] # it may not have started
@@ -73,7 +92,7 @@ def _init_process(initializer: Callable[..., None] | None, arguments: tuple[Any,
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     tune_malloc()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core is enough
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core already uses all cores
     if initializer is not None:
         initializer(*arguments)
 

@@ -1,16 +1,15 @@
-"""A finding, and how findings are shown."""
+"""A finding, and findings as text."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 OK, WARNING, ERROR = "ok", "warning", "error"
-GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One finding. advice: what to do where the status is not ok, of several ways a line each."""
+    """The result of a check. advice: what to do if the status is not ok, one alternative per line."""
 
     status: str
     name: str
@@ -19,7 +18,7 @@ class Finding:
 
 
 def format_findings(findings: list[Finding]) -> str:
-    """The findings as text, what to do below what is not ok."""
+    """The findings as text, with advice below those that are not ok."""
     width = max(len(finding.name) for finding in findings)
     rows = []
     for finding in findings:

@@ -1,4 +1,4 @@
-"""Whether a run fits the memory that this machine has, and what would."""
+"""Whether a run fits in the memory of this machine, and what would."""
 
 from __future__ import annotations
 
@@ -7,44 +7,64 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fm9g.config.load import COMMAND_LINE
+from fm9g.config.resolved import DeviceFacts
 from fm9g.config.run import RunConfig
-from fm9g.doctor.findings import ERROR, GIB, OK, WARNING, Finding
+from fm9g.doctor.findings import ERROR, OK, WARNING, Finding
 from fm9g.errors import UserError
+from fm9g.hardware import GIB, GPUS, Gpu
 from fm9g.plan.alternatives import memory_saving_options, min_gpus
 from fm9g.plan.command import with_global_batch_size
 from fm9g.plan.estimate import estimate_job, suggest
-from fm9g.plan.job import GPUS, Gpu, JobConfig
+from fm9g.plan.job import JobConfig
 
 _PROCESS_OVERHEAD = 0.6  # GiB of a training process on a CPU beside tensors: the interpreter and its libraries
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of containers: v2, v1
 
 
-def check_memory(run: RunConfig, nodes: int, torch: dict[str, Any], has_bmtrain: bool) -> Finding:
-    """What `fm9g plan` says that the run takes, beside what is here. torch: what torch says of this machine."""
+def check_memory(
+    run: RunConfig, nodes: int, torch: dict[str, Any], has_bmtrain: bool, total_memory: float | None = None
+) -> Finding:
+    """Compares the memory that `fm9g plan` estimates for a run with that of this machine.
+
+    Args:
+        torch: what torch reports about this machine; see fm9g.doctor.packages.
+        total_memory: GiB of host memory; default: that of this machine.
+    """
     if not torch:
         return Finding(WARNING, "memory", "not compared: torch could not be asked which GPUs are here", "see its line")
     try:
-        if torch["gpus"] and run.train.value.device != "cpu":
-            return _on_gpus(run, nodes, torch["gpus"], "bmtrain" if has_bmtrain else "torch")
-        return _on_cpu(run, nodes, torch["bf16"], bool(torch["gpus"]))
-    except UserError as error:  # a batch that cannot be dealt out, and the like
+        if torch["gpus"] and run.train.device != "cpu":
+            return _on_gpus(run, nodes, torch["gpus"], DeviceFacts(on_gpu=True, has_bmtrain=has_bmtrain))
+        device = DeviceFacts(on_gpu=False, has_fast_bf16=torch["bf16"])
+        return _on_cpu(run, nodes, device, bool(torch["gpus"]), total_memory or host_memory())
+    except UserError as error:  # a batch that cannot be divided, and the like
         return Finding(ERROR, "memory", "not compared: the configuration cannot run here", str(error))
 
 
-def cpu_memory_problem(run: RunConfig, nodes: int, processes: int) -> str:
-    """What does not fit, for a run that starts now without a GPU; empty where it fits, or has GPUs."""
-    if run.train.value.device == "cuda" or any(Path("/dev").glob("nvidia[0-9]*")):
+def cpu_memory_problem(
+    run: RunConfig, nodes: int, processes: int, has_gpu: bool | None = None, total_memory: float | None = None
+) -> str:
+    """Why a run that starts now on CPUs does not fit in memory; empty: it fits, or it has GPUs.
+
+    Args:
+        has_gpu: default: whether this machine has an NVIDIA GPU.
+        total_memory: GiB of host memory; default: that of this machine.
+    """
+    if has_gpu is None:
+        has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
+    if run.train.device == "cuda" or has_gpu:
         return ""
-    run = replace(run, train=run.train.with_values({"n_gpus": processes}, "command line"))
-    finding = check_memory(run, nodes, {"gpus": [], "bf16": False}, has_bmtrain=False)
+    run = run.changed("train", {"n_gpus": processes}, COMMAND_LINE)
+    finding = check_memory(run, nodes, {"gpus": [], "bf16": False}, has_bmtrain=False, total_memory=total_memory)
     return finding.detail if finding.status == ERROR else ""
 
 
-def _on_gpus(run: RunConfig, nodes: int, gpus: list[list[Any]], engine: str) -> Finding:
-    config, model, size = run.train.value, run.model.value, min(gpu[2] for gpu in gpus) / GIB
+def _on_gpus(run: RunConfig, nodes: int, gpus: list[list[Any]], device: DeviceFacts) -> Finding:
+    config, model, size = run.train, run.model, min(gpu[2] for gpu in gpus) / GIB
     processes = min(config.n_gpus, len(gpus))
     keys = f" --n_gpus {processes}" if processes < config.n_gpus else ""
-    gpu, job = Gpu(size, GPUS["A100"].flops), JobConfig.from_run(run, nodes, processes, engine)
+    gpu, job = Gpu(size, GPUS["A100"].flops), JobConfig.from_run(run, nodes, processes, device)
     estimate, count = estimate_job(model, job, gpu), nodes * processes
     found = f"n_gpus is {config.n_gpus}, and torch sees {processes} GPU{'s' * (processes > 1)}; " if keys else ""
     found += (
@@ -68,12 +88,12 @@ def _on_gpus(run: RunConfig, nodes: int, gpus: list[list[Any]], engine: str) -> 
     return _does_not_fit(found, ways)
 
 
-def _on_cpu(run: RunConfig, nodes: int, has_bf16: bool, has_gpus: bool) -> Finding:
-    """The processes of this machine share its memory."""
-    model, processes, total = run.model.value, run.train.value.n_gpus, _total_memory()
-    job = JobConfig.from_run(run, nodes, processes, "torch")
-    use_bf16 = has_bf16 and job.half_type == "bf16"
-    cpu_job = replace(job, half_type="bf16" if use_bf16 else "fp32", offload_optimizer=False, flash=False)
+def _on_cpu(run: RunConfig, nodes: int, device: DeviceFacts, has_gpus: bool, total: float) -> Finding:
+    """total: GiB of host memory, which the processes share."""
+    model, processes = run.model, run.train.n_gpus
+    job = JobConfig.from_run(run, nodes, processes, DeviceFacts(on_gpu=True, has_bmtrain=False))
+    cpu_job = JobConfig.from_run(run, nodes, processes, device)
+    cpu_job = replace(cpu_job, offload_optimizer=False, flash=False)
     estimate = estimate_job(model, cpu_job, Gpu(total / processes, 1.0, _PROCESS_OVERHEAD))
     of = f" in the {processes} processes of n_gpus" if processes > 1 else ""
     found = f"{_name(run)} takes about {processes * estimate.needed / GIB:.1f} GiB{of} (as fm9g plan estimates)"
@@ -99,11 +119,11 @@ def _does_not_fit(found: str, ways: list[str]) -> Finding:
 
 
 def _name(run: RunConfig) -> str:
-    return run.train.value.model_unique
+    return run.train.model_unique
 
 
-def _total_memory() -> float:
-    """GiB of this machine, or of the container that this is."""
+def host_memory() -> float:
+    """GiB of memory of this machine, or of the container that this process runs in."""
     match = re.search(r"MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"))
     sizes = [int(match[1]) * 1024] if match else []
     limits = [Path(file).read_text(encoding="utf-8").strip() for file in _CGROUP_LIMITS if Path(file).is_file()]

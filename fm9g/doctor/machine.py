@@ -11,13 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fm9g.config.run import RunConfig
-from fm9g.doctor.findings import ERROR, GIB, OK, WARNING, Finding
+from fm9g.doctor.findings import ERROR, OK, WARNING, Finding
 from fm9g.errors import UserError
+from fm9g.hardware import GIB
 from fm9g.io.atomic import check_writable
 from fm9g.launch.dist_env import join_host_port, strip_brackets
 from fm9g.plan.job import JobConfig
 from fm9g.plan.sizes import checkpoint_bytes
 
+_SHARED_MEMORY = Path("/dev/shm")
+_LOCAL_FILE_SYSTEMS = ("ext4", "xfs", "overlay", "tmpfs", "btrfs")
 _UNREACHABLE = "check that node 0 is up, that both are on one network, and that no firewall blocks the port"
 _REFUSALS = {
     errno.EADDRINUSE: (ERROR, "another program listens there: end it, or choose another port on all nodes"),
@@ -28,32 +31,37 @@ _REFUSALS = {
 
 
 def check_machine(run: RunConfig | None, gpus: int) -> list[Finding]:
-    """Its limits, and whether its processors are enough for the processes of a run."""
-    return [_shared_memory(gpus > 0), _open_files(), _processors(run)]
+    """Checks the limits of this machine, and whether it has enough processors for the run."""
+    shared = shutil.disk_usage(_SHARED_MEMORY).total if _SHARED_MEMORY.is_dir() else None
+    return [
+        check_shared_memory(shared, gpus > 0),
+        check_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE)),
+        check_processors(run, len(os.sched_getaffinity(0))),
+    ]
 
 
-def _shared_memory(on_gpu: bool) -> Finding:
-    if not Path("/dev/shm").is_dir():
-        return Finding(WARNING, "/dev/shm", "missing", "NCCL and workers share memory there: mount a tmpfs")
-    size = shutil.disk_usage("/dev/shm").total
+def check_shared_memory(size: int | None, on_gpu: bool) -> Finding:
+    """size: of /dev/shm in bytes; None: it does not exist."""
+    name = str(_SHARED_MEMORY)
+    if size is None:
+        return Finding(WARNING, name, "missing", "NCCL and workers share memory there: mount a tmpfs")
     if size < GIB:
         advice = "NCCL and workers share memory there; in a container: --shm-size 16g or --ipc host"
-        return Finding(WARNING if on_gpu else OK, "/dev/shm", f"{size / 2**20:.0f} MiB", advice if on_gpu else "")
-    return Finding(OK, "/dev/shm", f"{size / GIB:.1f} GiB")
+        return Finding(WARNING if on_gpu else OK, name, f"{size / 2**20:.0f} MiB", advice if on_gpu else "")
+    return Finding(OK, name, f"{size / GIB:.1f} GiB")
 
 
-def _open_files() -> Finding:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+def check_open_files(soft: int, hard: int) -> Finding:
+    """The arguments are limits on open files; negative: none."""
     if 0 <= soft < 4096:
         return Finding(WARNING, "open files", f"at most {soft}", f"ulimit -n {65536 if hard < 0 else min(hard, 65536)}")
-    return Finding(OK, "open files", f"at most {soft if soft >= 0 else 'any number'}")
+    return Finding(OK, "open files", f"at most {soft}" if soft >= 0 else "no limit")
 
 
-def _processors(run: RunConfig | None) -> Finding:
-    cores = len(os.sched_getaffinity(0))
+def check_processors(run: RunConfig | None, cores: int) -> Finding:
     if run is None:
         return Finding(OK, "processors", str(cores))
-    training, workers = run.train.value.n_gpus, run.train.value.dataloader_num_workers
+    training, workers = run.train.n_gpus, run.train.dataloader_num_workers
     found = f"{cores}; the run starts {training} process{'es' * (training > 1)} here (n_gpus)"
     found += f" and {training * workers} to prepare data"
     if training * (1 + workers) > cores:
@@ -62,21 +70,25 @@ def _processors(run: RunConfig | None) -> Finding:
     return Finding(OK, "processors", found)
 
 
-def check_output_dir(run: RunConfig, nodes: int) -> Iterator[Finding]:
-    """Whether the run can write where it is told to, and how much of what it will write fits."""
-    folder = Path(run.train.value.output_dir)
+def check_output_dir(run: RunConfig, nodes: int, file_system: str | None = None) -> Iterator[Finding]:
+    """Checks that the run can write to its output_dir, and how many of its checkpoints fit.
+
+    Args:
+        file_system: type of the file system of output_dir, such as ext4; default: that of this machine.
+    """
+    folder = Path(run.train.output_dir)
     try:
         check_writable(folder)
     except (UserError, OSError) as error:
         yield Finding(ERROR, "output_dir", f"{folder}: {error}", "choose another --output_dir")
         return
-    kind = _file_system(folder)
-    if nodes > 1 and kind in ("ext4", "xfs", "overlay", "tmpfs", "btrfs"):
-        yield Finding(WARNING, "output_dir", f"{folder}: writable, {kind}: a disk of this machine alone",
-                   "node 0 alone writes there: put it on a shared file system, for another to take over")  # fmt: skip
+    kind = file_system or _file_system(folder)
+    if nodes > 1 and kind in _LOCAL_FILE_SYSTEMS:
+        advice = "node 0 alone writes there; on a shared file system another node could take over"
+        yield Finding(WARNING, "output_dir", f"{folder}: writable, {kind}: a disk of this machine alone", advice)
     else:
         yield Finding(OK, "output_dir", f"{folder}: writable, {kind}")
-    yield _disk(run)
+    yield check_disk(run, shutil.disk_usage(folder).free)
 
 
 def _file_system(folder: Path) -> str:
@@ -89,20 +101,20 @@ def _file_system(folder: Path) -> str:
     return next((kinds[str(parent)] for parent in (real, *real.parents) if str(parent) in kinds), "unknown")
 
 
-def _disk(run: RunConfig) -> Finding:
-    config = run.train.value
+def check_disk(run: RunConfig, free: int) -> Finding:
+    """free: bytes on the file system of output_dir."""
+    config = run.train
     first = int(config.resume_ckpt) if config.resume_ckpt.isdecimal() else 0
-    free = shutil.disk_usage(config.output_dir).free
-    size = checkpoint_bytes(run.model.value, JobConfig.from_run(run, nodes=1, gpus=config.tp_size))
-    steps = range(first, min(config.stop_iters or config.train_iters, config.train_iters))
+    size = checkpoint_bytes(run.model, JobConfig.from_run(run, nodes=1, gpus=config.tp_size))
+    steps = range(first, config.last_step)
     count = -(-len(steps) // config.save_iters) if config.save else 0
-    if config.save_total_limit:  # an old one goes when the new one is whole
+    if config.save_total_limit:  # an old one is deleted once the new one is complete
         count = min(count, config.save_total_limit + 1)
     found = (
         f"{free / GIB:.1f} GiB free; {count} checkpoints of {size / GIB:.1f} GiB to come: {count * size / GIB:.1f} GiB"
     )
     if count and free < size:
-        return Finding(ERROR, "disk", found, "not one fits: free space, or choose another --output_dir")
+        return Finding(ERROR, "disk", found, "not even one fits: free space, or choose another --output_dir")
     if free < count * size:
         return Finding(
             WARNING, "disk", found, f"the first {free // size} fit: raise save_iters, or set save_total_limit"

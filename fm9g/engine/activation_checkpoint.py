@@ -1,4 +1,4 @@
-"""Activation checkpointing from outside: a layer keeps less of its forward pass and computes it again later."""
+"""Activation checkpointing: a layer stores less of its forward pass and recomputes it in its backward pass."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-# What "selective" keeps: outputs that cost a matrix product to compute again.
+# Outputs that "selective" stores: recomputing them would cost a matrix product.
 _SAVED_OPS = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -20,16 +20,17 @@ _SAVED_OPS = (
 
 
 def apply_activation_checkpointing(module: torch.nn.Module, mode: str) -> None:
-    """mode: none; selective, all but matrix products and attention is computed again; full, everything is.
+    """Replaces a module's forward by one with checkpointing, so that no name in the model changes.
 
-    The module's forward is replaced, so that no name changes.
+    Args:
+        mode: none; selective: everything but matrix products and attention is recomputed; full: everything is.
     """
     if mode == "none":
         return
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _sac_policy)
-    module.forward = functools.partial(checkpoint, module.forward, **options)  # type: ignore[method-assign]
+    module.forward = functools.partial(checkpoint, module.forward, **options)
 
 
 def _sac_policy(context: Any, op: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:

@@ -1,24 +1,26 @@
-"""How long messages between processes take."""
+"""The time that messages between processes take."""
 
 from __future__ import annotations
 
 import time
 from types import TracebackType
+from typing import Any
 
 import torch
 
 
 class CommTimer:
-    """Adds up the time of blocks: the host's on a CPU, on a GPU that of the stream, by events that are read later."""
+    """Sums the time of `with` blocks: on a CPU by the host's clock, on a GPU by events of the stream, read later."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._seconds, self._started = 0.0, 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: list[tuple[Any, Any]] = []  # start and end of a block
 
     def __enter__(self) -> None:
         if self._cuda:
-            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            event: Any = torch.cuda.Event
+            self._events.append((event(enable_timing=True), event(enable_timing=True)))
             self._events[-1][0].record()
         else:
             self._started = time.monotonic()
@@ -32,7 +34,7 @@ class CommTimer:
             self._seconds += time.monotonic() - self._started
 
     def collect_and_reset(self) -> float:
-        """Seconds since the last reading; a GPU is waited for."""
+        """Seconds since the last call. Waits for the GPU."""
         for start, end in self._events:
             end.synchronize()
             self._seconds += start.elapsed_time(end) / 1000

@@ -1,7 +1,7 @@
-"""The rules by which optimizers change weights, each over the parts of weights that a process holds.
+"""The update rules of optimizers, over the shards of weights that a process holds.
 
-A rule knows weights by name. What it keeps for a weight is fp32 when it is saved, and of the weight's own shape, so
-that any number of processes can go on from it; `Vectors`, which are small, every process holds whole.
+A rule knows weights by name. In checkpoints its state is fp32, with one tensor of the weight's shape per key, so that
+any number of processes can resume from it. Small state, such as the row and column means of Adafactor, is replicated.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ from fm9g.import_utils import import_bitsandbytes
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """name: adamw, adamw8bit, adafactor or muon. lr_scales: weight name -> factor on the learning rate of a step.
+    """Settings of the optimizer.
 
-    muon_params: the weights that muon orthogonalizes; the others follow adamw. momentum: of muon. ema_decay: of the
-    running mean of weights that is kept beside them; 0: none.
+    Args:
+        lr_scales: weight name to its factor on the learning rate of a step.
+        name: adamw, adamw8bit, adafactor or muon.
+        muon_params: the weights that muon orthogonalizes; it updates the others by adamw.
+        momentum: of muon.
+        ema_decay: of the running mean of weights; 0: none.
     """
 
     lr_scales: dict[str, float]
@@ -40,10 +44,13 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """How weights lie over the processes.
+    """How weights are distributed over the processes, by weight name.
 
-    shape: of the whole weight. all_gather_full: makes the whole tensor from all parts, on every process; all must call
-    it in the same order. local_view: the part of a whole tensor that this process holds.
+    Args:
+        shape: returns the shape of the full weight.
+        all_gather_full: returns the full tensor on every process, from this process's part. All processes must call it
+            in the same order.
+        local_view: returns this process's part of a full tensor.
     """
 
     shape: Callable[[str], torch.Size]
@@ -53,8 +60,13 @@ class ShardLayout:
 
 @dataclass
 class StepArgs:
-    """One step. lr: its learning rate. step_count: (on the device) steps before it. found_inf: (on the device) 1.0
-    where nothing is to change, None where that was found out before."""
+    """Arguments of one update.
+
+    Args:
+        lr: learning rate of the step.
+        step_count: steps before it, on the device.
+        found_inf: on the device, 1.0 if the step must change nothing; None: it may change weights.
+    """
 
     lr: float
     step_count: torch.Tensor
@@ -62,10 +74,10 @@ class StepArgs:
 
 
 class ParamOptimizer(ABC):
-    """Changes some weights and keeps what it needs for that."""
+    """The update rule of some weights, with its state: weight name to key to tensor."""
 
-    needs_full_tensor = False  # whether every process must take part for each weight, however little it holds
-    supports_found_inf = False  # whether it heeds StepArgs.found_inf, so that the host need not know
+    needs_full_tensor = False  # whether every process must take part in each weight's step, even without a part of it
+    supports_found_inf = False  # whether it respects StepArgs.found_inf, so that the host need not know
 
     def __init__(self, config: OptimizerConfig, layout: ShardLayout) -> None:
         self._config, self._layout = config, layout
@@ -73,27 +85,32 @@ class ParamOptimizer(ABC):
 
     @abstractmethod
     def init_state(self, name: str, zeros_like_shard: Callable[..., torch.Tensor]) -> None:
-        """Makes the state of one more weight. zeros_like_shard: makes zeros, by default of the part's shape and type
-        fp32."""
+        """Creates the state of a weight.
+
+        Args:
+            zeros_like_shard: creates zeros, by default fp32 and of the shape of this process's part; keyword arguments
+                shape and dtype change that.
+        """
 
     @abstractmethod
     def step(self, weights: dict[str, torch.Tensor], grads: dict[str, torch.Tensor], args: StepArgs) -> None:
-        """Changes parts of weights (fp32, in place) by those of their gradients."""
+        """Updates this process's parts of weights (fp32, in place) by those of their gradients."""
 
     def export_state(self, name: str, key: str) -> torch.Tensor:
-        """A part of the state as it is kept in checkpoints, fp32."""
+        """This process's part of a state tensor as checkpoints contain it, fp32."""
         return self.state[name][key]
 
     def load_state(self, name: str, key: str, values: torch.Tensor) -> None:
+        """Restores a result of export_state."""
         self.state[name][key].copy_(values)
 
     def replicated_shape(self, name: str, key: str) -> torch.Size | None:
-        """The shape of what every process holds whole; None: the state is of the weight's shape, and in parts."""
+        """The shape of a state tensor that every process holds in full; None: it is sharded like the weight."""
         return None
 
 
 class AdamW(ParamOptimizer):
-    """AdamW (Loshchilov, Hutter 2019): torch's fused function over the parts."""
+    """AdamW (Loshchilov, Hutter 2019) by torch's fused function."""
 
     supports_found_inf = True
 
@@ -112,7 +129,7 @@ class AdamW(ParamOptimizer):
                 [self.state[name]["exp_avg"] for name in names],
                 [self.state[name]["exp_avg_sq"] for name in names],
                 [],
-                # The function counts up what it is given, and wants a counter a weight.
+                # The function increments its counters, and needs one per weight.
                 list(args.step_count.expand(len(names)).clone().unbind()),
                 fused=True,
                 found_inf=args.found_inf,
@@ -127,16 +144,16 @@ class AdamW(ParamOptimizer):
 
 
 class AdamW8bit(ParamOptimizer):
-    """AdamW with both moments in 8 bits, a scale for each 256 (Dettmers et al. 2021): bitsandbytes' function.
+    """AdamW with both moments in 8 bits, one scale per 256 values (Dettmers et al. 2021), by bitsandbytes' function.
 
-    In checkpoints the moments are fp32; made 8 bits again they are what they were, where the parts are the same.
+    In checkpoints the moments are fp32. Loaded by the same number of processes, they become the same 8 bits again.
     """
 
-    MIN_8BIT_SIZE = 4096  # elements below which a weight's moments stay fp32, as in bitsandbytes' own optimizers
+    MIN_8BIT_SIZE = 4096  # moments of smaller weights stay fp32, as in bitsandbytes' own optimizers
     _BLOCK_SIZE = 256
 
     def __init__(self, config: OptimizerConfig, layout: ShardLayout) -> None:
-        """Raises UserError where bitsandbytes is not installed."""
+        """Raises UserError if bitsandbytes is not installed."""
         super().__init__(config, layout)
         functional = import_bitsandbytes("optimizer adamw8bit").functional
         self._lib: Any = functional
@@ -144,7 +161,7 @@ class AdamW8bit(ParamOptimizer):
             "exp_avg": functional.create_dynamic_map(signed=True),
             "exp_avg_sq": functional.create_dynamic_map(signed=False),
         }
-        # bitsandbytes' map ends at -0.993: a block whose largest value is negative would come back smaller.
+        # bitsandbytes' map ends at -0.993, which would shrink a block whose largest value is negative.
         self._codes["exp_avg"][0] = -1.0
 
     def init_state(self, name: str, zeros_like_shard: Callable[..., torch.Tensor]) -> None:
@@ -157,7 +174,7 @@ class AdamW8bit(ParamOptimizer):
             self.load_state(name, key, torch.zeros(self.state[name][key].shape, device=device))
 
     def step(self, weights: dict[str, torch.Tensor], grads: dict[str, torch.Tensor], args: StepArgs) -> None:
-        config, number = self._config, int(args.step_count) + 1  # the one time that it waits
+        config, step = self._config, int(args.step_count) + 1  # the host waits for the device here
         for name, weight in weights.items():
             state = self.state[name]
             self._lib.optimizer_update_8bit_blockwise(
@@ -171,7 +188,7 @@ class AdamW8bit(ParamOptimizer):
                 beta3=0.0,
                 alpha=0.0,
                 eps=config.eps,
-                step=number,
+                step=step,
                 lr=args.lr * config.lr_scales[name],
                 qmap1=self._codes["exp_avg"],
                 qmap2=self._codes["exp_avg_sq"],
@@ -184,12 +201,13 @@ class AdamW8bit(ParamOptimizer):
         state = self.state[name]
         if not state[key].numel():
             return state[key].float()
-        return self._lib.dequantize_blockwise(
+        values: torch.Tensor = self._lib.dequantize_blockwise(
             state[key], absmax=state[f"{key}.scales"], code=self._codes[key], blocksize=self._BLOCK_SIZE
         )
+        return values
 
     def load_state(self, name: str, key: str, values: torch.Tensor) -> None:
-        # To the nearest code. bitsandbytes' function searches less exactly, and would not give back what was saved.
+        # To the nearest code: bitsandbytes' own search is less exact, and would not restore the saved codes.
         blocks = F.pad(values.flatten(), (0, -values.numel() % self._BLOCK_SIZE)).view(-1, self._BLOCK_SIZE)
         scales = blocks.abs().amax(1) if len(blocks) else blocks.new_zeros(0)
         borders = (self._codes[key][1:] + self._codes[key][:-1]) / 2
@@ -199,10 +217,10 @@ class AdamW8bit(ParamOptimizer):
 
 
 class Adafactor(ParamOptimizer):
-    """Adafactor (Shazeer, Stern 2018), torch's function: of a matrix, means of squared gradients by row and by column.
+    """Adafactor (Shazeer, Stern 2018) by torch's function: means of a matrix's squared gradients by row and by column.
 
-    The learning rate is relative to the root mean square of the weight. Gradients and weights are gathered, one at a
-    time.
+    The learning rate is relative to the root mean square of the weight. Each process gathers weights and gradients, one
+    at a time, and updates the full weight.
     """
 
     needs_full_tensor = True
@@ -238,7 +256,7 @@ class Adafactor(ParamOptimizer):
                 lr=args.lr * self._config.lr_scales[name],
                 beta2_decay=-0.8,
                 weight_decay=self._config.weight_decay,
-                eps1=None,  # type: ignore[arg-type]  # that of the weight's type
+                eps1=None,  # type: ignore[arg-type]  # that of the weight's dtype
                 eps2=1e-3,
                 maximize=False,
             )
@@ -246,8 +264,10 @@ class Adafactor(ParamOptimizer):
 
 
 class Muon(ParamOptimizer):
-    """Muon (Jordan et al. 2024) with updates as large as AdamW's (Liu et al. 2025: 0.2 * sqrt(max(rows, columns))), so
-    that learning rate and weight decay mean the same for all weights. The update is gathered, a matrix at a time.
+    """Muon (Jordan et al. 2024) with updates as large as AdamW's (Liu et al. 2025: 0.2 * sqrt(max(rows, columns))).
+
+    So learning rate and weight decay mean the same for all weights. Each process gathers the updates, one matrix at a
+    time, to orthogonalize them.
     """
 
     needs_full_tensor = True
@@ -270,7 +290,14 @@ class Muon(ParamOptimizer):
 def build_optimizers(
     shapes: dict[str, torch.Size], config: OptimizerConfig, layout: ShardLayout
 ) -> dict[str, ParamOptimizer]:
-    """The rule of each weight. Raises UserError where one cannot be used here."""
+    """The update rule of each weight; weights with the same rule share an object.
+
+    Args:
+        shapes: names and shapes of the weights.
+
+    Raises:
+        UserError: if the package of an optimizer is not installed.
+    """
     default = AdamW(config, layout)
     if config.name == "adamw":
         return dict.fromkeys(shapes, default)

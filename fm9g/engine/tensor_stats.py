@@ -1,7 +1,8 @@
-"""What the values of sharded tensors are like: figures and histograms over all processes."""
+"""Statistics and histograms of sharded tensors, over all processes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,13 +10,20 @@ import numpy as np
 import torch
 
 NUM_BINS = 64
-_RANGE_IN_RMS = 4.0  # root mean squares to either side of 0 that bins cover
+_RANGE_IN_RMS = 4.0  # the bins reach this many root mean squares to either side of 0
 
 
 @dataclass(frozen=True)
 class TensorStats:
-    """Of one tensor. count: of elements; num_nonfinite: those that are not finite, which the rest leaves out. max_abs:
-    absolute. counts: (NUM_BINS,) in each bin, the outermost with all beyond; edges: (NUM_BINS + 1,)."""
+    """Statistics of one tensor.
+
+    Args:
+        count: number of elements.
+        num_nonfinite: those that are not finite; all other fields leave them out.
+        sum, sum_sq, max_abs: of the elements, of their squares, and the largest absolute value.
+        counts: (NUM_BINS,) elements per bin; the outermost bins include all elements beyond them.
+        edges: (NUM_BINS + 1,) borders of the bins.
+    """
 
     count: int
     num_nonfinite: int
@@ -27,7 +35,7 @@ class TensorStats:
 
     @property
     def rms(self) -> float:
-        return (self.sum_sq / max(1, self.count - self.num_nonfinite)) ** 0.5
+        return math.sqrt(self.sum_sq / max(1, self.count - self.num_nonfinite))
 
 
 @torch.no_grad()
@@ -37,10 +45,13 @@ def compute_tensor_stats(
     all_gather_object: Callable[[list[float]], list[list[float]]],
     device: torch.device,
 ) -> list[TensorStats]:
-    """Of tensors of which each process holds a part.
+    """The statistics of tensors of which each process holds a part. All processes must call it with the same tensors.
 
-    shards: what gives a part, asked twice, and how many processes hold the same. all_reduce_sum: the sum over
-    processes, in place. all_gather_object: the values of all processes. All processes must call it alike.
+    Args:
+        shards: per tensor, a function that returns this process's part (called twice, so that not all parts need
+            memory at once), and the number of processes that hold the same part.
+        all_reduce_sum: replaces a tensor by its sum over processes.
+        all_gather_object: returns the values of all processes.
     """
     sums = torch.zeros(len(shards), 4, device=device)
     max_abs = []

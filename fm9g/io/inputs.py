@@ -1,7 +1,7 @@
-"""What a command reads, so that nothing it writes takes the place of it.
+"""The inputs of a command, so that none of its outputs replaces one.
 
-Whatever opens a file that the user gave calls `register_input`; whatever puts a file or a folder in place
-(fm9g.io.atomic) calls `check_output`. No command lists its inputs.
+Code that opens a user's file calls `register_input`; code that puts a file or folder in place (fm9g.io.atomic) calls
+`check_output`. So no command has to list its inputs.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 from fm9g.errors import UserError
 
 _registered: set[str] = set()  # real paths
-_depth = 0  # of protect_inputs
+_depth = 0  # of nested protect_inputs
 
 
 @contextmanager
 def protect_inputs() -> Iterator[None]:
-    """What is registered inside is never replaced inside: for one command, or one call of the library.
+    """Protects the inputs registered in the block from being replaced in it: for one command, or one library call.
 
-    Outside, nothing is registered: a program may make B of A with one call, and A of B with the next.
+    Outside such a block nothing is registered: a program may convert A to B with one call, and B to A with the next.
     """
     global _depth
     _depth += 1
@@ -34,26 +34,26 @@ def protect_inputs() -> Iterator[None]:
 
 
 def register_input(path: str | Path) -> None:
-    """Says that a file is read, or a folder with all that is in it."""
+    """Registers a file that is read, or a folder with everything in it."""
     if _depth:
         _registered.add(os.path.realpath(path))  # Path.resolve() fails on a loop of links
 
 
 def check_output(target: Path) -> None:
-    """Raises UserError where something that was registered would be lost if `target` were replaced."""
+    """Raises UserError if replacing `target` would destroy a registered input."""
     real = os.path.realpath(target)
     if not os.path.exists(real):
         return
     for registered in sorted(_registered):  # a copy: other threads may be reading
         if registered == real:
-            conflict = "is read"
+            conflict = "is an input"
         elif _contains(real, registered):
-            conflict = f"holds {registered}, which is read"
+            conflict = f"contains {registered}, which is an input"
         elif _contains(registered, real):
-            conflict = f"is part of {registered}, which is read"
+            conflict = f"is part of {registered}, which is an input"
         else:
             continue
-        raise UserError(f"{target}: {conflict}; choose another place for what is written")
+        raise UserError(f"{target}: {conflict}; choose another place for the output")
 
 
 def _contains(folder: str, path: str) -> bool:

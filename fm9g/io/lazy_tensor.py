@@ -1,53 +1,52 @@
-"""Tensors on disk, read one at a time: files are never mapped, whose pages would count as this process's memory."""
+"""Tensors in files, read one at a time and only as far as needed.
+
+Files are read at offsets and never mapped: mapped pages would count as memory of this process.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from fm9g.errors import UserError
-from fm9g.io.inputs import register_input
-from fm9g.io.pt_archive import check_archive
-from fm9g.io.weights import file_offset, load_pt, tensor_bytes
+from fm9g.io.os_errors import truncated_error
 
-# The types that safetensors files name, and torch has.
-SAFETENSORS_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-_MAX_HEADER_BYTES = 100_000_000  # bytes, as in the safetensors library
-_READAHEAD_BYTES = 1 << 24  # bytes that the system is told to fetch beyond those that are read
+_READAHEAD_BYTES = 1 << 24  # bytes after the current read that the system should fetch
+_MAX_READ_BYTES = 1 << 30  # bytes per system call
+
+
+class TensorMeta(Protocol):
+    """Shape and type of a tensor in memory, on the meta device, or in a file."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor on the host; no copy if it is contiguous."""
+    return memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor in a file, or rows of one.
+    """A tensor in a file, or some rows of one.
 
-    offset: of its first element in the file, in bytes. stride: in elements; None: contiguous, so that its nbytes from
-    offset on are all of it, as they are in memory. memory: the tensor, of a file that can only be read as a whole.
+    Attributes:
+        file: the file.
+        shape: its shape.
+        dtype: its type, in the file and in memory.
+        offset: byte offset of its first element.
+        stride: in elements; None for a contiguous tensor, which is then `nbytes` bytes at `offset`.
+        memory: the tensor itself, if the file can only be read completely.
     """
 
     file: Path
@@ -59,16 +58,23 @@ class LazyTensor:
 
     @property
     def nbytes(self) -> int:
-        """Of its elements."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        """Bytes of its elements."""
+        return self.shape.numel() * self.dtype.itemsize
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether a copy of the file's bytes is a copy of the tensor."""
+        """Whether copying bytes of the file copies the tensor."""
         return self.stride is None and self.memory is None
 
+    @property
+    def repeats_values(self) -> bool:
+        """Whether elements share bytes of the file. Written out, such a tensor could fill the memory."""
+        if self.memory is not None:
+            return self.memory.nbytes > self.memory.untyped_storage().nbytes()
+        return self.stride is not None and self._span() < self.shape.numel()
+
     def rows(self, start: int, end: int) -> LazyTensor:
-        """Those of its first dimension, as a tensor of their own."""
+        """Rows start to end of its first dimension."""
         assert 0 <= start <= end <= self.shape[0], (self, start, end)
         stride = self.stride[0] if self.stride else math.prod(self.shape[1:])
         return replace(
@@ -78,40 +84,95 @@ class LazyTensor:
             memory=None if self.memory is None else self.memory[start:end],
         )
 
+    def flat_chunks(self, elements: int) -> Iterator[torch.Tensor]:
+        """Its values as flat tensors of at most `elements` elements. A strided tensor is read at once."""
+        if not self.is_contiguous:
+            yield from torch.split(self.read().view(-1), elements)
+            return
+        flat = replace(self, shape=torch.Size([self.shape.numel()]))
+        for start in range(0, flat.shape[0], elements):
+            yield flat.rows(start, min(start + elements, flat.shape[0])).read()
+
     def read(self) -> torch.Tensor:
-        """Its values, contiguous, in memory of their own. Raises UserError where the file has become shorter."""
+        """Its values, contiguous, in new memory. Raises UserError if the file has become shorter."""
         if self.memory is not None:
             return self.memory.clone(memory_format=torch.contiguous_format)
         if self.stride is None:
             values = torch.empty(self.shape, dtype=self.dtype)
             self._read_into(values)
             return values
-        span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride)) if self.nbytes else 0
-        storage = torch.empty(span, dtype=self.dtype)
+        storage = torch.empty(self._span(), dtype=self.dtype)
         self._read_into(storage)
         return storage.as_strided(self.shape, self.stride).clone(memory_format=torch.contiguous_format)
+
+    def _span(self) -> int:
+        """Elements of the file from its first to its last one."""
+        if not self.shape.numel():
+            return 0
+        assert self.stride is not None
+        return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride))
 
     def _read_into(self, values: torch.Tensor) -> None:
         if not values.numel():
             return
         buffer = tensor_bytes(values)
         with self.file.open("rb", buffering=0) as file:
-            # Whoever reads rows will read the next ones; without this the disk waits between the two.
+            # Callers that read rows read the next ones soon; without this hint the disk idles in between.
             os.posix_fadvise(file.fileno(), self.offset + len(buffer), _READAHEAD_BYTES, os.POSIX_FADV_WILLNEED)
             done = 0
             while done < len(buffer):
-                count = os.preadv(file.fileno(), [buffer[done : done + (1 << 30)]], self.offset + done)
+                count = os.preadv(file.fileno(), [buffer[done : done + _MAX_READ_BYTES]], self.offset + done)
                 if not count:
-                    raise UserError(f"{self.file}: became shorter while it was read; let it be written to its end")
+                    raise truncated_error(self.file)
                 done += count
+
+
+class LazyStateDict(Mapping[str, torch.Tensor]):
+    """The tensors of a file as a state dict. Each lookup reads one tensor from the file.
+
+    meta: the tensors without reading them; use it for names, shapes and types.
+    """
+
+    def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
+        self.meta = tensors
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self.meta[name]
+        reject_repeated_values(name, tensor)
+        return tensor.read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.meta)
+
+    def __len__(self) -> int:
+        return len(self.meta)
+
+
+def reject_repeated_values(name: str, tensor: LazyTensor) -> None:
+    """Raises UserError for a tensor that is smaller in its file than in memory."""
+    if tensor.repeats_values:
+        shape = list(tensor.shape)
+        raise UserError(f"{tensor.file}: {name}: repeats its values to fill shape {shape}; save it in full")
+
+
+def tensor_meta(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, TensorMeta]:
+    """Shapes and types of a state dict, without reading a lazy one."""
+    return tensors.meta if isinstance(tensors, LazyStateDict) else tensors
 
 
 @dataclass(frozen=True)
 class LazyConcat:
-    """Rows of stored tensors, one below the other, as the tensor that is to be made of them.
+    """A tensor to be computed from tensors in files, which are concatenated along the rows.
 
-    dtype: of the values that come out. transform: what is done to rows of them, in the type they have on the disk, and
-    the number of the first of these rows; None: nothing. first_row: row of this tensor's own first one.
+        part 0  (rows 0-3)   --read--> transform(values, 0) --cast--+
+        part 1  (rows 4-5)   --read--> transform(values, 4) --cast--+--> (rows 0-5)
+
+    Attributes:
+        parts: the tensors in files.
+        dtype: type of the result.
+        transform: changes the values of some rows, given them in the type of the file and the number of the first row;
+            None: no change.
+        first_row: number of this tensor's first row, if it is a chunk of a larger one.
     """
 
     parts: tuple[LazyTensor, ...]
@@ -121,24 +182,24 @@ class LazyConcat:
 
     @property
     def shape(self) -> torch.Size:
-        one = self.parts[0].shape
-        return torch.Size([sum(part.shape[0] for part in self.parts), *one[1:]]) if len(self.parts) > 1 else one
+        first = self.parts[0].shape
+        return torch.Size([sum(part.shape[0] for part in self.parts), *first[1:]]) if len(self.parts) > 1 else first
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.shape.numel() * self.dtype.itemsize
 
     @property
     def file_range(self) -> LazyTensor | None:
-        """The bytes of a file that are all of it, as they are; None where its values have to be made."""
+        """The byte range of a file that is this tensor; None if its values must be computed."""
         part = self.parts[0]
         same = len(self.parts) == 1 and self.transform is None and part.dtype == self.dtype and part.is_contiguous
         return part if same else None
 
     def row_chunks(self, nbytes: int) -> Iterator[LazyConcat]:
-        """Its rows, some at a time.
+        """Its rows in chunks of at most `nbytes` bytes in the file.
 
-        nbytes: the most that a chunk has on the disk; a single row may have more, and what is strided comes whole.
+        A single row may be larger, and a strided part is one chunk.
         """
         for row, part in self._parts_with_first_row():
             if not part.shape or part.stride is not None:
@@ -150,12 +211,11 @@ class LazyConcat:
                 yield LazyConcat((rows,), self.dtype, self.transform, row + start)
 
     def read(self) -> torch.Tensor:
-        """Its values, contiguous, in memory of their own."""
+        """Its values, contiguous, in new memory."""
         parts = [self._materialize(row, part) for row, part in self._parts_with_first_row()]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _parts_with_first_row(self) -> Iterator[tuple[int, LazyTensor]]:
-        """Its parts, each with the number of its first row."""
         row = self.first_row
         for part in self.parts:
             yield row, part
@@ -164,119 +224,8 @@ class LazyConcat:
     def _materialize(self, row: int, part: LazyTensor) -> torch.Tensor:
         values = part.read()
         values = self.transform(values, row) if self.transform else values
-        if self.dtype == torch.float16 != part.dtype and values.numel():  # the one type whose largest others pass
+        if self.dtype == torch.float16 != part.dtype and values.numel():  # the only target type that can overflow
             limit = torch.finfo(self.dtype).max
             if any(limit < float(end.abs()) < math.inf for end in values.aminmax()):
-                raise UserError(f"{part.file}: holds values beyond {limit:g}, the largest of fp16; choose bf16 or fp32")
+                raise UserError(f"{part.file}: has values beyond {limit:g}, the largest of fp16; choose bf16 or fp32")
         return values.to(self.dtype)
-
-
-def open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a safetensors file, in the order of their bytes.
-
-    The safetensors library reads the header, and so decides which files are whole. Raises UserError.
-    """
-    register_input(path)
-    try:
-        with safe_open(path, "numpy") as file:
-            slices = [(name, file.get_slice(name)) for name in file.offset_keys()]
-            described = [(name, part.get_shape(), part.get_dtype()) for name, part in slices]
-        with path.open("rb") as content:
-            offset = 8 + int.from_bytes(content.read(8), "little")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, SafetensorError) as error:
-        reason = _header_problem(path) or str(error).removeprefix("Error while deserializing header: ")
-        raise UserError(f"{path}: not a whole safetensors file: {reason}; get or write it again") from None
-    tensors = {}
-    for name, shape, dtype in described:  # without gaps, which the library refuses
-        if dtype not in SAFETENSORS_DTYPES:
-            raise UserError(f"{path}: {name}: found {dtype}, which cannot be read; get the model in bf16, fp16 or fp32")
-        tensors[name] = LazyTensor(path, torch.Size(shape), SAFETENSORS_DTYPES[dtype], offset)
-        offset += tensors[name].nbytes
-    return tensors
-
-
-def _header_problem(path: Path) -> str:
-    """What is wrong with a file that the safetensors library refuses, by the name of the tensor; empty: not known."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                return f"its {size} bytes are fewer than its header has"
-            if length > _MAX_HEADER_BYTES:
-                return f"its header of {length} bytes is longer than the library takes"
-            header = json.loads(file.read(length), object_pairs_hook=_reject_duplicate_keys)
-        if not isinstance(header, dict):
-            return "its header is not a JSON object"
-        header.pop("__metadata__", None)
-        if odd := next((name for name, entry in header.items() if not _is_tensor_entry(entry)), None):
-            return f"{odd}: has no dtype, shape and data_offsets of whole numbers >= 0"
-        end = 0
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            first, last = entry["data_offsets"]
-            needed = math.prod(entry["shape"]) * SAFETENSORS_DTYPES[entry["dtype"]].itemsize
-            if last - first != needed:
-                return f"{name}: has {last - first} bytes, and {entry['shape']} of {entry['dtype']} are {needed}"
-            if first != end:
-                return f"{name}: begins at byte {first} of the values, where the tensor before it ends at {end}"
-            end = last
-        found = size - 8 - length
-        return f"its tensors are {end} bytes, and it has {found}" if end != found else ""
-    except _DuplicateKeyError as error:
-        return f"{error}: is in the header twice"
-    except (OSError, ValueError, RecursionError):
-        return ""
-
-
-def _is_tensor_entry(entry: Any) -> bool:
-    """Whether an entry of a header is one of a tensor, whatever its numbers are."""
-    if not isinstance(entry, dict) or entry.get("dtype") not in list(SAFETENSORS_DTYPES):
-        return False
-    lists = entry.get("shape"), entry.get("data_offsets")
-    if not all(isinstance(each, list) and all(type(n) is int and n >= 0 for n in each) for each in lists):
-        return False
-    return len(entry["data_offsets"]) == 2
-
-
-class _DuplicateKeyError(Exception):
-    """A name that a JSON object has twice."""
-
-
-def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    for name, count in Counter(name for name, _ in pairs).items():
-        if count > 1:
-            raise _DuplicateKeyError(name)
-    return dict(pairs)
-
-
-def open_pt(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a .pt or .bin file, in its order.
-
-    Raises UserError for a missing file, one that is cut short, and one that holds anything but tensors: nothing in
-    it is ever executed. Files from before torch 1.6, compressed ones, and those of machines with the other byte order
-    are read whole.
-    """
-    archive = check_archive(path) if path.is_file() else None
-    if archive is None or not archive.is_plain:
-        return {
-            name: LazyTensor(path, tensor.shape, tensor.dtype, 0, memory=tensor.detach())
-            for name, tensor in load_pt(path).items()
-        }
-    return {name: _lazy_tensor(path, name, tensor, archive.sizes) for name, tensor in load_pt(path, "meta").items()}
-
-
-def _lazy_tensor(path: Path, name: str, tensor: torch.Tensor, sizes: dict[int, int]) -> LazyTensor:
-    """The place of a tensor on the meta device. sizes: of the file's records, by their offset."""
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
-        raise UserError(f"{path}: {name}: found {tensor.layout} {tensor.dtype}, expected a plain tensor of numbers")
-    if not tensor.numel():
-        return LazyTensor(path, tensor.shape, tensor.dtype, 0)
-    begin = file_offset(tensor)
-    if begin is None or sizes.get(begin, -1) < tensor.untyped_storage().nbytes():
-        raise UserError(f"{path}: not a whole weight file (the bytes of {name} are missing); get or write it again")
-    offset = begin + int(tensor.storage_offset()) * tensor.element_size()
-    return LazyTensor(
-        path, tensor.shape, tensor.dtype, offset, None if tensor.is_contiguous() else tuple(tensor.stride())
-    )

@@ -1,4 +1,4 @@
-"""What a path holds, for messages to whoever gave something of another kind than was meant."""
+"""Recognizes what a path contains, for messages to users who gave something else than expected."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
 _TOKENIZER_PATTERNS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".md")
 _RECORD_KEYS = {"input", "output", "instruction", "messages", "conversations", "text", "prompt", "response"}
-_MAX_JSON_BYTES = 1 << 20  # bytes of a .json file that are looked at
+_MAX_JSON_BYTES = 1 << 20  # bytes of a .json file that are examined
 
 
 def check_kind(path: Path, *expected: str, also: str = "") -> None:
-    """Raises UserError if the path is known to hold something else; it says what that is, and what to do with it.
+    """Raises UserError if a path contains something known that is not expected; it says what, and how to use it.
 
-    also: a kind that may be meant, which the message does not name.
+    also: a further accepted kind, which the message does not mention.
     """
     kind = kind_of(path)
     if kind and kind not in (*expected, also):
@@ -33,7 +33,7 @@ def check_kind(path: Path, *expected: str, also: str = "") -> None:
 
 
 def kind_of(path: Path) -> str:
-    """One of the constants above; empty: not known."""
+    """One of the constants above; empty if unknown."""
     return _kind_of_folder(path) if path.is_dir() else _kind_of_file(path) if path.is_file() else ""
 
 
@@ -56,7 +56,7 @@ def _kind_of_folder(folder: Path) -> str:
     if any(file.parent.name.isdecimal() for file in folder.glob("*/*/manifest.json")):
         return RUNS
     tokenizer = any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_PATTERNS)
-    return TOKENIZER if tokenizer and not has("config.json") else ""  # that of a model whose weights are not there
+    return TOKENIZER if tokenizer and not has("config.json") else ""  # else a model without its weights
 
 
 def _kind_of_file(file: Path) -> str:
@@ -91,7 +91,7 @@ def _kind_of_json(file: Path) -> str:
 
 
 def _advice(path: Path, kind: str, expected: tuple[str, ...]) -> str:
-    """What to do with it."""
+    """How to use what the path contains."""
     if kind == RUN and CHECKPOINT not in expected:
         return f"`fm9g convert {path / 'last'} FOLDER` makes a Hugging Face folder of its last checkpoint"
     if kind == RUN:

@@ -1,10 +1,10 @@
-"""The checksums that a .pt file, which is a zip archive, has of its records.
+"""The checksums of the records in a .pt file, which is a zip archive.
 
     local header | name | values | descriptor | ... | directory: an entry for each record | end
 
-A record's CRC-32 stands in its entry of the directory, and in the descriptor behind its values or, where it has none,
-in its local header (PKWARE's APPNOTE, sections 4.3 and 4.4). Files that are laid out before their values are known get
-theirs last.
+The CRC-32 of a record is in its directory entry, and in the descriptor after its values or, without one, in its
+local header (PKWARE's APPNOTE, sections 4.3 and 4.4). Files that are laid out before their values are known get their
+checksums last.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
-_LOCAL_HEADER, _DIRECTORY_ENTRY = (
-    struct.Struct("<26x2H"),
-    struct.Struct("<28x3H12x"),
-)  # the lengths of the names and so on behind them
-_DESCRIPTOR_MAGIC = b"PK\x07\x08"
-_HAS_DESCRIPTOR = 1 << 3  # a flag of a record
-_CRC_IN_LOCAL, _CRC_IN_ENTRY, _CRC_IN_DESCRIPTOR = 14, 16, 4
-_BLOCK_BYTES = 1 << 22  # bytes that are read at a time
+# Each ends with the lengths of the fields of variable length that follow it.
+_LOCAL_HEADER, _DIRECTORY_ENTRY = struct.Struct("<26x2H"), struct.Struct("<28x3H12x")
+_DESCRIPTOR_MAGIC = b"PK\x07\x08"  # optional
+_HAS_DESCRIPTOR = 1 << 3  # flag bit of a record
+_CRC_IN_LOCAL, _CRC_IN_ENTRY, _CRC_IN_DESCRIPTOR = 14, 16, 4  # byte offsets
+_BLOCK_BYTES = 1 << 22  # bytes read at a time
 
 
 def write_checksums(path: Path, crcs: Mapping[int, int]) -> None:
-    """Writes the CRC-32 of records into an archive that has no compressed ones. crcs: where the values of a record
-    begin -> their CRC-32; other records keep theirs."""
+    """Writes the CRC-32 of some records into an archive without compressed records.
+
+    Args:
+        path: the archive.
+        crcs: CRC-32 of a record's values by their offset in the file.
+    """
     with path.open("r+b") as file:
         with zipfile.ZipFile(file) as archive:
             records, offset = archive.infolist(), archive.start_dir
@@ -55,7 +57,7 @@ def write_checksums(path: Path, crcs: Mapping[int, int]) -> None:
 
 
 def crc32_of_range(path: Path, start: int, end: int) -> int:
-    """The CRC-32 of bytes of a file."""
+    """The CRC-32 of bytes start to end of a file."""
     crc = 0
     with path.open("rb") as file:
         file.seek(start)

@@ -1,6 +1,6 @@
-"""Finds code in the pickles of weight files, without running anything, for the message that refuses them.
+"""Finds code in the pickles of weight files without running it, to name it in the error message.
 
-torch itself refuses to run it (weights_only=True), but its message tells the reader how to run it anyway.
+torch refuses to run it, too (weights_only=True), but its message explains how to run it anyway.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from torch import _weights_only_unpickler
 
 from fm9g.io.pt_archive import ZIP_MAGIC, read_pickle
 
-_LEGACY_PICKLES = 5  # a file from before torch 1.6 begins with so many
+_LEGACY_PICKLES = 5  # at the start of a file from before torch 1.6
 _MAX_LEGACY_BYTES = 1 << 26  # bytes of such a file that are searched
 
 
 def find_code(path: Path) -> str:
-    """The first function or class in a weight file that torch does not need for tensors, as `os.system`; else empty."""
+    """The first function or class in a weight file that tensors do not need, such as `os.system`; empty if none."""
     known = _weights_only_unpickler._get_allowed_globals()
     for name in _imports(path):
-        if name not in known and all(map(str.isidentifier, name.split("."))):  # else it is a text that begins like one
+        if name not in known and all(
+            map(str.isidentifier, name.split("."))
+        ):  # else the file is a text that starts like a pickle
             return name
     return ""
 
@@ -35,15 +37,15 @@ def _imports(path: Path) -> Iterator[str]:
     try:
         for _ in range(_LEGACY_PICKLES):
             yield from _imports_of_one(content)
-    except (ValueError, LookupError, OverflowError):  # what comes next is no pickle
+    except (ValueError, LookupError, OverflowError):  # the next bytes are not a pickle
         return
 
 
 def _imports_of_one(content: BinaryIO) -> Iterator[str]:
-    """What a pickle imports, as `module.name`. content: is read up to the pickle's end."""
-    texts: list[str] = []  # that it has pushed, from which STACK_GLOBAL takes two
+    """The imports of a pickle, as `module.name`. Reads content up to the end of the pickle."""
+    texts: list[str] = []  # pushed so far; STACK_GLOBAL takes the last two
     memo: dict[int, str] = {}
-    top = ""  # the last thing pushed, if it is a text
+    top = ""  # the last pushed object, if it is a text
     operations: Iterator[tuple[Any, Any, Any]] = pickletools.genops(content)
     for operation, argument, _ in operations:
         if operation.name in ("GLOBAL", "INST"):

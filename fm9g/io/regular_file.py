@@ -1,4 +1,4 @@
-"""Before a file is opened by its name: whether it is one, and of a size that can be meant."""
+"""Checks on a path before it is opened: that it is a regular file of a plausible size."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _KINDS = {
 
 
 def check_regular(path: str | Path, max_bytes: int | None = None) -> None:
-    """Raises UserError for what is there and is no file: a pipe is waited for, and a device may have no end.
+    """Raises UserError if the path exists and is not a regular file: a pipe may block, and a device may be endless.
 
-    max_bytes: bytes above which a file is refused, too. What is not there is left to whoever opens it.
+    A missing file is left to the caller. max_bytes: limit on the size.
     """
     try:
         status = os.stat(path)
@@ -35,6 +35,6 @@ def check_regular(path: str | Path, max_bytes: int | None = None) -> None:
 
 
 def special_file_kind(status: os.stat_result) -> str:
-    """What a path leads to that is no regular file, in words; empty for a file."""
+    """What a path leads to, in words; empty for a regular file."""
     kind = stat.S_IFMT(status.st_mode)
     return "" if kind == stat.S_IFREG else _KINDS.get(kind, "something else")

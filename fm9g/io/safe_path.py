@@ -1,7 +1,7 @@
-"""Processes that import nothing from the folder in which they start: what lies there is data, not code.
+"""Child processes that import nothing from the current folder, which contains data, not code.
 
-Python looks for modules in the current folder first, its own ones included, when it runs `-m` or `-c`. A file token.py
-or inspect.py beside a dataset would be executed.
+With `-m` and `-c`, Python searches the current folder first, even for modules of its own library. So a file token.py or
+inspect.py beside a dataset would be executed.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from pathlib import Path
 
 import fm9g
 
-# Python 3.10 has no flag for the current folder alone: -I leaves out PYTHONPATH and the like, too.
+# Python 3.10 has no flag for the current folder alone; -I also ignores PYTHONPATH and other variables.
 SAFE_PATH_FLAG = "-P" if sys.version_info >= (3, 11) else "-I"
 
 
 def python_command(code: str) -> list[str]:
-    """The command of a process that runs code with the packages of this one."""
+    """The command line of a process that runs code with the import path of this one."""
     current = os.getcwd()
     path = [folder for folder in sys.path if os.path.abspath(folder) != current]
-    if os.path.abspath(Path(fm9g.__file__).parents[1]) == current:  # fm9g is run in its checkout
+    if os.path.abspath(Path(fm9g.__file__).parents[1]) == current:  # fm9g runs in its checkout
         path.append(current)
     return [sys.executable, SAFE_PATH_FLAG, "-c", f"import sys; sys.path[:] = {path!r}\n{code}"]
 
 
 def fm9g_command() -> list[str]:
-    """The command `fm9g`, as a process of this Python."""
+    """The command line of `fm9g` with this Python."""
     return python_command("from fm9g.cli import main; sys.exit(main())")
 
 
 def set_child_safe_path() -> None:
-    """Has multiprocessing start its processes in this way, too. They are given this process's sys.path."""
+    """Makes multiprocessing start its processes this way, too. They get the sys.path of this process."""
     util._args_from_interpreter_flags = _child_flags  # type: ignore[attr-defined]
 
 
@@ -40,5 +40,5 @@ _inherited_flags = util._args_from_interpreter_flags  # type: ignore[attr-define
 
 
 def _child_flags() -> list[str]:
-    """The flags of this interpreter that multiprocessing passes on, and SAFE_PATH_FLAG."""
+    """The flags that multiprocessing passes on from this interpreter, and SAFE_PATH_FLAG."""
     return [*dict.fromkeys([*_inherited_flags(), SAFE_PATH_FLAG])]

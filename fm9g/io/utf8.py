@@ -1,4 +1,4 @@
-"""Names and output are UTF-8 where the locale says nothing."""
+"""UTF-8 for file names and output where the locale does not set an encoding."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import sys
 
 
 def ensure_utf8_mode() -> None:
-    """Starts this program anew in Python's UTF-8 mode, where the locale has no names of files but ASCII ones.
+    """Restarts this program in Python's UTF-8 mode if the locale allows only ASCII file names.
 
-    Python fixes the encoding of names, arguments and streams when it starts. A locale such as zh_CN.GBK stays.
+    Python fixes the encoding of names, arguments and streams when it starts. A locale such as zh_CN.GBK is respected.
     """
     if sys.flags.utf8_mode or codecs.lookup(sys.getfilesystemencoding()).name != "ascii":
         return

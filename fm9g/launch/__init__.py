@@ -1,1 +1,1 @@
-"""Starting the processes of a run, and telling why they ended."""
+"""Starts and supervises the processes of a run, and reports why they ended."""

@@ -1,4 +1,4 @@
-"""Whether all processes of a run would do the same work: same code, configuration and data."""
+"""Checks that all processes of a run would do the same work: same code, configuration and data."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 from fm9g import __version__
 from fm9g.errors import UserError
 
-MAX_VALUE_LENGTH = 60  # characters of a value in a message
+_MAX_VALUE_LENGTH = 60  # characters of a value in a message
+_MAX_DIFFERENCES = 4  # in a message
 
 
 class RankMismatchError(UserError):
-    """A process that differs from the first one. rank: its number. host: its machine."""
+    """A process differs from process 0. rank: its number. host: its machine."""
 
     def __init__(self, text: str, rank: int, host: str) -> None:
         super().__init__(text)
@@ -24,7 +25,7 @@ class RankMismatchError(UserError):
 
 @functools.cache
 def code_fingerprint() -> str:
-    """The version and a SHA-256 over the names and contents of fm9g's source files, 12 digits of it."""
+    """Returns the version and 12 digits of a SHA-256 over the names and contents of fm9g's source files."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
@@ -34,15 +35,20 @@ def code_fingerprint() -> str:
 
 
 def check_same(fingerprints: Sequence[Mapping[str, Any]], hosts: Sequence[str], kind: str = "rank") -> None:
-    """Raises RankMismatchError, which names the first process that differs from process 0, and in what.
+    """Raises RankMismatchError if a process differs from process 0; names the first such process and the differences.
 
-    fingerprints: by rank, nested dictionaries of what must be equal, for instance
-    {"code": code_fingerprint(), "config": {...}}. hosts: by rank. kind: what messages number.
+    Args:
+        fingerprints: per process, nested dictionaries that must be equal, such as
+            {"code": code_fingerprint(), "config": {...}}.
+        hosts: per process, the name of its machine.
+        kind: what the message calls a process: "rank" or "node".
     """
     for rank in range(1, len(fingerprints)):
         if found := differences(fingerprints[rank], fingerprints[0]):
-            more = f" and {len(found) - 4} more" if len(found) > 4 else ""
-            pairs = "; ".join(f"{key}: {_truncate(here)} there, {_truncate(there)}" for key, here, there in found[:4])
+            more = f" and {len(found) - _MAX_DIFFERENCES} more" if len(found) > _MAX_DIFFERENCES else ""
+            pairs = "; ".join(
+                f"{key}: {_truncate(mine)} there, {_truncate(first)}" for key, mine, first in found[:_MAX_DIFFERENCES]
+            )
             raise RankMismatchError(
                 f"differs from {kind} 0 on host {hosts[0]} in {pairs} on {kind} 0{more}; make them the same on all "
                 "machines",
@@ -52,7 +58,7 @@ def check_same(fingerprints: Sequence[Mapping[str, Any]], hosts: Sequence[str], 
 
 
 def differences(mine: Any, other: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    """(key, value of mine, value of other) of all that differs, keys of nested dictionaries joined by dots."""
+    """Lists (key, value in mine, value in other) where they differ. The keys of nested dictionaries are dotted."""
     if isinstance(mine, Mapping) and isinstance(other, Mapping):
         keys = [*mine, *(name for name in other if name not in mine)]
         return [
@@ -67,4 +73,4 @@ def differences(mine: Any, other: Any, key: str = "") -> list[tuple[str, Any, An
 
 def _truncate(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= MAX_VALUE_LENGTH else f"{text[: MAX_VALUE_LENGTH - 3]}..."
+    return text if len(text) <= _MAX_VALUE_LENGTH else f"{text[: _MAX_VALUE_LENGTH - 3]}..."

@@ -1,4 +1,4 @@
-"""Which process of a run this is, from the variables of whoever started it."""
+"""Which process of a run this is, from the environment variables of its launcher."""
 
 from __future__ import annotations
 
@@ -7,26 +7,29 @@ import re
 import secrets
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fm9g.errors import UserError
 
-DEFAULT_TIMEOUT = 60.0  # seconds within which a run ends that cannot go on
+DEFAULT_TIMEOUT = 60.0  # seconds within which all processes end after a failure
 DEFAULT_STEP_TIMEOUT = 1800.0  # seconds that a step may take
 DEFAULT_PORT = 29500  # of the master, where several nodes are given without a port
-SECRET_VARIABLE = "FM9G_SECRET"  # the variable
-_MIN_SECRET_LENGTH = 16  # characters of a secret: short ones can be tried out by whoever listens on the network
+SECRET_VARIABLE = "FM9G_SECRET"
+_MIN_SECRET_LENGTH = 16  # characters: an attacker on the network can guess a shorter one
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """A process among those of its run.
+    """The place of this process among those of its run.
 
-    launcher: "fm9g" (our agent), "torchrun", "slurm", or "" for a single process. attempt: restarts so far. start_time:
-    Unix time in seconds when the first attempt began, 0 where that is unknown. timeout: seconds within which all
-    processes end when one of them cannot go on. step_timeout: seconds that a step may take; 0: any time. secret: of
-    the run, which all its processes have, and nobody else; empty: whoever reaches the master may interfere.
+    Args:
+        launcher: "fm9g" (our agent), "torchrun", "slurm", or "" for a single process.
+        attempt: restarts so far.
+        start_time: Unix time in seconds when the first attempt started; 0 if unknown.
+        timeout: seconds within which all processes end after a failure.
+        step_timeout: seconds that a step may take; 0: no limit.
+        secret: shared by the processes of the run; empty: whoever reaches the master can interfere.
     """
 
     rank: int = 0
@@ -46,18 +49,18 @@ class RankInfo:
 
     @property
     def has_agent(self) -> bool:
-        """Whether an agent of ours watches this process, and prints why it ended."""
+        """Whether our agent supervises this process and prints why it ended."""
         return self.launcher == "fm9g"
 
     @property
     def is_single_process(self) -> bool:
-        """Whether nobody else takes part or watches."""
+        """Whether this process trains alone, without an agent."""
         return self.world_size == 1 and not self.has_agent
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """The machines of a run, as an agent needs them. master_port: 0 takes a free one. secret: see RankInfo."""
+    """The nodes of a run, as an agent needs them. master_port: 0 takes a free one. secret: see RankInfo."""
 
     nproc: int
     nnodes: int
@@ -68,7 +71,7 @@ class LaunchConfig:
 
 
 def detect_launcher(environ: Mapping[str, str] = os.environ) -> str:
-    """Who started this process: "fm9g", "torchrun", "slurm" (an srun step of several tasks), or ""."""
+    """Returns what started this process: "fm9g", "torchrun", "slurm" (an srun step of several tasks), or ""."""
     if environ.get("FM9G_AGENT"):
         return "fm9g"
     if environ.get("LOCAL_RANK"):
@@ -79,11 +82,11 @@ def detect_launcher(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def read_dist_env(environ: Mapping[str, str] = os.environ) -> RankInfo:
-    """The RankInfo of this process. Raises UserError, which names the variable, where they contradict each other.
+    """Returns the RankInfo of this process. Raises UserError if variables contradict each other.
 
-    RANK without WORLD_SIZE says nothing: launch scripts export it as the number of the node.
+    RANK without LOCAL_RANK is ignored: launch scripts export it as the number of the node.
     """
-    env = {name: text.strip() for name, text in environ.items() if text.strip()}
+    env = _stripped(environ)
     launcher = detect_launcher(env)
     limits: dict[str, Any] = {
         "timeout": _read_seconds(env, "FM9G_TIMEOUT", DEFAULT_TIMEOUT),
@@ -91,11 +94,11 @@ def read_dist_env(environ: Mapping[str, str] = os.environ) -> RankInfo:
         "secret": read_secret(env),
     }
     if launcher == "slurm":
-        return RankInfo(**_slurm_rank_info(env), launcher=launcher, **limits)
+        return replace(_slurm_rank_info(env), launcher=launcher, **limits)
     if launcher:
         attempt = _read_int(env, "FM9G_ATTEMPT" if launcher == "fm9g" else "TORCHELASTIC_RESTART_COUNT", default=0)
         start_time = _read_seconds(env, "FM9G_STARTED", 0.0)
-        return RankInfo(**_torchrun_rank_info(env), launcher=launcher, attempt=attempt, start_time=start_time, **limits)
+        return replace(_torchrun_rank_info(env), launcher=launcher, attempt=attempt, start_time=start_time, **limits)
     if "WORLD_SIZE" in env:
         raise UserError(
             f"WORLD_SIZE is {env['WORLD_SIZE']}, but LOCAL_RANK is not set, so torchrun did not start this process. "
@@ -112,35 +115,37 @@ def read_launch_config(
     master_addr: str | None = None,
     master_port: int | None = None,
 ) -> LaunchConfig:
-    """The machines of a run whose processes are to be started here.
+    """Returns the nodes of a run whose workers an agent starts here.
 
-    An argument that is not None comes first, then GPUS_PER_NODE, NNODES, RANK (the number of the node),
-    MASTER_ENDPOINT or MASTER_ADDR, and MASTER_PORT, then the variables of an srun step with one task a node.
-    Raises UserError, which names the option and the variable.
+    Each argument that is None comes from GPUS_PER_NODE, NNODES, RANK (the number of the node), MASTER_ENDPOINT or
+    MASTER_ADDR, and MASTER_PORT, else from the variables of an srun step with one task per node.
+    Raises UserError that names the option and the variable.
     """
-    env = {name: text.strip() for name, text in environ.items() if text.strip()}
+    env = _stripped(environ)
     launcher = detect_launcher(env)
     if launcher in ("fm9g", "torchrun"):
         raise UserError(f"--nproc: {launcher} has started this process as one of several; leave --nproc out")
-    slurm = _slurm_rank_info(env) if launcher == "slurm" else {}
-    if slurm and slurm["local_world_size"] != 1:
-        raise UserError("--nproc: this srun step has several tasks a node; leave --nproc out, or --ntasks-per-node=1")
+    slurm = _slurm_rank_info(env) if launcher == "slurm" else None
+    if slurm and slurm.local_world_size != 1:
+        raise UserError(
+            "--nproc: this srun step has several tasks per node; leave --nproc out, or set --ntasks-per-node=1"
+        )
 
     def choose(given: int | None, variable: str, default: int, minimum: int) -> int:
-        if given is None:
-            return _read_int(env, variable, default, minimum)
-        return given
+        return _read_int(env, variable, default, minimum) if given is None else given
 
     processes = choose(nproc, "GPUS_PER_NODE", 1, 1)
-    nodes = choose(nnodes, "NNODES", int(slurm.get("nnodes", 1)), 1)
-    node = choose(node_rank, "RANK", int(slurm.get("node_rank", 0)) if nodes > 1 and slurm else -1, 0)
-    addr = master_addr or env.get("MASTER_ENDPOINT") or env.get("MASTER_ADDR") or str(slurm.get("master_addr", ""))
+    nodes = choose(nnodes, "NNODES", slurm.nnodes if slurm else 1, 1)
+    several = slurm if nodes > 1 else None
+    node = choose(node_rank, "RANK", several.node_rank if several else -1, 0)
+    addr = master_addr or env.get("MASTER_ENDPOINT") or env.get("MASTER_ADDR") or (slurm.master_addr if slurm else "")
     addr = strip_brackets(addr)
-    port = choose(master_port, "MASTER_PORT", int(slurm.get("master_port", DEFAULT_PORT)) if nodes > 1 else 0, 0)
+    default_port = several.master_port if several else DEFAULT_PORT if nodes > 1 else 0
+    port = choose(master_port, "MASTER_PORT", default_port, 0)
     if processes < 1 or nodes < 1:
         raise UserError(f"--nproc {processes}, --nnodes {nodes}: both must be at least 1")
     if nodes > 1 and node < 0:
-        raise UserError(f"{nodes} nodes (NNODES or --nnodes), but not which one this is: set RANK or --node-rank")
+        raise UserError(f"{nodes} nodes (NNODES or --nnodes), but this one has no number: set RANK or --node-rank")
     if node >= nodes:
         raise UserError(
             f"RANK (--node-rank) is {node}, but there are {nodes} nodes (NNODES or --nnodes), numbered from 0"
@@ -153,29 +158,29 @@ def read_launch_config(
 
 
 def read_secret(environ: Mapping[str, str] = os.environ) -> str:
-    """The secret that FM9G_SECRET gives; empty for none. Raises UserError where it is too short."""
+    """Returns the secret in FM9G_SECRET; empty for none. Raises UserError if it is too short."""
     secret = environ.get(SECRET_VARIABLE, "").strip()
     if 0 < len(secret) < _MIN_SECRET_LENGTH:
         raise UserError(
             f"{SECRET_VARIABLE}: found {len(secret)} characters, expected at least {_MIN_SECRET_LENGTH}; "
-            "`fm9g train --print-secret` makes one, for all machines of the run"
+            "`fm9g train --print-secret` generates one, for all machines of the run"
         )
     return secret
 
 
 def generate_secret() -> str:
-    """128 random bits, as text."""
+    """Returns 128 random bits as hexadecimal digits."""
     return secrets.token_hex(16)
 
 
 def expand_slurm_nodelist(text: str) -> list[str]:
-    """The names of a SLURM node list such as gpu[01-03,07],login1. Raises UserError."""
+    """Returns the host names in a SLURM node list such as gpu[01-03,07],login1. Raises UserError."""
     names: list[str] = []
     item = r"(?:[^,\[\]\s]|\[[^\[\]\s]*\])+"
     if not re.fullmatch(f"{item}(?:,{item})*", text):
         raise UserError(f"SLURM_STEP_NODELIST: found {text!r}, expected a list of nodes such as gpu[01-03,07],login1")
-    for word in re.findall(item, text):
-        parts = re.split(r"\[([^\]]*)\]", word)  # text and ranges in turn
+    for entry in re.findall(item, text):
+        parts = re.split(r"\[([^\]]*)\]", entry)  # text and ranges in turn
         expanded = [""]
         for i, part in enumerate(parts):
             expanded = [name + end for name in expanded for end in (_expand_ranges(part) if i % 2 else [part])]
@@ -184,18 +189,23 @@ def expand_slurm_nodelist(text: str) -> list[str]:
 
 
 def strip_brackets(address: str) -> str:
-    """A name or an address without the brackets that IPv6 addresses may have, as in [::1]."""
+    """Removes the brackets of an IPv6 address such as [::1]; returns other addresses unchanged."""
     return re.sub(r"^\[(.*)\]$", r"\1", address.strip())
 
 
 def join_host_port(address: str, port: int) -> str:
-    """How messages write an address with a port: node0:29500, [::1]:29500."""
+    """Formats an address and a port for messages: node0:29500, [::1]:29500."""
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def host_name() -> str:
-    """The name of this machine, as messages give it."""
+    """Returns the name of this machine, as messages show it."""
     return socket.gethostname()
+
+
+def _stripped(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables that are not blank, without surrounding spaces."""
+    return {name: text.strip() for name, text in environ.items() if text.strip()}
 
 
 def _expand_ranges(text: str) -> list[str]:
@@ -209,8 +219,8 @@ def _expand_ranges(text: str) -> list[str]:
     return expanded
 
 
-def _torchrun_rank_info(env: Mapping[str, str]) -> dict[str, Any]:
-    """By the variables that torchrun sets, and our agent too."""
+def _torchrun_rank_info(env: Mapping[str, str]) -> RankInfo:
+    """Reads the variables that torchrun and our agent set."""
     world = _read_int(env, "WORLD_SIZE", minimum=1)
     local_world = _read_int(env, "LOCAL_WORLD_SIZE", minimum=1)
     rank, local = _read_int(env, "RANK"), _read_int(env, "LOCAL_RANK")
@@ -222,43 +232,28 @@ def _torchrun_rank_info(env: Mapping[str, str]) -> dict[str, Any]:
     node = _read_int(env, "GROUP_RANK", rank // local_world)
     if "MASTER_ADDR" not in env:
         raise UserError("LOCAL_RANK is set, but MASTER_ADDR is not; start the processes with torchrun or --nproc")
-    return {
-        "rank": rank,
-        "local_rank": local,
-        "world_size": world,
-        "local_world_size": local_world,
-        "node_rank": node,
-        "nnodes": nodes,
-        "master_addr": strip_brackets(env["MASTER_ADDR"]),
-        "master_port": _read_int(env, "MASTER_PORT", minimum=1),
-    }
+    addr, port = strip_brackets(env["MASTER_ADDR"]), _read_int(env, "MASTER_PORT", minimum=1)
+    return RankInfo(rank, local, world, local_world, node, nodes, addr, port)
 
 
-def _slurm_rank_info(env: Mapping[str, str]) -> dict[str, Any]:
+def _slurm_rank_info(env: Mapping[str, str]) -> RankInfo:
+    """Reads the variables of an srun step."""
     world, rank = _read_int(env, "SLURM_STEP_NUM_TASKS", minimum=1), _read_int(env, "SLURM_PROCID")
     _check_below("SLURM_PROCID", rank, "SLURM_STEP_NUM_TASKS", world)
     hosts = expand_slurm_nodelist(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_LAUNCH_NODE_IPADDR", ""))
     node = _read_int(env, "SLURM_NODEID", 0 if len(hosts) == 1 else None)
     _check_below("SLURM_NODEID", node, "the number of names in SLURM_STEP_NODELIST", len(hosts))
-    # 2(x3),1 stands for 2, 2, 2, 1.
+    # 2(x3),1 means 2, 2, 2, 1.
     tasks = env.get("SLURM_STEP_TASKS_PER_NODE", str(-(-world // len(hosts))))
     counts = [int(n) for n, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks) for _ in range(int(times or 1))]
     local_world, local = counts[min(node, len(counts) - 1)], _read_int(env, "SLURM_LOCALID")
     _check_below("SLURM_LOCALID", local, "SLURM_STEP_TASKS_PER_NODE", local_world)
     if "MASTER_PORT" not in env and "SLURM_JOB_ID" not in env:
         raise UserError("SLURM_JOB_ID is not set, so there is no common port to choose: set MASTER_PORT")
-    # Below the range from which systems give ports to clients, and the same for all tasks of a step.
+    # Below the range of ephemeral ports, and the same for all tasks of an srun step.
     default = 12000 + (_read_int(env, "SLURM_JOB_ID", 0) * 8 + _read_int(env, "SLURM_STEP_ID", 0)) % 20000
-    return {
-        "rank": rank,
-        "local_rank": local,
-        "world_size": world,
-        "local_world_size": local_world,
-        "node_rank": node,
-        "nnodes": len(hosts),
-        "master_addr": strip_brackets(env.get("MASTER_ADDR", hosts[0])),
-        "master_port": _read_int(env, "MASTER_PORT", default, 1),
-    }
+    addr, port = strip_brackets(env.get("MASTER_ADDR", hosts[0])), _read_int(env, "MASTER_PORT", default, 1)
+    return RankInfo(rank, local, world, local_world, node, len(hosts), addr, port)
 
 
 def _read_int(env: Mapping[str, str], name: str, default: int | None = None, minimum: int = 0) -> int:

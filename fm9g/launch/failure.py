@@ -1,23 +1,36 @@
-"""Why a run ended: one record, one sentence, the same on every node; and how long each part of ending may take."""
+"""Why a run ended: the record of its first failure, which becomes one message, the same on every node."""
 
 from __future__ import annotations
 
+import os
+import traceback
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from fm9g.errors import UserError
+from fm9g.launch.consistency import RankMismatchError
+from fm9g.launch.dist_env import RankInfo
+from fm9g.launch.kv_store import KVClient
+from fm9g.launch.worker_group import TAIL_LINES
 from fm9g.printable import printable
 
 # Exit codes; EXIT_CONNECTION_LOST is between a worker and its agent only.
 EXIT_FAILURE, EXIT_USER_ERROR, EXIT_CONNECTION_LOST, EXIT_INTERRUPTED = 1, 2, 69, 130
+TORCH_DISTRIBUTED_PATH = os.path.join("torch", "distributed", "")  # the code in which a rank waits for its peers
 
 
 @dataclass(frozen=True)
 class Failure:
     """The first thing that went wrong.
 
-    rank: None where a whole node is meant. host: "" where it never said its name. code: what all processes exit with:
-    2 for a user's mistake, 130 when interrupted, else 1, and only that is worth another attempt. detail: a traceback,
-    or the last lines of a log. unreachable: the rank cannot say it itself.
+    Args:
+        cause: one sentence.
+        rank: None if the failure is that of a node.
+        host: name of its machine; "" if it never sent one.
+        node: number of its machine.
+        code: exit code of all processes: 2 for a user's mistake, 130 if interrupted, else 1. Only 1 may be retried.
+        detail: a traceback, or the last lines of a log.
+        unreachable: the rank cannot print the message itself.
     """
 
     cause: str
@@ -30,6 +43,7 @@ class Failure:
 
     @property
     def message(self) -> str:
+        """One sentence that names the rank or the node."""
         host = f" on host {self.host}" if self.host else ""
         if self.rank is None:
             return f"node {self.node}{host}: {self.cause}"
@@ -37,7 +51,7 @@ class Failure:
 
     @property
     def text(self) -> str:
-        """The message, and below it the detail, fit for a terminal: they come from other machines."""
+        """The message and the detail below it, made safe for a terminal: they come from other machines."""
         lines = [f"fm9g: {self.message}", *(f"  | {line}" for line in self.detail.splitlines())]
         return "\n".join(map(printable, lines))
 
@@ -46,7 +60,7 @@ class Failure:
 
     @staticmethod
     def from_json(values: Any) -> Failure:
-        """What a process wrote on the KV store; whatever that is, it is a failure."""
+        """Reads a record of the KV store. An invalid record is a failure, too."""
         try:
             failure = Failure(**values)
             texts = (failure.cause, failure.host, failure.detail)
@@ -59,60 +73,63 @@ class Failure:
                 )
         except TypeError:
             pass
-        return Failure(f"a process ended with what is no record of a failure: {str(values)[:200]!r}", None, "", 0)
+        return Failure(f"a process sent an invalid record of its failure: {str(values)[:200]!r}", None, "", 0)
 
 
 class RunFailedError(Exception):
-    """Carries the failure that a run ends with."""
+    """Carries the failure that ends the run."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.message)
         self.failure = failure
 
 
-@dataclass(frozen=True)
-class Timing:
-    """How one figure, the seconds within which everything has to end, is divided. All values are seconds.
+def failure_key(attempt: int) -> str:
+    """The key of the KV store under which the failure of an attempt is recorded."""
+    return f"{attempt}/failure"
 
-    The worst case is a node that vanishes: `heartbeat_timeout` until it is noticed, then `settle_time` for the
-    other nodes to end their processes and say so.
+
+def record_failure(kv_client: KVClient, attempt: int, failure: Failure) -> Failure:
+    """Records a failure for all processes; returns the recorded one, which is another if that came first.
+
+    Raises ConnectionLostError.
     """
-
-    timeout: float
-
-    @property
-    def heartbeat_interval(self) -> float:
-        """Between two signs of life."""
-        return min(2.0, max(0.1, self.timeout / 20))
-
-    @property
-    def heartbeat_timeout(self) -> float:
-        """Without a sign of life, or without an answer of the KV store."""
-        return self.timeout / 2
-
-    @property
-    def grace_period(self) -> float:
-        """For processes to end by themselves once a failure is recorded."""
-        return self.timeout / 10
-
-    @property
-    def settle_time(self) -> float:
-        """From a failure until all nodes have ended their processes."""
-        return self.timeout / 5
+    return Failure.from_json(kv_client.set_if_absent(failure_key(attempt), failure.to_json()))
 
 
-class HeartbeatTracker:
-    """Who has not given a sign of life for how long; by the clock of the one who listens, since clocks differ."""
+def classify_exception(error: BaseException, rank_info: RankInfo, host: str) -> Failure:
+    """Returns the failure of this rank. Its detail is the traceback, except for a user's mistake."""
+    code, cause = exit_code(error), _cause(error)
+    if isinstance(error, RankMismatchError):
+        return Failure(cause, error.rank, error.host, error.rank // rank_info.local_world_size, code)
+    trace = "".join(traceback.format_exception(error)).splitlines() if code == EXIT_FAILURE else []
+    return Failure(cause, rank_info.rank, host, rank_info.node_rank, code, "\n".join(trace[-TAIL_LINES:]))
 
-    def __init__(self, now: float) -> None:
-        self._start, self._last_change = now, dict[int, tuple[Any, float]]()
 
-    def update(self, statuses: dict[int, Any], now: float) -> dict[int, float]:
-        """statuses: for each peer something that changes while it lives; None: it has not begun. Returns the
-        seconds since each changed, or since the start."""
-        for peer, status in statuses.items():
-            if peer not in self._last_change:
-                self._last_change[peer] = (None, self._start)
-            if status != self._last_change[peer][0]:
-                self._last_change[peer] = (status, now)
-        return {peer: now - self._last_change[peer][1] for peer in statuses}
+def exit_code(error: BaseException) -> int:
+    """The exit code of a process that ends with this exception."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else EXIT_FAILURE
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILURE
+
+
+def is_probably_secondary(error: BaseException) -> bool:
+    """Whether an exception comes from communication, so that the death of another rank may have caused it."""
+    if exit_code(error) != EXIT_FAILURE:
+        return False
+    if any(cls.__name__ == "DistError" for cls in type(error).__mro__):
+        return True
+    # Autograd raises the errors of collective operations in backward; only their text shows where they come from.
+    if any(word in str(error).lower() for word in ("gloo", "nccl", "connection closed by peer", "connection reset")):
+        return True
+    return any(TORCH_DISTRIBUTED_PATH in frame.filename for frame in traceback.extract_tb(error.__traceback__))
+
+
+def _cause(error: BaseException) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return traceback.format_exception_only(error)[-1].strip().splitlines()[0]

@@ -1,14 +1,15 @@
 """The KV store of a run: a few short entries that all its processes read and write, over TCP.
 
-It is not torch's store: that lets in whoever reaches its port, an operation of it may wait for ever when packets are
-dropped, and an agent without torch starts at once (benchmarks/launch/elastic.md has the figures).
+It replaces torch's store, which accepts every connection, may block for ever when packets are dropped, and would make
+the agent import torch (measured in benchmarks/launch/elastic.md).
 
-The server begins with a greeting and a nonce. Then each transaction is a frame there and a frame back:
+The server sends a greeting and a nonce. Then each transaction is a request frame and a response frame:
 
-    4 bytes: length n | 32 bytes: HMAC-SHA256 of nonce, direction, number of the transaction, content | n bytes: JSON
+    4 bytes: length n | 32 bytes: HMAC-SHA256 of nonce, direction, transaction number, content | n bytes: JSON
 
-Its key is made of the run's secret (FM9G_SECRET), so that nobody else can write, read, repeat or change a frame unseen.
-Every transaction ends within a time limit. What is not signed is closed at once, whatever it sends.
+The HMAC key is derived from the run's secret (FM9G_SECRET), so nobody else can forge, replay, reorder or change a
+frame; frames are not encrypted. Every transaction has a deadline. The server closes a connection at its first
+frame with a wrong signature.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import asyncio
 import hashlib
 import hmac
 import json
+import logging
 import resource
 import secrets
 import socket
 import struct
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -31,23 +32,25 @@ from typing import Any
 from fm9g.errors import UserError
 from fm9g.launch.dist_env import SECRET_VARIABLE, join_host_port
 
+logger = logging.getLogger(__name__)
+
 LOOPBACK = "127.0.0.1"
-MAX_FRAME_BYTES = 1 << 25  # bytes of a frame: the stacks of a rank are a few hundred kilobytes at most
-_MAX_FIRST_FRAME_BYTES = 1 << 12  # bytes of the first frame of a connection, which anybody may have sent
-_MAX_STORE_BYTES = 1 << 28  # bytes of all entries
-_HANDSHAKE_TIMEOUT = 10.0  # seconds that a connection has for its first frame
+MAX_FRAME_BYTES = 1 << 25  # the stacks of a rank, the largest entry, are a few hundred kilobytes
+_MAX_FIRST_FRAME_BYTES = 1 << 12  # small, since anybody can send it
+_MAX_STORE_BYTES = 1 << 28  # all entries together
+_HANDSHAKE_TIMEOUT = 10.0  # seconds until the first frame of a connection is complete
 _GREETING = b"fm9g kv_store 3\n"
-_NONCE_BYTES = 32  # bytes
+_NONCE_BYTES = 32
 _HEADER = struct.Struct("!I32s")
 _AUTH_FAILED = _HEADER.pack(0, bytes(32))  # instead of an answer
 
 
 class ConnectionLostError(Exception):
-    """The KV store does not answer any more; the text says how that showed."""
+    """The KV store stopped answering; the text names the symptom."""
 
 
 class AuthenticationError(Exception):
-    """The KV store holds another secret."""
+    """The two sides of a connection have different secrets."""
 
 
 class _Signer:
@@ -69,16 +72,16 @@ class _Signer:
 
 
 class KVServer:
-    """Holds the KV store, in the agent of node 0; where no agent is, in rank 0. Serves until it is closed."""
+    """Hosts the KV store: in the agent of node 0 or, without an agent, in rank 0. Serves until closed."""
 
     def __init__(self, port: int, secret: str, loopback_only: bool = False) -> None:
-        """port: 0 takes a free one. loopback_only: answers to this machine only.
+        """port: 0 takes a free one. loopback_only: listens to this machine only.
 
-        Raises UserError where the port is taken, and OSError where the system refuses what a server needs.
+        Raises UserError if the port is taken, OSError if the system lacks resources, such as file descriptors.
         """
         self._secret, self._entries = secret, dict[str, Any]()
-        self._entry_sizes, self._total_size = dict[str, int](), 0  # bytes: of each entry, and of all
-        # Connections that have not yet shown the secret: when there are too many, the oldest goes.
+        self._entry_sizes, self._total_size = dict[str, int](), 0  # bytes
+        # Connections without a valid first frame, oldest first: if there are too many, the oldest is closed.
         self._unauthenticated: dict[asyncio.StreamWriter, None] = {}
         self._max_unauthenticated = max(16, min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self._socket = _listen(port, loopback_only)
@@ -98,11 +101,11 @@ class KVServer:
         except OSError as error:
             if started.done():
                 raise
-            started.set_exception(error)  # else whoever waits would wait for ever
+            started.set_exception(error)  # else the constructor would wait for ever
 
     async def _serve(self, started: Future[None]) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        # What a stranger does to a connection is no news, nor that there are too many of them for a moment.
+        # Without it, asyncio would print every connection that a stranger breaks.
         self._loop.set_exception_handler(lambda loop, context: None)
         server = await asyncio.start_server(self._handle_connection, sock=self._socket, backlog=1024)
         started.set_result(None)
@@ -113,7 +116,7 @@ class KVServer:
         signer = _Signer(self._secret, nonce := secrets.token_bytes(_NONCE_BYTES))
         if len(self._unauthenticated) >= self._max_unauthenticated:
             oldest = next(iter(self._unauthenticated))
-            del self._unauthenticated[oldest]  # now: its own end comes later, when others may have come, too
+            del self._unauthenticated[oldest]  # now: its handler ends later, and more may connect until then
             oldest.transport.abort()
         self._unauthenticated[writer] = None
         try:
@@ -132,31 +135,30 @@ class KVServer:
         except AuthenticationError:
             writer.write(_AUTH_FAILED)
         except (OSError, EOFError, ValueError, asyncio.TimeoutError):
-            pass  # it went away, or was none of ours
+            pass  # the peer is gone, or does not speak this protocol
         finally:
             self._unauthenticated.pop(writer, None)
             writer.close()
 
     def _handle_request(self, request: Any) -> dict[str, Any]:
-        """Raises ValueError for what is no request, and for more than the KV store may hold."""
+        """Raises ValueError for an invalid request, and if the KV store is full."""
         if not isinstance(request, dict):
-            raise ValueError("no request")
+            raise ValueError("invalid request")
         to_set, if_absent, to_get = request.get("set"), request.get("set_if_absent"), request.get("get")
         if not (isinstance(to_set, dict) and isinstance(if_absent, dict) and isinstance(to_get, list)):
-            raise ValueError("no request")
-        for key, value in (
-            to_set | {key: value for key, value in if_absent.items() if key not in self._entries}
-        ).items():
+            raise ValueError("invalid request")
+        absent = {key: value for key, value in if_absent.items() if key not in self._entries}
+        for key, value in (to_set | absent).items():
             size = len(key) + len(json.dumps(value))
             total = self._total_size + size - self._entry_sizes.get(key, 0)
             if total > _MAX_STORE_BYTES:
-                raise ValueError("the board is full")
+                raise ValueError("the KV store is full")
             self._entries[key], self._entry_sizes[key], self._total_size = value, size, total
         return {str(key): self._entries.get(str(key)) for key in (*if_absent, *to_get)}
 
 
 async def _read_signed(reader: asyncio.StreamReader, signer: _Signer, number: int, max_bytes: int) -> Any:
-    """Raises AuthenticationError for another secret, ValueError for what is no frame, EOFError at the end."""
+    """Raises AuthenticationError for a wrong signature, ValueError for an invalid frame, EOFError at the end."""
     length, signature = _HEADER.unpack(await reader.readexactly(_HEADER.size))
     if length > max_bytes:
         raise ValueError("too long")
@@ -170,7 +172,7 @@ class KVClient:
     """One connection to the KV store. Threads may share it."""
 
     def __init__(self, connection: socket.socket, address: str, timeout: float, secret: str) -> None:
-        """address: HOST:PORT, for messages. timeout: seconds that a transaction may take.
+        """address: HOST:PORT, for messages. timeout: seconds per transaction.
 
         Raises ConnectionLostError.
         """
@@ -182,9 +184,9 @@ class KVClient:
         try:
             greeting = self._read(len(_GREETING) + _NONCE_BYTES, time.monotonic() + timeout)
         except TimeoutError:
-            raise ConnectionLostError(f"{address} accepts, and says nothing") from None
+            raise ConnectionLostError(f"{address} accepts connections, but sends nothing") from None
         if not greeting.startswith(_GREETING):
-            raise ConnectionLostError(f"{address} is no board of fm9g, or one of another version")
+            raise ConnectionLostError(f"{address} is not the KV store of this version of fm9g")
         self._signer = _Signer(secret, greeting[len(_GREETING) :])
 
     def transact(
@@ -193,11 +195,15 @@ class KVClient:
         set: Mapping[str, Any] | None = None,
         set_if_absent: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Writes entries and reads entries, as one indivisible act.
+        """Writes and reads entries in one atomic transaction.
 
-        set: entries that replace what is there. set_if_absent: entries that are written only where nothing is.
-        Returns those of set_if_absent and get; None where there is none. Raises ConnectionLostError, and
-        AuthenticationError for another secret.
+        Args:
+            get: keys to read.
+            set: entries to write.
+            set_if_absent: entries to write only if the key has no entry.
+
+        Returns the entries of set_if_absent and get; None for a key without an entry.
+        Raises ConnectionLostError; AuthenticationError if the server has another secret.
         """
         request = {"set": set or {}, "set_if_absent": set_if_absent or {}, "get": list(get)}
         with self._lock:
@@ -211,7 +217,7 @@ class KVClient:
                     raise AuthenticationError
                 length, signature = _HEADER.unpack(head)
                 if length > MAX_FRAME_BYTES + _MAX_STORE_BYTES:
-                    raise ConnectionLostError(f"the master {self.address} gives no answer of fm9g")
+                    raise ConnectionLostError(f"the master {self.address} sent an invalid answer")
                 content = self._read(length, deadline)
             except TimeoutError:
                 raise ConnectionLostError(
@@ -219,10 +225,10 @@ class KVClient:
                 ) from None
             except OSError as error:
                 raise ConnectionLostError(
-                    f"lost touch with the master {self.address}: {error.strerror or error}"
+                    f"lost the connection to the master {self.address}: {error.strerror or error}"
                 ) from None
         if not self._signer.verify(signature, b"response", number, content):
-            raise ConnectionLostError(f"the master {self.address} gives an answer that its run did not sign")
+            raise ConnectionLostError(f"the master {self.address} sent an answer with a wrong signature")
         answer: dict[str, Any] = json.loads(content)
         return answer
 
@@ -232,12 +238,12 @@ class KVClient:
             self._connection.settimeout(max(0.001, deadline - time.monotonic()))
             part = self._connection.recv(min(count - len(data), 1 << 16))
             if not part:
-                raise ConnectionLostError(f"lost touch with the master {self.address}: it has ended")
+                raise ConnectionLostError(f"lost the connection to the master {self.address}: it has ended")
             data += part
         return bytes(data)
 
     def set_if_absent(self, key: str, value: Any) -> Any:
-        """What holds under the key: the entry, or the one that was there before. Raises ConnectionLostError."""
+        """Writes an entry unless the key has one; returns the entry of the key. Raises ConnectionLostError."""
         return self.transact(set_if_absent={key: value})[key]
 
     def close(self) -> None:
@@ -252,9 +258,14 @@ def connect(
     request_timeout: float,
     on_retry: Callable[[], None] | None = None,
 ) -> KVClient:
-    """Connects to the KV store, trying for `connect_timeout` seconds; its transactions may take `request_timeout` each.
+    """Connects to the KV store.
 
-    on_retry: called between two tries. Raises UserError that says what stands in the way.
+    Args:
+        connect_timeout: seconds for all tries to connect.
+        request_timeout: seconds per transaction.
+        on_retry: called between two tries.
+
+    Raises UserError that names the problem.
     """
     deadline = time.monotonic() + connect_timeout
     address = join_host_port(addr, port)
@@ -269,32 +280,27 @@ def connect(
         except (OSError, ConnectionLostError, AuthenticationError, UnicodeError) as error:
             problem = _problem(error, addr, port)
         if time.monotonic() + 0.3 > deadline:
-            raise UserError(f"the master {address}: {problem}, tried for {connect_timeout:.0f} s")
+            raise UserError(f"the master {address}: {problem} (tried for {connect_timeout:.0f} s)")
         if on_retry is not None:
             on_retry()
         time.sleep(0.3)
 
 
 def warn_without_secret(nnodes: int, port: int, secret: str) -> None:
-    """Tells the user of a run that others can end."""
+    """Warns if anybody else can interfere with the run."""
     if not secret:
-        who = (
-            "whoever has an account on this machine" if nnodes == 1 else f"whoever reaches port {port} of this machine"
-        )
-        print(
-            f"note: {SECRET_VARIABLE} is not set: {who} can end this run, and read its configuration and stacks; "
-            "`fm9g train --print-secret` makes one, to be set on all machines",
-            file=sys.stderr,
+        who = "anyone with an account on this machine" if nnodes == 1 else f"anyone who reaches port {port} here"
+        logger.warning(
+            f"{SECRET_VARIABLE} is not set: {who} can end this run, and read its configuration and stacks. Generate a "
+            "secret with `fm9g train --print-secret`, and set it on all machines"
         )
 
 
 def _problem(error: Exception, addr: str, port: int) -> str:
     if isinstance(error, (socket.gaierror, UnicodeError)):
-        return (
-            f"the name {addr} does not resolve; give MASTER_ENDPOINT (--master-addr) as an address, or mend the names"
-        )
+        return f"the name {addr} does not resolve; set MASTER_ENDPOINT (--master-addr) to an address, or fix the name"
     if isinstance(error, ConnectionRefusedError):
-        return "refused; is node 0 started, is it on that machine, and has it the same MASTER_PORT (--master-port)?"
+        return "refused; is node 0 started, is it that machine, and does it use the same MASTER_PORT (--master-port)?"
     if isinstance(error, TimeoutError):
         return f"no answer; does a firewall between the machines drop packets to port {port}?"
     if isinstance(error, AuthenticationError):
@@ -302,9 +308,9 @@ def _problem(error: Exception, addr: str, port: int) -> str:
             f"it has another secret than this process; give {SECRET_VARIABLE} the same value on all machines of the run"
         )
     if isinstance(error, ConnectionLostError):
-        return "something answers there that is not fm9g; choose another MASTER_PORT (--master-port)"
+        return "the program that answers there is not fm9g; choose another MASTER_PORT (--master-port)"
     assert isinstance(error, OSError)
-    return f"{error.strerror or error}; is the network up, is the address right?"
+    return f"{error.strerror or error}; is the network up, and the address right?"
 
 
 def _listen(port: int, loopback_only: bool) -> socket.socket:
@@ -317,5 +323,5 @@ def _listen(port: int, loopback_only: bool) -> socket.socket:
     except (OSError, OverflowError) as error:
         raise UserError(
             f"port {port} of this machine: {getattr(error, 'strerror', None) or error}; choose another --master-port "
-            "(MASTER_PORT), the same on all nodes, or end what uses it; of several nodes only one has RANK 0"
+            "(MASTER_PORT), the same on all nodes, or end the program that uses it; only one node may have RANK 0"
         ) from None

@@ -1,4 +1,4 @@
-"""Where the threads of all ranks are, when a step hangs."""
+"""The stacks of all threads, and the ranks for which the others wait: for a run that makes no progress."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from fm9g.launch.failure_analysis import TORCH_DISTRIBUTED_PATH
+from fm9g.launch.failure import TORCH_DISTRIBUTED_PATH
 
 
 def dump_stacks() -> dict[str, Any]:
-    """The stacks of all Python threads of this process but the calling one. in_collective: whether a
-    thread of it is inside torch.distributed."""
+    """Returns the stacks of all Python threads of this process except the caller's.
+
+    text: the stacks. in_collective: whether a thread is inside torch.distributed.
+    """
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     text, in_collective = [], False
     for ident, frame in sys._current_frames().items():
@@ -25,8 +27,11 @@ def dump_stacks() -> dict[str, Any]:
 
 
 def find_stragglers(steps: Sequence[int], in_collective: Sequence[bool]) -> list[int]:
-    """The ranks that the others wait for: those in the earliest step; if all are in one, those that do not wait in a
-    collective operation themselves; if that tells nothing, all."""
+    """Returns the ranks for which the others wait.
+
+    These are the ranks in the earliest step; if all are in the same step, those outside of a collective operation; if
+    there are none, all.
+    """
     behind = [rank for rank, step in enumerate(steps) if step == min(steps)]
     if len(behind) < len(steps):
         return behind

@@ -15,40 +15,40 @@ from fm9g.launch.kv_store import LOOPBACK, KVServer
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-# NCCL waits in the store for ranks that still read their data; whoever is lost, the watchdog finds out.
-NO_TIMEOUT = datetime.timedelta(days=30)
-
 
 def create_tcp_store(rank_info: RankInfo, port: int, is_master: bool) -> TCPStore:
-    """A store at rank 0's machine. is_master: this process holds it, at a free port. Raises DistError.
+    """Creates the store on the machine of rank 0, or connects to it. Raises DistError.
 
-    torch's stores let in whoever reaches them, so that of a single machine listens to this machine alone.
+    torch's stores accept every connection, so the store of a single machine listens on the loopback interface only.
+
+    Args:
+        port: of the store; ignored by the master of a single machine, which takes a free one.
+        is_master: this process hosts the store.
     """
     from torch.distributed import TCPStore
 
-    timeout = datetime.timedelta(seconds=rank_info.timeout)
     single = rank_info.nnodes == 1
     listen_fd = None
     if is_master and single:
         server = socket.create_server((LOOPBACK, 0), backlog=1024)
         port, listen_fd = server.getsockname()[1], server.detach()
-    store = TCPStore(
+    return TCPStore(
         LOOPBACK if single else rank_info.master_addr,
         port,
         is_master=is_master,
-        timeout=timeout,
+        timeout=datetime.timedelta(seconds=rank_info.timeout),
         wait_for_workers=False,
         master_listen_fd=listen_fd,
     )
-    store.set_timeout(NO_TIMEOUT)
-    return store
 
 
 def bootstrap_under_torchrun(rank_info: RankInfo) -> tuple[int, str, KVServer | None, TCPStore]:
-    """Under torchrun, whose own store has MASTER_PORT: rank 0 holds the KV store at a free port, and tells it there.
+    """Starts the KV store under torchrun, whose own store occupies MASTER_PORT.
 
-    Without a secret rank 0 makes one and tells it, too: then the KV store lets in those whom torchrun's store lets in.
-    Returns the port; the secret; the KV store's server on rank 0; and the store, which may be this process's to keep.
+    Rank 0 hosts the KV store at a free port and publishes the port in torchrun's store. Without a secret, rank 0
+    generates one and publishes it, too: then the KV store accepts whoever torchrun's store accepts.
+
+    Returns the port; the secret; the KV server on rank 0, else None; torchrun's store, which this process may host.
     Raises UserError.
     """
     from torch.distributed import DistError, TCPStore
@@ -72,5 +72,5 @@ def bootstrap_under_torchrun(rank_info: RankInfo) -> tuple[int, str, KVServer | 
         shared = json.loads(store.get(key))
         return int(shared["port"]), rank_info.secret or str(shared.get("secret", "")), kv_server, store
     except DistError as error:
-        where = join_host_port(rank_info.master_addr, rank_info.master_port)
-        raise UserError(f"the store of torchrun at {where}: {str(error).splitlines()[0]}") from None
+        address = join_host_port(rank_info.master_addr, rank_info.master_port)
+        raise UserError(f"the store of torchrun at {address}: {str(error).splitlines()[0]}") from None

@@ -1,4 +1,4 @@
-"""The worker processes of one machine: started, told a signal, ended; none outlives its agent."""
+"""Starts, signals and ends the worker processes of one machine; none outlives its agent."""
 
 from __future__ import annotations
 
@@ -17,16 +17,20 @@ TAIL_LINES = 50  # lines of a worker's output that a message may show
 
 
 class WorkerGroup:
-    """Runs one command in several processes, each in a session of its own, so that Ctrl-C reaches the agent alone."""
+    """Runs one command in several processes, each in its own session, so that Ctrl-C reaches only the agent."""
 
     def __init__(self, command: Sequence[str], envs: Sequence[Mapping[str, str]], log_dir: Path | None) -> None:
-        """envs: one a process. The first shows its output if it is rank 0. What the others print goes to
-        log_dir/rank-<rank>.log; without log_dir only their errors are kept, for `tail`."""
+        """Starts the processes. Rank 0 prints to the console, the others to log_dir/rank-<rank>.log.
+
+        Args:
+            envs: per process, environment variables to add.
+            log_dir: None keeps only what the other ranks write to stderr, for `tail`.
+        """
         self._outputs: list[IO[bytes] | None] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         if log_dir is not None:
             log_dir.mkdir(parents=True, exist_ok=True)
-        sys.stdout.flush()  # what was printed before stands before what rank 0 prints
+        sys.stdout.flush()  # so that earlier output stands above that of rank 0
         for env in envs:
             output = self._open_output(env["RANK"], log_dir)
             self._outputs.append(output)
@@ -48,24 +52,26 @@ class WorkerGroup:
         return open(log_dir / f"rank-{rank}.log", "ab+") if log_dir else tempfile.TemporaryFile()
 
     def poll(self) -> list[int | None]:
-        """For each process its exit code, negative for a signal; None while it runs."""
+        """Returns per process its exit code, negative for a signal; None while it runs."""
         return [process.poll() for process in self._processes]
 
     def signal(self, number: int) -> None:
         for process in self._processes:
-            process.send_signal(number)  # does nothing where the process has ended
+            process.send_signal(number)  # does nothing if the process has ended
 
     def kill(self) -> None:
-        """Ends at once what still runs, with its own children."""
+        """Kills the processes that still run, with their children."""
         for process in self._processes:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
         for process in self._processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # a system call of a dead file server holds it
+            with contextlib.suppress(
+                subprocess.TimeoutExpired
+            ):  # a system call on a dead file server cannot be interrupted
                 process.wait(5)
 
     def tail(self, local_rank: int) -> list[str]:
-        """The last lines that a process wrote; none for rank 0, whose output was shown."""
+        """Returns the last lines of a process; none for rank 0, which printed to the console."""
         output = self._outputs[local_rank]
         if output is None:
             return []
@@ -80,12 +86,12 @@ class WorkerGroup:
 
 
 def set_parent_death_signal() -> None:
-    """In a worker: ends this process when the agent that started it is killed. Does nothing where there is no agent."""
+    """Makes the kernel kill this worker when its agent dies. Does nothing without an agent."""
     agent = os.environ.get("FM9G_AGENT")
     if not agent:
         return
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != int(agent):  # it ended before that was set
+    if os.getppid() != int(agent):  # it died before prctl took effect
         os._exit(1)

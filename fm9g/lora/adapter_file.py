@@ -1,4 +1,8 @@
-"""Adapters on disk: a .pt file of A and B in OpenDelta's layout, and adapter_config.json beside it."""
+"""Adapters on disk: adapter.pt with A and B in OpenDelta's layout, and adapter_config.json beside it.
+
+W' = W + s B A          A: (r, in)   B: (out, r)   s: alpha / r, with rsLoRA alpha / sqrt(r)
+W' = m (W + s B A)/|.|  with DoRA; m: (out,)  |.|: the length of each row
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,15 @@ from pathlib import Path
 
 import torch
 
-from fm9g.checkpoint.checkpoint import MANIFEST, Checkpoint
+from fm9g.checkpoint.checkpoint import Checkpoint
+from fm9g.checkpoint.layout import MANIFEST
+from fm9g.checkpoint.weight_check import check_dtypes
 from fm9g.config.adapter import ADAPTER_CONFIG, AdapterConfig, load_adapter_config
-from fm9g.config.train import load_adapter_keys
+from fm9g.config.train_file import load_adapter_keys
 from fm9g.errors import UserError
 from fm9g.io.atomic import atomic_dir
 from fm9g.io.inputs import protect_inputs, register_input
-from fm9g.io.weights import check_dtypes, read_weights, write_weights
+from fm9g.io.pt_file import read_weights, write_weights
 from fm9g.lora.base_fingerprint import base_fingerprint
 from fm9g.lora.inject import MAGNITUDE, A, B
 
@@ -27,7 +33,13 @@ _SUFFIXES = (A, B, MAGNITUDE)
 
 @dataclass(frozen=True)
 class Adapter:
-    """weights: of every layer its X.lora.lora_A (r, in), X.lora.lora_B (out, r), and with DoRA X.lora.magnitude."""
+    """An adapter in memory.
+
+    Args:
+        weights: of every layer X its X.lora.lora_A (r, in), X.lora.lora_B (out, r), and with DoRA X.lora.magnitude
+            (out,).
+        path: the file or folder that they were read from.
+    """
 
     config: AdapterConfig
     weights: Mapping[str, torch.Tensor]
@@ -35,26 +47,45 @@ class Adapter:
 
     @functools.cached_property
     def layers(self) -> list[str]:
-        """The full names of its layers."""
+        """Full names of the layers with an adapter."""
         return [name.removesuffix(A) for name in self.weights if name.endswith(A)]
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of what it does."""
+        """A hash of its effect on a base."""
         return f"{base_fingerprint(self.weights, self.weights.__getitem__)} {self.config.scaling} {self.config.dora}"
 
-    def note(self) -> None:
-        """Says that its files are read: see fm9g.io.inputs."""
+    def register_inputs(self) -> None:
+        """Protects its files from being replaced; see fm9g.io.inputs."""
         for file in self.path.glob("adapter_*") if self.path.is_dir() else (self.path,):
             register_input(file)
 
     def shape(self, layer: str) -> torch.Size:
-        """Of the weight that it is for."""
+        """The shape (out, in) of the weight that a layer's adapter fits."""
         return torch.Size([self.weights[layer + B].shape[0], self.weights[layer + A].shape[1]])
 
+    def check_fits(self, shapes: Mapping[str, torch.Size], base: str) -> None:
+        """Raises UserError if the adapter's layers are not among weights of these shapes.
+
+        Args:
+            shapes: name of a weight -> its shape.
+            base: the model of these weights, for the message.
+        """
+        for layer in self.layers:
+            expected, shape = self.shape(layer), shapes.get(f"{layer}.weight")
+            if shape != expected:
+                has = "has no such layer" if shape is None else f"has {list(shape)} there"
+                raise UserError(
+                    f"{self.path}: {layer}: is for a weight of {list(expected)}, but {base} {has}: the adapter is for "
+                    "another model"
+                )
+
     def apply(self, layer: str, rows: torch.Tensor, row_offset: int = 0) -> torch.Tensor:
-        """Rows of the weight (out, in) of a layer with the adapter in it, computed in fp32: W + s B A, or with DoRA m
-        times that over the length of its rows. row_offset: the number of the first of them."""
+        """Merges the adapter of a layer into rows of its weight, in fp32.
+
+        Args:
+            rows: (n, in), the weight's rows from row_offset on.
+        """
         in_rows = slice(row_offset, row_offset + len(rows))
         a, b = self.weights[layer + A].float(), self.weights[layer + B][in_rows].float()
         merged = torch.addmm(rows.float(), b, a, alpha=self.config.scaling)
@@ -64,44 +95,48 @@ class Adapter:
 
 
 def open_adapter(path: Path, train_config: Path | None = None) -> Adapter:
-    """The adapter of a checkpoint, of a folder that `save_adapter` wrote, or of a .pt file.
+    """Reads the adapter of a checkpoint, of a folder that `save_adapter` wrote, or of a .pt file.
 
-    train_config: the train_configs/ file it was trained with, which must say the same as adapter_config.json; files of
-    the published toolkit have no other word of r and alpha. Raises UserError where a key has no meaning, a part is
-    missing, shapes do not fit, or r and alpha are not known.
+    Args:
+        train_config: the train_configs/ file that it was trained with. It must agree with adapter_config.json, or take
+            its place: a .pt file of the published toolkit comes without one.
+
+    Raises:
+        UserError: a tensor is unknown or missing, shapes do not fit, or r and alpha are unknown.
     """
     folder, file = (path, path / ADAPTER_FILE) if path.is_dir() else (path.parent, path)
     if (folder / MANIFEST).is_file():
-        checkpoint = Checkpoint(folder, needs_optimizer=False)  # which looks whether it is damaged
+        checkpoint = Checkpoint(folder, needs_optimizer=False)  # verifies checksums
         file = checkpoint.weight_file if path.is_dir() else path
     elif path.is_dir() and not file.is_file():
-        raise UserError(f"{path}: neither a checkpoint nor an adapter's folder ({ADAPTER_FILE} is missing)")
-    weights = read_weights(file)
+        raise UserError(f"{path}: is neither a checkpoint nor an adapter's folder ({ADAPTER_FILE} is missing)")
+    weights: Mapping[str, torch.Tensor] = read_weights(file)
     layers = _layers_of(weights, file)
     config = None
     if (folder / ADAPTER_CONFIG).is_file():
         config = load_adapter_config(folder / ADAPTER_CONFIG)
     elif train_config is None:
         raise UserError(
-            f"{file}: r and alpha are not known, for {folder / ADAPTER_CONFIG} is missing; give the file of "
-            "train_configs/ it was trained with (--train-config)"
+            f"{file}: r and alpha are unknown, since {folder / ADAPTER_CONFIG} is missing; give the file of "
+            "train_configs/ that it was trained with (--train-config)"
         )
     if train_config is not None:
-        stated = _config_from_train_file(train_config)
-        config = config or replace(stated, layers=sorted({layer.rpartition(".")[2] for layer in layers}))
-        _check_same(config, stated, file, train_config)
+        trained_with = _config_from_train_file(train_config)
+        config = config or replace(trained_with, layers=sorted({layer.rpartition(".")[2] for layer in layers}))
+        _check_same(config, trained_with, file, train_config)
     assert config is not None
+    weights = dict(weights)  # an adapter is small, and its tensors are used many times
     check_adapter(weights, config, file)
     return Adapter(config, weights, file)
 
 
 def _layers_of(weights: Mapping[str, torch.Tensor], file: Path) -> list[str]:
-    mismatched = [name for name in weights if not (name.endswith(_SUFFIXES) and name.startswith("encoder.layers."))]
-    if mismatched:
-        more = f" and {len(mismatched) - 1} more have" if len(mismatched) > 1 else " has"
-        hint = "" if len(mismatched) < len(weights) else "; it looks like a whole model's"
+    unknown = [name for name in weights if not (name.endswith(_SUFFIXES) and name.startswith("encoder.layers."))]
+    if unknown:
+        more = f" and {len(unknown) - 1} more have" if len(unknown) > 1 else " has"
+        hint = "; it looks like a full model's" if len(unknown) == len(weights) else ""
         raise UserError(
-            f"{file}: {mismatched[0]}{more} no place in an adapter: its keys end in {', '.join(_SUFFIXES)}{hint}"
+            f"{file}: {unknown[0]}{more} no place in an adapter: its keys end in {', '.join(_SUFFIXES)}{hint}"
         )
     layers = sorted({name.rpartition(".lora.")[0] for name in weights})
     if not layers:
@@ -116,28 +151,27 @@ def _config_from_train_file(train_config: Path) -> AdapterConfig:
     return AdapterConfig.from_train_config(train).for_file()
 
 
-def _check_same(ours: AdapterConfig, stated: AdapterConfig, path: Path, train_config: Path) -> None:
-    """Raises UserError where a train configuration, which anyone may edit, is not that of the adapter."""
+def _check_same(config: AdapterConfig, trained_with: AdapterConfig, path: Path, train_config: Path) -> None:
+    """Raises UserError if a train configuration, which anyone may edit, contradicts the adapter's."""
     pairs = {
-        "lora_r": (ours.r, stated.r),
-        "lora_alpha": (ours.alpha, stated.alpha),
-        "lora_layer": (sorted(ours.layers), sorted(stated.layers)),
-        "use_rslora": (ours.rslora, stated.rslora),
-        "use_dora": (ours.dora, stated.dora),
+        "lora_r": (config.r, trained_with.r),
+        "lora_alpha": (config.alpha, trained_with.alpha),
+        "lora_layer": (sorted(config.layers), sorted(trained_with.layers)),
+        "use_rslora": (config.rslora, trained_with.rslora),
+        "use_dora": (config.dora, trained_with.dora),
     }
-    if mismatched := [f"{key} is {its!r}, the adapter's {own!r}" for key, (own, its) in pairs.items() if own != its]:
+    mismatched = [f"{key} is {its!r}, the adapter's {own!r}" for key, (own, its) in pairs.items() if own != its]
+    if mismatched:
         raise UserError(f"{train_config}: is not what the adapter was trained with ({path}): {'; '.join(mismatched)}")
 
 
 def check_adapter(weights: Mapping[str, torch.Tensor], config: AdapterConfig, file: Path) -> None:
-    """Raises UserError where weights are not what the configuration says. file: they are from."""
+    """Raises UserError if weights contradict the configuration. file: their origin, for messages."""
     suffixes, layers = _SUFFIXES if config.dora else (A, B), _layers_of(weights, file)
     for layer in layers:
         for suffix in _SUFFIXES:
             if (suffix in suffixes) != (layer + suffix in weights):
-                problem = (
-                    "is missing" if suffix in suffixes else "is there, and adapter_config.json says nothing of DoRA"
-                )
+                problem = "is missing" if suffix in suffixes else "belongs to DoRA, but adapter_config.json has no DoRA"
                 raise UserError(f"{file}: {layer}{suffix} {problem}")
         a, b = weights[layer + A], weights[layer + B]
         if a.dim() != 2 or b.dim() != 2 or a.shape[0] != config.r or b.shape[1] != config.r:
@@ -152,18 +186,18 @@ def check_adapter(weights: Mapping[str, torch.Tensor], config: AdapterConfig, fi
         if weight.layout != torch.strided:
             raise UserError(f"{file}: {name}: found {weight.layout}, expected a plain tensor")
         if weight.nbytes > weight.untyped_storage().nbytes():
-            raise UserError(f"{file}: {name}: repeats its values ({list(weight.shape)}); write it out in full")
+            raise UserError(f"{file}: {name}: repeats its values ({list(weight.shape)}); save it contiguous")
         if not weight.isfinite().all():
-            raise UserError(f"{file}: {name}: holds values that are not finite; take another checkpoint")
-    if mismatched := [name for name in config.layers if not any(f".{layer}".endswith(f".{name}") for layer in layers)]:
-        raise UserError(f"{file}: holds no adapter for {mismatched[0]}, which adapter_config.json names")
+            raise UserError(f"{file}: {name}: holds NaN or infinity; take another checkpoint")
+    if unused := [name for name in config.layers if not any(f".{layer}".endswith(f".{name}") for layer in layers)]:
+        raise UserError(f"{file}: holds no adapter for {unused[0]}, which adapter_config.json names")
 
 
 @protect_inputs()
 def save_adapter(adapter: Adapter, target: Path, overwrite: bool = False) -> None:
-    """Writes a folder of adapter.pt and adapter_config.json. Raises UserError."""
+    """Writes a folder of adapter.pt and adapter_config.json. Raises UserError if the two contradict each other."""
     check_adapter(adapter.weights, adapter.config, target)
-    adapter.note()
+    adapter.register_inputs()
     with atomic_dir(target, overwrite) as folder:
         write_weights(folder / ADAPTER_FILE, adapter.weights, adapter.weights.items())
         text = json.dumps(adapter.config.to_json(), indent=2, ensure_ascii=False)
@@ -171,23 +205,21 @@ def save_adapter(adapter: Adapter, target: Path, overwrite: bool = False) -> Non
 
 
 def combine(adapters: Sequence[Adapter], coefficients: Sequence[float]) -> Adapter:
-    """The adapter that adds the weighted sum of what some add: their ranks side by side, exactly.
+    """The adapter that adds the weighted sum of what several add, exactly: their ranks are put side by side.
 
-    Raises UserError for adapters of several bases, and for DoRA, whose effect is no sum.
+        sum of c_i s_i B_i A_i  =  [c_1 s_1 B_1 | c_2 s_2 B_2] [A_1]
+                                                               [A_2]
+
+    Raises:
+        UserError: the adapters are of several bases, or one is DoRA, whose effect is no sum.
     """
-    if unusable := [coefficient for coefficient in coefficients if not math.isfinite(coefficient) or not coefficient]:
-        raise UserError(f"the weight {unusable[0]:g}: expected a finite number that is not 0")
-    if mismatched := [adapter for adapter in adapters if adapter.config.dora]:
-        raise UserError(f"{mismatched[0].path}: DoRA adapters cannot be added up; merge them one at a time")
-    known = {adapter.config.base_sha256 for adapter in adapters if adapter.config.base_sha256}
-    if len(known) > 1:
-        raise UserError("the adapters were trained on different bases: " + ", ".join(str(a.path) for a in adapters))
+    _check_summable(adapters, coefficients)
     rank = sum(adapter.config.r for adapter in adapters)
     weights: dict[str, torch.Tensor] = {}
     for layer in dict.fromkeys(layer for adapter in adapters for layer in adapter.layers):
         shapes = {adapter.shape(layer) for adapter in adapters if layer in adapter.layers}
         if len(shapes) > 1:
-            raise UserError(f"{layer}: has another size in each of the adapters; they are of different models")
+            raise UserError(f"{layer}: has a different size in each of the adapters; they are of different models")
         outputs, inputs = shapes.pop()
         a, b = torch.zeros(rank, inputs), torch.zeros(outputs, rank)
         start = 0
@@ -198,13 +230,23 @@ def combine(adapters: Sequence[Adapter], coefficients: Sequence[float]) -> Adapt
                 b[:, start:end] = coefficient * adapter.config.scaling * adapter.weights[layer + B].float()
             start = end
         weights |= {layer + A: a, layer + B: b}
-    config_of_first = adapters[0].config
     config = AdapterConfig(
         r=rank,
         alpha=float(rank),
         layers=sorted({name for adapter in adapters for name in adapter.config.layers}),
-        base=config_of_first.base,
-        base_sha256=known.pop() if known else "",
+        base=adapters[0].config.base,
+        base_sha256=next((adapter.config.base_sha256 for adapter in adapters if adapter.config.base_sha256), ""),
         made_from=[f"{coefficient:g} * {adapter.path}" for adapter, coefficient in zip(adapters, coefficients)],
     )
     return Adapter(config, weights, adapters[0].path)
+
+
+def _check_summable(adapters: Sequence[Adapter], coefficients: Sequence[float]) -> None:
+    for coefficient in coefficients:
+        if not math.isfinite(coefficient) or not coefficient:
+            raise UserError(f"the weight {coefficient:g}: expected a finite number that is not 0")
+    for adapter in adapters:
+        if adapter.config.dora:
+            raise UserError(f"{adapter.path}: is DoRA, which cannot be added up; merge such adapters one at a time")
+    if len({adapter.config.base_sha256 for adapter in adapters if adapter.config.base_sha256}) > 1:
+        raise UserError("the adapters were trained on different bases: " + ", ".join(str(a.path) for a in adapters))

@@ -1,4 +1,4 @@
-"""Which base an adapter belongs to: a hash of a model's weights."""
+"""A hash of a model's weights, by which an adapter recognizes its base."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import torch
 
 from fm9g.progress import Progress
 
-_CHUNK = 1 << 24  # values that are widened at a time
-_THREADS = 4  # of them each holds one weight
+_CHUNK = 1 << 24  # values converted to fp32 at a time
+_THREADS = 4  # each holds one weight in memory
 
 
 def base_fingerprint(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> str:
     """SHA-256 over the names, shapes and fp32 values of weights, in the order of their names.
 
-    read: the values of a weight; it is called in threads. It is the same for a .pt file and the folder that it was
-    made from, whatever type values are stored in, as long as none was rounded.
+    A .pt file and the folder it was converted from have the same hash, whatever their dtypes, if no value was rounded.
+
+    Args:
+        read: returns the values of a weight; called from several threads.
     """
     ordered = sorted(names)
     total = hashlib.sha256()
@@ -34,6 +36,6 @@ def base_fingerprint(names: Iterable[str], read: Callable[[str], torch.Tensor]) 
 
 def _weight_digest(weight: torch.Tensor) -> bytes:
     digest = hashlib.sha256(str(tuple(weight.shape)).encode())
-    for chunk in weight.detach().reshape(-1).split(_CHUNK):
-        digest.update(chunk.float().numpy())  # type: ignore[arg-type]
+    for chunk in torch.split(weight.detach().reshape(-1), _CHUNK):
+        digest.update(chunk.float().numpy().data)
     return digest.digest()

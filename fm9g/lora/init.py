@@ -1,26 +1,28 @@
-"""The values that weights have when training with adapters begins, and what of them the adapter's file must hold."""
+"""Initial values of weights for training with adapters, and what of them an adapter's file must contain."""
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 
-from fm9g.checkpoint.checkpoint import Tensors
+from fm9g.checkpoint.save import Tensors
 from fm9g.config.adapter import AdapterConfig
 from fm9g.errors import UserError
 from fm9g.lora.inject import MAGNITUDE, A, B, import_peft
+from fm9g.model.seeding import weight_generator
 
 
 class AdapterInit:
-    """Fills the weights of a model with adapters, in the names of 9G files, on the process that has them.
+    """Initializes the weights of a model with adapters, by their names in files, on the rank that reads weights.
 
-    A begins uniform, as kaiming_uniform with a = sqrt(5) has it, and B as zero; with DoRA the magnitude is the length
-    of each row of the base. With PiSSA (Meng et al. 2024) s B A is made of the base's largest singular vectors, and
-    the base is filled with what is left: in files, A and B also hold their first values, with a minus, so that they are
-    what is added to the base as it was.
+    A is uniform, as kaiming_uniform with a = sqrt(5), and B zero; with DoRA the magnitude is the length of each row of
+    the base. With PiSSA (Meng et al. 2024), B and A are the r largest singular vectors of the base W, and the model
+    computes with the rest, W - s B A. The adapter in a file must apply to W itself, so files contain 2 r ranks:
+
+        W + s [B | -B_0] [A  ]  =  (W - s B_0 A_0) + s B A          r: rank, s: scaling, _0: initial values
+                         [A_0]
     """
 
     def __init__(
@@ -32,14 +34,19 @@ class AdapterInit:
         seed: int,
         saved: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """layers: those with adapters. base: reads a weight of the base. init: pissa, or what PEFT calls a quicker
-        way to it. saved: the content of an adapter's file to go on from."""
+        """
+        Args:
+            layers: names of the layers with adapters.
+            base: reads a weight of the base by name.
+            init: pissa, or pissa_niter_16, PEFT's faster approximation.
+            saved: the content of the adapter file to continue from.
+        """
         self._config, self._layers, self._base, self._init = config, layers, base, init
         self._seed, self._saved = seed, saved
-        self.initial_ab: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # of PiSSA: layer -> A, B at the start
+        self.initial_ab: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # of PiSSA: layer -> A, B
 
     def init_weight(self, name: str, weight: torch.Tensor) -> None:
-        """Writes the values of the weight of that name into a tensor."""
+        """Writes the initial values of the named weight into a tensor."""
         layer, dot, _ = name.rpartition(".lora.")
         if not dot:
             values = self._base(name)
@@ -53,20 +60,20 @@ class AdapterInit:
             row_norms = self._base(f"{layer}.weight").float().norm(dim=1)
             if not row_norms.all():
                 raise UserError(
-                    f"use_dora: {layer}.weight has a row of zeros, which has no direction; leave that layer out"
+                    f"use_dora: {layer}.weight has a row of zeros, which has no direction; "
+                    "remove that layer from lora_layer"
                 )
             weight.copy_(row_norms)
         elif self._config.pissa:
             weight.copy_(self._initial_ab(layer)[0 if name.endswith(A) else 1])
         elif name.endswith(A):
             bound = 1 / math.sqrt(weight.shape[1])
-            generator = torch.Generator(weight.device).manual_seed((self._seed << 32) + zlib.crc32(name.encode()))
-            weight.uniform_(-bound, bound, generator=generator)
+            weight.uniform_(-bound, bound, generator=weight_generator(name, self._seed, weight.device))
         else:
             weight.zero_()
 
     def _initial_ab(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B of a PiSSA layer at the start of its training."""
+        """The initial A and B of a PiSSA layer."""
         if layer not in self.initial_ab:
             if self._saved is not None:
                 a, b = self._saved[layer + A].chunk(2)[1], -self._saved[layer + B].chunk(2, dim=1)[1]
@@ -76,7 +83,7 @@ class AdapterInit:
         return self.initial_ab[layer]
 
     def _pissa_ab(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B of PEFT's PiSSA for a weight of the base."""
+        """The A and B that PEFT's PiSSA takes from a weight of the base."""
         rank, alpha, init = self._config.r, self._config.alpha, self._init
         linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
@@ -89,17 +96,17 @@ class AdapterInit:
         return layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
 
     def for_file(self, tensors: Tensors) -> Tensors:
-        """The adapter's weights as its file holds them, from those that are trained."""
+        """The tensors of an adapter's file from those that are trained."""
         return _PissaFileView(tensors, self.initial_ab) if self._config.pissa else tensors
 
 
 def trainable_ranks(config: AdapterConfig, name: str, saved: torch.Tensor) -> torch.Tensor:
-    """Of a weight as an adapter's file has it, what is trained: with PiSSA the first half of the ranks."""
+    """The part of a tensor of an adapter's file that is trained: with PiSSA the first half of the ranks."""
     return saved.chunk(2, dim=0 if name.endswith(A) else 1)[0] if config.pissa else saved
 
 
 class _PissaFileView:
-    """A of a layer above its first value, B beside its first value with a minus."""
+    """Appends the initial values to tensors: A_0 below A, -B_0 to the right of B; see `AdapterInit`."""
 
     def __init__(self, tensors: Tensors, initial_ab: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         self._tensors, self._initial_ab = tensors, initial_ab
@@ -112,7 +119,7 @@ class _PissaFileView:
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, now in self._tensors:
-            initial_ab = self._initial_ab.get(name.rpartition(".lora.")[0])  # where the file is written
+            initial_ab = self._initial_ab.get(name.rpartition(".lora.")[0])  # there on rank 0, which writes the file
             if initial_ab is not None:
                 now = torch.cat([now, initial_ab[0]]) if name.endswith(A) else torch.cat([now, -initial_ab[1]], dim=1)
             yield name, now

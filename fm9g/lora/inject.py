@@ -1,7 +1,7 @@
-"""Puts LoRA adapters (Hu et al. 2021) into a model, by PEFT's modules or by OpenDelta's.
+"""Adds LoRA adapters (Hu et al. 2021) to a model, by the modules of PEFT or OpenDelta.
 
-Outside of the model, names are those of 9G files whoever made the modules: a linear layer X keeps X.weight and X.bias,
-and has X.lora.lora_A (r, in), X.lora.lora_B (out, r), and for DoRA (Liu et al. 2024) X.lora.magnitude (out,).
+Files have the same names with both: a linear layer X has X.weight, X.bias, X.lora.lora_A (r, in), X.lora.lora_B
+(out, r), and for DoRA (Liu et al. 2024) X.lora.magnitude (out,).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fm9g.errors import UserError
 from fm9g.import_utils import without_bitsandbytes
 
 A, B, MAGNITUDE = ".lora.lora_A", ".lora.lora_B", ".lora.magnitude"
-_PEFT_NAME_PATTERNS = (  # of PEFT's modules
+_PEFT_NAME_PATTERNS = (  # parameter names of PEFT's modules -> names in files
     (re.compile(r"\.base_layer\.(weight|bias)$"), r".\1"),
     (re.compile(r"\.lora_([AB])\.default\.weight$"), r".lora.lora_\1"),
     (re.compile(r"\.lora_magnitude_vector\.default\.weight$"), MAGNITUDE),
@@ -30,30 +30,36 @@ _PEFT_NAME_PATTERNS = (  # of PEFT's modules
 
 
 def canonical_name(name: str) -> str:
-    """The name of a parameter in files, from that in a model with adapters."""
+    """The name in files of a parameter of a model with adapters."""
     for pattern, template in _PEFT_NAME_PATTERNS:
         name = pattern.sub(template, name)
     return name
 
 
 def select_target_layers(linear: Iterable[str], wanted: Iterable[str]) -> list[str]:
-    """Those of the full names of linear layers that end in one of the wanted names."""
-    names = list(wanted)
-    return [name for name in linear if any(_name_matches(name, end) for end in names)]
+    """The names of linear layers that are, or end in, one of the wanted names."""
+    endings = list(wanted)
+    return [name for name in linear if any(_name_matches(name, ending) for ending in endings)]
 
 
 def linear_layers(layers: nn.ModuleList, prefix: str = "encoder.layers") -> dict[str, nn.Linear]:
     """The linear layers inside a model's layers, by their names in the model."""
-    found = ((name, module) for name, module in layers.named_modules(prefix=prefix))
-    return {name: module for name, module in found if isinstance(module, nn.Linear)}
+    modules = layers.named_modules(prefix=prefix)
+    return {name: module for name, module in modules if isinstance(module, nn.Linear)}
 
 
 def inject_adapters(model: nn.Module, layers: nn.ModuleList, config: AdapterConfig, backend: str = "peft") -> list[str]:
-    """Gives linear layers of a model on the meta device adapters, and has nothing else trained.
+    """Adds adapters to linear layers of a model on the meta device, and freezes all other weights.
 
-    layers: the model's, where alone linear layers are called as modules. backend: peft or opendelta.
-    Returns the names of the linear layers. Raises UserError for a name of config.layers that no linear layer has, and
-    where the backend is not installed.
+    Args:
+        layers: those of the model; only their linear layers can have adapters.
+        backend: peft or opendelta.
+
+    Returns:
+        The names of the linear layers with adapters.
+
+    Raises:
+        UserError: for a name in config.layers that no linear layer has, or if the backend is not installed.
     """
     linear = linear_layers(layers)
     for wanted in config.layers:
@@ -64,7 +70,7 @@ def inject_adapters(model: nn.Module, layers: nn.ModuleList, config: AdapterConf
     for name in targets if config.pissa else ():
         if config.r > (max_rank := min(linear[name].in_features, linear[name].out_features)):
             raise UserError(
-                f"lora_r {config.r}: {name} has {max_rank} singular vectors; PiSSA cannot take more of them"
+                f"lora_r {config.r}: {name} has {max_rank} singular vectors; with PiSSA, lora_r must not be larger"
             )
     model.requires_grad_(False)
     with torch.device("meta"):
@@ -77,15 +83,18 @@ def inject_adapters(model: nn.Module, layers: nn.ModuleList, config: AdapterConf
 def load_adapter_into(
     module: nn.Module, prefix: str, config: AdapterConfig, weights: Mapping[str, torch.Tensor]
 ) -> None:
-    """Gives linear layers of a module with real weights the adapters that a file has for them, by PEFT.
+    """Adds the adapters of a file to the linear layers of a module, by PEFT.
 
-    prefix: of the module's names in the model, with its dot. weights: as in the file.
+    Args:
+        module: part of a model, with real weights.
+        prefix: the module's name in the model, with a dot at the end; "" for the model itself.
+        weights: the content of the file.
     """
     linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
     if names := [name for name in linear if prefix + name + A in weights]:
-        _inject_with_peft(module, names, replace(config, dropout=0.0))  # nothing is trained here
-        known = {name: prefix + canonical_name(name) for name, _ in module.named_parameters()}
-        values = {name: weights[file].float() for name, file in known.items() if file in weights}
+        _inject_with_peft(module, names, replace(config, dropout=0.0))  # for inference
+        in_file = {name: prefix + canonical_name(name) for name, _ in module.named_parameters()}
+        values = {name: weights[key].float() for name, key in in_file.items() if key in weights}
         module.load_state_dict(values, strict=False, assign=True)
 
 
@@ -102,17 +111,14 @@ def _inject_with_peft(model: nn.Module, names: list[str], config: AdapterConfig)
             target_modules=names,
             use_rslora=config.rslora,
             use_dora=config.dora,
-            init_lora_weights=False,  # an engine fills them, as all weights
+            init_lora_weights=False,  # the engine initializes them, as all weights
         )
         peft.inject_adapter_in_model(lora_config, model, low_cpu_mem_usage=True)
 
 
 @contextlib.contextmanager
 def import_peft() -> Iterator[Any]:
-    """PEFT, which does not see bitsandbytes unless something has imported that.
-
-    Raises UserError where PEFT is not installed.
-    """
+    """Imports PEFT without letting it import bitsandbytes. Raises UserError if PEFT is not installed."""
     with without_bitsandbytes():
         try:
             import peft
@@ -122,9 +128,8 @@ def import_peft() -> Iterator[Any]:
 
 
 def _inject_with_opendelta(model: nn.Module, names: list[str], config: AdapterConfig) -> None:
-    kind = import_opendelta().LoraModel
-    # Its freeze_module is not used: that would have the model's state_dict() leave out what is frozen.
-    kind(
+    # Without its freeze_module, which would remove frozen weights from the model's state_dict().
+    import_opendelta().LoraModel(
         model,
         lora_r=config.r,
         lora_alpha=config.scaling * config.r,
@@ -134,7 +139,7 @@ def _inject_with_opendelta(model: nn.Module, names: list[str], config: AdapterCo
 
 
 def import_opendelta() -> Any:
-    """OpenDelta 0.3.2, which imports modules that are gone or never needed here; those are stand-ins meanwhile."""
+    """Imports OpenDelta 0.3.2, with stubs for modules that it imports and that are gone or not needed here."""
     if "opendelta" in sys.modules:
         return sys.modules["opendelta"]
     try:
@@ -143,25 +148,25 @@ def import_opendelta() -> Any:
     except ImportError as error:
         raise UserError(
             f"lora_backend opendelta: the package cannot be used here ({error}); `pip install --no-deps "
-            "opendelta==0.3.2` installs it, --lora_backend peft does the same without"
+            "opendelta==0.3.2` installs it; --lora_backend peft gives the same adapters"
         ) from None
     return opendelta
 
 
 @contextlib.contextmanager
 def _stub_modules() -> Iterator[None]:
-    """Modules in place of those that OpenDelta imports and that LoRA has no use for."""
-    absent: dict[str, tuple[str, ...]] = {
+    """Within the block, empty modules replace those that OpenDelta imports and that LoRA does not use."""
+    stubs: dict[str, tuple[str, ...]] = {
         "turtle": ("back",),
         "DeltaCenter": ("OssClient",),
         "opendelta.utils.interactive.web": ("interactive",),
         "transformers.deepspeed": ("deepspeed_config", "is_deepspeed_zero3_enabled"),
         "opendelta.delta_models.prefix": ("PrefixModel", "PrefixConfig"),
     }
-    import transformers  # noqa: F401 (it looks for some of these itself, and is to find what there is)
+    import transformers  # noqa: F401 (before the stubs, as it checks whether some of these are installed)
 
-    before = {name: sys.modules.get(name) for name in absent}
-    for name, contents in absent.items():
+    before = {name: sys.modules.get(name) for name in stubs}
+    for name, contents in stubs.items():
         sys.modules[name] = types.ModuleType(name)
         for content in contents:
             setattr(sys.modules[name], content, type(content, (), {}))

@@ -1,7 +1,14 @@
-"""Cross entropy of a linear output layer, without ever holding all logits.
+"""Cross entropy of a linear output layer, without the logits of all rows in memory at once.
 
-Shapes: R rows (positions that have a target), C width of the hidden states, V token ids.
+    hidden_RC ─┬─ rows 0..1023    ── @ weight_VC.T ──> logits_NV ──> losses_N, grad_hidden_NC, += grad_weight_VC
+               ├─ rows 1024..2047 ── ...               (the memory of the chunk before is free again)
+               └─ ...
+
+Shape suffixes: R rows, the positions that have a target; N rows of one chunk; C hidden size; V token ids, of which the
+output weight has one row each.
 """
+
+# ruff: noqa: N803, N806 (shape suffixes)
 
 from __future__ import annotations
 
@@ -9,134 +16,149 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from fm9g.model.counts import LOSS_CHUNK_ROWS
 from fm9g.model.padding import pad_rows
-
-_CHUNK_ROWS = 1024  # logits held at a time: this many rows of V
-_ROW_MULTIPLE = 128  # of which the rows are one, see pad_rows
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What is added to the cross entropy of a target y: with label smoothing e (Szegedy et al. 2016) it is that of
-    (1 - e) onehot(y) + e / V; z_loss * log(Z)^2 of the softmax's denominator Z is added (Chowdhery et al. 2022)."""
+    """What is added to the cross entropy of a target.
+
+    Args:
+        label_smoothing: e, for a cross entropy with (1 - e) onehot(target) + e / V (Szegedy et al. 2016).
+        z_loss: factor of log(Z)^2, Z the denominator of the softmax (Chowdhery et al. 2022).
+    """
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
 
 
-@dataclass(frozen=True)
-class _VocabShard:
-    """The token ids that this process's output weights are of: from `start_index` on, where a group shares them."""
+class VocabShard:
+    """The part of the vocabulary whose output weights this process computes with: all of it.
 
-    start_index: int = 0
-    group: dist.ProcessGroup | None = None
+    An engine that splits the output weight by token ids gives the model a subclass.
+    """
 
-    def all_reduce(self, values: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
-        if self.group is not None:
-            dist.all_reduce(values, op, self.group)
+    def local_rows(self, weight: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The rows of the output weight on this process, and the token id of the first one."""
+        return weight, 0
+
+    def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Replaces the values by their sum over all parts of the vocabulary."""
         return values
 
-    def logsumexp(self, logits: torch.Tensor) -> torch.Tensor:
-        """(rows, 1) log of the sum of the exponentials over all ids."""
-        if self.group is None:
-            return logits.logsumexp(dim=-1, keepdim=True)
-        max_logits = self.all_reduce(logits.amax(dim=-1, keepdim=True), dist.ReduceOp.MAX)
-        return self.all_reduce((logits - max_logits).exp_().sum(dim=-1, keepdim=True)).log_() + max_logits
+    def logsumexp(self, logits_NV: torch.Tensor) -> torch.Tensor:
+        """(N, 1) the log of the sum of exponentials over all token ids."""
+        return logits_NV.logsumexp(dim=-1, keepdim=True)
+
+
+def linear_cross_entropy(
+    hidden_RC: torch.Tensor,
+    weight_VC: torch.Tensor,
+    targets_R: torch.Tensor,
+    loss_config: LossConfig = LossConfig(),
+    target_weights_R: torch.Tensor | None = None,
+    vocab_shard: VocabShard | None = None,
+    *,
+    chunk_rows: int = LOSS_CHUNK_ROWS,
+    row_multiple: int = 128,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cross entropy of softmax(hidden_RC @ weight_VC.T), in nats.
+
+    Args:
+        hidden_RC, weight_VC: of one dtype.
+        targets_R: int64 token ids.
+        target_weights_R: fp32 factor of each row in the loss; None: 1.
+        vocab_shard: which rows of the weight this process has; None: all.
+        chunk_rows: rows of logits in memory at a time.
+        row_multiple: multiple to which the rows of matrix products are padded, see `pad_rows`.
+
+    Returns:
+        The sum over rows of the quantity to minimize; and (R,) fp32 the plain cross entropy of each row, unweighted
+        and without gradient.
+    """
+    vocab_shard = vocab_shard or VocabShard()
+    weight_VC, first_id = vocab_shard.local_rows(weight_VC)
+    result: tuple[torch.Tensor, torch.Tensor] = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_RC, weight_VC, targets_R - first_id, vocab_shard, loss_config, target_weights_R, chunk_rows, row_multiple
+    )
+    return result
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Computes the gradients beside the loss, chunk by chunk: memory O(V * chunk), and no logits are computed twice.
+    """Computes the gradients in the forward pass, chunk by chunk, so that no logits are stored or computed twice.
 
-    That works because the loss is a sum: an incoming gradient is one number, which scales what was computed.
+    This works because the loss is a sum: the incoming gradient is one number, by which `backward` multiplies.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
-        vocab_shard: _VocabShard,
+        hidden_RC: torch.Tensor,
+        weight_VC: torch.Tensor,
+        targets_R: torch.Tensor,
+        vocab_shard: VocabShard,
         loss_config: LossConfig,
-        target_weights: torch.Tensor | None,
+        target_weights_R: torch.Tensor | None,
+        chunk_rows: int,
+        row_multiple: int,
     ) -> Any:
+        """targets_R: row numbers of the weight, out of range for targets in other parts of the vocabulary."""
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         smoothing, z_loss = loss_config.label_smoothing, loss_config.z_loss
-        vocab_size = vocab_shard.all_reduce(targets.new_full((), len(weight))) if smoothing else 0  # V
-        extra_loss = torch.zeros((), device=hidden.device)
-        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        for start in range(0, len(targets), _CHUNK_ROWS):
-            rows = slice(start, start + _CHUNK_ROWS)
-            chunk, local_targets = hidden[rows], targets[rows, None] - vocab_shard.start_index
-            in_shard = (local_targets >= 0) & (local_targets < len(weight))
-            local_targets = local_targets.where(in_shard, 0)
-            padded = pad_rows(chunk, _ROW_MULTIPLE)
-            logits = (padded @ weight.T)[: len(chunk)].float()
-            logsumexp = vocab_shard.logsumexp(logits)
-            target_logits = vocab_shard.all_reduce(logits.gather(1, local_targets) * in_shard)
-            losses[rows] = (logsumexp - target_logits)[:, 0]
-            row_weights = None if target_weights is None else target_weights[rows, None]
+        vocab_size = vocab_shard.all_reduce_sum(targets_R.new_full((), len(weight_VC))) if smoothing else 0
+        extra_loss = torch.zeros((), device=hidden_RC.device)
+        losses_R = torch.empty(len(targets_R), dtype=torch.float32, device=hidden_RC.device)
+        grad_hidden_RC = torch.empty_like(hidden_RC) if need_hidden else None
+        grad_weight_VC = torch.zeros_like(weight_VC, dtype=torch.float32) if need_weight else None
+        for start in range(0, len(targets_R), chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            hidden_NC, targets_N1 = hidden_RC[rows], targets_R[rows, None]
+            in_shard_N1 = (targets_N1 >= 0) & (targets_N1 < len(weight_VC))
+            targets_N1 = targets_N1.where(in_shard_N1, 0)
+            padded_NC = pad_rows(hidden_NC, row_multiple)
+            logits_NV = (padded_NC @ weight_VC.T)[: len(hidden_NC)].float()
+            logsumexp_N1 = vocab_shard.logsumexp(logits_NV)
+            target_logits_N1 = vocab_shard.all_reduce_sum(logits_NV.gather(1, targets_N1) * in_shard_N1)
+            losses_R[rows] = (logsumexp_N1 - target_logits_N1)[:, 0]
+            weights_N1 = None if target_weights_R is None else target_weights_R[rows, None]
             if smoothing:
-                smoothed = target_logits - vocab_shard.all_reduce(logits.sum(1, keepdim=True)) / vocab_size
-                extra_loss += smoothing * (smoothed if row_weights is None else smoothed * row_weights).sum()
+                mean_logits_N1 = vocab_shard.all_reduce_sum(logits_NV.sum(1, keepdim=True)) / vocab_size
+                extra_loss += smoothing * _weighted(target_logits_N1 - mean_logits_N1, weights_N1).sum()
             if z_loss:
-                squares = logsumexp.square()
-                extra_loss += z_loss * (squares if row_weights is None else squares * row_weights).sum()
+                extra_loss += z_loss * _weighted(logsumexp_N1.square(), weights_N1).sum()
             if not (need_hidden or need_weight):
                 continue
-            grad_logits = logits.sub_(logsumexp).exp_()  # probabilities, less 1 at the target
+            grad_logits_NV = logits_NV.sub_(logsumexp_N1).exp_()  # probabilities, less 1 at the target
             if z_loss:
-                grad_logits *= 1 + 2 * z_loss * logsumexp
-            grad_logits.scatter_add_(1, local_targets, (smoothing - 1) * in_shard.to(grad_logits.dtype))
+                grad_logits_NV *= 1 + 2 * z_loss * logsumexp_N1
+            grad_logits_NV.scatter_add_(1, targets_N1, (smoothing - 1) * in_shard_N1.to(grad_logits_NV.dtype))
             if smoothing:
-                grad_logits -= smoothing / vocab_size
-            if row_weights is not None:
-                grad_logits *= row_weights
-            grad_logits = pad_rows(grad_logits.to(chunk.dtype), _ROW_MULTIPLE)
-            if grad_hidden is not None:
-                grad_hidden[rows] = (grad_logits @ weight)[: len(chunk)]
-            if grad_weight is not None:
-                grad_weight += grad_logits.T @ padded
-        if grad_hidden is not None:
-            vocab_shard.all_reduce(grad_hidden)
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
-        ctx.mark_non_differentiable(losses)
-        return (losses if target_weights is None else losses * target_weights).sum() + extra_loss, losses
+                grad_logits_NV -= smoothing / vocab_size
+            if weights_N1 is not None:
+                grad_logits_NV *= weights_N1
+            grad_logits_NV = pad_rows(grad_logits_NV.to(hidden_NC.dtype), row_multiple)
+            if grad_hidden_RC is not None:
+                grad_hidden_RC[rows] = (grad_logits_NV @ weight_VC)[: len(hidden_NC)]
+            if grad_weight_VC is not None:
+                grad_weight_VC += grad_logits_NV.T @ padded_NC
+        if grad_hidden_RC is not None:
+            vocab_shard.all_reduce_sum(grad_hidden_RC)
+        ctx.save_for_backward(grad_hidden_RC, grad_weight_VC)
+        ctx.weight_dtype = weight_VC.dtype
+        ctx.mark_non_differentiable(losses_R)
+        return _weighted(losses_R, target_weights_R).sum() + extra_loss, losses_R
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> Any:  # type: ignore[override]
-        grad_hidden, grad_weight = ctx.saved_tensors
+    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> Any:
+        grad_hidden_RC, grad_weight_VC = ctx.saved_tensors
         return (
-            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
-            None,
+            None if grad_hidden_RC is None else grad_hidden_RC * grad.to(grad_hidden_RC.dtype),
+            None if grad_weight_VC is None else (grad_weight_VC * grad).to(ctx.weight_dtype),
+            *(None,) * 6,
         )
 
 
-def linear_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    loss_config: LossConfig = LossConfig(),
-    target_weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cross entropy of softmax(hidden @ weight.T), in nats.
-
-    hidden (R, C) and weight (V, C) of one type, targets (R,) int64. The weight may be a DTensor that is split by the
-    vocabulary. target_weights: (R,) fp32, what each row counts; None: 1. Returns the sum over rows of what is to be
-    minimized, and (R,) fp32 the plain cross entropy of each row, without its weight, which no gradient flows from.
-    """
-    vocab_shard = _VocabShard()
-    if (mesh := getattr(weight, "device_mesh", None)) is not None:
-        shard_size = -(-len(weight) // mesh.size())
-        vocab_shard = _VocabShard(shard_size * mesh.get_local_rank(), mesh.get_group())
-        weight = weight.to_local()  # type: ignore[attr-defined, operator]
-    return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_shard, loss_config, target_weights)  # type: ignore[no-untyped-call]
+def _weighted(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    return values if weights is None else values * weights

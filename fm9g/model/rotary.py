@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021) and the ways to stretch it to longer texts.
+"""Rotary position embedding (Su et al. 2021) and its scalings to longer texts.
 
 Shapes: T tokens of a packed row, D width of a head.
 """
@@ -19,11 +19,11 @@ def _inverse_frequencies(theta: float | torch.Tensor, dim: int, device: torch.de
 
 
 def _ntk_by_parts(config: ModelConfig, inv_freq: torch.Tensor) -> torch.Tensor:
-    """Keeps fast frequencies, divides slow ones by the factor, blends those between: NTK-by-parts and YaRN (Peng et al.
+    """Keeps fast frequencies, divides slow ones by the factor and blends in between: NTK-by-parts and YaRN (Peng et al.
     2023, section 3.2)."""
     dim, theta = config.head_dim, config.rope_theta
 
-    def index_of(rotations: float) -> float:  # of the frequency that turns so often within the original length
+    def index_of(rotations: float) -> float:  # of the frequency with this many rotations in the original length
         return dim * math.log(config.orig_max_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low = max(math.floor(index_of(config.rope_beta_fast)), 0)
@@ -34,8 +34,8 @@ def _ntk_by_parts(config: ModelConfig, inv_freq: torch.Tensor) -> torch.Tensor:
 
 
 def _llama3(config: ModelConfig, inv_freq: torch.Tensor) -> torch.Tensor:
-    """Keeps fast frequencies, divides slow ones by the factor, blends those between: the manner of Llama 3.1."""
-    rotations = inv_freq * config.orig_max_length / (2 * math.pi)  # within the original length
+    """Keeps fast frequencies, divides slow ones by the factor and blends in between, as Llama 3.1 does."""
+    rotations = inv_freq * config.orig_max_length / (2 * math.pi)  # in the original length
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     fast = ((rotations - low) / (high - low)).clamp(0, 1)
     return inv_freq / config.rope_factor * (1 - fast) + inv_freq * fast
@@ -44,13 +44,21 @@ def _llama3(config: ModelConfig, inv_freq: torch.Tensor) -> torch.Tensor:
 def rotary_cos_sin(
     config: ModelConfig, positions: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines (T, D), fp32, for positions (T,) in documents with borders cu_seqlens."""
+    """Cosines and sines of the rotary angles.
+
+    Args:
+        positions: (T,) of each token in its document.
+        cu_seqlens: (documents + 1,) borders of the documents.
+
+    Returns:
+        Two tensors (T, D), fp32.
+    """
     kind, factor, dim, device = config.rope_scaling, config.rope_factor, config.head_dim, positions.device
     theta: float | torch.Tensor = config.rope_theta
     if kind == "ntk-aware":
         theta *= factor ** (dim / (dim - 2))
     elif kind == "dynamic ntk":
-        # The stretch follows each document's own length, so that packing changes nothing.
+        # Each document is stretched by its own length, so that packing changes nothing.
         seqlens = cu_seqlens.diff().to(torch.float32)
         growth = (factor * seqlens / config.orig_max_length - (factor - 1)).clamp(min=1.0)
         stretched = theta * growth ** (dim / (dim - 2))
@@ -68,7 +76,7 @@ def rotary_cos_sin(
 
 
 def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns x (T, heads, D) by its positions, in fp32, over half-split pairs; same type out."""
+    """Rotates x (T, heads, D), in fp32, the first half of D paired with the second. Returns the dtype of x."""
     x_fp32 = x.float()
     left, right = x_fp32.chunk(2, dim=-1)
     rotated = x_fp32 * cos[:, None, :] + torch.cat((-right, left), dim=-1) * sin[:, None, :]

@@ -1,13 +1,22 @@
-"""The 9G transformer, in plain torch: it knows no engine, no rank and no file.
+"""The 9G transformer in plain torch, without knowledge of engines, ranks or files.
 
-Modules carry the names of 9G checkpoints, so that a state dict of this model is the content of a 9G .pt file and
-adapters find the layers that users name. Shapes: T tokens of a packed row, C hidden size, H and K query and key heads,
-D width of a head, F intermediate size, V token ids.
+Modules carry the names of 9G checkpoints: a state dict of this model is the content of a 9G .pt file, and users name
+layers for adapters by these names.
+
+    input_embedding
+    encoder.layers.N.self_att.layernorm_before_attention
+                             .self_attention.{project_q, project_k, project_v, attention_out}
+                    .ffn.layernorm_before_ffn
+                        .ffn.{w_in.w_0, w_in.w_1, w_out}
+    encoder.output_layernorm
+    lm_head                                                     (absent if its weight is input_embedding's)
+
+Shapes: T tokens of a packed row, R positions that have a target, C hidden size, H and K query and key heads, D width of
+a head, F intermediate size, V token ids.
 """
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 
 import torch
@@ -16,17 +25,23 @@ from torch import nn
 
 from fm9g.config.model import ModelConfig
 from fm9g.model.attention import varlen_attention
-from fm9g.model.loss import LossConfig, linear_cross_entropy
+from fm9g.model.loss import LossConfig, VocabShard, linear_cross_entropy
 from fm9g.model.rotary import apply_rotary_emb, rotary_cos_sin
+from fm9g.model.seeding import weight_generator
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One packed row on the model's device; lengths alone is on the host.
+    """One packed row on the model's device; seqlens alone is on the host.
 
-    input_ids, positions: (T,). cu_seqlens: (documents + 1,) int32; seqlens: the same documents' lengths.
-    target_positions: (R,) the positions that have a target; targets: (R,) int64, the token after each of them.
-    target_weights: (R,) fp32, what each counts in the loss; None: all count 1.
+    Args:
+        input_ids: (T,).
+        positions: (T,) of each token in its document.
+        cu_seqlens: (documents + 1,) int32 borders of the documents.
+        seqlens: lengths of the same documents.
+        target_positions: (R,) the positions that have a target.
+        targets: (R,) int64, the token after each of them.
+        target_weights: (R,) fp32 factor of each target in the loss; None: 1.
     """
 
     input_ids: torch.Tensor
@@ -39,7 +54,7 @@ class Batch:
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalization (Zhang, Sennrich 2019): statistics in fp32, cast back, then times weight."""
+    """Root mean square normalization (Zhang, Sennrich 2019): statistics in fp32, cast back, multiplied by weight."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -52,10 +67,10 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions, and norms of queries and keys where the model has them."""
+    """Grouped-query attention with rotary positions, and norms of queries and keys if the model has them."""
 
     def __init__(self, config: ModelConfig, window: int) -> None:
-        """window: the tokens that a token attends to, itself included; 0: all before it."""
+        """window: number of tokens that a token attends to, itself included; 0: all before it."""
         super().__init__()
         self.head_dim, self.flash, self.scale = config.head_dim, config.use_flash_attn, config.attention_scale or None
         self.window = window
@@ -79,7 +94,8 @@ class Attention(nn.Module):
         query, key = apply_rotary_emb(query, cos, sin), apply_rotary_emb(key, cos, sin)
         value = self.project_v(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
         attn_out = varlen_attention(query, key, value, cu_seqlens, seqlens, self.flash, self.scale, self.window)
-        return self.attention_out(attn_out.flatten(-2))  # (T, C)
+        output: torch.Tensor = self.attention_out(attn_out.flatten(-2))  # (T, C)
+        return output
 
 
 class GatedLinear(nn.Module):
@@ -92,7 +108,8 @@ class GatedLinear(nn.Module):
         self.activation = F.silu if config.activation == "silu" else F.gelu
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.activation(self.w_0(x)) * self.w_1(x)  # (T, F)
+        gated: torch.Tensor = self.activation(self.w_0(x)) * self.w_1(x)  # (T, F)
+        return gated
 
 
 class FeedForward(nn.Module):
@@ -104,7 +121,8 @@ class FeedForward(nn.Module):
         self.w_out = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w_out(self.w_in(x))
+        output: torch.Tensor = self.w_out(self.w_in(x))  # (T, C)
+        return output
 
 
 class AttentionBlock(nn.Module):
@@ -152,48 +170,49 @@ class FM9G(nn.Module):
     """A 9G language model. Build it under torch.device("meta") and let an engine fill it, or call init_weight."""
 
     def __init__(self, config: ModelConfig, loss_config: LossConfig | None = None, neftune_alpha: float = 0.0) -> None:
-        """loss_config: None: plain cross entropy. neftune_alpha: the alpha of NEFTune (Jain et al. 2023) on embeddings,
-        in training."""
+        """
+        Args:
+            loss_config: terms beside cross entropy; None: none.
+            neftune_alpha: size of the noise on embeddings in training, see `neftune_noise`; 0: none.
+        """
         super().__init__()
         self.config, self._loss_config, self._neftune_alpha = config, loss_config or LossConfig(), neftune_alpha
+        self.vocab_shard = VocabShard()  # an engine that splits the output weight puts its own here
         self.input_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.encoder = TransformerStack(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of a packed row: its sum over targets, in nats, and (R,) the loss of each target (no gradient)."""
-        hidden = self.hidden_states(batch)[batch.target_positions]
-        return linear_cross_entropy(hidden, self.output_weight, batch.targets, self._loss_config, batch.target_weights)
+        """The loss of a packed row: its sum over targets, in nats; and (R,) that of each target, without gradient."""
+        hidden = self.hidden_states(batch)[batch.target_positions]  # (R, C)
+        return linear_cross_entropy(
+            hidden, self.output_weight, batch.targets, self._loss_config, batch.target_weights, self.vocab_shard
+        )
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """(T, V) scores of the token after each position."""
         return F.linear(self.hidden_states(batch), self.output_weight)
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
-        """(T, C) what the output weights are applied to."""
+        """(T, C) the inputs of the output layer."""
         cos, sin = rotary_cos_sin(self.config, batch.positions, batch.cu_seqlens)
         x = self.input_embedding(batch.input_ids) * self.config.embedding_multiplier
         if self._neftune_alpha and self.training:
-            x = x + self._neftune_noise(x, batch)
+            x = x + neftune_noise(x, batch.cu_seqlens, self._neftune_alpha)
         for layer in self.encoder.layers:
             x = layer(x, cos, sin, batch.cu_seqlens, batch.seqlens)
-        return self.encoder.output_layernorm(x) / self.config.mup_width
-
-    def _neftune_noise(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """(T, C) uniform in +-alpha / sqrt(length of the document * C)."""
-        seqlens = batch.cu_seqlens.diff()
-        bounds = self._neftune_alpha / (seqlens * x.shape[-1]).sqrt()
-        bound = bounds.repeat_interleave(seqlens, output_size=len(x))[:, None]  # (T, 1)
-        return ((torch.rand_like(x, dtype=torch.float32) * 2 - 1) * bound).to(x.dtype)
+        hidden: torch.Tensor = self.encoder.output_layernorm(x) / self.config.mup_width
+        return hidden
 
     @property
     def output_weight(self) -> torch.Tensor:
+        """(V, C)."""
         return (self.input_embedding if self.config.tie_word_embeddings else self.lm_head).weight
 
     @torch.no_grad()
     def init_weight(self, name: str, weight: torch.Tensor, seed: int) -> None:
-        """Fills a weight with its initial values, a function of its name and the seed alone.
+        """Fills a weight with its initial values, which depend on its name and the seed alone.
 
         Linear layers: normal with init_std / sqrt(mup_width); embedding and output: normal with init_std.
         """
@@ -203,8 +222,20 @@ class FM9G(nn.Module):
             weight.fill_(1.0)
         else:
             std = self.config.init_std / (self.config.mup_width**0.5 if is_mup_scaled(name) else 1.0)
-            generator = torch.Generator(weight.device).manual_seed((seed << 32) + zlib.crc32(name.encode()))
-            weight.normal_(0.0, std, generator=generator)
+            weight.normal_(0.0, std, generator=weight_generator(name, seed, weight.device))
+
+
+def neftune_noise(x: torch.Tensor, cu_seqlens: torch.Tensor, alpha: float) -> torch.Tensor:
+    """(T, C) uniform noise in +-alpha / sqrt(length of the document * C): NEFTune (Jain et al. 2023).
+
+    Args:
+        x: (T, C) embeddings, for shape and dtype.
+        cu_seqlens: (documents + 1,) borders of the documents.
+    """
+    seqlens = cu_seqlens.diff()
+    bounds = alpha / (seqlens * x.shape[-1]).sqrt()
+    bound = bounds.repeat_interleave(seqlens, output_size=len(x))[:, None]  # (T, 1)
+    return ((torch.rand_like(x, dtype=torch.float32) * 2 - 1) * bound).to(x.dtype)
 
 
 def is_mup_scaled(name: str) -> bool:

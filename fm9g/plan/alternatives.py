@@ -1,4 +1,4 @@
-"""Lighter ways to train than one that does not fit: adapters, smaller models, or more GPUs."""
+"""Alternatives to a job that does not fit: adapters, smaller models, or more GPUs."""
 
 from __future__ import annotations
 
@@ -9,25 +9,29 @@ from dataclasses import replace
 from fm9g.config.load import bare_name, config_folders
 from fm9g.config.model import ModelConfig, load_model_config
 from fm9g.errors import UserError
+from fm9g.hardware import GIB, Gpu
+from fm9g.model.counts import count_weights
 from fm9g.plan.estimate import JobEstimate, estimate_job
-from fm9g.plan.job import GIB, Gpu, JobConfig
-from fm9g.plan.sizes import count_weights
+from fm9g.plan.job import JobConfig
 
-_LORA = ("project_q", "project_v")  # as Hu et al. 2021 have it
+_LORA = ("project_q", "project_v")  # as in Hu et al. 2021
 _MAX_GPUS = 1024
-_GPUS_PER_NODE = 8  # GPUs of a machine, where several are needed
+_GPUS_PER_NODE = 8  # assumed if one machine is not enough
 
 
 def find_alternatives(model: ModelConfig, job: JobConfig, gpu: Gpu) -> list[str]:
-    """What fits on such GPUs where the job does not, a line each."""
+    """Alternatives that fit on such GPUs, a line each."""
     count = min_gpus(model, job, gpu)
     return memory_saving_options(model, job, gpu) + ([f"as it is, on {count} such GPUs"] if count else [])
 
 
 def memory_saving_options(model: ModelConfig, job: JobConfig, gpu: Gpu, keys: str = "") -> list[str]:
-    """What fits as many such GPUs: LoRA, QLoRA, and the largest smaller model, a line each.
+    """Alternatives that fit on the same GPUs: LoRA, QLoRA, and the largest smaller model, a line each.
 
-    keys: what the job changes already. A model of less than a tenth of the size is no substitute.
+    A model of less than a tenth of the size is not offered.
+
+    Args:
+        keys: changes that the job contains already.
     """
     lines = []
     adapters = replace(job, lora_layer=job.lora_layer or _LORA, tp_size=1)
@@ -38,7 +42,7 @@ def memory_saving_options(model: ModelConfig, job: JobConfig, gpu: Gpu, keys: st
     min_needed = float("inf")
     for name, own, way in ways:
         found = _first_fit(model, way, gpu)
-        if found and found[1].needed < min_needed:  # quantized weights are whole on every GPU, which may be more
+        if found and found[1].needed < min_needed:  # quantized weights are complete on every GPU, which may need more
             min_needed = found[1].needed
             lines.append(f"{name} on a pretrained model,{own}{found[0]}{keys}: {_format_memory(found[1])}")
     size = count_weights(model)
@@ -52,17 +56,17 @@ def memory_saving_options(model: ModelConfig, job: JobConfig, gpu: Gpu, keys: st
 
 
 def _shipped_models() -> dict[str, ModelConfig]:
-    """The models of model_configs/ by name; what is none is left out."""
+    """The models of model_configs/ by name, without invalid files."""
     models = {}
     for folder in reversed(config_folders("model_configs")):
         for file in sorted(folder.glob("*.json")):
             with contextlib.suppress(UserError):
-                models[bare_name(file.name)] = load_model_config(file).value
+                models[bare_name(file.name)] = load_model_config(file)
     return models
 
 
 def min_gpus(model: ModelConfig, job: JobConfig, gpu: Gpu) -> int:
-    """How many GPUs of this kind the job as it is needs, doubled from tp_size; 0: a thousand are not enough."""
+    """Number of such GPUs that the unchanged job needs, tried in powers of two from tp_size; 0: over a thousand."""
     count, node = job.tp_size, max(_GPUS_PER_NODE, job.tp_size)
     while count <= _MAX_GPUS:
         nodes = max(1, count // node)
@@ -73,11 +77,11 @@ def min_gpus(model: ModelConfig, job: JobConfig, gpu: Gpu) -> int:
 
 
 def _first_fit(model: ModelConfig, job: JobConfig, gpu: Gpu) -> tuple[str, JobEstimate] | None:
-    """The keys to change beside, and the plan; None: nothing fits."""
+    """The first variant of a job that fits: the keys to change in addition, and its estimate; None: none fits."""
     for keys, other in _memory_saving_variants(job, model.num_layers):
         try:
             estimate = estimate_job(model, other, gpu)
-        except UserError:  # heads that cannot be dealt out
+        except UserError:  # the heads cannot be divided
             return None
         if estimate.fits:
             return keys, estimate

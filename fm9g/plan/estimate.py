@@ -1,4 +1,4 @@
-"""From a model, a job and GPUs to memory, disk and days; and the settings near by that fit."""
+"""Estimates memory, disk space and time from a model, a job and GPUs; and searches for similar settings that fit."""
 
 from __future__ import annotations
 
@@ -10,21 +10,29 @@ from typing import Any
 
 from fm9g.config.model import ModelConfig
 from fm9g.errors import UserError
+from fm9g.hardware import GIB, GPUS, Gpu
+from fm9g.model import counts
 from fm9g.plan import sizes
-from fm9g.plan.job import GIB, GPUS, SEARCH_SPACE, Gpu, JobConfig
+from fm9g.plan.job import SEARCH_SPACE, JobConfig
 from fm9g.plan.memory import COMPONENTS, StepPhase, peak_memory
 
-FRAGMENTATION = 0.04  # of all memory, what lies between tensors; an assumption, on the careful side
-# For the order of suggestions alone: bytes a second between a GPU and the others of its node, those of other nodes, and
-# its host; and weights a second that a GPU's share of the host's processors updates.
+FRAGMENTATION = 0.04  # fraction of memory lost between tensors; a cautious assumption
+# For the order of suggestions alone: bytes per second from a GPU to others of its node, to other nodes and to its host;
+# and weights per second that a GPU's share of the host's processors updates.
 _NODE, _NETWORK, _HOST, _HOST_UPDATES = 200e9, 25e9, 20e9, 0.4e9
-_SELECTIVE = 0.05  # of a step: norms, rotations and activations once more
+_SELECTIVE = 0.05  # fraction of a step that recomputes norms, rotations and activations
 
 
 @dataclass(frozen=True)
 class JobEstimate:
-    """What a job takes. memory: the fullest moment of a GPU; bytes. flops_per_token: of the model, without what is
-    computed again. step_seconds: a guess that is good for comparing jobs alone."""
+    """What a job needs.
+
+    Args:
+        memory: the phase of a step with the most GPU memory.
+        checkpoint: bytes of a checkpoint on disk.
+        flops_per_token: of the model, without recomputation.
+        step_seconds: a rough guess, only good for comparing jobs.
+    """
 
     model: ModelConfig
     job: JobConfig
@@ -38,17 +46,17 @@ class JobEstimate:
 
     @property
     def needed(self) -> float:
-        """Bytes of GPU memory, with what is no tensor."""
+        """Bytes of GPU memory: tensors and overhead."""
         return self.memory.total + self.overhead
 
     @property
     def overhead(self) -> float:
-        """Bytes that no tensor holds."""
+        """Bytes of GPU memory that are not in tensors."""
         return FRAGMENTATION * self.memory.total + self.gpu.context * GIB
 
     @property
     def free(self) -> float:
-        """Bytes of GPU memory that are left; negative where it does not fit."""
+        """Unused bytes of GPU memory; negative if the job does not fit."""
         return self.gpu.memory * GIB - self.needed
 
     @property
@@ -87,33 +95,37 @@ class JobEstimate:
 
 
 def estimate_job(model: ModelConfig, job: JobConfig, gpu: Gpu = GPUS["A100"], mfu: float = 0.4) -> JobEstimate:
-    """What training a model so takes. mfu: share of the GPUs' peak that the model's own FLOPs are.
+    """Estimates what training a model needs.
 
-    Raises UserError where the job cannot be.
+    Args:
+        mfu: model FLOPs utilization: the model's FLOPs as a fraction of the peak of the GPUs.
+
+    Raises:
+        UserError: the job is impossible for this model.
     """
     job.check(model)
     return JobEstimate(
         model=model,
         job=job,
         gpu=gpu,
-        weights=sizes.count_weights(model),
+        weights=counts.count_weights(model),
         memory=peak_memory(model, job),
         checkpoint=sizes.checkpoint_bytes(model, job),
-        flops_per_token=sizes.flops_per_token(model, job.max_length, job.adapters(model)),
+        flops_per_token=counts.flops_per_token(model, job.max_length, job.adapters(model)),
         mfu=mfu,
         step_seconds=_step_seconds(model, job, gpu, mfu),
     )
 
 
 def _step_seconds(model: ModelConfig, job: JobConfig, gpu: Gpu, mfu: float) -> float:
-    """Computation, or messages where they take longer, and a tenth of these; then what waits for both.
+    """The longer of computation and messages, a tenth of the messages, and then offloading.
 
-    Without recomputation a GPU is taken to reach `mfu`. Messages of ZeRO (Rajbhandari et al. 2020, section 7).
+    Assumes that a GPU reaches `mfu` without recomputation. Messages of ZeRO: Rajbhandari et al. 2020, section 7.
     """
     again = {"none": 0.0, "selective": _SELECTIVE, "full": 1 / 3}[job.activation_checkpoint]
-    flops = job.row * sizes.flops_per_token(model, job.max_length, job.adapters(model)) / job.tp_size
+    flops = job.row * counts.flops_per_token(model, job.max_length, job.adapters(model)) / job.tp_size
     computing = flops / gpu.flops / mfu * (1 + again * min(1, job.grad_ckpt_num / model.num_layers))
-    num_weights, e = sizes.count_weights(model) / job.tp_size, job.width
+    num_weights, e = counts.count_weights(model) / job.tp_size, job.width
     speed = _NODE if job.nodes == 1 else _NETWORK
     reduced = e if job.engine == "bmtrain" else 4
     several = job.data_parallel > 1
@@ -130,18 +142,18 @@ def _step_seconds(model: ModelConfig, job: JobConfig, gpu: Gpu, mfu: float) -> f
 def suggest(
     model: ModelConfig, job: JobConfig, gpu: Gpu = GPUS["A100"], mfu: float = 0.4, count: int = 5
 ) -> list[tuple[str, JobEstimate]]:
-    """Jobs that fit and differ from this one as little as needed, with as many tokens a step: changes and plans.
+    """Searches for jobs that fit, with the same number of tokens per step; returns their changes and estimates.
 
-    The fastest by estimate come first. One that changes all that a faster one does, and more, is left out.
+    The fastest by estimate come first. A job is left out if a faster one needs only some of its changes.
     """
-    found = []
+    fitting = []
     for other in _candidates(model, job):
         estimate = estimate_job(model, other, gpu, mfu)
         if estimate.fits:
-            found.append((frozenset(_changed_options(job, other)), estimate))
-    found.sort(key=lambda item: (item[1].step_seconds, len(item[0])))
+            fitting.append((frozenset(_changed_options(job, other)), estimate))
+    fitting.sort(key=lambda item: (item[1].step_seconds, len(item[0])))
     chosen: list[tuple[frozenset[str], JobEstimate]] = []
-    for changes, estimate in found:  # those kept are as fast or faster
+    for changes, estimate in fitting:  # those chosen before are at least as fast
         if not any({_option_name(c) for c in before} <= {_option_name(c) for c in changes} for before, _ in chosen):
             chosen.append((changes, estimate))
     return [(" ".join(sorted(changes)), estimate) for changes, estimate in chosen[:count]]
@@ -180,7 +192,7 @@ def _candidates(model: ModelConfig, job: JobConfig) -> Iterator[JobConfig]:
 
 
 def _changed_options(before: JobConfig, after: JobConfig) -> Iterator[str]:
-    """`--key value` for each key that differs and means something."""
+    """`--key value` for each key that differs and has an effect."""
     for key, value in asdict(after).items():
         if value != getattr(before, key) and (key != "grad_ckpt_num" or after.activation_checkpoint != "none"):
             yield f"--{key} {str(value).lower()}"

@@ -1,9 +1,11 @@
-"""The memory of a GPU at the fullest moments of a step: which of them is the peak depends on model and settings.
+"""The memory of a GPU in the phases of a step. Which phase is the peak depends on model and settings.
 
-n: weights of a layer, r: of what is outside layers, on one rank of tensor parallelism; e: bytes of a number in the
-computation. A step's moments, in their order: the loss, while all that the layers keep is there; the gradient of the
-output layer; for each layer, from the last, its feed-forward part and the end of its backward pass; the gradients of
-what is outside layers; the optimizer. ZeRO: Rajbhandari et al. 2020.
+    forward ──> loss ──> output layer ──> layer L-1 .. layer 0 ──> outside layers ──> optimizer
+                all saved activations      feed-forward, end,       gradients,
+                are in memory              reduction                reduction
+
+n: weights of a layer, r: weights outside layers, both on one rank of tensor parallelism; e: bytes of a number in the
+precision of the computation. ZeRO: Rajbhandari et al. 2020.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fm9g.config.model import ModelConfig
+from fm9g.model import counts
 from fm9g.plan import sizes
 from fm9g.plan.job import QUANTIZED, JobConfig
 
@@ -20,11 +23,13 @@ COMPONENTS = ("weights", "gradients", "optimizer", "activations", "loss", "buffe
 
 @dataclass(frozen=True)
 class StepPhase:
-    """Bytes of each component at a moment of the step.
+    """Bytes of each component in a phase of the step.
 
-    weights, gradients, optimizer: what lasts from step to step or micro-batch to micro-batch, this rank's part.
-    activations: kept for the backward pass, and its own values. loss: logits and the output layer's gradient.
-    buffers: gathered weights, gradients that are not yet dealt out, and messages.
+    Args:
+        weights, gradients, optimizer: this rank's shards, which last over micro-batches or steps.
+        activations: saved for the backward pass, and its temporary values.
+        loss: logits and the gradient of the output layer.
+        buffers: gathered weights, gradients before their reduction, and messages.
     """
 
     name: str
@@ -37,16 +42,16 @@ class StepPhase:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, name) for name in COMPONENTS)
+        return float(sum(getattr(self, name) for name in COMPONENTS))
 
 
 def peak_memory(model: ModelConfig, job: JobConfig) -> StepPhase:
-    """The fullest moment."""
+    """The phase with the most memory."""
     return max(step_phases(model, job), key=lambda phase: phase.total)
 
 
 def step_phases(model: ModelConfig, job: JobConfig) -> Iterator[StepPhase]:
-    """All moments of a step that may be the fullest, first to last."""
+    """All phases of a step that may be the peak, in order."""
     if job.lora_layer:
         engine = _EngineMemory.of_adapters(model, job)
     else:
@@ -131,9 +136,9 @@ class _EngineMemory:
         Quantized matrices are whole on every process, and one at a time is made anew from its bits.
         """
         e, adapters, layers = job.width, job.adapters(model), model.num_layers
-        matrices, largest = sizes.matrix_weights(model)
+        matrices, largest = counts.matrix_weights(model)
         few = job.quantization != "none"
-        n, r = sizes.layer_weights(model) - matrices * few, sizes.root_weights(model)
+        n, r = counts.layer_weights(model) - matrices * few, counts.root_weights(model)
         bits = QUANTIZED.get(job.quantization, 0.0) * matrices * layers
         bmtrain = job.engine == "bmtrain"
         shards = job.data_parallel if job.zero_level else 1
@@ -146,7 +151,7 @@ class _EngineMemory:
             root_gradient=0,
             layer=e * (n + adapters),
             root=e * r * (not bmtrain) + e * largest * few,
-            output=e * (sizes.head_weights(model) if bmtrain else r) + e * largest * few,
+            output=e * (counts.head_weights(model) if bmtrain else r) + e * largest * few,
             ahead=e * (n + adapters) * (shards > 1 and job.zero_level == 3 and not bmtrain),
             head_gradient=0,
             whole_gradient=e * adapters,
@@ -166,7 +171,7 @@ class _EngineMemory:
 def _torch(model: ModelConfig, job: JobConfig) -> _EngineMemory:
     """FSDP2: fp32 shards; a layer's weights gathered in the computation's precision, its gradients reduced in fp32."""
     e, ways, layers = job.width, job.tp_size, model.num_layers
-    n, r = sizes.layer_weights(model, ways), sizes.root_weights(model, ways)
+    n, r = counts.layer_weights(model, ways), counts.root_weights(model, ways)
     shards = job.data_parallel if job.zero_level else 1
     total = (n * layers + r) / shards
     return _EngineMemory(
@@ -178,9 +183,9 @@ def _torch(model: ModelConfig, job: JobConfig) -> _EngineMemory:
         root=e * r,
         output=e * r,
         ahead=e * n * (shards > 1 and job.zero_level == 3),
-        head_gradient=e * sizes.head_weights(model, ways),
+        head_gradient=e * counts.head_weights(model, ways),
         whole_gradient=e * n,
-        root_whole=e * (r + sizes.head_weights(model, ways) * model.tie_word_embeddings),
+        root_whole=e * (r + counts.head_weights(model, ways) * model.tie_word_embeddings),
         message=4 * n,
         root_message=4 * r,
         stepping=0,
@@ -197,8 +202,8 @@ def _bmtrain(model: ModelConfig, job: JobConfig) -> _EngineMemory:
     are gathered for each use and released.
     """
     e, layers = job.width, model.num_layers
-    n, r = sizes.layer_weights(model), sizes.root_weights(model)
-    total, head = (n * layers + r) / job.data_parallel, sizes.head_weights(model)
+    n, r = counts.layer_weights(model), counts.root_weights(model)
+    total, head = (n * layers + r) / job.data_parallel, counts.head_weights(model)
     masters, several = 4 * (e < 4), job.gradient_accumulation_steps > 1
     return _EngineMemory(
         weights=e * total,

@@ -1,31 +1,32 @@
-"""A plan as a table, and alternatives as a picture."""
+"""An estimate as a table, and alternatives as a picture."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
 
+from fm9g.hardware import GIB
 from fm9g.io.atomic import atomic_file
 from fm9g.plan.estimate import JobEstimate
-from fm9g.plan.job import GIB, JobConfig
+from fm9g.plan.job import JobConfig
 from fm9g.plan.memory import COMPONENTS
 
 _MEANING = {
     "weights": "this GPU's part",
     "gradients": "this GPU's part",
     "optimizer": "moments of weights, and fp32 copies where the engine has them",
-    "activations": "kept for the backward pass, and its own values",
+    "activations": "saved for the backward pass, and its temporary values",
     "loss": "a chunk of logits, gradient of the output layer",
-    "buffers": "gathered weights, gradients on their way",
+    "buffers": "gathered weights, gradients in reduction",
 }
 
 
 def format_table(estimate: JobEstimate) -> str:
-    """The components of the fullest moment, then disk and speed."""
+    """The components of the peak, then disk and speed."""
     job, memory = estimate.job, estimate.memory
     rows = [(name, f"{getattr(memory, name) / GIB:.2f} GiB", _MEANING[name]) for name in COMPONENTS]
     rows += [
-        ("tensors", f"{memory.total / GIB:.2f} GiB", f"at the fullest moment: {memory.name}"),
+        ("tensors", f"{memory.total / GIB:.2f} GiB", f"at the peak: {memory.name}"),
         ("CUDA, NCCL, gaps", f"{estimate.overhead / GIB:.2f} GiB", "assumed"),
         (
             "free" if estimate.fits else "missing",
@@ -69,17 +70,19 @@ def _saved(job: JobConfig) -> str:
 
 
 def format_verdict(estimate: JobEstimate, device: str, tokens: float | None, why: str) -> str:
-    """One line: whether it fits, and how long the run takes.
+    """One line: whether the job fits, and how long the run takes.
 
-    device: what memory and speed are those of. tokens: of the whole run; None: not known. why: what sets the number of
-    tokens, or why it is not known.
+    Args:
+        device: name of the GPU.
+        tokens: of the whole run; None: unknown.
+        why: the key that sets the number of tokens, or the reason why it is unknown.
     """
     job, count = estimate.job, estimate.job.nodes * estimate.job.gpus
     fits = "It fits" if estimate.fits else "It does not fit"
     line = f"{fits}: {estimate.needed / GIB:.1f} of the {estimate.gpu.memory:g} GiB of each {device} "
     line += "(assumed, not measured). "
     if tokens is None:
-        return line + f"How long the run takes is not known: {why}."
+        return line + f"How long the run takes is unknown: {why}."
     steps = math.ceil(tokens / job.tokens_per_step)
     what = f"{steps:,} step{'s' * (steps != 1)} of {job.tokens_per_step:,} tokens ({why}, {_count(tokens)} tokens)"
     would = "take" if estimate.fits else "would take"
@@ -111,7 +114,7 @@ def _product(estimate: JobEstimate) -> str:
 
 
 def format_suggestions(found: list[tuple[str, JobEstimate]], ways: list[str]) -> str:
-    """The changes that suggest found, with their memory and speed; where there are none, the other ways."""
+    """The changes that `suggest` found, with memory and speed; if there are none, the alternatives."""
     if not found:
         none = "No zero_level, activation_checkpoint, tp_size, offload_optimizer or batch_size makes it fit."
         lines = ways or ["a shorter max_length, or larger GPUs"]
@@ -127,7 +130,7 @@ def format_suggestions(found: list[tuple[str, JobEstimate]], ways: list[str]) ->
 def plot_memory(estimates: dict[str, JobEstimate], picture: Path) -> None:
     """A bar of components for each plan, by its label, and the GPU's memory.
 
-    picture: its suffix, one of fm9g.io.atomic.IMAGE_SUFFIXES, says the format.
+    picture: its suffix, one of fm9g.io.output.IMAGE_SUFFIXES, says the format.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -145,7 +148,7 @@ def plot_memory(estimates: dict[str, JobEstimate], picture: Path) -> None:
     axes.barh(labels, rest, left=start, label="CUDA, NCCL, gaps", color="lightgrey")
     limit = next(iter(estimates.values())).gpu.memory
     axes.axvline(limit, color="black", linestyle="--", label=f"{limit:g} GiB")
-    axes.set(xlabel="GiB per GPU, at the fullest moment")
+    axes.set(xlabel="GiB per GPU at the peak")
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4)

@@ -1,1 +1,1 @@
-"""How runs went: their figures, events and configuration, as one HTML page or as a picture."""
+"""Shows how runs went: metrics, events and configuration, as one HTML page or as a picture."""

@@ -1,4 +1,4 @@
-"""Curves from a run's figures: values by step, running means, and few enough points to draw."""
+"""Curves from a run's metrics: values by step, running means, and few enough points to draw."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from fm9g.report.files import finite_or_none
+from fm9g.run_files import finite_or_none
 
-MAX_POINTS = 2000  # of a curve: more than a screen has columns
+MAX_POINTS = 2000  # per curve: more than a screen has columns
 _MAX_BINS = 300
 
 
 @dataclass(frozen=True)
 class Curve:
-    """(N,) steps and (N,) values; a value that was not finite is NaN."""
+    """(N,) steps and (N,) values; values that were not finite are NaN. The length counts the finite ones."""
 
     steps: np.ndarray
     values: np.ndarray
@@ -24,12 +24,13 @@ class Curve:
         return int(np.isfinite(self.values).sum())
 
     def after(self, step: float) -> Curve:
+        """The part of the curve after a step."""
         keep = self.steps > step
         return Curve(self.steps[keep], self.values[keep])
 
 
 def curve(metrics: list[dict[str, Any]], key: str) -> Curve:
-    """The values of `key` where it was written down; an empty curve where it never was."""
+    """The values of a metric at the steps where it was logged."""
     lines = [line for line in metrics if key in line]
     values = [finite_or_none(line[key]) for line in lines]
     return Curve(
@@ -39,10 +40,15 @@ def curve(metrics: list[dict[str, Any]], key: str) -> Curve:
 
 
 def running_mean(curve: Curve) -> Curve:
-    """The mean of the values around each: up to five or, in a long curve, half a percent of all on either side.
+    """The mean of each value and its neighbours; a missing value stays a gap.
 
-    At the start only as many are taken from after a value as there are before it, so that the mean does not lag behind
-    the first fall of a loss. A missing value stays a gap.
+    There are up to five neighbours on either side, in a long curve half a percent of it. Near the start the window is
+    symmetric, so that the mean follows the first fall of a loss:
+
+        values   a  b  c  d  e  f  g         radius 2
+        windows [a]
+                [a  b  c]
+                [a  b  c  d  e] ...
     """
     count = len(curve.values)
     indices, radius = np.arange(count), max(min(5, count // 20), count // 200)
@@ -56,23 +62,23 @@ def running_mean(curve: Curve) -> Curve:
 
 
 def downsample(curve: Curve, max_points: int = MAX_POINTS) -> Curve:
-    """At most `max_points` points of a curve: lowest and highest of each stretch, so that no peak is lost."""
+    """At most `max_points` points of a curve: the minimum and maximum of each bin, so that no peak is lost."""
     count = len(curve.values)
     if count <= max_points:
         return curve
-    length = -(-count // (max_points // 2))  # of a stretch
+    length = -(-count // (max_points // 2))  # of a bin
     values = np.concatenate([curve.values, np.full(-count % length, np.nan)]).reshape(-1, length)
     known = np.isfinite(values)
-    # A stretch without values keeps its first place, so a gap stays one.
+    # argmin of an empty bin is its first point, a NaN, so a gap stays a gap.
     extremes = [np.where(known, values, np.inf).argmin(1), np.where(known, values, -np.inf).argmax(1)]
     indices = np.unique(np.concatenate(extremes) + np.tile(np.arange(len(values)) * length, 2))
     return Curve(curve.steps[indices], curve.values[indices])
 
 
 def binned_means(metrics: list[dict[str, Any]], keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(N + 1,) steps that bound N stretches, and (keys, N) the mean of each key in each.
+    """(N + 1,) steps that bound N bins, and (keys, N) the mean of each metric in each bin.
 
-    A logged figure is a mean over the steps since the line before. Missing values count as 0.
+    A logged value is a mean over the steps since the line before. Missing values count as 0.
     """
     lines = [line for line in metrics if any(finite_or_none(line.get(key)) is not None for key in keys)]
     ends = np.array([line["step"] for line in lines], float)

@@ -1,4 +1,4 @@
-"""On what a run was trained, session by session, and how the page speaks of it."""
+"""The devices that a run was trained on, at each launch, and captions that depend on them."""
 
 from __future__ import annotations
 
@@ -7,26 +7,25 @@ from typing import Any
 
 from fm9g.report.files import Run
 
-CPU = "CPU"  # as fm9g.train.device_flops.device_name calls it; any other name is that of a GPU
+CPU = "CPU"  # as training names it in its start event; any other name is that of a GPU
 GPU, MIXED = "GPU", ""
 _MEMORY_CAPTIONS = {
-    GPU: "The most that a GPU held at a time. Near the GPU's size, a run may fail.",
-    CPU: "The most that a process held at a time. Where all processes together come near the machine's memory, the "
-    "system may end the run.",
-    MIXED: "The most that a process held at a time, in the memory of a GPU or of the machine. Near its size, a run "
-    "may fail.",
+    GPU: "The maximum of a GPU. Near the GPU's size, a run may fail.",
+    CPU: "The maximum of a process. If all processes together come near the machine's memory, the system may end the "
+    "run.",
+    MIXED: "The maximum of a process, in the memory of a GPU or of the machine. Near its size, a run may fail.",
 }
 _MFU_CAPTIONS = {
-    GPU: "Share of the arithmetic that the GPUs could do at best; 40 to 60 % is good for large models.",
-    CPU: "Share of the arithmetic that the CPU could do at best, which is what peak_tflops says.",
-    MIXED: "Share of the arithmetic that the devices could do at best; on GPUs, 40 to 60 % is good for large models.",
+    GPU: "Share of the peak FLOPs of the GPUs; 40 to 60 % is good for large models.",
+    CPU: "Share of the peak FLOPs of the CPU, which peak_tflops states.",
+    MIXED: "Share of the peak FLOPs of the devices; on GPUs, 40 to 60 % is good for large models.",
 }
 
 
 _MEMORY_NOTES = {
-    GPU: "the most that a GPU held",
-    CPU: "the most of the machine's memory that a process held",
-    MIXED: "the most that a process held",
+    GPU: "maximum of a GPU",
+    CPU: "maximum of a process, in the machine's memory",
+    MIXED: "maximum of a process",
 }
 
 
@@ -43,19 +42,19 @@ def mfu_caption(runs: list[Run]) -> str:
 
 
 def describe_devices(run: Run) -> str:
-    """The devices in words, those of each session where they changed; empty where they are not known."""
-    said: list[str] = []
+    """The devices in words, with each launch that changed them; empty if they are unknown."""
+    parts: list[str] = []
     for event in _start_events(run):
         words = _device_list(event["devices"])
-        if not said:
-            said.append(words)
-        elif said[-1].rpartition(": ")[2] != words:
-            said.append(f"from step {event['step']:,}: {words}")
-    return "; ".join(said)
+        if not parts:
+            parts.append(words)
+        elif parts[-1].rpartition(": ")[2] != words:
+            parts.append(f"from step {event['step']:,}: {words}")
+    return "; ".join(parts)
 
 
 def _device_kind(runs: list[Run]) -> str:
-    """CPU or GPU where all sessions of all runs had only these, else MIXED; also where a run does not tell."""
+    """CPU or GPU if all launches of all runs had only these; else, or if a run does not say, MIXED."""
     kinds = set()
     for run in runs:
         names = {name for event in _start_events(run) for name in event["devices"]}
@@ -64,7 +63,7 @@ def _device_kind(runs: list[Run]) -> str:
 
 
 def _start_events(run: Run) -> Iterable[dict[str, Any]]:
-    """The events that began a session and tell its devices: their names, and how many processes had such a one."""
+    """The events of launches that have devices: name -> number of processes."""
     for event in run.events:
         devices = event.get("devices")
         if isinstance(devices, dict) and devices and all(isinstance(count, int) for count in devices.values()):

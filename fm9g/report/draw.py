@@ -1,4 +1,4 @@
-"""Figures of the page as SVG, made by matplotlib, whose colors are the page's: they follow a light or dark screen."""
+"""Draws the charts of the page as SVG with matplotlib. Their colors are variables of the page: light or dark."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ import numpy as np
 from fm9g.printable import printable
 from fm9g.report.curves import MAX_POINTS, Curve, downsample, running_mean
 
-COLORS = 8  # the page knows so many, --c0 to --c7
+COLORS = 8  # the page defines --c0 to --c7
 WIDE, NARROW = (10.0, 3.6), (5.4, 2.9)  # inches; the page scales them
 _INK, _GRID = "#00fd01", "#00fd02"
 _VARIABLES = {_INK: "var(--ink)", _GRID: "var(--grid)"} | {f"#00fe0{i}": f"var(--c{i})" for i in range(COLORS)}
 _SVG, _LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-_MAX_DOTS = 40  # points of a curve that are drawn one by one
-_MAX_MARKS = 200  # of a kind
+_MAX_DOTS = 40  # a curve with no more points than these is drawn with dots
+_MAX_MARKS = 200  # per kind
 _STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text, in a font that the reader's machine has for it
+    "svg.fonttype": "none",  # text stays text, in a font of the reader's machine
     "text.parse_math": False,  # a dollar is a dollar
     "font.size": 10,
     "text.color": _INK,
@@ -44,7 +44,7 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class Line:
-    """A curve of a figure. smooth: the running mean is drawn, and the values only faintly."""
+    """A curve of a chart. smooth: draw the running mean, and the values only faintly."""
 
     curve: Curve
     color: int
@@ -54,7 +54,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Mark:
-    """Something that happened. text: is shown when the mouse rests on it. low: a tick at the foot, without a line."""
+    """An event in a chart. text: its tooltip. low: a tick at the bottom, without a vertical line."""
 
     step: int
     symbol: str
@@ -73,7 +73,15 @@ def draw_lines(
     focus: tuple[float, float, float] | None = None,
     log: bool = False,
 ) -> str:
-    """A figure of curves over steps. focus: shows what comes after a step, from a lowest to a highest value."""
+    """Draws curves over steps.
+
+    Args:
+        name: unique among the charts of the page; starts every id in the SVG.
+        title: what it shows, for screen readers.
+        marks: events to show.
+        focus: (first step, lowest value, highest value) to zoom in to.
+        log: logarithmic values.
+    """
     with _figure(wide, ylabel) as (figure, axes):
         for line in lines:
             _plot(axes, line, focus[0] if focus else -np.inf, MAX_POINTS if wide else MAX_POINTS // 2)
@@ -81,7 +89,7 @@ def draw_lines(
             axes.set_xlim(steps[0] - 1, steps[0] + 1)
         if log:
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(format_number)  # a scale brings its own, in formulas
+            axes.yaxis.set_major_formatter(format_number)  # the scale sets its own, in formulas
             axes.yaxis.set_minor_formatter("")
         if focus:
             axes.set_ylim(*focus[1:])
@@ -92,7 +100,7 @@ def draw_lines(
 def draw_stacked_areas(
     name: str, title: str, edges: np.ndarray, values: np.ndarray, colors: list[int], ylabel: str
 ) -> str:
-    """A figure of areas on top of each other. edges: (N + 1,) steps, values: (areas, N)."""
+    """Draws areas on top of each other. edges: (N + 1,) steps. values: (areas, N)."""
     with _figure(True, ylabel) as (figure, axes):
         tops = np.cumsum(values, axis=0)
         bottom = np.zeros(values.shape[1])
@@ -129,7 +137,7 @@ def _figure(wide: bool, ylabel: str) -> Iterator[tuple[Any, Any]]:
 
 
 def _plot(axes: Any, line: Line, start: float, max_points: int) -> None:
-    """start: only what comes after this step. max_points: points to draw."""
+    """Draws a line after step `start`, with at most max_points points."""
     shown, color, dashes = line.curve.after(start), _color(line.color), (0, (5, 2)) if line.dashed else "-"
     is_short, smooth = len(shown) <= _MAX_DOTS, line.smooth and len(shown) > 1
     values = downsample(shown, max_points)
@@ -142,16 +150,17 @@ def _plot(axes: Any, line: Line, start: float, max_points: int) -> None:
 
 
 def _is_isolated(values: np.ndarray) -> np.ndarray:
-    """Which values have no neighbour that a line could be drawn to."""
-    there = np.concatenate([[False], np.isfinite(values), [False]])
-    return there[1:-1] & ~there[:-2] & ~there[2:]
+    """Whether a value has no neighbour to draw a line to."""
+    known = np.concatenate([[False], np.isfinite(values), [False]])
+    isolated: np.ndarray = known[1:-1] & ~known[:-2] & ~known[2:]
+    return isolated
 
 
 def _plot_marks(axes: Any, marks: list[Mark]) -> dict[str, str]:
-    """Draws marks at the edges of the axes; group name in the SVG -> text."""
+    """Draws marks at the edges of the axes. Returns their tooltips: id in the SVG -> text."""
     notes: dict[str, str] = {}
     by_kind: dict[tuple[str, int | None], list[Mark]] = {}
-    taken: dict[int, int] = {}  # at a step
+    taken: dict[int, int] = {}  # step -> marks drawn there
     for mark in marks:
         by_kind.setdefault((mark.symbol, mark.color), []).append(mark)
     for same in by_kind.values():
@@ -174,14 +183,11 @@ def _color(number: int) -> str:
 
 
 def _to_svg(figure: Any, name: str, title: str, notes: dict[str, str]) -> str:
-    """The figure as an <svg> element for the inside of an HTML page.
-
-    name: begins every id in it. title: what it shows, for those who cannot see it.
-    """
+    """The figure as an <svg> element to put into an HTML page. name, title: as of draw_lines. notes: tooltips."""
     import matplotlib
 
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):  # ids are the same each time
+    with matplotlib.rc_context({"svg.hashsalt": name}):  # deterministic ids
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     root = ElementTree.fromstring(buffer.getvalue())
     view = root.get("viewBox") or ""
@@ -192,7 +198,7 @@ def _to_svg(figure: Any, name: str, title: str, notes: dict[str, str]) -> str:
     used = {found for value in values for found in re.findall(r"(?:^|url\()#([^)]+)", value)}
     for element in list(root.iter()):
         tag = element.tag.removeprefix(f"{{{_SVG}}}") if isinstance(element.tag, str) else ""
-        if "metadata" in tag or tag == "style":  # a style would hold for the whole page
+        if "metadata" in tag or tag == "style":  # a style would apply to the whole page
             parents[element].remove(element)
             continue
         _fix_svg(element, name, used, notes)
@@ -202,7 +208,7 @@ def _to_svg(figure: Any, name: str, title: str, notes: dict[str, str]) -> str:
 
 
 def _fix_svg(element: ElementTree.Element, name: str, used: set[str], notes: dict[str, str]) -> None:
-    """Makes colors variables, ids those of this figure, and paths short."""
+    """Replaces colors by variables, makes ids unique to this chart, and shortens paths."""
     element_id = element.attrib.pop("id", "")
     if element_id in notes:
         note = ElementTree.Element(f"{{{_SVG}}}title")
@@ -224,6 +230,6 @@ def _fix_svg(element: ElementTree.Element, name: str, used: set[str], notes: dic
 
 
 def _font_size_only(match: re.Match[str]) -> str:
-    """The size from a `font:` shorthand: the family is the page's."""
+    """Keeps the size of a `font:` shorthand: the family is the page's."""
     size = re.search(r"[\d.]+px", match[0])
     return f"font-size: {size[0]};" if size else ""

@@ -1,35 +1,35 @@
-"""The files that a run leaves in its logs folder, and which folder a name stands for."""
+"""Opens runs for reports: finds the logs folder that a name stands for, and reads its files."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fm9g.config.fields import did_you_mean
-from fm9g.config.load import read_object
 from fm9g.config.run import with_current_keys
 from fm9g.errors import UserError
 from fm9g.io.inputs import register_input
+from fm9g.io.json_file import read_object
+from fm9g.run_files import EVENTS_FILE, METRICS_FILE, RUN_FILE, has_metrics, logs_dir, read_events, read_metrics
 
-METRICS_FILE = "metrics.jsonl"  # figures: a JSON object a logged step
-EVENTS_FILE = "events.jsonl"  # what happened: {"step", "time", "kind", "text"} a line
-RUN_FILE = "run.json"  # {"config", "data", "validation", "summary", "versions"}
-LOGS_DIR = Path("data") / "logs"  # of runs that are given by name
 _MAX_LISTED = 30  # names in a message
-_MAX_LINE_BYTES = 1 << 22  # bytes
-_MAX_STEP, _MAX_TIME = 1 << 53, 1e11  # what doubles count up to; seconds since 1970: the year 5138
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is known of a run. Everything but `metrics` may be empty: of an old run, or one that just started.
+    """What the files of a run say. All but `metrics` may be empty: for an old run, or one that just started.
 
-    name: as short as it can be without being another's. metrics: a dict a step, in order, never empty.
-    config: section -> key -> {"value", "from"}. data, validation: a dict a dataset. versions: package -> version.
-    notes: about lines of its files that could not be used.
+    Args:
+        name: the shortest that tells it from the other runs of the report.
+        folder: its logs folder.
+        metrics: a dict per logged step, in order; never empty.
+        events: see fm9g.run_files.read_events.
+        config: section -> key -> {"value", "from"}.
+        data: a dict per dataset of the mixture.
+        validation: a dict per dataset that it is evaluated on.
+        summary: what training printed at its start.
+        versions: package -> version.
     """
 
     name: str
@@ -41,7 +41,6 @@ class Run:
     validation: list[dict[str, Any]]
     summary: str
     versions: dict[str, str]
-    notes: list[str]
 
 
 def open_runs(names: list[str]) -> list[Run]:
@@ -55,48 +54,22 @@ def open_runs(names: list[str]) -> list[Run]:
 
 
 def open_run(folder: Path, name: str = "") -> Run:
-    """Reads a logs folder. Raises UserError where it holds no figures."""
+    """Reads a logs folder. Warns about lines that are left out. Raises UserError if it holds no metrics."""
     for part in (METRICS_FILE, EVENTS_FILE, RUN_FILE):
         register_input(folder / part)
-    notes: list[str] = []
-    metrics = read_metrics(folder / METRICS_FILE, notes)
-    if not metrics:
-        file = folder / METRICS_FILE
-        if notes:
+    file = folder / METRICS_FILE
+    if not has_metrics(file):
+        # A line without its end is one that is being written, or that a crash cut off.
+        if file.is_file() and b"\n" in file.read_bytes().lstrip():
             raise UserError(f'{file}: none of its lines is of a run, such as {{"step": 1, "Loss/train": 9.5}}')
-        raise UserError(f"{file}: holds no figures yet; wait until the run has logged a step")
+        raise UserError(f"{file}: holds no metrics yet; wait until the run has logged a step")
     run = read_run_info(folder / RUN_FILE)
-    events = read_events(folder / EVENTS_FILE, notes)
-    return Run(name or folder.resolve().name, folder, metrics, events, **run, notes=notes)
-
-
-def read_metrics(file: Path, notes: list[str] | None = None) -> list[dict[str, Any]]:
-    """The figures of a run, a dict a step, in order; what is not finite is None. None of them where no file is.
-
-    The lines of one step (it is logged, then evaluated) become one. A line that was cut off by a crash is left out.
-    notes: gets a line about others that are left out.
-    """
-    steps: dict[int, dict[str, Any]] = {}
-    for line in _json_lines(file, lambda line: True, notes):
-        steps.setdefault(line["step"], {}).update(line)
-    return [steps[step] for step in sorted(steps)]
-
-
-def read_events(file: Path, notes: list[str] | None = None) -> list[dict[str, Any]]:
-    """What happened, in order: {"step", "time": seconds or None, "kind", "text"}; none without a file.
-
-    notes: as of read_metrics.
-    """
-    events = []
-    for line in _json_lines(file, lambda line: isinstance(line.get("kind"), str), notes):
-        seconds, text = finite_or_none(line.get("time")), line.get("text")
-        known = seconds is not None and 0 <= seconds < _MAX_TIME
-        events.append({**line, "time": seconds if known else None, "text": text if isinstance(text, str) else ""})
-    return events
+    events = read_events(folder / EVENTS_FILE)
+    return Run(name or folder.resolve().name, folder, read_metrics(file), events, **run)
 
 
 def read_run_info(file: Path) -> dict[str, Any]:
-    """{"config", "data", "validation", "summary", "versions"} of a run, each empty where it is not known.
+    """{"config", "data", "validation", "summary", "versions"} of a run, each empty if it is unknown.
 
     Raises UserError.
     """
@@ -116,86 +89,36 @@ def read_run_info(file: Path) -> dict[str, Any]:
     }
 
 
-def finite_or_none(value: Any) -> float | None:
-    """A figure as a number that can be drawn, or None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e100:
-        return None
-    return float(value)
-
-
 def find_run(name: str) -> Path:
     """The logs folder that a user means.
 
     name: such a folder, a file in it, or the name of a run in data/logs/. Raises UserError that lists the runs there.
     """
-    path = Path(name)
-    named = [LOGS_DIR / name] if path.name == name else []
-    file = [path.parent] if path.name in (METRICS_FILE, EVENTS_FILE, RUN_FILE) else []
-    for folder in [path, *file, *named]:
+    path, logs = Path(name), logs_dir()
+    is_name = path.name == name
+    candidates = [path]
+    if path.name in (METRICS_FILE, EVENTS_FILE, RUN_FILE):
+        candidates.append(path.parent)
+    if is_name:
+        candidates.append(logs / name)
+    for folder in candidates:
         if (folder / METRICS_FILE).is_file():
             return folder
-    inside = next(
-        (folder for folder in [path, *([] if named else [path.parent]), LOGS_DIR] if _runs_in(folder)), LOGS_DIR
-    )
-    runs = _runs_in(inside)
     if path.is_dir():
-        what = f"the folder holds no {METRICS_FILE}"
+        problem = f"the folder holds no {METRICS_FILE}"
     elif path.is_file():
-        what = f"is not the {METRICS_FILE} of a run"
+        problem = f"is not the {METRICS_FILE} of a run"
     else:
-        what = f"is neither a folder with a {METRICS_FILE} nor the name of a run in {LOGS_DIR}/"
-    if not runs:
-        known = (
-            f"No run is in {LOGS_DIR}/ here; go to where training was started, or give the path of a run's logs folder"
-        )
-    else:
+        problem = f"is neither a folder with a {METRICS_FILE} nor the name of a run in {logs}/"
+    nearby = [path, logs] if is_name else [path, path.parent, logs]
+    inside = next((folder for folder in nearby if _runs_in(folder)), logs)
+    runs = _runs_in(inside)
+    if runs:
         known = f"Runs in {inside}/: {', '.join(runs[:_MAX_LISTED])}"
         known += f" and {len(runs) - _MAX_LISTED} more" if len(runs) > _MAX_LISTED else ""
-    raise UserError(f"{name or path}: {what}{did_you_mean(path.name, runs)}. {known}".replace("?.", "?"))
-
-
-def _json_lines(
-    file: Path, is_valid: Callable[[dict[str, Any]], bool], notes: list[str] | None
-) -> Iterator[dict[str, Any]]:
-    """The JSON objects with a step that a file has in its lines. notes: gets a line about lines that are not such."""
-    bad_lines = []
-    for line_number, line in enumerate(_lines(file), 1):
-        content = _parse_object(line)
-        if content is not None and _is_step(content.get("step")) and is_valid(content):
-            yield content
-        elif line.endswith(b"\n") and line.strip():  # a crash cuts the last one off
-            bad_lines.append(line_number)
-    if bad_lines and notes is not None:
-        count = (
-            f"lines {bad_lines[0]} and {len(bad_lines) - 1} more are"
-            if len(bad_lines) > 1
-            else f"line {bad_lines[0]} is"
-        )
-        notes.append(f"{file}: {count} left out: not a JSON object with a step from 0 on, as training writes them")
-
-
-def _lines(file: Path) -> Iterator[bytes]:
-    """A file's lines, in place of those that training does not write so long another one."""
-    if not file.is_file():
-        return
-    with file.open("rb") as content:
-        while line := content.readline(_MAX_LINE_BYTES):
-            is_long = len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n")
-            while is_long and line and not line.endswith(b"\n"):
-                line = content.readline(_MAX_LINE_BYTES)
-            yield b"(too long)\n" if is_long else line
-
-
-def _parse_object(line: bytes) -> dict[str, Any] | None:
-    try:
-        content = json.loads(line.decode("utf-8", "replace"), parse_constant=lambda _: None)  # old files hold NaN
-    except (ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def _is_step(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MAX_STEP
+    else:
+        known = f"No run is in {logs}/ here; go to where training was started, or give the path of a run's logs folder"
+    raise UserError(f"{name or path}: {problem}{did_you_mean(path.name, runs)}. {known}".replace("?.", "?"))
 
 
 def _runs_in(folder: Path) -> list[str]:
@@ -203,7 +126,7 @@ def _runs_in(folder: Path) -> list[str]:
 
 
 def _short_names(paths: list[Path]) -> list[str]:
-    """The last part of each path, or as many of the last as it takes to tell them apart."""
+    """The last part of each path, or as many last parts as it takes to tell the paths apart."""
     names, length = [path.name for path in paths], 1
     while len(set(names)) < len(names):
         length += 1

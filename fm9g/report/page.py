@@ -1,4 +1,4 @@
-"""One HTML page about one or several runs, which needs nothing but itself."""
+"""One self-contained HTML page about one or several runs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _TEMPLATE = "page.html.jinja"
 
 
 def write_page(runs: list[Run], output: Path) -> None:
-    """Writes the page; what was under `output` is replaced. Raises UserError where it cannot be written."""
+    """Writes the page, replacing `output`. Raises UserError if it cannot be written."""
     text = render(runs)
     with atomic_file(output) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def render(runs: list[Run]) -> str:
-    """The page as HTML: the same text for the same runs and checkpoints, at any time and place."""
+    """The page as HTML. Deterministic: the same runs and checkpoints give the same text."""
     import jinja2
     from markupsafe import Markup
 
@@ -36,7 +36,7 @@ def render(runs: list[Run]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["svg"] = Markup  # of draw.py, which escapes what it is given
+    environment.filters["svg"] = Markup  # from draw.py, which escapes its input
     groups = configuration(runs)
     return environment.get_template(_TEMPLATE).render(
         runs=runs,
@@ -46,7 +46,7 @@ def render(runs: list[Run]) -> str:
         sections=sections(runs),
         events=events(runs, routine=False),
         routine=events(runs, routine=True),
-        checkpoints=[(run, found) for run in runs if (found := advise_checkpoints(run))],
+        checkpoints=[(run, advice) for run in runs if (advice := advise_checkpoints(run))],
         datasets=[(run, rows) for run in runs if (rows := datasets(run))],
         validation=[(run, rows) for run in runs if (rows := validation_datasets(run))],
         groups=groups,

@@ -1,4 +1,4 @@
-"""Which figures the page has: their curves, legends and captions."""
+"""The charts of the page: their curves, legends and captions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fm9g.report.devices import memory_caption, mfu_caption
 from fm9g.report.draw import COLORS, Line, Mark, draw_lines, draw_stacked_areas
 from fm9g.report.files import Run
 
-# kind of an event -> matplotlib's marker, the same sign as text, in words
+# kind of an event -> matplotlib's marker, the same symbol as text, meaning
 EVENT_KINDS = {
     "resume": (">", "▶", "resumed from a checkpoint"),
     "spike": ("^", "▲", "jump of the loss"),
@@ -21,7 +21,7 @@ EVENT_KINDS = {
     "oom": ("D", "◆", "out of memory"),
     "signal": ("s", "■", "stopped by a signal"),
     "save_failed": ("X", "✖", "checkpoint not saved"),
-    "tidy_failed": ("X", "✖", "old checkpoint not deleted"),
+    "prune_failed": ("X", "✖", "old checkpoint not deleted"),
     "best": ("*", "★", "best validation loss"),
     "early_stop": ("o", "●", "stopped early"),
     "save": ("|", "|", "checkpoint saved"),
@@ -40,7 +40,7 @@ TIME_METRICS = {
 
 @dataclass(frozen=True)
 class LegendEntry:
-    """An entry of a legend. symbol: line, dash, area, or the sign of a mark; color: None for that of the text."""
+    """An entry of a legend. symbol: line, dash, area, or that of a mark. color: None for that of the text."""
 
     symbol: str
     label: str
@@ -49,7 +49,7 @@ class LegendEntry:
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure of the page. svg: whole and safe to put in."""
+    """A chart of the page. svg: safe to insert."""
 
     title: str
     caption: str
@@ -60,7 +60,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Section:
-    """Figures under one heading."""
+    """Charts under one heading."""
 
     id: str
     title: str
@@ -69,13 +69,13 @@ class Section:
 
 
 def sections(runs: list[Run]) -> list[Section]:
-    """All figures there are values for, under their headings; a heading without any is left out."""
+    """All charts that have values, by section; a section without any is left out."""
     every = [
         Section(
             "loss",
             "Loss",
-            "The loss says how badly the model predicts the next token: lower is better. A good curve falls quickly "
-            "at first, then ever more slowly.",
+            "The loss measures how badly the model predicts the next token: lower is better. A good curve falls "
+            "quickly at first, then ever more slowly.",
             list(_loss(runs)),
         ),
         Section(
@@ -88,21 +88,26 @@ def sections(runs: list[Run]) -> list[Section]:
         Section(
             "optimizer",
             "Learning",
-            "How large the steps of the optimizer are, and how hard the data pulls at the weights.",
+            "The learning rate, and the size of the gradients.",
             list(_optimizer(runs)),
         ),
-        Section("speed", "Speed and memory", "What the hardware makes of it.", list(_speed(runs))),
+        Section(
+            "speed",
+            "Speed and memory",
+            "How fast the hardware trains, and what it spends time and memory on.",
+            list(_speed(runs)),
+        ),
     ]
     return [section for section in every if section.panels]
 
 
 def tasks_of(run: Run) -> list[str]:
-    """The names of the datasets that a run trains on, those of its mixture first."""
+    """Names of the datasets that a run trains on, those of its mixture first."""
     return _tasks_in(run, run.data, "Loss/train/", "Tokens/", "Epoch/")
 
 
 def validation_tasks_of(run: Run) -> list[str]:
-    """The names of the datasets that a run is evaluated on."""
+    """Names of the datasets that a run is evaluated on."""
     return _tasks_in(run, run.validation, "Loss/val/")
 
 
@@ -114,10 +119,10 @@ def _tasks_in(run: Run, described: list[dict[str, Any]], *starts: str) -> list[s
 
 
 def is_routine(run: Run, event: dict[str, Any]) -> bool:
-    """Whether an event is one of many that nobody needs to look at: a checkpoint, a best loss that did not last."""
+    """Whether an event needs no attention: a saved checkpoint, or a best loss that did not last."""
     if event["kind"] == "best":
         return event is not next(other for other in reversed(run.events) if other["kind"] == "best")
-    return event["kind"] == "save"
+    return bool(event["kind"] == "save")
 
 
 def _loss(runs: list[Run]) -> Iterator[Panel]:
@@ -126,19 +131,17 @@ def _loss(runs: list[Run]) -> Iterator[Panel]:
         return
     marks, mark_keys = _marks(runs)
     caption = "Faint: the loss of each logged step; bold: its running mean."
-    caption += " Signs at the upper edge: events, which are listed below." if mark_keys else ""
+    caption += " Symbols at the upper edge: events, which are listed below." if mark_keys else ""
     svg = draw_lines("loss", "Loss of the whole run", lines, "loss (nats per token)", marks, wide=True)
     yield Panel("The whole run", caption, svg, keys + mark_keys, wide=True)
     if focus := _zoom_range(lines):
         svg = draw_lines("loss-late", "Loss, close up", lines, "loss (nats per token)", wide=True, focus=focus)
-        without = (
-            f"The same without the first {focus[0]:,.0f} steps, and larger; what is far above the rest is cut off."
-        )
+        without = f"The same without the first {focus[0]:,.0f} steps, enlarged; outliers are cut off."
         yield Panel("Close up", without, svg, keys, wide=True)
 
 
 def _train_and_val(runs: list[Run], task: str) -> tuple[list[Line], list[LegendEntry]]:
-    """The two losses of each run. task: its name with a slash before it, or nothing for the whole."""
+    """The training and validation loss of each run. task: "/NAME", or "" for all data."""
     lines, keys, dashed = [], [], False
     for number, run in enumerate(runs):
         train, val = curve(run.metrics, f"Loss/train{task}"), curve(run.metrics, f"Loss/val{task}")
@@ -152,14 +155,14 @@ def _train_and_val(runs: list[Run], task: str) -> tuple[list[Line], list[LegendE
             keys.append(LegendEntry("line", run.name, number))
         elif len(runs) == 1:
             keys += [LegendEntry("line", "training", 0)] if len(train) else []
-            keys += [LegendEntry("dash", "validation: text it does not learn from", 1)] if len(val) else []
+            keys += [LegendEntry("dash", "validation: text that is not trained on", 1)] if len(val) else []
     if len(runs) > 1 and dashed:
-        keys.append(LegendEntry("dash", "validation: text it does not learn from"))
+        keys.append(LegendEntry("dash", "validation: text that is not trained on"))
     return lines, keys
 
 
 def _zoom_range(lines: list[Line]) -> tuple[float, float, float] | None:
-    """(step, lowest, highest) for a look at the late part of the loss, where the whole is mostly its first fall."""
+    """(first step, lowest, highest value) of the late part of the loss, if the first fall hides it; else None."""
     means = [running_mean(line.curve) if line.smooth else line.curve for line in lines]
     last = max(mean.steps[-1] for mean in means)
     start = float(last // 10)
@@ -171,12 +174,12 @@ def _zoom_range(lines: list[Line]) -> tuple[float, float, float] | None:
     low, high = float(late.min()), float(np.quantile(late, 0.995))
     if high <= low or np.nanmax(values) - low < 2 * (high - low):
         return None
-    room = 0.15 * (high - low)
-    return start, low - room, high + room
+    margin = 0.15 * (high - low)
+    return start, low - margin, high + margin
 
 
 def _marks(runs: list[Run]) -> tuple[list[Mark], list[LegendEntry]]:
-    marks, found = [], {}
+    marks, meanings = [], {}
     for number, run in enumerate(runs):
         for event in run.events:
             marker, symbol, words = EVENT_KINDS.get(event["kind"], _OTHER_EVENT)
@@ -185,14 +188,14 @@ def _marks(runs: list[Run]) -> tuple[list[Mark], list[LegendEntry]]:
             text = f"{run.name}, step {event['step']:,}: {event['text'] or words}"
             color = number if len(runs) > 1 else None
             marks.append(Mark(event["step"], marker, text, color, low=event["kind"] == "save"))
-            found[symbol] = words
+            meanings[symbol] = words
     order = [*EVENT_KINDS.values(), _OTHER_EVENT]
-    return marks, [LegendEntry(symbol, found[symbol]) for _, symbol, _ in order if symbol in found]
+    return marks, [LegendEntry(symbol, meanings[symbol]) for _, symbol, _ in order if symbol in meanings]
 
 
 def _tasks(runs: list[Run]) -> Iterator[Panel]:
     tasks = list(dict.fromkeys(task for run in runs for task in [*tasks_of(run), *validation_tasks_of(run)]))
-    if len(runs) == 1 and len(tasks) <= COLORS:  # few curves: in one figure
+    if len(runs) == 1 and len(tasks) <= COLORS:  # few curves: one chart
         lines, keys = [], []
         for number, task in enumerate(tasks):
             train = curve(runs[0].metrics, f"Loss/train/{task}")
@@ -217,24 +220,23 @@ def _optimizer(runs: list[Run]) -> Iterator[Panel]:
         runs,
         "Optimizer/lr",
         "Learning rate",
-        "How far a step moves the weights. It usually rises at the start (warm-up) and falls towards the end.",
+        "How far a step moves the weights. It usually rises at the start (warmup) and falls towards the end.",
         smooth=False,
     )
     yield from _metric_panel(
         runs,
         "Optimizer/grad_norm",
         "Gradient norm",
-        "How hard a step's data pulls at the weights, before clipping. Lasting growth or many peaks mean that training "
-        "is not stable.",
+        "The norm of the gradients before clipping. Lasting growth or many peaks mean that training is not stable.",
         log=True,
     )
     scales = np.concatenate([curve(run.metrics, "Optimizer/scale").values for run in runs])
-    if len(np.unique(scales[np.isfinite(scales)])) > 1:  # it moves in fp16 alone
+    if len(np.unique(scales[np.isfinite(scales)])) > 1:  # only fp16 changes it
         yield from _metric_panel(
             runs,
             "Optimizer/scale",
             "Loss scale",
-            "Of fp16 arithmetic: halves when numbers overflow, doubles after a long while without.",
+            "For fp16: it halves when gradients overflow, and doubles after many steps without overflow.",
             smooth=False,
         )
 
@@ -272,7 +274,7 @@ def _time_panel(number: int, run: Run, several: bool) -> Iterator[Panel]:
     title = f"Where the time goes: {run.name}" if several else "Where the time goes"
     svg = draw_stacked_areas(f"times{number}", title, edges, values[used], used, "seconds per step")
     keys = [LegendEntry("area", f"{labels[index]}, {_percent(shares[index])}", index) for index in used]
-    caption = "Seconds per step, by what they were spent on. The more of it is computing, the better."
+    caption = "Seconds per step, by activity. The larger the share of computing, the better."
     yield Panel(title, caption, svg, keys, wide=True)
 
 
@@ -285,12 +287,12 @@ def _metric_panel(
     log: bool = False,
     transform: Callable[[Any], Any] = lambda values: values,
 ) -> Iterator[Panel]:
-    """A figure of one value, a curve a run. log: with a logarithmic axis where the values ask for one."""
+    """A chart of one metric, with a curve per run. log: logarithmic if the values span enough."""
     lines, keys = [], []
     for number, run in enumerate(runs):
-        found = curve(run.metrics, key)
-        if len(found):
-            lines.append(Line(Curve(found.steps, transform(found.values)), number, smooth))
+        metric = curve(run.metrics, key)
+        if len(metric):
+            lines.append(Line(Curve(metric.steps, transform(metric.values)), number, smooth))
             keys += [LegendEntry("line", run.name, number)] if len(runs) > 1 else []
     if not lines:
         return

@@ -1,9 +1,8 @@
-"""The loss of runs as one picture, for papers, slides and messages."""
+"""Draws the loss of runs as one picture, for papers, slides and messages."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ from fm9g.errors import UserError
 from fm9g.io.atomic import atomic_file
 from fm9g.printable import printable
 from fm9g.report.curves import curve, downsample, running_mean
-from fm9g.report.files import METRICS_FILE, Run, read_metrics
+from fm9g.report.files import Run
+from fm9g.run_files import METRICS_FILE, read_metrics
 
 _MARKED_KINDS = ("resume", "spike", "skip", "oom", "early_stop")
 _MAX_MARKS = 12  # more would hide the curve
@@ -28,17 +28,21 @@ _CJK_FONTS = (
 def plot_loss(metrics_file: Path, picture: Path, marks: dict[int, str] | None = None) -> None:
     """Draws a run's loss, its running mean, the validation loss and the learning rate.
 
-    picture: its suffix, one of fm9g.io.atomic.IMAGE_SUFFIXES, says the format. marks: step -> what happened there.
+    Args:
+        metrics_file: of the run.
+        picture: the file to write; its suffix is the format, one of fm9g.io.output.IMAGE_SUFFIXES.
+        marks: step -> what happened there.
+
     Raises UserError.
     """
     metrics = read_metrics(metrics_file)
     if not metrics:
-        raise UserError(f"{metrics_file}: holds no figures, so there is nothing to draw")
+        raise UserError(f"{metrics_file}: holds no metrics, so there is nothing to draw")
     _draw({"loss": metrics}, picture, marks or {})
 
 
 def plot_runs(runs: list[Run], picture: Path) -> None:
-    """Draws the loss of several runs over each other; of a single one as plot_loss does, with its events."""
+    """Draws the loss of several runs into one chart; of a single one as plot_loss does, with its events."""
     if not any(len(curve(run.metrics, key)) for run in runs for key in ("Loss/train", "Loss/val")):
         raise UserError(f"{runs[0].folder / METRICS_FILE}: holds no loss, so there is nothing to draw")
     marks: dict[int, str] = {}
@@ -56,7 +60,7 @@ def _draw(runs: dict[str, list[dict[str, Any]]], picture: Path, marks: dict[int,
 
     style: Any = {"svg.hashsalt": "fm9g", "text.parse_math": False, "font.family": ["DejaVu Sans", *_cjk_font()]}
     with matplotlib.rc_context(style), atomic_file(picture) as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of signs that no font of this machine has; they show as boxes
+        warnings.simplefilter("ignore")  # about glyphs that no font of this machine has; they show as boxes
         figure = Figure(figsize=(9, 5), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss (nats per token)")
@@ -84,8 +88,8 @@ def _draw(runs: dict[str, list[dict[str, Any]]], picture: Path, marks: dict[int,
         figure.savefig(temporary, format=kind, dpi=120, metadata=dates)
 
 
-def _plot_run(axes: Any, name: str, metrics: list[dict[str, Any]], color: str, several: bool) -> Iterable[Any]:
-    """The lines that the legend shows. A name that begins with _ would be left out there, but for the space."""
+def _plot_run(axes: Any, name: str, metrics: list[dict[str, Any]], color: str, several: bool) -> list[Any]:
+    """Draws a run; returns the lines for the legend. The zero-width space keeps names that start with _ in it."""
     train, val = curve(metrics, "Loss/train"), curve(metrics, "Loss/val")
     shown, mean = downsample(train), downsample(running_mean(train))
     dot = "." if len(shown) == 1 else ""
@@ -106,17 +110,17 @@ def _plot_run(axes: Any, name: str, metrics: list[dict[str, Any]], color: str, s
     return lines
 
 
-def _plot_lr(axes: Any, metrics: list[dict[str, Any]]) -> Iterable[Any]:
+def _plot_lr(axes: Any, metrics: list[dict[str, Any]]) -> list[Any]:
     rate = downsample(curve(metrics, "Optimizer/lr"))
     if not len(rate):
         return []
     right = axes.twinx()
     right.set_ylabel("learning rate")
-    return right.plot(rate.steps, rate.values, color="C1", linestyle=":", label="learning rate")
+    return list(right.plot(rate.steps, rate.values, color="C1", linestyle=":", label="learning rate"))
 
 
 def _cjk_font() -> list[str]:
-    """A font of this machine for what matplotlib's own cannot show, where there is one."""
+    """A font of this machine for Chinese text, which matplotlib's own lacks; empty if there is none."""
     from matplotlib import font_manager
 
     known = set(font_manager.get_font_names())

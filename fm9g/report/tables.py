@@ -9,13 +9,12 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from fm9g.config.fields import keys_of
-from fm9g.config.mixture import DatasetConfig
-from fm9g.config.model import ModelConfig
-from fm9g.config.train import TrainConfig
+from fm9g.config.run import section_class
 from fm9g.report.curves import curve, running_mean
 from fm9g.report.devices import describe_devices, memory_note
-from fm9g.report.files import Run, finite_or_none
+from fm9g.report.files import Run
 from fm9g.report.panels import EVENT_KINDS, is_routine, tasks_of, validation_tasks_of
+from fm9g.run_files import finite_or_none
 
 MISSING = "\u2013"
 DEFAULT_ORIGIN = "default"  # the origin of a value that nobody set
@@ -23,7 +22,7 @@ DEFAULT_ORIGIN = "default"  # the origin of a value that nobody set
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table. note: what it means. cells: one a run, (value, where it comes from)."""
+    """A row of a table. note: what it means. cells: (value, origin) per run. differs: between runs."""
 
     label: str
     note: str
@@ -33,7 +32,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Group:
-    """A part of the configuration. rows: what was set, or differs between runs; defaults: the rest."""
+    """A section of the configuration. rows: keys that were set, or differ between runs. defaults: the others."""
 
     title: str
     rows: list[Row]
@@ -41,22 +40,26 @@ class Group:
 
 
 def results(runs: list[Run]) -> list[Row]:
-    """The key results, a row each; those that no run has are left out."""
+    """The key results, a row each, without those that no run has."""
     rows: list[tuple[str, str, Callable[[Run], str]]] = [
-        ("Steps", "how often the weights were changed", _steps),
+        ("Steps", "updates of the weights", _steps),
         ("Tokens", "pieces of text it was trained on", _tokens),
         ("Loss at the end", "of the last logged step; lower is better", lambda run: _last(run, "Loss/train")),
         ("Loss, mean of the last steps", "the same without the noise of a single step", _smooth_loss),
         ("Best loss", "of any logged step", lambda run: _best(run, "Loss/train")),
-        ("Validation loss at the end", "on text it does not learn from", lambda run: _last(run, "Loss/val")),
-        ("Best validation loss", "where it did best on such text", lambda run: _best(run, "Loss/val")),
-        ("Perplexity at the end", "e to the validation loss", lambda run: _last(run, "Perplexity/val")),
+        ("Validation loss at the end", "on text that is not trained on", lambda run: _last(run, "Loss/val")),
+        ("Best validation loss", "the lowest", lambda run: _best(run, "Loss/val")),
+        ("Perplexity at the end", "exp of the validation loss", lambda run: _last(run, "Perplexity/val")),
         ("Tokens per second", "on average", _rate),
-        ("MFU", "share of the hardware's arithmetic in use, on average", _mfu),
+        ("MFU", "share of the peak FLOPs of the hardware, on average", _mfu),
         ("Peak memory", memory_note(runs), _memory),
-        ("Skipped steps", "left out as their numbers were not usable", lambda run: _last(run, "Run/skipped", ",.0f")),
+        (
+            "Skipped steps",
+            "did not change the weights: gradients not finite, or out of memory",
+            lambda run: _last(run, "Run/skipped", ",.0f"),
+        ),
         ("Trained on", "the devices", lambda run: describe_devices(run) or MISSING),
-        ("Duration", "while it ran, without the pauses between sessions", lambda run: _duration(run.events)),
+        ("Duration", "without the pauses between launches", lambda run: _duration(run.events)),
         ("Started", "UTC", lambda run: _utc_time(run.events[0]["time"]) if run.events else MISSING),
     ]
     rows_of_runs = [Row(label, note, [(cell(run), "") for run in runs]) for label, note, cell in rows]
@@ -64,11 +67,11 @@ def results(runs: list[Run]) -> list[Row]:
 
 
 def events(runs: list[Run], routine: bool) -> list[dict[str, str]]:
-    """What happened, by time: {"run", "time", "step", "kind", "sign", "text"}. routine: what is, or the rest."""
-    found = [(event, run.name) for run in runs for event in run.events if is_routine(run, event) == routine]
-    found.sort(key=lambda pair: (pair[0]["time"] or 0, pair[0]["step"]))
+    """Events by time: {"run", "time", "step", "kind", "sign", "text"}. routine: those that are, or the others."""
+    pairs = [(event, run.name) for run in runs for event in run.events if is_routine(run, event) == routine]
+    pairs.sort(key=lambda pair: (pair[0]["time"] or 0, pair[0]["step"]))
     rows = []
-    for event, name in found:
+    for event, name in pairs:
         _, sign, words = EVENT_KINDS.get(event["kind"], ("", "✚", event["kind"]))
         row = {"run": name, "time": _utc_time(event["time"]), "step": f"{event['step']:,}"}
         rows.append({**row, "kind": words, "sign": sign, "text": event["text"]})
@@ -76,7 +79,7 @@ def events(runs: list[Run], routine: bool) -> list[dict[str, str]]:
 
 
 def datasets(run: Run) -> list[dict[str, str]]:
-    """The datasets of a run: what was planned, and how much of each it has had."""
+    """The datasets of a run: planned shares, and what was trained on so far."""
     known = {str(item.get("task")): item for item in run.data}
     total = sum(_last_value(run, f"Tokens/{task}") or 0 for task in tasks_of(run))
     rows = []
@@ -87,12 +90,12 @@ def datasets(run: Run) -> list[dict[str, str]]:
                 "dataset": task,
                 "records": _format(finite_or_none(item.get("records")), ",.0f"),
                 "tokens per sample": _format(finite_or_none(item.get("tokens_a_sample")), ",.1f"),
-                "share wanted": _format(finite_or_none(item.get("share")), ".1%"),
+                "target share": _format(finite_or_none(item.get("share")), ".1%"),
                 "share so far": _format(tokens / total if tokens is not None and total else None, ".1%"),
                 "tokens so far": _format_count(tokens),
                 "epochs so far": _format(_last_value(run, f"Epoch/{task}"), ".2f"),
                 "template": str(item.get("template") or MISSING),
-                "what is learnt": str(item.get("loss") or MISSING),
+                "trained on": str(item.get("loss") or MISSING),
                 "path": str(item.get("path") or MISSING),
             }
         )
@@ -100,7 +103,7 @@ def datasets(run: Run) -> list[dict[str, str]]:
 
 
 def validation_datasets(run: Run) -> list[dict[str, str]]:
-    """The datasets that a run is evaluated on, and how it did on each."""
+    """The datasets that a run is evaluated on, with the loss on each."""
     known = {str(item.get("task")): item for item in run.validation}
     rows = []
     for task in validation_tasks_of(run):
@@ -125,7 +128,7 @@ def _without_empty_columns(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def configuration(runs: list[Run]) -> list[Group]:
-    """Every value of every run with its origin; a run that kept no configuration differs from none."""
+    """Every value of every run with its origin. A run without a saved configuration differs from none."""
     titles = {"train": "Training", "model": "Model"}
     groups = []
     for section in dict.fromkeys(section for run in runs for section in run.config):
@@ -139,19 +142,19 @@ def configuration(runs: list[Run]) -> list[Group]:
 
 
 def versions(runs: list[Run]) -> list[Row]:
-    """The packages of each run."""
+    """Package versions of each run."""
     rows = []
     for package in dict.fromkeys(package for run in runs for package in run.versions):
         items: list[dict[str, Any] | None] = []
         for run in runs:
-            found = run.versions.get(package)
-            items.append({"value": found} if found else None if run.versions else {})
+            version = run.versions.get(package)
+            items.append({"value": version} if version else None if run.versions else {})
         rows.append(_row(package, "", items))
     return rows
 
 
 def _row(key: str, meaning: str, items: list[dict[str, Any] | None]) -> Row:
-    """items: of each run; None where it lacks the key, {} where nothing was recorded at all."""
+    """items: per run; None if it lacks the key, {} if nothing was recorded at all."""
     known = {json.dumps(item["value"], sort_keys=True) if item else MISSING for item in items if item != {}}
     cells = [
         (_format_value(item["value"]), str(item.get("from") or ""))
@@ -172,7 +175,7 @@ def _group(title: str, rows: Iterable[tuple[Row, list[dict[str, Any] | None]]]) 
 
 
 def _meaning(section: str, key: str) -> str:
-    cls = {"train": TrainConfig, "model": ModelConfig}.get(section, DatasetConfig)
+    cls = section_class(section)
     field = keys_of(cls).get(key)
     return field.metadata["help"] if field else ""
 
@@ -225,7 +228,7 @@ def _best(run: Run, key: str) -> str:
 
 
 def _mean_rate(run: Run, key: str) -> float | None:
-    """The harmonic mean: each logged rate is over about as many tokens, so this is all tokens by all time."""
+    """The harmonic mean: logged rates cover about the same number of tokens, so this is total tokens / total time."""
     rates = [value for _, value in _series(run, key) if value > 0]
     return len(rates) / sum(1 / rate for rate in rates) if rates else None
 
@@ -243,10 +246,10 @@ def _memory(run: Run) -> str:
     return f"{max(values):,.1f} GB" if values else MISSING
 
 
-def _duration(found: list[dict[str, Any]]) -> str:
-    """The time of all sessions; a session that crashed ends with the last event that it wrote."""
+def _duration(events: list[dict[str, Any]]) -> str:
+    """The time of all launches; one that crashed ends with the last event that it wrote."""
     seconds, before = 0.0, None
-    for event in found:
+    for event in events:
         if event["time"] is None:
             continue
         if before is not None and event["kind"] not in ("start", "resume"):
@@ -262,7 +265,7 @@ def _duration(found: list[dict[str, Any]]) -> str:
 
 
 def _utc_time(seconds: float | None) -> str:
-    """UTC, so that the page is the same wherever it is made."""
+    """UTC, so that the page is the same wherever it is rendered."""
     if seconds is None:
         return MISSING
     try:

@@ -1,7 +1,8 @@
-"""The adapters of a run: what they start from, and what its checkpoints hold in place of a model."""
+"""Adapters of a run: their first weights, and the file that its checkpoints store instead of a model."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from fm9g.checkpoint.checkpoint import Checkpoint
 from fm9g.config.adapter import ADAPTER_CONFIG, AdapterConfig, load_adapter_config
 from fm9g.config.train import TrainConfig
-from fm9g.convert.merge import read_adapter
+from fm9g.convert.adapters import read_adapter
 from fm9g.engine.base import Engine
 from fm9g.errors import UserError
 from fm9g.io.lazy_tensor import LazyConcat, LazyTensor
@@ -22,12 +23,14 @@ from fm9g.lora.init import AdapterInit, trainable_ranks
 from fm9g.lora.inject import inject_adapters
 from fm9g.lora.quantize import quantize_layers
 
+logger = logging.getLogger(__name__)
+
 
 class AdapterTraining:
-    """One on every rank; rank 0 alone reads and writes files."""
+    """Exists on every rank; rank 0 alone reads and writes files."""
 
     def __init__(self, config: TrainConfig, model: torch.nn.Module, layers: torch.nn.ModuleList) -> None:
-        """Puts adapters into a model on the meta device. Raises UserError where that cannot be done."""
+        """Inserts adapters into a model on the meta device. Raises UserError if that is impossible."""
         self._train_config, self._config = config, AdapterConfig.from_train_config(config)
         if config.quantization != "none":
             quantize_layers(layers, config.quantization, config.double_quant)
@@ -35,42 +38,47 @@ class AdapterTraining:
         self._adapter_init: AdapterInit | None = None
 
     def resolve_base(self, checkpoint: Checkpoint | None) -> Path:
-        """Where the base is. checkpoint: what the run goes on from, which knows where it was."""
+        """Finds the base model. checkpoint: what the run resumes from; it names its base."""
         if self._train_config.pretrained_model:
             return Path(self._train_config.pretrained_model)
         if checkpoint is None:
             if self._train_config.adapter:  # which does not name its base, or one that is not here
                 raise UserError(
-                    f"adapter {self._train_config.adapter}: its base is not here under the name that it gives; give "
-                    "the model that it was trained on as --pretrained_model"
+                    f"adapter {self._train_config.adapter}: its base was not found under the name that it gives; "
+                    "give the model that it was trained on as --pretrained_model"
                 )
             # --resume auto, of a run that has no checkpoint
             raise UserError("lora_layer needs a pretrained_model: adapters are trained on the weights of a model")
         base = load_adapter_config(checkpoint.folder / ADAPTER_CONFIG).base
         if not Path(base).exists():
-            raise UserError(f"{base}: the base of {checkpoint.folder} is not there any more; give --pretrained_model")
+            raise UserError(f"{base}: the base of {checkpoint.folder} no longer exists; give --pretrained_model")
         return Path(base)
 
     def load_base(
         self, base: Path, weights: Mapping[str, LazyTensor | LazyConcat], checkpoint: Checkpoint | None
-    ) -> list[str]:
-        """Takes the weights of the base, and those that the adapters have already: the checkpoint's, or those of the
-        adapter that the run starts from. Returns what there is to know.
+    ) -> None:
+        """Opens the weights that the adapters start from: those of the checkpoint, or of the configured adapter.
 
-        Raises UserError if these were trained on another base.
+        Args:
+            base: where the base model is.
+            weights: its weights.
+            checkpoint: what the run resumes from.
+
+        Raises:
+            UserError: the adapters were trained on another base.
         """
         base_sha256 = base_fingerprint(weights, lambda name: weights[name].read())
-        notes = [f"base: {base}, SHA-256 {base_sha256[:16]}"]
+        logger.info(f"base: {base}, SHA-256 {base_sha256[:16]}")
         saved = open_adapter(checkpoint.folder) if checkpoint else None
         if saved is None and self._train_config.adapter:
             saved = read_adapter(Path(self._train_config.adapter))
-            notes.append(f"adapter: training starts from {saved.path} with a new optimizer, at step 0")
+            logger.info(f"adapter: training starts from {saved.path} with a new optimizer, at step 0")
             if not saved.config.base_sha256:
-                notes.append(f"{saved.path}: does not say which base it is for; {base} is taken for it")
+                logger.warning(f"{saved.path}: does not say which base it is for; {base} is assumed")
         if saved and saved.config.base_sha256 not in ("", base_sha256):
             raise UserError(
                 f"{base}: is not the base that the adapters of {saved.path} were trained on ({saved.config.base}); "
-                "with another one they mean nothing. Give that one as --pretrained_model"
+                "on any other base they are useless. Give that one as --pretrained_model"
             )
         self._config = replace(self._config, base=str(base), base_sha256=base_sha256)
         self._adapter_init = AdapterInit(
@@ -81,20 +89,19 @@ class AdapterTraining:
             self._train_config.seed,
             saved.weights if saved else None,
         )
-        return notes
 
     def init_weight(self, name: str, weight: torch.Tensor) -> None:
-        """Writes the values of the weight of that name into a tensor, on rank 0."""
+        """Writes the first values of a weight into a tensor; on rank 0."""
         assert self._adapter_init is not None
         self._adapter_init.init_weight(name, weight)
 
     def weights(self, engine: Engine, ema: bool = False) -> Any:
-        """The content of the adapter's file, as an engine gives it. ema: the running means of weights."""
+        """The tensors of the adapter file, as the engine gathers them. ema: the running means of the weights."""
         trained = engine.ema_weights(trainable_only=True) if ema else engine.weights(trainable_only=True)
         return self._adapter_init.for_file(trained) if self._adapter_init else trained
 
     def trained_weights(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What is trained, of what the adapter's file holds."""
+        """The trained part of the tensors of an adapter file."""
         return {name: trainable_ranks(self._config, name, weight) for name, weight in weights.items()}
 
     def adapter_config_json(self) -> dict[str, Any]:

@@ -1,24 +1,23 @@
-"""How fast a device can compute at most, which the model FLOPs utilization is a share of; and what it is called."""
+"""Name and peak speed of a device."""
 
 from __future__ import annotations
 
-import re
-
 import torch
 
-from fm9g.plan.job import GPUS
+from fm9g.hardware import data_sheet_flops
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Floating-point operations per second of one device by the maker's data sheet; None: there is none for it.
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """Peak floating-point operations per second of a device, from the maker's data sheet; None: unknown.
 
-    It is known of some GPUs, in bf16 and fp16. A measured peak would change with what else the machine does, and the
-    share of it with that.
+    The table has GPUs in bf16 and fp16. A measured peak would vary with the load of the machine, and the MFU with it.
+
+    Args:
+        dtype: precision of the computation: bf16, fp16 or fp32.
     """
-    if device.type != "cuda" or dtype == torch.float32:
+    if device.type != "cuda" or dtype == "fp32":
         return None
-    words = re.split(r"[\s-]+", torch.cuda.get_device_name(device))
-    return next((gpu.flops for name, gpu in GPUS.items() if name in words), None)
+    return data_sheet_flops(torch.cuda.get_device_name(device))
 
 
 def device_name(device: torch.device) -> str:

@@ -1,12 +1,13 @@
 """Learning rate schedules, as functions of the number of finished optimizer steps.
 
-n: finished steps, b: base rate, w: warmup steps, E: train_iters, d: drop steps, r: min_lr_ratio. Each starts with a
-linear warmup b*n/w; what follows is b times one of the functions below.
+n: finished steps, b: the key lr, w: warmup steps, E: train_iters, d: drop steps, r: min_lr_ratio. Each schedule is a
+linear warmup, b * n / w, followed by b times one of the functions below.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from fm9g.config.train import TrainConfig
 
@@ -17,15 +18,15 @@ def learning_rate(config: TrainConfig, n: int) -> float:
     warmup, drop = _steps(config.warmup_iters, end), _steps(config.drop_iters, end)
     if n < warmup:
         return config.lr * n / warmup
-    factor = {
+    factors: dict[str, Callable[[], float]] = {
         "cosine": lambda: cosine(n, warmup, end, floor),
         "linear": lambda: linear(n, warmup, end, floor),
         "constant": lambda: 1.0,
         "noam": lambda: noam(n, warmup),
         "warmupstabledrop": lambda: stable_drop(n, drop, end, floor),
         "warmupstableexp": lambda: stable_exp(n, drop, config.drop_begin, config.drop_rate),
-    }[config.lr_scheduler]
-    return config.lr * factor()
+    }
+    return config.lr * factors[config.lr_scheduler]()
 
 
 def cosine(n: int, warmup: float, end: int, floor: float) -> float:
@@ -34,12 +35,12 @@ def cosine(n: int, warmup: float, end: int, floor: float) -> float:
 
 
 def linear(n: int, warmup: float, end: int, floor: float) -> float:
-    """From 1 to r in a line: r + (1 - r) * (1 - p), p as for cosine."""
+    """From 1 to r on a straight line: r + (1 - r) * (1 - p), p as for cosine."""
     return floor + (1 - floor) * (1 - _progress(n, warmup, end))
 
 
 def noam(n: int, warmup: float) -> float:
-    """sqrt(w / n) (Vaswani et al. 2017, scaled so that it starts from 1); without warmup from step 1."""
+    """sqrt(w / n) (Vaswani et al. 2017, scaled to start at 1); without warmup, w is 1."""
     return math.sqrt(max(warmup, 1) / max(n, 1))
 
 
@@ -58,5 +59,5 @@ def _progress(n: int, warmup: float, end: int) -> float:
 
 
 def _steps(value: float, end: int) -> float:
-    """Values in (0, 1) are shares of the run."""
+    """A number of steps; values in (0, 1) are shares of the run."""
     return value * end if 0 < value < 1 else value

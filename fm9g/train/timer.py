@@ -10,15 +10,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from fm9g.data.load.packing import Pack
-from fm9g.plan.sizes import attended
+from fm9g.model.counts import sum_sq_seqlens
 
 PHASES = ("data", "communication", "evaluation", "checkpoint")
 
 
 @dataclass(frozen=True)
 class StepTimings:
-    """Of the steps since the last collect_and_reset, on this process: seconds; those of PHASES; steps; tokens;
-    sum_sq_seqlens, of the lengths of documents, as fm9g.plan.sizes.attended adds them up."""
+    """The steps of one rank since the timings before.
+
+    Args:
+        seconds: wall-clock time of all.
+        phases: seconds of each of PHASES; the rest of the time is computation.
+        steps: number of steps.
+        tokens: tokens in their packs, without padding.
+        sum_sq_seqlens: of their documents; see fm9g.model.counts.sum_sq_seqlens.
+    """
 
     seconds: float
     phases: dict[str, float]
@@ -28,40 +35,39 @@ class StepTimings:
 
 
 class StepTimer:
-    """Counts the host's time. What a GPU does meanwhile is not waited for."""
+    """Measures the time of the host. It does not wait for what a GPU does meanwhile."""
 
     def __init__(self, windows: tuple[int, ...] = (0,)) -> None:
-        """windows: of the model's layers, as ModelConfig has them."""
+        """windows: attention windows of the model's layers, as in ModelConfig."""
         self._windows = windows
-        self._start()
+        self._reset()
 
-    def _start(self) -> None:
-        self._began, self._phases = time.monotonic(), dict.fromkeys(PHASES, 0.0)
+    def _reset(self) -> None:
+        self._started, self._phases = time.monotonic(), dict.fromkeys(PHASES, 0.0)
         self._steps = self._tokens = 0
         self._sum_sq_seqlens = 0.0
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time that goes to one of PHASES."""
-        began = time.monotonic()
+        """Counts the time of the block as one of PHASES."""
+        started = time.monotonic()
         try:
             yield
         finally:
-            self._phases[name] += time.monotonic() - began
+            self._phases[name] += time.monotonic() - started
 
     def count(self, packs: list[Pack]) -> None:
-        """The packs of one more step of this process."""
+        """Counts one more step, with these packs of this rank."""
         self._steps += 1
         for pack in packs:
             self._tokens += pack.tokens
-            lengths = np.diff(pack.cu_seqlens[pack.cu_seqlens <= pack.tokens]).tolist()
-            self._sum_sq_seqlens += attended(self._windows, lengths)
+            seqlens = np.diff(pack.cu_seqlens[pack.cu_seqlens <= pack.tokens]).tolist()
+            self._sum_sq_seqlens += sum_sq_seqlens(self._windows, seqlens)
 
     def collect_and_reset(self, communication: float = 0.0) -> StepTimings:
-        """What there was since the last call. communication: further seconds of it, which others measured."""
+        """The timings since the last call. communication: further seconds of that phase, measured elsewhere."""
         self._phases["communication"] += communication
-        timings = StepTimings(
-            time.monotonic() - self._began, self._phases, self._steps, self._tokens, self._sum_sq_seqlens
-        )
-        self._start()
+        seconds = time.monotonic() - self._started
+        timings = StepTimings(seconds, self._phases, self._steps, self._tokens, self._sum_sq_seqlens)
+        self._reset()
         return timings

@@ -1,9 +1,10 @@
-"""Where metrics go beside the console and metrics.jsonl: TensorBoard, Weights & Biases, SwanLab."""
+"""Experiment trackers: TensorBoard, Weights & Biases, SwanLab."""
 
 from __future__ import annotations
 
 import importlib
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,12 +13,19 @@ import numpy as np
 
 from fm9g.errors import UserError
 from fm9g.io.atomic import atomic_file
+from fm9g.run_files import RunFolders
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """counts: (n,) values in each bin, the first and last with all beyond. edges: (n + 1,). sum, sum_sq: of the values
-    and of their squares."""
+    """A histogram of N bins.
+
+    Args:
+        counts: (N,) values per bin; the outer bins include all values beyond.
+        edges: (N + 1,) borders of the bins.
+        sum: of the values.
+        sum_sq: of their squares.
+    """
 
     counts: np.ndarray
     edges: np.ndarray
@@ -26,7 +34,7 @@ class Histogram:
 
 
 class Tracker(Protocol):
-    """A place for metrics. What it raises is said once and ends nothing."""
+    """A destination for metrics. Its errors do not stop training: MetricsLogger catches them."""
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None: ...
 
@@ -36,10 +44,10 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files, by tensorboardX."""
+    """Event files, written by tensorboardX."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        """first_step: finished steps at the start; what the files hold of later ones is hidden."""
+        """first_step: finished steps at the start; the files' values of later steps are hidden."""
         from tensorboardX import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
@@ -67,10 +75,10 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases; WANDB_MODE=offline keeps everything on this machine."""
+    """Weights & Biases. With WANDB_MODE=offline nothing leaves this machine."""
 
     def __init__(self, project: str, name: str, folder: Path, config: dict[str, Any], first_step: int) -> None:
-        """first_step: finished steps; a run that goes on does so in its curves there."""
+        """first_step: finished steps at the start; a resumed run continues its curves."""
         self._module = _import_package("wandb")
         id_file = folder / "wandb_id"
         saved_id = id_file.read_text(encoding="utf-8").strip() if first_step and id_file.is_file() else ""
@@ -95,7 +103,7 @@ class WandB:
 
 
 class SwanLab:
-    """SwanLab; SWANLAB_MODE=local or offline keeps everything on this machine. It has no histograms."""
+    """SwanLab, which has no histograms. With SWANLAB_MODE=local or offline nothing leaves this machine."""
 
     def __init__(self, project: str, name: str, folder: Path, config: dict[str, Any]) -> None:
         self._run = _import_package("swanlab").init(
@@ -112,25 +120,30 @@ class SwanLab:
 
 
 def build_trackers(
-    names: list[str],
-    tensorboard_dir: Path,
-    log_dir: Path,
-    project: str,
-    run_name: str,
-    config: dict[str, Any],
-    first_step: int,
+    names: list[str], folders: RunFolders, project: str, run_name: str, config: dict[str, Any], first_step: int
 ) -> list[Tracker]:
-    """The trackers of these names. config: of the run, as they show it. Raises UserError where a package is missing."""
-    factories: dict[str, Any] = {
-        "tensorboard": lambda: TensorBoard(tensorboard_dir, first_step),
-        "wandb": lambda: WandB(project, run_name, log_dir, config, first_step),
-        "swanlab": lambda: SwanLab(project, run_name, log_dir / "swanlab", config),
+    """Opens trackers.
+
+    Args:
+        names: some of tensorboard, wandb, swanlab.
+        folders: of the run.
+        project: heading that groups runs.
+        run_name: name of the run there.
+        config: training keys, to be shown with the run.
+        first_step: finished steps at the start.
+
+    Raises UserError if a package is missing.
+    """
+    factories: dict[str, Callable[[], Tracker]] = {
+        "tensorboard": lambda: TensorBoard(folders.tensorboard, first_step),
+        "wandb": lambda: WandB(project, run_name, folders.logs, config, first_step),
+        "swanlab": lambda: SwanLab(project, run_name, folders.logs / "swanlab", config),
     }
     return [factories[name]() for name in dict.fromkeys(names)]
 
 
 def check_trackers_installed(names: list[str]) -> None:
-    """Raises UserError where a package is missing, before anything takes time."""
+    """Raises UserError if a package is missing; cheap, so that a run can check at its start."""
     for name in names:
         if name != "tensorboard":
             _import_package(name)

@@ -1,48 +1,19 @@
-"""Checkpoints written one after the other: beside the training, within a limit, whatever goes wrong."""
+"""Saving one checkpoint after the other: in the background, within a limit, whatever goes wrong."""
 
 from __future__ import annotations
 
 import threading
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from helpers.saving import Model, make_manager
 
 import fm9g.checkpoint.manager
-from fm9g.checkpoint.checkpoint import Checkpoint, Snapshot, best_step, latest_checkpoint, list_steps, mark_abandoned
-from fm9g.checkpoint.manager import CheckpointManager
-from fm9g.engine.gather import GatheredStateDict, GatherSpec
-from fm9g.errors import UserError
-from fm9g.io.weights import write_weights
-
-
-class Model:
-    """One weight that changes in place, as an engine's do."""
-
-    def __init__(self) -> None:
-        self.weight = torch.zeros(3, 4)
-
-    def collected(self) -> GatheredStateDict:
-        spec = GatherSpec(self.weight.shape, lambda whole: whole, True, lambda: self.weight)
-        return GatheredStateDict({"w": spec}, torch.device("cpu"), 1, None)
-
-    def snapshot(self, step: int, val_loss: float | None = None) -> Snapshot:
-        return Snapshot(step, self.collected(), None, None, {}, {"iteration": step, "val_loss": val_loss}, {}, {})
-
-
-def make_manager(root: Path, **changes: Any) -> tuple[CheckpointManager, list[tuple[int, str, str]]]:
-    events: list[tuple[int, str, str]] = []
-    settings = {
-        "is_rank_zero": True,
-        "async_save": False,
-        "max_to_keep": 0,
-        "obsolete_steps": [],
-        "abandoned_steps": [],
-    } | changes
-    return CheckpointManager(root, on_event=lambda *event: events.append(event), **settings), events
+from fm9g.checkpoint.checkpoint import Checkpoint
+from fm9g.checkpoint.save import Snapshot
+from fm9g.checkpoint.steps import best_step, list_steps, mark_abandoned
 
 
 def value(root: Path, step: int) -> float:
@@ -66,21 +37,6 @@ def test_in_the_background_a_checkpoint_holds_the_moment_it_was_asked_for(
     manager.wait()
     assert [value(tmp_path, 1), value(tmp_path, 2)] == [1.0, 2.0]
     assert [event[:2] for event in events] == [(1, "save"), (2, "save")]
-
-
-def test_files_have_the_checksums_that_torch_writes(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    weights = {"a": torch.randn(700, 3), "none": torch.zeros(0, 2), "b": torch.arange(5)}
-    write_weights(tmp_path / "ours.pt", weights, reversed(weights.items()))
-    torch.save(weights, tmp_path / "theirs.pt")
-    sums = []
-    for name in ("ours", "theirs"):
-        with zipfile.ZipFile(tmp_path / f"{name}.pt") as archive:
-            assert archive.testzip() is None
-            sums.append([record.CRC for record in archive.infolist() if "/data/" in record.filename])
-            assert len(set(sums[-1])) == 3
-    assert sums[0] == sums[1]
-    assert all(torch.equal(value, weights[name]) for name, value in torch.load(tmp_path / "ours.pt").items())
 
 
 def test_the_limit_keeps_the_last_and_the_best(tmp_path: Path) -> None:
@@ -122,10 +78,10 @@ def test_a_course_that_is_left_is_set_aside_before_anything_is_written(
     assert list_steps(tmp_path) == [2]  # what a restart goes on from
     mark_abandoned(tmp_path, [4, 6])  # again, after an attempt that came half-way
     manager.save(model.snapshot(4))
-    assert {folder.name for folder in tmp_path.iterdir()} == {"2", "4", "4.left", "6.left"}
+    assert {folder.name for folder in tmp_path.iterdir()} == {"2", "4", "4.abandoned", "6.abandoned"}
     make_manager(tmp_path, abandoned_steps=[4])[0].save(model.snapshot(3))
-    assert {folder.name for folder in tmp_path.iterdir()} == {"2", "3", "4.left", "6.left"}
-    assert torch.load(next((tmp_path / "4.left").glob("*.pt")), weights_only=True)["w"][0, 0] == 1.0
+    assert {folder.name for folder in tmp_path.iterdir()} == {"2", "3", "4.abandoned", "6.abandoned"}
+    assert torch.load(next((tmp_path / "4.abandoned").glob("*.pt")), weights_only=True)["w"][0, 0] == 1.0
 
 
 @pytest.mark.parametrize("async_save", [False, True])
@@ -143,7 +99,7 @@ def test_a_failed_write_is_told_and_the_next_one_counts(
     assert manager.last_saved_step == 1
     assert "the disk is full" in manager.failure
     assert events[-1][:2] == (2, "save_failed")
-    assert f"the last good one is {tmp_path / '1'}" in events[-1][2]
+    assert f"the last complete one is {tmp_path / '1'}" in events[-1][2]
     assert [folder.name for folder in tmp_path.iterdir()] == ["1"]
     manager.save(model.snapshot(3))
     manager.wait()
@@ -183,28 +139,3 @@ def test_a_bug_in_the_thread_reaches_the_one_that_trains(tmp_path: Path, monkeyp
     manager.save(Model().snapshot(1))
     with pytest.raises(ZeroDivisionError):
         manager.wait()
-
-
-def test_auto_takes_the_newest_that_is_whole(tmp_path: Path) -> None:
-    assert latest_checkpoint(tmp_path) == (None, [])
-    manager, _ = make_manager(tmp_path)
-    for step in (1, 2, 10):
-        manager.save(Model().snapshot(step))
-    file = Checkpoint(tmp_path / "10").weight_file
-    file.write_bytes(file.read_bytes()[:-1] + b"x")
-    checkpoint, notes = latest_checkpoint(tmp_path)
-    assert checkpoint is not None
-    assert checkpoint.step == 2
-    assert len(notes) == 1
-    assert "its content has changed" in notes[0]
-    (tmp_path / "2").rename(tmp_path / "0002")  # no step is called so
-    (tmp_path / "11").mkdir()
-    checkpoint, notes = latest_checkpoint(tmp_path)
-    assert checkpoint is not None
-    assert checkpoint.step == 1
-    assert [note.partition(":")[0] for note in notes[:2]] == [str(tmp_path / "0002"), str(tmp_path / "11")]
-    (tmp_path / "0002").rename(tmp_path / "2")
-    for step in (1, 2):
-        (tmp_path / str(step) / "data_position.json").unlink()
-    with pytest.raises(UserError, match="no checkpoint is whole; --overwrite true starts anew"):
-        latest_checkpoint(tmp_path)

@@ -13,9 +13,10 @@ from helpers.common import ROOT
 
 from fm9g.cli import main
 from fm9g.config.fields import aliases_of, keys_of
-from fm9g.config.mixture import DatasetConfig, load_mixture
+from fm9g.config.mixture import DatasetConfig, load_mixture, resolve_mixture
 from fm9g.config.run import load_run, with_current_keys
-from fm9g.config.train import TrainConfig, load_train_config
+from fm9g.config.train import TrainConfig
+from fm9g.config.train_file import load_train_config
 from fm9g.errors import UserError
 from fm9g.report.files import read_run_info
 
@@ -78,7 +79,7 @@ def test_the_later_source_wins_under_whichever_name(tmp_path: Path) -> None:
     name, _, _ = in_a_file(tmp_path, {"gradient_accumulation_steps": 4})
     assert load_train_config(name, {"grad_accum": "2"})[0].value.gradient_accumulation_steps == 2
     loaded, _ = load_train_config(name, {}, {"grad_accum": "2", "data_changes": "carry"})
-    assert loaded.notes == (f"{name} wins over the launch script: gradient_accumulation_steps is 4, not '2'",)
+    assert loaded.notes == (f"{name} overrides the launch script: gradient_accumulation_steps is 4, not '2'",)
 
 
 @pytest.mark.parametrize("alias", DATASET)
@@ -86,8 +87,8 @@ def test_a_key_of_a_dataset_has_its_former_name(tmp_path: Path, alias: str) -> N
     key, file = aliases_of(DatasetConfig)[alias], tmp_path / "m.json"
     entry = {"task_name": "my-task", "path": "x"}
     file.write_text(json.dumps([{**entry, alias: DATASET[alias]}]))
-    assert getattr(load_mixture(file)[0].value, key) == DATASET[alias]
-    assert getattr(load_mixture(file, {"my-task": {key: "none" if key != "train_on" else "all"}})[0].value, key) in (
+    assert getattr(load_mixture(file)[0], key) == DATASET[alias]
+    assert getattr(resolve_mixture(file, {"my-task": {key: "none" if key != "train_on" else "all"}})[0].value, key) in (
         "none",
         "all",
     )
@@ -96,7 +97,7 @@ def test_a_key_of_a_dataset_has_its_former_name(tmp_path: Path, alias: str) -> N
         load_mixture(file)
     file.write_text(json.dumps([entry]))
     given = {"dataset_config": str(file), "tokenizer_path": "t", f"data.my-task.{alias}": DATASET[alias]}
-    assert getattr(load_run(str(ROOT / "model_configs" / "tiny.json"), given).mixture[0].value, key) == DATASET[alias]
+    assert getattr(load_run(str(ROOT / "model_configs" / "tiny.json"), given).mixture[0], key) == DATASET[alias]
 
 
 def with_former_keys(config: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def test_the_committed_table_is_what_the_script_makes(script: dict[str, Any]) ->
     ("key", "file"),
     [
         ("lr", "train/lr_schedule.py"),
-        ("early_stopping_patience", "train/callbacks.py"),  # of an attribute
+        ("early_stopping_patience", "train/runner.py"),  # of an attribute
         ("use_checkpoint", "train/model_setup.py"),  # through a property
         ("chat_template", "config/run.py"),  # out of a list of names
         ("zero_level", "plan/job.py"),  # out of one that has a name

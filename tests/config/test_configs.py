@@ -10,13 +10,15 @@ import pytest
 from helpers.common import ROOT
 
 from fm9g.config.fields import aliases_of, keys_of
-from fm9g.config.load import bare_name, read_json, require_config
+from fm9g.config.load import bare_name, require_config
 from fm9g.config.mixture import DatasetConfig, load_mixture
 from fm9g.config.model import DEPRECATED_KEYS as DEPRECATED_MODEL_KEYS
-from fm9g.config.model import ModelConfig, load_model_config
+from fm9g.config.model import ModelConfig, load_model_config, resolve_model_config
 from fm9g.config.run import load_run
-from fm9g.config.train import DEPRECATED_KEYS, TrainConfig, load_adapter_keys, load_train_config
+from fm9g.config.train import DEPRECATED_KEYS, TrainConfig
+from fm9g.config.train_file import load_adapter_keys, load_train_config
 from fm9g.errors import UserError
+from fm9g.io.json_file import read_json
 
 GUIDE = """
 pretrained_model resume_ckpt tokenizer_path dataset_config model_unique config n_gpus flash max_length local
@@ -47,7 +49,7 @@ def test_every_shipped_size_builds_with_its_parameter_count(name: str, billions:
 
     from fm9g.model.transformer import FM9G
 
-    config = load_model_config(require_config("model_configs", name)).value
+    config = load_model_config(require_config("model_configs", name))
     with torch.device("meta"):
         count = sum(weight.numel() for weight in FM9G(config).parameters())
     assert count / 1e9 == pytest.approx(billions, rel=1e-3 if name != "tiny" else 0.01)
@@ -88,14 +90,14 @@ def test_wrong_values_of_a_model_are_refused(
 
 
 def test_a_model_configuration_survives_a_round_trip(tmp_path: Path, model_file: Path) -> None:
-    config = load_model_config(model_file).value
-    again = load_model_config(write(tmp_path / "again.json", config.to_json()))
+    config = load_model_config(model_file)
+    again = resolve_model_config(write(tmp_path / "again.json", config.to_json()))
     assert (again.value, again.notes) == (config, ())
 
 
 def test_the_other_spelling_of_the_original_length_is_read(tmp_path: Path, model_file: Path) -> None:
     path = write(tmp_path / "old.json", {**read_json(model_file), "ori_max_length": 512})
-    assert load_model_config(path).value.orig_max_length == 512
+    assert load_model_config(path).orig_max_length == 512
 
 
 def test_not_json_is_reported_with_its_line(tmp_path: Path) -> None:
@@ -159,8 +161,8 @@ def test_a_parameter_that_changes_nothing_says_so() -> None:
         ("zzz", "1", "zzz: unknown key; `fm9g config keys` lists"),
         ("lora_layer", "q_proj", "'q_proj' is not the name of a linear layer; it is called project_q here"),
         ("lora_layer", "foo,all", "'foo' is not the name of a linear layer; these are: project_q"),
-        ("output_dir", "a\0b", "output_dir: found 'a\\x00b', which holds what no text has"),
-        ("output_dir", "\ud800", "which holds what no text has"),
+        ("output_dir", "a\0b", "output_dir: found 'a\\x00b', which contains characters that are not text"),
+        ("output_dir", "\ud800", "which contains characters that are not text"),
         ("n_gpus", "100000", "n_gpus: found 100000, allowed: integer >= 1 and <= 1024"),
         ("train_iter", "5", "did you mean 'train_iters'?"),
         ("batch_size", "two", "batch_size: found 'two', allowed: integer >= 1"),
@@ -191,8 +193,8 @@ def test_names_may_have_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     write(tmp_path / "dataset_configs" / "v1.5.json", [{"task_name": "a", "path": "x"}])
     for name in ("2.4b", "train_configs/2.4b.json"):
         run = load_run(name, {"dataset_config": "v1.5", "tokenizer_path": "t"})
-        assert (run.train.value.config, run.train.value.model_unique, run.train.value.lr) == ("2.4b", "2.4b", 0.5)
-        assert [item.value.task_name for item in run.mixture] == ["a"]
+        assert (run.train.config, run.train.model_unique, run.train.lr) == ("2.4b", "2.4b", 0.5)
+        assert [item.task_name for item in run.mixture] == ["a"]
 
 
 def test_finetune_wins_over_pretrain_and_a_lora_file_takes_the_model_of_its_size(
@@ -225,7 +227,7 @@ def test_a_default_of_the_command_line_yields_to_the_file_which_says_so(
     assert (train.value.lr, train.value.eps, train.value.train_iters) == (1e-4, 1e-5, 3)
     assert train.notes == (
         "launch script (--default.): local changes nothing: paths are used as they are given",
-        "train_configs/tiny.json wins over the launch script: lr is 0.0001, not '1e-2'",
+        "train_configs/tiny.json overrides the launch script: lr is 0.0001, not '1e-2'",
     )
 
 
@@ -248,7 +250,7 @@ def test_a_configuration_that_is_no_file_is_named_and_not_passed_over(
         file.mkdir()
     else:
         file.symlink_to("tiny.json" if kind == "loop" else "nothing")
-    with pytest.raises(UserError, match=r"train_configs/tiny.json: not a file but"):
+    with pytest.raises(UserError, match=r"train_configs/tiny.json: is not a file but"):
         load_train_config("tiny", {})
 
 
@@ -261,9 +263,9 @@ def test_the_guide_also_calls_pretrained_model_load() -> None:
 @pytest.mark.parametrize("key", ["use_checkpoint", "activation_checkpoint"])
 def test_a_models_use_checkpoint_acts_where_the_run_says_nothing(tmp_path: Path, model_file: Path, key: str) -> None:
     path = write(tmp_path / "m.json", {**read_json(model_file), "use_checkpoint": True})
-    assert load_run(str(path), {}, complete=False).train.value.checkpointing == "full"
+    assert load_run(str(path), {}, complete=False).train.checkpointing == "full"
     said = {"use_checkpoint": "0", "activation_checkpoint": "none"}[key]
-    assert load_run(str(path), {key: said}, complete=False).train.value.checkpointing == "none"
+    assert load_run(str(path), {key: said}, complete=False).train.checkpointing == "none"
 
 
 def test_a_model_folder_as_configuration_is_told_what_to_do(tmp_path: Path) -> None:
@@ -280,7 +282,10 @@ def published() -> list:
 @pytest.mark.parametrize(
     "file", published(), ids=lambda file: file and f"{file.parts[-3]}-{file.parts[-2]}-{file.stem}"
 )
-def test_every_published_file_loads(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_published_file_loads(
+    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "fm9g")
     monkeypatch.chdir(file.parents[1])
     name = bare_name(file.name)
     given = {"dataset_config": str(file)} if file.parent.name == "dataset_configs" else {}
@@ -291,16 +296,16 @@ def test_every_published_file_loads(file: Path, monkeypatch: pytest.MonkeyPatch)
     content = read_json(file)
     if file.parent.name == "model_configs":
         for key in ("flash_attn_mask_shape", "ffn_gated"):
-            assert any(f"{file.parent.name}/{file.name}: {key} changes nothing" in note for note in run.notes)
-        assert run.model.value.orig_max_length == content.get("ori_max_length", 8192)
-        assert run.train.value.checkpointing == ("full" if content.get("use_checkpoint") else "none")
+            assert any(f"{file.parent.name}/{file.name}: {key} changes nothing" in note for note in caplog.messages)
+        assert run.model.orig_max_length == content.get("ori_max_length", 8192)
+        assert run.train.checkpointing == ("full" if content.get("use_checkpoint") else "none")
         acting = content.keys() - DEPRECATED_MODEL_KEYS.keys() - {"architectures", "ori_max_length"}
-        assert {key: run.model.value.to_json()[key] for key in acting} == {key: content[key] for key in acting}
+        assert {key: run.model.to_json()[key] for key in acting} == {key: content[key] for key in acting}
     elif file.parent.name == "train_configs":
         for key, value in {**content["pretrain"], **content.get("finetune", {})}.items():
-            assert getattr(run.train.value, key) == (json.loads(value) if key == "lora_layer" else value)
+            assert getattr(run.train, key) == (json.loads(value) if key == "lora_layer" else value)
     else:
-        assert [item.value.task_name for item in run.mixture] == [entry["task_name"] for entry in content]
+        assert [item.task_name for item in run.mixture] == [entry["task_name"] for entry in content]
 
 
 def test_paths_of_a_mixture_may_be_relative_to_where_the_run_starts(
@@ -313,16 +318,16 @@ def test_paths_of_a_mixture_may_be_relative_to_where_the_run_starts(
     (mixture.parent / "t.py").touch()
     monkeypatch.chdir(app)
     (item,) = load_mixture(mixture)
-    assert (item.value.path, item.value.transforms) == (str(tmp_path / "data_test" / "a"), str(mixture.parent / "t.py"))
+    assert (item.path, item.transforms) == (str(tmp_path / "data_test" / "a"), str(mixture.parent / "t.py"))
     (tmp_path / "apps" / "data_test" / "a").mkdir(parents=True)  # relative to the file, which comes first
-    assert load_mixture(mixture)[0].value.path == str(tmp_path / "apps" / "data_test" / "a")
+    assert load_mixture(mixture)[0].path == str(tmp_path / "apps" / "data_test" / "a")
 
 
 def test_mixture_keys_are_checked_and_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     entry = {"task_name": "a", "path": "sets/a", "transforms": "t.py"}
     (item,) = load_mixture(write(tmp_path / "m.json", [entry]))
-    assert item.value.path == str(tmp_path / "sets/a")
-    assert item.value.transforms == str(tmp_path / "t.py")
+    assert item.path == str(tmp_path / "sets/a")
+    assert item.transforms == str(tmp_path / "t.py")
     for wrong, expected in [
         ([{**entry, "abs_wieght": 1}], r"\[0\].abs_wieght: unknown key; did you mean 'abs_weight'"),
         ([{"path": "x"}], r"\[0\].task_name: missing"),
@@ -341,8 +346,8 @@ def test_overrides_reach_the_model_and_the_mixture(tmp_path: Path) -> None:
     mixture = write(tmp_path / "m.json", [{"task_name": "a.b", "path": "x"}])
     given = {"dataset_config": str(mixture), "tokenizer_path": "t", "model.num_layers": "9", "data.a.b.weight": "0.5"}
     run = load_run("tiny", given)
-    assert run.model.value.num_layers == 9
-    assert run.mixture[0].value.weight == 0.5
+    assert run.model.num_layers == 9
+    assert run.mixture[0].weight == 0.5
     assert run.to_json()["model"]["num_layers"]["from"] == "command line (--model.)"
     with pytest.raises(UserError, match="has no such task_name"):
         load_run("tiny", {**given, "data.c.weight": "1"})
@@ -411,4 +416,4 @@ def test_a_loop_of_links_in_a_mixture_is_a_file_that_is_not_there(key: str, tmp_
     (tmp_path / "loop.jinja").symlink_to("loop.jinja")
     entry = {"task_name": "t", "path": "data", key: "./loop.jinja"}
     loaded = load_mixture(write(tmp_path / "mixture.json", [entry]))
-    assert getattr(loaded[0].value, key) == str(tmp_path.resolve() / "loop.jinja")
+    assert getattr(loaded[0], key) == str(tmp_path.resolve() / "loop.jinja")

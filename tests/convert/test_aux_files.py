@@ -1,4 +1,4 @@
-"""What lies beside the weights of an exported folder, and who can use it."""
+"""Files beside the weights of an exported folder: tokenizer, chat template, model card, a reference's code."""
 
 import json
 import shutil
@@ -9,14 +9,16 @@ import pytest
 import torch
 from helpers.common import small_model
 
-from fm9g.checkpoint.checkpoint import Snapshot, save_checkpoint
+from fm9g.checkpoint.save import Snapshot, save_checkpoint
 from fm9g.cli import main
 from fm9g.config.model import ModelConfig
 from fm9g.convert.aux_files import copy_aux_files, write_tokenizer
-from fm9g.convert.hf import export_folder, import_folder
-from fm9g.data.encode.tokenizer import CHAT_TEMPLATE, load_tokenizer
+from fm9g.convert.hf_export import ExportOptions, export_folder
+from fm9g.convert.hf_import import import_folder
+from fm9g.data.encode.tokenizer_files import CHAT_TEMPLATE
+from fm9g.data.encode.tokenizer_loading import load_tokenizer
 from fm9g.errors import UserError
-from fm9g.io.weights import write_weights
+from fm9g.io.pt_file import write_weights
 from fm9g.model.transformer import weight_shapes
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}</s>{% endfor %}"
@@ -167,7 +169,9 @@ def test_all_but_weights_travels_with_a_kept_configuration(checkpoint: Path, tmp
         ".hidden": "h",
     }.items():
         (tmp_path / "hf" / name).write_text(text)
-    export_folder(checkpoint, tmp_path / "kept", tmp_path / "hf", dtype="bf16", keep_reference=True)
+    export_folder(
+        checkpoint, tmp_path / "kept", tmp_path / "hf", options=ExportOptions(dtype="bf16", keep_reference=True)
+    )
     names = {file.name for file in (tmp_path / "kept").iterdir()}
     assert {"qwen.tiktoken", "tokenization_qwen.py", "LICENSE", "tokenizer.json", "model.safetensors"} <= names
     assert not {"pytorch_model.bin.index.json", ".hidden"} & names
@@ -175,13 +179,13 @@ def test_all_but_weights_travels_with_a_kept_configuration(checkpoint: Path, tmp
     assert config == {**json.loads((tmp_path / "hf" / "config.json").read_text()), "torch_dtype": "bfloat16"}
 
 
-def test_a_tokenizer_that_only_its_own_code_reads_is_told_of(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_tokenizer_that_only_its_own_code_reads_gets_a_warning(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     export_folder(checkpoint, tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer.json").rename(tmp_path / "hf" / "qwen.tiktoken")
     export_folder(checkpoint, tmp_path / "out", tmp_path / "hf")
-    assert "--keep-reference-config takes both" in capsys.readouterr().err
+    assert "--keep-reference-config takes both" in caplog.text
 
 
 def test_verification_uses_texts_where_a_tokenizer_is_there(
@@ -193,15 +197,16 @@ def test_verification_uses_texts_where_a_tokenizer_is_there(
     import_folder(tmp_path / "hf", tmp_path / "m.pt")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-2}))
-    from fm9g.config.model import load_model_config
+    from fm9g.convert.source import open_9g_source
     from fm9g.convert.verify import verify
 
-    verdict = verify(tmp_path / "hf", tmp_path / "m.pt", load_model_config(tmp_path / "m.json").value)
-    assert not verdict.passed
+    source = open_9g_source(tmp_path / "m.pt")
+    diff = verify(tmp_path / "hf", source.config, source.weights)
+    assert not diff.passed
 
 
 def test_generation_ends_where_the_template_ends_a_turn(checkpoint: Path, tmp_path: Path, tokenizer_path: Path) -> None:
-    """The template that a checkpoint was trained with goes before the generation settings of a reference."""
+    """The checkpoint's chat template takes precedence over a reference's generation settings."""
     from tokenizers import Tokenizer
 
     shutil.copytree(tokenizer_path, tmp_path / "chat")
@@ -288,7 +293,7 @@ def test_every_file_of_a_tokenizer_travels(tmp_path: Path, tokenizer_path: Path)
 
 @pytest.mark.slow
 def test_a_tokenizer_that_transformers_would_read_otherwise_is_left_out(
-    tmp_path: Path, shared: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, shared: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As InternLM2's, whose code gives pieces of the SentencePiece model other names."""
     source, out = tmp_path / "t", tmp_path / "out"
@@ -301,20 +306,20 @@ def test_a_tokenizer_that_transformers_would_read_otherwise_is_left_out(
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
     assert write_tokenizer(source, None, out).opener == ""
     assert not list(out.iterdir())
-    error = capsys.readouterr().err
-    assert "so none is written (transformers opens it as LlamaTokenizer, where <|im_start|> is" in error
+    error = caplog.text
+    assert "so the folder gets none (transformers opens it as LlamaTokenizer, where <|im_start|> is" in error
     assert "and not 90000); --keep-reference-config takes both" in error
 
 
-def test_a_class_that_transformers_takes_for_a_kind_of_models_is_told_of(
-    tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_class_that_transformers_takes_for_a_kind_of_models_gets_a_warning(
+    tmp_path: Path, tokenizer_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of a Qwen2 model AutoTokenizer makes Qwen2's tokenizer, whatever is named; other vocabularies give other ids."""
+    """For Qwen2 models AutoTokenizer takes Qwen2's class, whatever the settings name; the ids then differ."""
     import transformers
 
     trained = make_checkpoint(tmp_path / "run", tokenizer_path, TEMPLATE, small_model(qkv_bias=True))
     export_folder(trained, tmp_path / "hf")
-    assert "to other ids; PreTrainedTokenizerFast.from_pretrained opens it" in capsys.readouterr().err
+    assert "to other ids; PreTrainedTokenizerFast.from_pretrained opens it" in caplog.text
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast" in card
     text = "in 1863"
@@ -363,3 +368,16 @@ def test_the_template_inside_the_tokenizer_of_a_checkpoint_goes_before_the_one_o
         assert AutoTokenizer.from_pretrained(out).chat_template == "of the checkpoint"
     copy_aux_files(tmp_path / "hf", None, tmp_path / "kept")
     assert (tmp_path / "kept" / "additional_chat_templates" / "tool_use.jinja").is_file()
+
+
+def test_a_sentencepiece_model_is_exported_with_equal_ids(shared: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from fm9g.data.encode.tokenizer_loading import load_tokenizer
+
+    source = shared / "tokenizers" / "9g-2b"
+    written = write_tokenizer(source, None, tmp_path).tokenizer
+    text = "九格大模型 is  a model.\n 你好\t🚀 x=1"
+    assert written is not None
+    assert (written.bos_id, written.eos_id) == (1, 2)
+    assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == [1, *load_tokenizer(source).encode(text)]

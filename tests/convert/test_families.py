@@ -1,4 +1,4 @@
-"""Every family of models: logits against transformers, packed layouts in and out, and what is refused."""
+"""Every family of models: logits against transformers, packed layouts in and out, and the refused configurations."""
 
 import json
 from collections.abc import Callable
@@ -7,31 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.common import make_batch, small_model
+from helpers.hf_models import HF_CONFIG
 from safetensors.torch import load_file, save_file
 
 from fm9g.cli import main
 from fm9g.config.load import ConfigSource, build
 from fm9g.config.model import ModelConfig, load_model_config
-from fm9g.convert.hf import export_folder, import_folder
 from fm9g.convert.hf_config import from_hf_config
+from fm9g.convert.hf_export import ExportOptions, export_folder
+from fm9g.convert.hf_import import import_folder
 from fm9g.convert.hf_reader import open_hf_folder
 from fm9g.errors import UserError
-from fm9g.io.weights import read_weights, write_weights
+from fm9g.io.pt_file import read_weights, write_weights
 from fm9g.model.transformer import FM9G, weight_shapes
 
-BASE = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "initializer_range": 0.2,
-    "tie_word_embeddings": False,
-    "rope_theta": 10000.0,
-}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16}
 GRANITE = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0}
 NATIVE: dict[str, dict] = {
@@ -57,7 +46,7 @@ def native_folder(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(1)
-    config = AutoConfig.for_model(kind.split("-")[0], **{**BASE, **NATIVE[kind]})
+    config = AutoConfig.for_model(kind.split("-")[0], **{**HF_CONFIG, **NATIVE[kind]})
     model = AutoModelForCausalLM.from_config(config).eval()
     for weight in model.parameters():
         if weight.dim() == 1:
@@ -91,7 +80,7 @@ def assert_equal_files(one: Path, other: Path) -> None:
 def test_imported_models_have_the_logits_of_transformers(kind: str, tmp_path: Path) -> None:
     model = native_folder(kind, tmp_path / "hf")
     import_folder(tmp_path / "hf", tmp_path / "m.pt")
-    config = load_model_config(tmp_path / "m.json").value
+    config = load_model_config(tmp_path / "m.json")
     ours = our_logits(config, read_weights(tmp_path / "m.pt"))
     torch.testing.assert_close(ours, their_logits(model), rtol=0, atol=1e-5)
 
@@ -185,10 +174,10 @@ HEADS = {"num_key_value_heads": 4}  # as many as query heads
 Make = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 REMOTE: dict[str, tuple[str, dict, dict, Make]] = {  # the class, its configuration, the folder's, the layout
     "qwen": ("qwen2", HEADS, QWEN_CONFIG, qwen),
-    "baichuan": ("llama", HEADS, {**BASE, **HEADS, "model_type": "baichuan"}, baichuan),
-    "internlm2": ("llama", {}, {**BASE, "model_type": "internlm2", "bias": False}, internlm2),
-    "Yi": ("llama", {}, {**BASE, "model_type": "Yi"}, yi),
-    "xverse": ("llama", HEADS, {**BASE, **HEADS, "model_type": "xverse"}, dict),
+    "baichuan": ("llama", HEADS, {**HF_CONFIG, **HEADS, "model_type": "baichuan"}, baichuan),
+    "internlm2": ("llama", {}, {**HF_CONFIG, "model_type": "internlm2", "bias": False}, internlm2),
+    "Yi": ("llama", {}, {**HF_CONFIG, "model_type": "Yi"}, yi),
+    "xverse": ("llama", HEADS, {**HF_CONFIG, **HEADS, "model_type": "xverse"}, dict),
     "minicpm": (
         "granite",
         {
@@ -199,7 +188,7 @@ REMOTE: dict[str, tuple[str, dict, dict, Make]] = {  # the class, its configurat
             "tie_word_embeddings": True,
         },
         {
-            **{key: value for key, value in BASE.items() if key != "tie_word_embeddings"},
+            **{key: value for key, value in HF_CONFIG.items() if key != "tie_word_embeddings"},
             "model_type": "minicpm",
             "scale_emb": 12,
             "scale_depth": 1.4,
@@ -216,7 +205,7 @@ def remote_folder(kind: str, folder: Path, **changes: object) -> torch.nn.Module
 
     cls, own, config, make = REMOTE[kind]
     torch.manual_seed(2)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(cls, **{**BASE, **own})).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(cls, **{**HF_CONFIG, **own})).eval()
     for weight in model.parameters():
         if weight.dim() == 1:
             weight.data += torch.randn_like(weight) * 0.1
@@ -236,11 +225,11 @@ def test_families_with_their_own_code_go_in_and_out_bit_for_bit(kind: str, tmp_p
     source = tmp_path / "hf"
     model = remote_folder(kind, source)
     import_folder(source, tmp_path / "m.pt")
-    config = load_model_config(tmp_path / "m.json").value
+    config = load_model_config(tmp_path / "m.json")
     weights = read_weights(tmp_path / "m.pt")
     torch.testing.assert_close(our_logits(config, weights), their_logits(model), rtol=0, atol=1e-5)
 
-    loads_as = export_folder(tmp_path / "m.pt", tmp_path / "same", source, keep_reference=True)
+    loads_as = export_folder(tmp_path / "m.pt", tmp_path / "same", source, ExportOptions(keep_reference=True))
     assert loads_as == kind
     assert_equal_files(source, tmp_path / "same")
     for name in ("config.json", "modeling_x.py"):
@@ -258,7 +247,7 @@ def test_families_with_their_own_code_go_in_and_out_bit_for_bit(kind: str, tmp_p
 @pytest.mark.parametrize("changes", [{"z_loss_weight": 0}, {"vocab_size": 125696}])
 def test_the_output_weights_of_baichuan2_are_normalized_as_its_code_does(changes: dict, tmp_path: Path) -> None:
     if "vocab_size" in changes:
-        config = {**BASE, "model_type": "baichuan", **changes}
+        config = {**HF_CONFIG, "model_type": "baichuan", **changes}
         tensors = {"lm_head.weight": torch.randn(125696, 32), "model.embed_tokens.weight": torch.zeros(125696, 32)}
         remote_folder("baichuan", tmp_path / "hf")
         tensors = load_file(tmp_path / "hf" / "model.safetensors") | tensors
@@ -278,12 +267,12 @@ def test_every_size_goes_there_and_back_bit_for_bit(size: str, tmp_path: Path) -
     """The shipped configuration with its ratios of heads, at a fraction of the width."""
     from fm9g.config.load import require_config
 
-    shipped = load_model_config(require_config("model_configs", size)).value
+    shipped = load_model_config(require_config("model_configs", size))
     group = shipped.num_heads // shipped.num_kv_heads
     small = {"vocab_size": 500, "num_layers": 3, "dim_head": 8, "num_heads": 2 * group, "num_kv_heads": 2}
     small |= {"dim_model": 64, "dim_ff": 96, "dim_model_base": 16}
     values = {key: value for key, value in shipped.to_json().items() if key != "architectures"}
-    config = build(ModelConfig, [ConfigSource(size, {**values, **small})]).value
+    config = build(ModelConfig, [ConfigSource(size, {**values, **small})])
     generator = torch.Generator().manual_seed(0)
     weights = {
         name: torch.randn(shape, generator=generator).bfloat16() for name, shape in weight_shapes(config).items()
@@ -295,7 +284,7 @@ def test_every_size_goes_there_and_back_bit_for_bit(size: str, tmp_path: Path) -
     again = read_weights(tmp_path / "back.pt")
     assert list(again) == list(weights)
     assert all(torch.equal(again[name], weights[name]) for name in weights)
-    back = load_model_config(tmp_path / "back.json").value
+    back = load_model_config(tmp_path / "back.json")
     assert (back.mup_width, back.embedding_multiplier) == (config.mup_width, config.embedding_multiplier)
 
 
@@ -356,7 +345,7 @@ def test_keys_that_are_not_given_are_as_in_the_published_classes() -> None:
 @pytest.mark.parametrize("kind", ["granite", "minicpm", "fm9g"])
 def test_only_scaled_models_of_9g_have_the_learning_rates_of_mup(kind: str) -> None:
     scaled = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16, "logits_scaling": 2.0}
-    config = from_hf_config({**BASE, **scaled, "model_type": kind}, "config.json")
+    config = from_hf_config({**HF_CONFIG, **scaled, "model_type": kind}, "config.json")
     assert config.mup_width == 2.0
     assert config.mup_lr == (kind == "fm9g")
 
@@ -425,7 +414,7 @@ def test_tied_weights_are_read_as_transformers_reads_them(case: str, tmp_path: P
         weights["lm_head.weight"] = embedding.clone() if case == "both equal" else torch.randn_like(embedding)
     save_file(weights, file, metadata={"format": "pt"})
     import_folder(tmp_path / "hf", tmp_path / "m.pt")
-    config = load_model_config(tmp_path / "m.json").value
+    config = load_model_config(tmp_path / "m.json")
     assert config.tie_word_embeddings == (case != "both differ")
     theirs = their_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval())
     torch.testing.assert_close(our_logits(config, read_weights(tmp_path / "m.pt")), theirs, rtol=1e-5, atol=1e-5)
@@ -464,20 +453,20 @@ REFUSED = {
     "quantized": ("qwen2", {"quantization_config": {"quant_method": "gptq"}}, "take the folder that was quantized"),
     "logits": ("granite", {**GRANITE, "logits_scaling": 5.0}, "logits_scaling does not divide"),
     "rope": ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling is"),
-    "unknown": ("gpt2", {}, "model_type 'gpt2' is not one that can be read: llama, mistral"),
-    "none": (None, {}, "model_type None is not one"),
+    "unknown": ("gpt2", {}, "model_type 'gpt2' is not supported; supported are llama, mistral"),
+    "none": (None, {}, "model_type None is not supported"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_9g_has_not_is_refused_with_its_key(case: str) -> None:
+def test_what_9g_lacks_is_refused_with_its_key(case: str) -> None:
     kind, changes, expected = REFUSED[case]
     with pytest.raises(UserError, match=expected):
-        from_hf_config({**BASE, "model_type": kind, **changes}, "config.json")
+        from_hf_config({**HF_CONFIG, "model_type": kind, **changes}, "config.json")
 
 
 def test_a_13b_of_baichuan_is_refused() -> None:
-    config = {key: value for key, value in BASE.items() if key != "max_position_embeddings"}
+    config = {key: value for key, value in HF_CONFIG.items() if key != "max_position_embeddings"}
     with pytest.raises(UserError, match="ALiBi"):
         from_hf_config({**config, "model_type": "baichuan", "model_max_length": 4096}, "config.json")
 
@@ -495,11 +484,13 @@ def test_only_the_first_model_of_qwen_is_as_long_as_seq_length() -> None:
 def test_the_reference_must_describe_the_checkpoint(tmp_path: Path) -> None:
     native_folder("llama", tmp_path / "hf")
     import_folder(tmp_path / "hf", tmp_path / "m.pt")
-    with pytest.raises(UserError, match="goes with --reference"):
-        export_folder(tmp_path / "m.pt", tmp_path / "out", keep_reference=True)
+    with pytest.raises(UserError, match="needs --reference"):
+        export_folder(tmp_path / "m.pt", tmp_path / "out", options=ExportOptions(keep_reference=True))
     remote_folder("qwen", tmp_path / "other")
-    with pytest.raises(UserError, match="made with another model configuration"):
-        export_folder(tmp_path / "m.pt", tmp_path / "out", tmp_path / "other", keep_reference=True)
+    with pytest.raises(UserError, match="belongs to another model configuration"):
+        export_folder(
+            tmp_path / "m.pt", tmp_path / "out", tmp_path / "other", options=ExportOptions(keep_reference=True)
+        )
 
 
 def test_norms_of_queries_are_only_in_layouts_that_have_them(tmp_path: Path) -> None:

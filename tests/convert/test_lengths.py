@@ -1,5 +1,6 @@
 """Rotary positions and sliding windows of foreign folders, at lengths below, at and beyond those where they change."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -7,30 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.common import make_batch, small_model
+from helpers.hf_models import HF_CONFIG, make_hf_model
 
-from fm9g.cli import main
-from fm9g.config.load import read_object
-from fm9g.config.model import ModelConfig, load_model_config
-from fm9g.convert import verify
-from fm9g.convert.hf import export_folder, import_folder
+from fm9g.config.model import ModelConfig
 from fm9g.convert.hf_config import from_hf_config, native_model_type, to_hf_config
+from fm9g.convert.hf_export import export_folder
+from fm9g.convert.hf_import import import_folder
 from fm9g.convert.hf_reader import open_hf_folder
 from fm9g.errors import UserError
+from fm9g.io.json_file import read_object
 from fm9g.model import attention
 from fm9g.model.transformer import FM9G
 
-BASE = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "initializer_range": 0.2,
-    "rope_theta": 10000.0,
-}
 ORIGINAL = 16
 LENGTHS = [5, ORIGINAL, ORIGINAL + 1, 40, 90]  # in this order transformers' dynamic rope never looks back
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
@@ -87,20 +76,8 @@ WINDOWS: dict[str, tuple[str, dict, list[int]]] = {  # the class, its configurat
 }
 
 
-def make_folder(kind: str, changes: dict, folder: Path) -> torch.nn.Module:
-    """A small model of transformers' class, and its folder, whose config.json is as given."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(1)
-    plain = AutoConfig.for_model(kind, **{**BASE, "head_dim": 16})
-    AutoModelForCausalLM.from_config(plain).save_pretrained(folder)
-    config = {**BASE, "head_dim": 16, "model_type": kind, "architectures": plain.architectures, "dtype": "float32"}
-    (folder / "config.json").write_text(json.dumps(config | changes))
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-
-
 def assert_same_logits(folder: Path, theirs: torch.nn.Module) -> ModelConfig:
-    """Compares documents of all lengths, alone there, packed into one row here."""
+    """Compares documents of all lengths: one at a time in transformers, packed into one row in ours."""
     config, weights = open_hf_folder(folder)
     model = FM9G(config)
     model.load_state_dict({name: weight.read() for name, weight in weights.items()})
@@ -115,7 +92,7 @@ def assert_same_logits(folder: Path, theirs: torch.nn.Module) -> ModelConfig:
 
 @pytest.mark.parametrize("case", ROPES)
 def test_positions_turn_as_in_transformers_at_every_length(case: str, tmp_path: Path) -> None:
-    theirs = make_folder("llama", ROPES[case], tmp_path / "hf")
+    theirs = make_hf_model("llama", ROPES[case], tmp_path / "hf")
     config = assert_same_logits(tmp_path / "hf", theirs)
     out = to_hf_config(config, "float32", None, None)
     assert from_hf_config(out, "out") == config
@@ -125,8 +102,8 @@ def test_positions_turn_as_in_transformers_at_every_length(case: str, tmp_path: 
 
 
 def test_the_stretch_of_every_kind_does_something(tmp_path: Path) -> None:
-    """Else the comparisons above would hold of a model that heeds none of it."""
-    make_folder("llama", {}, tmp_path / "hf")
+    """Otherwise the comparisons above would pass for a model that ignores rope scaling."""
+    make_hf_model("llama", {}, tmp_path / "hf")
     _, weights = open_hf_folder(tmp_path / "hf")
     batch, seen = make_batch(LENGTHS), []
     for case, changes in ROPES.items():
@@ -153,9 +130,10 @@ def test_the_stretch_of_every_kind_does_something(tmp_path: Path) -> None:
 def test_windows_slide_as_in_transformers_at_every_length(
     case: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_QUERY_CHUNK", block)
+    by_document = functools.partial(attention.attention_by_document, query_chunk=block)
+    monkeypatch.setattr(attention, "attention_by_document", by_document)
     kind, changes, windows = WINDOWS[case]
-    theirs = make_folder(kind, changes, tmp_path / "hf")
+    theirs = make_hf_model(kind, changes, tmp_path / "hf")
     config = assert_same_logits(tmp_path / "hf", theirs)
     assert list(config.windows) == windows
     import_folder(tmp_path / "hf", tmp_path / "m.pt")
@@ -168,7 +146,7 @@ def test_windows_slide_as_in_transformers_at_every_length(
 
 def test_windows_that_no_class_has_are_not_exported() -> None:
     assert native_model_type(small_model(sliding_window=8)) == "mistral"
-    with pytest.raises(UserError, match="sliding windows of some layers: no transformers class"):
+    with pytest.raises(UserError, match="sliding windows in some layers: no transformers class"):
         native_model_type(small_model(sliding_window=8, layer_types=MIXED))
     with pytest.raises(UserError, match="scaled arithmetic with sliding windows"):
         native_model_type(small_model(sliding_window=8, scale=True, base_hidden_size=16))
@@ -184,22 +162,22 @@ def test_windows_that_no_class_has_are_not_exported() -> None:
             {**KINDS, "layer_types": ["chunked_attention", MIXED[1]]},
             "layer_types is not a list of 2 times",
         ),
-        ("llama", {"rope_parameters": {"full_attention": {"rope_type": "linear"}}}, "differ from layer to layer"),
-        ("llama", {"rope_scaling": {**YARN, "truncate": False}}, "9G rounds the borders of YaRN"),
+        ("llama", {"rope_parameters": {"full_attention": {"rope_type": "linear"}}}, "differ between layers"),
+        ("llama", {"rope_scaling": {**YARN, "truncate": False}}, "9G always rounds the bounds of YaRN"),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "factor: missing"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor: missing"),
     ],
 )
 def test_odd_positions_and_windows_are_refused(kind: str, changes: dict, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
-        from_hf_config({**BASE, "model_type": kind, **changes}, "config.json")
+        from_hf_config({**HF_CONFIG, "model_type": kind, **changes}, "config.json")
 
 
 @pytest.mark.parametrize(
     ("kind", "changes", "expected"),
     [
         ("qwen2", {"use_sliding_window": "false"}, "use_sliding_window is neither true nor false"),
-        ("mistral", {"sliding_window": 0}, "sliding_window is 0, and not a number of tokens"),
+        ("mistral", {"sliding_window": 0}, "sliding_window is 0, not a number of tokens"),
         ("mistral", {"sliding_window": "16"}, "sliding_window is '16'"),
         ("mistral", {"sliding_window": 16, "layer_types": ["full_attention"]}, "layer_types is not a list of 2 times"),
         ("mistral", {"sliding_window": 16, "layer_types": ["foo", "foo"]}, "layer_types is not a list of 2 times"),
@@ -221,35 +199,3 @@ def test_the_layer_types_of_mistral_count() -> None:
 def test_windows_need_their_width() -> None:
     with pytest.raises(UserError, match="layer_types has sliding_attention and sliding_window is missing"):
         small_model(layer_types=MIXED)
-
-
-# ---- verification
-
-
-@pytest.mark.parametrize("what", ["window", "dynamic rope"])
-def test_verification_looks_beyond_the_lengths_at_which_the_arithmetic_changes(
-    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A mistake that the first 40 tokens do not show is found, and the output says how far it looked."""
-    kind, changes = ("mistral", {"sliding_window": 40}) if what == "window" else ("llama", {"rope_scaling": DYNAMIC})
-    make_folder(kind, {**changes, "max_position_embeddings": 40}, tmp_path / "hf")
-    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "m.pt"), "--verify"]) == 0
-    beyond = "the window of 40" if what == "window" else "the original length of 40"
-    said = capsys.readouterr().out
-    assert f"104 (beyond {beyond})" in said
-    assert "within the tolerated" in said
-    values = json.loads((tmp_path / "m.json").read_text())
-    wrong = {"sliding_window": 41} if what == "window" else {"rope_scaling_factor": 1.5}
-    (tmp_path / "m.json").write_text(json.dumps(values | wrong))
-    config = load_model_config(tmp_path / "m.json").value
-    assert not verify.verify(tmp_path / "hf", tmp_path / "m.pt", config).passed
-
-
-def test_verification_says_which_lengths_are_too_long_for_this_machine(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(verify, "_MAX_WORK", 1e5)
-    make_folder("mistral", {"sliding_window": 1000}, tmp_path / "hf")
-    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "m.pt"), "--verify"]) == 0
-    said = capsys.readouterr().out
-    assert "rows of 128 and 1064 (beyond the window of 1000) tokens were not tried" in said

@@ -1,4 +1,4 @@
-"""Logits with one layer in memory are those of the whole model."""
+"""Logits with one layer in memory equal those of the full model."""
 
 import gc
 

@@ -1,8 +1,9 @@
-"""Bases with adapters in their weights: by the command and the guide's tool, and what must not be merged."""
+"""Merging adapters into bases, by the command and the guide's tool, and the cases that are refused."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import runpy
 import shutil
@@ -16,14 +17,15 @@ from helpers.random_adapters import LAYERS, logits, make_adapter, make_model
 from safetensors.torch import load_file
 
 import fm9g.convert.merge as merge_module
-from fm9g.checkpoint.checkpoint import checksum
+from fm9g.checkpoint.manifest import checksum
 from fm9g.cli import main
 from fm9g.config.adapter import ADAPTER_CONFIG
-from fm9g.convert.hf import export_folder
+from fm9g.convert.hf_export import export_folder
 from fm9g.convert.merge import merge
 from fm9g.convert.peft import write_peft
+from fm9g.convert.source import open_source
 from fm9g.errors import UserError
-from fm9g.io.weights import read_weights, write_weights
+from fm9g.io.pt_file import read_weights, write_weights
 from fm9g.lora.adapter_file import Adapter, open_adapter, save_adapter
 from fm9g.lora.base_fingerprint import base_fingerprint
 from fm9g.lora.inject import B, load_adapter_into
@@ -31,7 +33,7 @@ from fm9g.lora.inject import B, load_adapter_into
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A .pt file with its configuration, and the folder `ckpt` that it may have been made from."""
+    """A .pt file with its configuration, and its Hugging Face folder `ckpt`."""
     weights = dict(make_model(qkv_bias=True).named_parameters())
     write_weights(tmp_path / "7b.pt", weights, weights.items())
     (tmp_path / "7b.json").write_text(json.dumps(small_model(qkv_bias=True).to_json()))
@@ -78,9 +80,9 @@ def test_the_command_takes_what_there_is(
     write_peft(adapter, tmp_path / "peft")
     source = tmp_path / "adapter" if kind == "ours" else tmp_path / "peft"
     assert main(["lora", "merge", str(tmp_path / of), str(source), str(tmp_path / "out")]) == 0
-    output = capsys.readouterr().out
-    assert "logits of up to" in output
-    assert ("does not say which base it is for" in output) == (kind == "peft")
+    output = capsys.readouterr()
+    assert "largest logit" in output.out
+    assert ("does not record which base it was trained on" in output.err) == (kind == "peft")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     ids = torch.arange(40)
     with torch.no_grad():
@@ -90,7 +92,7 @@ def test_the_command_takes_what_there_is(
     torch.testing.assert_close(logits(ours, ids), theirs, atol=2e-5, rtol=1e-5)
 
 
-def test_sums_are_made_in_fp32_whatever_is_stored(base: Path, adapter: Adapter, tmp_path: Path) -> None:
+def test_sums_are_computed_in_fp32_whatever_is_stored(base: Path, adapter: Adapter, tmp_path: Path) -> None:
     narrow = {name: weight.bfloat16() for name, weight in read_weights(base).items()}
     write_weights(base, narrow, narrow.items())
     other = dataclasses.replace(adapter.config, base_sha256=base_fingerprint(narrow, narrow.__getitem__))
@@ -113,7 +115,7 @@ def test_another_base_is_refused(base: Path, adapter: Adapter, tmp_path: Path) -
     with pytest.raises(UserError, match=r"7b.pt: is not the base that .* was trained on"):
         merge(base, adapter, tmp_path / "no.pt")
     wrong = make_adapter(make_model(qkv_bias=True, hidden_size=64))
-    with pytest.raises(UserError, match="it is of another model"):
+    with pytest.raises(UserError, match="the adapter is for another model"):
         merge(base, wrong, tmp_path / "no.pt")
     deeper = make_adapter(make_model(num_layers=3))
     with pytest.raises(UserError, match="has no such layer"):
@@ -129,7 +131,7 @@ def test_a_merge_that_changes_what_the_model_says_is_an_error(
         return rows + self.weights[layer + B][part] @ self.weights[layer + ".lora.lora_A"]  # without the scaling
 
     monkeypatch.setattr(Adapter, "apply", wrong)
-    with pytest.raises(UserError, match=r"in its weights, logits differ by"):
+    with pytest.raises(UserError, match=r"merged into its weights, logits differ by"):
         merge(base, adapter, tmp_path / "no.pt")
     assert not (tmp_path / "no.pt").exists()
 
@@ -141,7 +143,7 @@ def test_dropout_of_training_is_not_part_of_a_merge(base: Path, adapter: Adapter
 
 def test_what_is_read_is_never_replaced(base: Path, adapter: Adapter, tmp_path: Path) -> None:
     for target in (tmp_path / "adapter", tmp_path / "adapter" / "adapter.pt"):
-        with pytest.raises(UserError, match="is read; choose another"):
+        with pytest.raises(UserError, match="is an input; choose another"):
             merge(base, adapter, target, overwrite=True)
     save_adapter(adapter, tmp_path / "other")
     folders = [str(tmp_path / "adapter"), str(tmp_path / "other")]
@@ -152,7 +154,7 @@ def test_what_is_read_is_never_replaced(base: Path, adapter: Adapter, tmp_path: 
 def test_a_target_is_replaced_only_by_what_was_checked(
     base: Path, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge_module, "_ROUNDING", -1.0)
+    monkeypatch.setattr(merge_module, "ROUNDING_TOLERANCE", -1.0)
     for target in (tmp_path / "keep.pt", tmp_path / "keep"):
         target.write_bytes(b"good") if target.suffix else target.mkdir()
         with pytest.raises(UserError, match="Nothing was written"):
@@ -187,20 +189,21 @@ def test_a_merge_of_a_bare_file_takes_the_tokenizer_that_trained(
 def test_rows_that_are_written_apart_are_those_that_were_compared(
     base: Path, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fm9g.convert import resumable_writer
+    from fm9g.convert import hf_import, resumable_writer
 
     merge(base, adapter, tmp_path / "one.pt")
-    monkeypatch.setattr(resumable_writer, "_CHUNK_BYTES", 300)  # a few rows at a time
+    few_rows = functools.partial(resumable_writer.write_resumable, chunk_bytes=300)
+    monkeypatch.setattr(hf_import, "write_resumable", few_rows)
     merge(base, adapter, tmp_path / "other.pt")
     one, other = read_weights(tmp_path / "one.pt"), read_weights(tmp_path / "other.pt")
     assert all(torch.allclose(weight, other[name], atol=1e-6) for name, weight in one.items())
 
 
-def test_what_was_begun_with_another_adapter_is_not_gone_on_with(base: Path, adapter: Adapter) -> None:
-    _, weights = merge_module.open_base(base, None)
+def test_a_merge_that_was_started_with_another_adapter_is_not_resumed(base: Path, adapter: Adapter) -> None:
+    weights = open_source(base).weights
     other = dataclasses.replace(adapter, weights={name: weight * 2 for name, weight in adapter.weights.items()})
     name = f"{adapter.layers[0]}.weight"
-    one, two = (merge_module._with_adapter(name, weights[name], each).transform for each in (adapter, other))
+    one, two = (merge_module.merged_weight(name, weights[name], each).transform for each in (adapter, other))
     assert one is not None
     assert two is not None
     assert one.__name__ != two.__name__
@@ -209,7 +212,7 @@ def test_what_was_begun_with_another_adapter_is_not_gone_on_with(base: Path, ada
 def test_the_guides_tool_merges(
     base: Path, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """As its chapter on LoRA types it, with an adapter of the published toolkit: a bare .pt file."""
+    """The command of its chapter on LoRA, with an adapter of the published toolkit: a bare .pt file."""
     file = tmp_path / "fm9g_live_checkpoint-10.pt"
     write_weights(file, adapter.weights, adapter.weights.items())
     train_config = tmp_path / "7b_lora.json"
@@ -228,7 +231,7 @@ def test_the_guides_tool_merges(
         return end.value.code
 
     assert tool() == 2
-    assert "r and alpha are not known" in capsys.readouterr().err
+    assert "r and alpha are unknown" in capsys.readouterr().err
     assert tool("--lora-config-path", str(train_config)) == 0
     theirs = load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
     layer = "encoder.layers.1.ffn.ffn.w_out"
@@ -266,7 +269,9 @@ def test_a_base_with_sliding_windows_is_merged(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["sliding_window"] == 8
 
 
-def test_the_verbs_there_and_back(base: Path, adapter: Adapter, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_subcommands_there_and_back(
+    base: Path, adapter: Adapter, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert main(["lora", "export", str(tmp_path / "adapter"), str(tmp_path / "p"), "--peft"]) == 0
     assert main(["lora", "import", str(tmp_path / "p"), str(tmp_path / "back"), "--base", str(base)]) == 0
     again = open_adapter(tmp_path / "back")
@@ -275,10 +280,10 @@ def test_the_verbs_there_and_back(base: Path, adapter: Adapter, tmp_path: Path, 
     assert main(["lora", "show", str(tmp_path / "back")]) == 0
     assert "6 layers" in capsys.readouterr().out
     assert main(["lora", "import", str(tmp_path / "adapter"), str(tmp_path / "x")]) == 2
-    assert "not a folder of PEFT" in capsys.readouterr().err
+    assert "not a PEFT folder" in capsys.readouterr().err
 
 
-def test_the_card_of_a_merged_model_says_what_it_was_made_from(base: Path, adapter: Adapter, tmp_path: Path) -> None:
+def test_the_card_of_a_merged_model_names_base_and_adapter(base: Path, adapter: Adapter, tmp_path: Path) -> None:
     merge(base, adapter, tmp_path / "merged")
     card = (tmp_path / "merged" / "README.md").read_text()
     made_from = f"with a LoRA adapter (rank {adapter.config.r}, alpha {adapter.config.alpha:g}) merged into its weights"

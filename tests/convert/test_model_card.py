@@ -1,4 +1,4 @@
-"""Model cards: what they say is true, what is not known is not said, and their code runs."""
+"""Model cards: their statements are true, unknown facts are left out, and their code runs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from helpers.common import make_records, small_model
 
 from fm9g.config.adapter import AdapterConfig
 from fm9g.config.run import load_run
-from fm9g.convert.hf import export_folder, import_folder
-from fm9g.convert.merge import merge, read_adapter
+from fm9g.convert.adapters import read_adapter
+from fm9g.convert.hf_export import export_folder
+from fm9g.convert.hf_import import import_folder
+from fm9g.convert.merge import merge
 from fm9g.convert.peft import write_peft
-from fm9g.io.weights import write_weights
+from fm9g.io.pt_file import write_weights
 from fm9g.lora.adapter_file import Adapter, combine, save_adapter
 from fm9g.model.transformer import FM9G
 from fm9g.train.runner import run_training

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from helpers.common import small_model
 from helpers.random_adapters import logits, make_adapter, make_model
 from safetensors.torch import load_file, save_file
 
-from fm9g.convert.hf import export_folder
-from fm9g.convert.merge import import_peft, read_adapter
+from fm9g.convert.adapters import import_peft, read_adapter
+from fm9g.convert.hf_export import export_folder
 from fm9g.convert.peft import read_peft, write_peft
 from fm9g.errors import UserError
-from fm9g.io.weights import write_weights
+from fm9g.io.pt_file import write_weights
 from fm9g.lora.adapter_file import open_adapter
 from fm9g.lora.base_fingerprint import base_fingerprint
 from fm9g.lora.inject import load_adapter_into
@@ -94,12 +95,12 @@ def test_what_our_adapters_cannot_say_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "p" / "adapter_config.json"
     plain = json.loads(file.read_text())
     for changes, message in (
-        ({"peft_type": "IA3"}, "peft_type: found 'IA3'"),
-        ({"bias": "all"}, "bias: found 'all'"),
+        ({"peft_type": "IA3"}, "peft_type: 'IA3' is not supported"),
+        ({"bias": "all"}, "bias: 'all' is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
-        ({"init_lora_weights": "pissa"}, "the base lost what the adapter began with"),
-        ({"use_bdlora": True}, "use_bdlora: a variant of LoRA"),
+        ({"init_lora_weights": "pissa"}, "subtracted the adapter's start from the base"),
+        ({"use_bdlora": True}, "use_bdlora: this variant of LoRA"),
         ({"r": 5}, "expected rank 5"),
         ({"r": "x"}, "r: found 'x'"),
         ({"r": 4.7}, "r: found 4.7"),
@@ -107,10 +108,13 @@ def test_what_our_adapters_cannot_say_is_refused(tmp_path: Path) -> None:
         ({"lora_alpha": 10**400}, "lora_alpha: found"),
         ({"lora_dropout": 5}, "lora_dropout: found 5"),
         ({"use_rslora": "false"}, "use_rslora: found 'false'"),
-        ({"layer_replication": [[0, 1]]}, "layer_replication: a variant"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication: this variant"),
         ({"use_dora": True}, "magnitude is missing"),
-        ({"target_modules": ["v_proj"]}, r"config.json: target_modules does not name model.layers.0.+: it is not the"),
-        ({"target_modules": [*plain["target_modules"], "lm_head", "k_proj"]}, "names k_proj, and the weights hold no"),
+        (
+            {"target_modules": ["v_proj"]},
+            r"config.json: target_modules does not name model.+; it does not belong",
+        ),
+        ({"target_modules": [*plain["target_modules"], "lm_head", "k_proj"]}, "names k_proj, but the weights hold no"),
         ({"target_modules": []}, "target_modules does not name model.layers.0"),
         ({"exclude_modules": plain["target_modules"][:1]}, "exclude_modules names model.layers.0"),
         ({"layers_to_transform": 1}, "layers_to_transform leaves out model.layers.0"),
@@ -130,13 +134,14 @@ def test_what_our_adapters_cannot_say_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"lm_head.lora.lora_A has no place in an adapter"):
         read_adapter(tmp_path / "p")
     (tmp_path / "p" / "adapter_model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"neither adapter_model.safetensors"):
+    with pytest.raises(UserError, match=r"expected adapter_model.safetensors"):
         read_adapter(tmp_path / "p")
 
 
 def test_a_base_that_peft_cannot_put_the_adapter_on_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "fm9g")
     base = export(tmp_path)
     adapter = make_adapter(make_model())
     packed = tmp_path / "packed"  # as InternLM2's and Baichuan's folders are
@@ -147,7 +152,7 @@ def test_a_base_that_peft_cannot_put_the_adapter_on_is_refused(
     weights = load_file(base / "model.safetensors")
     weights["model.layers.0.self_attn.W_pack.weight"] = weights.pop("model.layers.0.self_attn.q_proj.weight")
     save_file(weights, packed / "model.safetensors")
-    with pytest.raises(UserError, match=r"it has no model\.layers\.0\.self_attn\.q_proj\.weight \(1 of .*lora merge"):
+    with pytest.raises(UserError, match=r"model\.layers\.0\.self_attn\.q_proj\.weight is missing \(1 of .*lora merge"):
         write_peft(adapter, tmp_path / "no", base=str(packed))
     monkeypatch.chdir(tmp_path)
     for name in ("does/not/exist", "./nothing", "../a/b", "/no/thing", "~/a", "nothing", "hf/nothing"):
@@ -160,7 +165,7 @@ def test_a_base_that_peft_cannot_put_the_adapter_on_is_refused(
         write_peft(adapter, tmp_path / "no", base=str(packed))
     assert not (tmp_path / "no").exists()
     write_peft(adapter, tmp_path / "yes", base="Qwen/Qwen2.5-7B")
-    assert "taken for a name on a hub; it was not looked at" in capsys.readouterr().out
+    assert "taken for a name on a hub and not checked" in caplog.text
     assert (
         json.loads((tmp_path / "yes" / "adapter_config.json").read_text())["base_model_name_or_path"]
         == "Qwen/Qwen2.5-7B"
@@ -185,8 +190,8 @@ def test_a_base_of_other_shapes_or_values_is_refused(tmp_path: Path) -> None:
     write_peft(dataclasses.replace(other, config=make_adapter(model).config), tmp_path / "peft")
     (tmp_path / "wide").mkdir()
     for of, message in (
-        (tmp_path / "gone", "gone: not here, and its weights are read"),
-        (export(tmp_path / "wide", intermediate_size=64), r"ffn.* has .* there: it is of another model"),
+        (tmp_path / "gone", "gone: no such file or folder"),
+        (export(tmp_path / "wide", intermediate_size=64), r"ffn.* has .* there: the adapter is for another model"),
     ):
         with pytest.raises(UserError, match=message):
             import_peft(tmp_path / "peft", tmp_path / "no", of, overwrite=False)

@@ -4,13 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
-from concurrent.futures import Future
-from types import SimpleNamespace
-
-import pytest
-
-from fm9g.data.load.encoding_pool import EncodingPool
 
 # Results are larger than a pipe holds, so that workers are killed in the middle of one.
 SCRIPT = """
@@ -27,14 +20,6 @@ if __name__ == "__main__":
         stop_workers(pool)
     print("stopped")
 """
-
-
-def test_a_pool_whose_thread_has_ended_is_not_waited_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fm9g.data.load.encoding_pool._POLL_SECONDS", 0.1)
-    pool = EncodingPool.__new__(EncodingPool)
-    pool._pool = SimpleNamespace(_executor_manager_thread=threading.Thread())  # it could not be started
-    with pytest.raises(MemoryError):
-        pool._result(Future())
 
 
 def test_a_process_ends_after_its_workers_were_killed_in_the_middle_of_a_result(tmp_path) -> None:

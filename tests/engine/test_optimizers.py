@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +14,8 @@ from helpers.spawn import run_ranks
 from fm9g.data.load.packing import collate
 from fm9g.engine.dist_context import DistContext
 from fm9g.engine.optimizers import AdamW8bit, OptimizerConfig, ShardLayout
-from fm9g.engine.sharded_optimizer import ShardedOptimizer
-from fm9g.errors import UserError
 from fm9g.model.transformer import FM9G, is_mup_scaled
-from fm9g.train.loop import to_batch
+from fm9g.train.batch import to_batch
 
 pytestmark = pytest.mark.xdist_group("optimizers")
 needs_bitsandbytes = pytest.mark.skipif(
@@ -35,7 +32,7 @@ def dist_context() -> Iterator[DistContext]:
 
 
 def _by_hand(name: str, model: FM9G) -> list[torch.optim.Optimizer]:
-    """What the optimizer is to do, with the reference classes. Rates of matrices in layers are halved."""
+    """The reference classes of an optimizer. Learning rates of matrices in layers are halved."""
     matrices = [w for n, w in model.named_parameters() if is_mup_scaled(n)]
     others = [w for n, w in model.named_parameters() if not is_mup_scaled(n)]
     groups = [{"params": matrices, "lr": 0.005}, {"params": others, "lr": 0.01}]
@@ -45,7 +42,7 @@ def _by_hand(name: str, model: FM9G) -> list[torch.optim.Optimizer]:
 
         reference = bitsandbytes.optim.AdamW8bit(groups, **adam)
         reference.fill_qmap()
-        reference.name2qmap["dynamic"][0] = -1.0  # as ours, which has to come back from checkpoints
+        reference.name2qmap["dynamic"][0] = -1.0  # as ours, whose codes checkpoints must restore
         return [reference]
     if name == "adafactor":
         return [torch.optim.Adafactor(groups, weight_decay=0.1, foreach=False)]
@@ -54,8 +51,8 @@ def _by_hand(name: str, model: FM9G) -> list[torch.optim.Optimizer]:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_on_one_process_it_is_its_reference(dist_context: DistContext, name: str) -> None:
-    """The model is wide enough that its embedding has more than the 4096 elements of which 8 bits are made."""
+def test_on_one_process_an_optimizer_equals_its_reference(dist_context: DistContext, name: str) -> None:
+    """The model is so wide that its embedding has more than 4096 elements, from which on moments have 8 bits."""
     engine = prepared(EngineCase(optimizer=name, model=(("hidden_size", 64),)), dist_context, {})
     plain = FM9G(small_model(hidden_size=64))
     plain.load_state_dict(dict(engine.weights()))
@@ -73,9 +70,9 @@ def test_on_one_process_it_is_its_reference(dist_context: DistContext, name: str
             ema[n].lerp_(weight, 0.5)
     expected = dict(plain.named_parameters())
     for n, weight in engine.weights():
-        # A value between two of 8 bits may go either way: up to 0.15 % of them do, as the machine rounds.
-        away = ((weight - expected[n].detach()).abs() > 2e-5).float().mean()
-        assert away <= (0.02 if name == "adamw8bit" else 0.0), n
+        # A value between two codes of 8 bits may become either: up to 0.15 % do, depending on the CPU.
+        share_off = ((weight - expected[n].detach()).abs() > 2e-5).float().mean()
+        assert share_off <= (0.02 if name == "adamw8bit" else 0.0), n
     for n, mean in engine.ema_weights():
         torch.testing.assert_close(mean, ema[n], rtol=1e-5, atol=1e-6)
         assert not torch.equal(mean, expected[n])
@@ -85,29 +82,29 @@ def test_on_one_process_it_is_its_reference(dist_context: DistContext, name: str
 @pytest.mark.parametrize(
     "name", [pytest.param("adamw8bit", marks=[needs_bitsandbytes, pytest.mark.slow]), "adafactor", "muon"]
 )
-def test_two_processes_are_one_and_a_checkpoint_goes_on(name: str) -> None:
-    whole = EngineCase(optimizer=name, steps=4)
-    one = run_ranks(1, train_case, whole)[0]
-    two = run_ranks(2, train_case, whole)[0]
+def test_two_processes_equal_one_and_resume_from_a_checkpoint(name: str) -> None:
+    case = EngineCase(optimizer=name, steps=4)
+    one = run_ranks(1, train_case, case)[0]
+    two = run_ranks(2, train_case, case)[0]
     half = run_ranks(2, train_case, EngineCase(optimizer=name, steps=4, stop=2))[0]
-    resumed = run_ranks(2, _go_on, whole, half)[0]
+    resumed = run_ranks(2, _resume, case, half)[0]
     assert two.losses == pytest.approx(one.losses, abs=2e-4 if name == "muon" else 2e-5)  # muon computes in bf16
     assert resumed.losses == two.losses[2:]
-    for found, expected in ((resumed.weights, two.weights), (resumed.ema, two.ema)):
-        assert found.keys() == expected.keys() == one.weights.keys()
-        assert all(torch.equal(found[n], expected[n]) for n in found)
+    for actual, expected in ((resumed.weights, two.weights), (resumed.ema, two.ema)):
+        assert actual.keys() == expected.keys() == one.weights.keys()
+        assert all(torch.equal(actual[n], expected[n]) for n in actual)
     assert all(torch.equal(resumed.optimizer[n], two.optimizer[n]) for n in two.optimizer)
 
 
 @needs_bmtrain
 @pytest.mark.parametrize("name", ["muon"])
-def test_bmtrain_has_them_too(name: str) -> None:
+def test_bmtrain_runs_them_too(name: str) -> None:
     one = run_ranks(1, train_case, EngineCase(optimizer=name, steps=3))[0]
     two = run_ranks(2, train_case, EngineCase("bmtrain", optimizer=name, steps=3))[0]
     assert two.losses == pytest.approx(one.losses, abs=2e-4)
 
 
-def _go_on(dist_context: DistContext, case: EngineCase, before) -> object:
+def _resume(dist_context: DistContext, case: EngineCase, before) -> object:
     return train_case(dist_context, case, first=2, before=before)
 
 
@@ -121,20 +118,20 @@ def test_a_gradient_that_is_not_finite_changes_nothing(dist_context: DistContext
         engine.backward(engine.forward(batch, 0)[0] * factor, is_last_micro_batch=True)
         return engine.step(0.01, 1.0)
 
-    def everything() -> list[torch.Tensor]:
+    def full_state() -> list[torch.Tensor]:
         return [t.clone() for c in (engine.weights(), engine.optimizer_state(), engine.ema_weights()) for _, t in c]
 
     step(0.1)
-    before = everything()
+    before = full_state()
     assert not step(bad).isfinite()
-    assert all(torch.equal(one, other) for one, other in zip(before, everything()))
+    assert all(torch.equal(one, other) for one, other in zip(before, full_state()))
     assert step(0.1).isfinite()
-    assert not all(torch.equal(one, other) for one, other in zip(before, everything()))
+    assert not all(torch.equal(one, other) for one, other in zip(before, full_state()))
 
 
 @needs_bitsandbytes
-def test_eight_bits_come_back_from_a_checkpoint_as_they_were() -> None:
-    layout = ShardLayout(lambda _: torch.Size([5000]), lambda _, local: local, lambda _, whole: whole)
+def test_a_checkpoint_restores_the_same_eight_bits() -> None:
+    layout = ShardLayout(lambda _: torch.Size([5000]), lambda _, local: local, lambda _, full: full)
     optimizer = AdamW8bit(OptimizerConfig({"w": 1.0}, (0.9, 0.95), 1e-6, 0.1), layout)
     optimizer.init_state("w", lambda dtype=torch.float32: torch.zeros(5000, dtype=dtype))
     for key, values in (("exp_avg", torch.randn(5000)), ("exp_avg_sq", torch.rand(5000) * 1e-4)):
@@ -147,12 +144,3 @@ def test_eight_bits_come_back_from_a_checkpoint_as_they_were() -> None:
         optimizer.load_state("w", key, optimizer.export_state("w", key))
         assert torch.equal(optimizer.state["w"][key], codes)
         assert torch.equal(optimizer.state["w"][f"{key}.scales"], scales)
-
-
-def test_only_adamw_works_on_the_host() -> None:
-    weights, shape = {"w": torch.zeros(3)}, torch.Size([3])
-    layout = ShardLayout(lambda _: shape, lambda _, local: local, lambda _, whole: whole)
-    config = OptimizerConfig({"w": 1.0}, (0.9, 0.95), 1e-6, 0.0)
-    assert ShardedOptimizer(weights, config, layout, offload=True).masters
-    with pytest.raises(UserError, match="offload_optimizer goes with optimizer adamw, not with muon"):
-        ShardedOptimizer(weights, replace(config, name="muon"), layout, offload=True)

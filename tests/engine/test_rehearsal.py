@@ -1,6 +1,6 @@
-"""A rehearsal of the GPU without one: whole steps on tensors that have a device and no values (helpers/fake_gpu.py).
+"""A rehearsal of a GPU without one: full steps on tensors with a device but no values (helpers/fake_gpu.py).
 
-It fails where tensors of two devices meet, and where the host waits for the GPU in a step that does not log.
+It fails if tensors of two devices meet, or if the host waits for the GPU in a step that does not log.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from fm9g.model.transformer import FM9G, weight_shapes
 from fm9g.train import model_setup
 from fm9g.train.adapter_training import AdapterTraining
 from fm9g.train.evaluator import Evaluator
-from fm9g.train.loop import TrainState, train
+from fm9g.train.loop import train
 from fm9g.train.model_setup import engine_name, make_engine, setup_model_and_optimizer
+from fm9g.train.state import TrainState
 from fm9g.train.timer import StepTimer
 
 BMTRAIN = {"engine": "bmtrain"}
@@ -46,9 +47,12 @@ LORA = {"lora_layer": ["project_q", "w_1", "w_out"], "lora_r": 3}
 
 @dataclass(frozen=True)
 class Case:
-    """keys: of the training configuration. model: of the model's. gpus: of the run, this process has the first.
+    """A rehearsal.
 
-    broken: what is put into the model; see the function of that name.
+    Args:
+        keys, model: keys of the training and of the model configuration.
+        gpus: number of processes, each with a GPU; this process is the first.
+        broken: a fault of the model, see the function of that name.
     """
 
     keys: dict[str, Any] = field(default_factory=dict)
@@ -59,36 +63,36 @@ class Case:
 
 @dataclass
 class Seen:
-    """The places where the host waited: in steps that did not log, in logging, in the evaluation."""
+    """Places where the host waited: in steps that did not log, in logging, in the evaluation."""
 
     steps: list[str] = field(default_factory=list)
     logging: list[str] = field(default_factory=list)
     evaluation: list[str] = field(default_factory=list)
 
 
-class WatchingCallbacks(engine_harness.RecordingCallbacks):
-    """Callbacks that keep where the host waited until it was asked."""
+class WatchingCallback(engine_harness.RecordingCallback):
+    """Also records where the host waited since the event before."""
 
     def __init__(self, gpu: FakeGPU) -> None:
         super().__init__()
         self.gpu, self.seen = gpu, Seen()
 
-    def on_step_end(self) -> None:
+    def on_step_end(self, state: TrainState) -> None:
         self.seen.steps += self.gpu.take()
 
-    def on_log(self, metrics: dict[str, float], timer: StepTimer) -> None:
-        super().on_log(metrics, timer)
+    def on_log(self, state: TrainState, metrics: dict[str, float]) -> None:
+        super().on_log(state, metrics)
         self.seen.logging += self.gpu.take()
 
 
 def rehearse(outside: DistContext, case: Case) -> Seen:
     """Two steps, the second logs; then an evaluation."""
-    usual = {"engine": "torch", "clip_grad": 0.7, "grad_ckpt_num": 1}
+    defaults = {"engine": "torch", "clip_grad": 0.7, "grad_ckpt_num": 1}
     steps = {"train_iters": 2, "warmup_iters": 0, "log_iters": 2}
     model = small_model(**{"half_type": "bf16", **case.model})
     with tempfile.TemporaryDirectory() as folder:
         base = {"pretrained_model": write_weights(model, Path(folder))} if "lora_layer" in case.keys else {}
-        config = TrainConfig(config="x", **{**usual, **steps, **base, **case.keys})
+        config = TrainConfig(config="x", **{**defaults, **steps, **base, **case.keys})
         with fake_gpu(case.gpus) as (gpu, dist_context), broken(case.broken):
             if engine_name(config) == "bmtrain":
                 bmtrain_on_fake_gpu.install()
@@ -96,17 +100,17 @@ def rehearse(outside: DistContext, case: Case) -> Seen:
             with built_of_values():
                 setup_model_and_optimizer(engine, config, model, None)
             gpu.take()
-            callbacks, loader = WatchingCallbacks(gpu), engine_harness.FixedLoader(engine.dp_rank, engine.dp_size, 0)
-            train(config, ["even", "odd"], engine, loader, TrainState(0, np.zeros(2, np.int64)), callbacks, StepTimer())  # type: ignore[arg-type]
-            assert len(callbacks.lines) == 1
+            watcher, loader = WatchingCallback(gpu), engine_harness.FixedLoader(engine.dp_rank, engine.dp_size, 0)
+            train(config, ["even", "odd"], engine, loader, TrainState(0, np.zeros(2, np.int64)), [watcher], StepTimer())  # type: ignore[arg-type]
+            assert len(watcher.lines) == 1
             gpu.take()
             make_evaluator(engine).run()
-            callbacks.seen.evaluation += gpu.take()
-    return callbacks.seen
+            watcher.seen.evaluation += gpu.take()
+    return watcher.seen
 
 
 def write_weights(config: ModelConfig, folder: Path) -> str:
-    """A file of such a model's weights."""
+    """Writes a file of random weights of a model, and returns its path."""
     file = folder / "base.pt"
     torch.save(FM9G(config).state_dict(), file)
     return str(file)
@@ -114,8 +118,11 @@ def write_weights(config: ModelConfig, folder: Path) -> str:
 
 @contextlib.contextmanager
 def built_of_values() -> Iterator[None]:
-    """Within it, what is read from files has values, and models are on "meta" until an engine is given them: then they
-    are on the GPU. Made under the fake mode, they would be there from the start."""
+    """Within the block, tensors read from files have values, and models are on "meta" until an engine gets them.
+
+    Then their parameters become fake tensors on the GPU. Created under the fake mode, they would be there from the
+    start.
+    """
     prepare = Engine.prepare
 
     def prepared(self: Engine, model: torch.nn.Module, *others: Any) -> None:
@@ -143,8 +150,8 @@ def make_evaluator(engine: Engine) -> Evaluator:
 
 
 @contextlib.contextmanager
-def broken(how: str) -> Iterator[None]:
-    """Within it the model does what it must not: it waits in each attention, or has a tensor on the host."""
+def broken(fault: str) -> Iterator[None]:
+    """Within the block the model has a fault: it waits in each attention, or has a tensor on the host."""
     varlen_attention = transformer.varlen_attention
 
     def waits(query: torch.Tensor, *others: Any) -> torch.Tensor:
@@ -155,7 +162,7 @@ def broken(how: str) -> Iterator[None]:
         return varlen_attention(query * torch.ones(len(query), 1, 1), *others)
 
     with mock.patch.object(
-        transformer, "varlen_attention", {"": varlen_attention, "waits": waits, "mixes": mixes}[how]
+        transformer, "varlen_attention", {"": varlen_attention, "waits": waits, "mixes": mixes}[fault]
     ):
         yield
 
@@ -185,7 +192,7 @@ SLOW = {
 }
 # Waits for the norms, then for the losses of all processes.
 LOGGING = {"fm9g/train/skipped_steps.py", "fm9g/train/loop.py"}
-# What CONTRIBUTING.md says of: where the host waits in two steps of two micro-batches, and how often.
+# The exceptions: where the host waits in two steps of two micro-batches, and how often. See CONTRIBUTING.md.
 NORM, OPTIMIZER, PARAM_OPTIMIZERS = (
     "fm9g/engine/base.py",
     "fm9g/engine/sharded_optimizer.py",
@@ -201,7 +208,7 @@ WAITING = {
         {NORM: 2, PARAM_OPTIMIZERS: 2 * 3 * 21},
     ),  # 21 weights, in torch
 }
-# bmtrain waits before each of the two layers, forward and backward; before the very first there is nothing to wait for.
+# bmtrain waits before each of the two layers, forward and backward, except before the very first.
 LAYERS = "bmtrain/synchronize.py"
 BMTRAIN_QUICK = {
     "bmtrain": (Case({"engine": "auto", "zero_level": 2, "activation_checkpoint": "full"}), {LAYERS: 15}),
@@ -213,7 +220,7 @@ BMTRAIN_SLOW = {
     "bmtrain selective": (Case({**BMTRAIN, "activation_checkpoint": "selective"}), {LAYERS: 15}),
     "bmtrain fp32": (Case(BMTRAIN, {"half_type": "fp32", "tie_word_embeddings": True}), {LAYERS: 15}),
     "bmtrain fp16": (Case({**BMTRAIN, "loss_scale": 1024.0}, {"half_type": "fp16"}), {LAYERS: 14, NORM: 2}),
-    "bmtrain alone": (Case(BMTRAIN, gpus=1), {LAYERS: 31}),  # has all four micro-batches
+    "bmtrain alone": (Case(BMTRAIN, gpus=1), {LAYERS: 31}),  # computes all four micro-batches
     "bmtrain frozen": (Case({**BMTRAIN, "freeze": LOWER}), {LAYERS: 11}),  # one layer has no backward pass
     "bmtrain frozen zero 2": (Case({**BMTRAIN, "freeze": LOWER, "zero_level": 2}), {LAYERS: 11}),
     "bmtrain peft": (Case({**BMTRAIN, **LORA}), {LAYERS: 15}),
@@ -229,10 +236,10 @@ def params(names: Any, *marks: Any) -> list[Any]:
 
 @pytest.mark.parametrize("name", [*params(QUICK), *params(SLOW, pytest.mark.slow)])
 def test_a_step_that_does_not_log_waits_for_nothing(name: str) -> None:
-    found = seen((QUICK | SLOW)[name])
-    assert found.steps == []
-    assert places(found.logging) == LOGGING
-    assert places(found.evaluation) == {"fm9g/train/evaluator.py"}
+    waits = seen((QUICK | SLOW)[name])
+    assert waits.steps == []
+    assert places(waits.logging) == LOGGING
+    assert places(waits.evaluation) == {"fm9g/train/evaluator.py"}
 
 
 @pytest.mark.parametrize(
@@ -243,12 +250,12 @@ def test_a_step_that_does_not_log_waits_for_nothing(name: str) -> None:
         *params(BMTRAIN_SLOW, engine_harness.needs_bmtrain, pytest.mark.slow),
     ],
 )
-def test_where_a_step_must_wait_it_waits_as_often_as_is_known(name: str) -> None:
+def test_a_step_that_must_wait_waits_as_often_as_documented(name: str) -> None:
     case, known = (WAITING | BMTRAIN_QUICK | BMTRAIN_SLOW)[name]
-    found = seen(case)
-    assert Counter(map(place, found.steps)) == known
-    assert places(found.logging) == LOGGING
-    assert places(found.evaluation) == {"fm9g/train/evaluator.py"} | known.keys() & {LAYERS}
+    waits = seen(case)
+    assert Counter(map(place, waits.steps)) == known
+    assert places(waits.logging) == LOGGING
+    assert places(waits.evaluation) == {"fm9g/train/evaluator.py"} | known.keys() & {LAYERS}
 
 
 def places(waits: list[str]) -> set[str]:
@@ -256,16 +263,16 @@ def places(waits: list[str]) -> set[str]:
 
 
 def place(wait: str) -> str:
-    """The file of a wait, from the repository or the folder of packages on."""
+    """The file of a wait, relative to the repository or to site-packages."""
     path = Path(wait.rpartition(" at ")[2].rpartition(":")[0])
     *_, packages = [parent for parent in path.parents if parent.name == "site-packages"] or [ROOT]
     return str(path.relative_to(packages))
 
 
 def test_a_wait_hidden_in_a_model_is_seen() -> None:
-    found = seen(Case(broken="waits"))
-    assert len(found.steps) == 2 * 2 * 2  # steps, micro-batches, layers
-    assert places(found.steps) == {"tests/engine/test_rehearsal.py"}
+    waits = seen(Case(broken="waits"))
+    assert len(waits.steps) == 2 * 2 * 2  # steps, micro-batches, layers
+    assert places(waits.steps) == {"tests/engine/test_rehearsal.py"}
 
 
 def test_a_tensor_left_on_the_host_is_seen() -> None:
@@ -277,8 +284,8 @@ def host_message(outside: DistContext) -> None:
     with fake_gpu(2):
         bmtrain_on_fake_gpu.install()
         engine = make_engine(TrainConfig(config="x", engine="bmtrain"), outside)
-        engine._all_reduce_sum(torch.ones(4, device="cuda"))
-        engine._all_reduce_sum(torch.ones(4))
+        engine.dp_sum(torch.ones(4, device="cuda"))
+        engine.dp_sum(torch.ones(4))
 
 
 @engine_harness.needs_bmtrain
@@ -288,7 +295,7 @@ def test_a_message_of_bmtrain_from_the_host_is_seen() -> None:
 
 
 def small_waits(outside: DistContext) -> dict[str, bool]:
-    """What was done -> whether it was seen to wait."""
+    """Action -> whether the fake GPU saw the host wait."""
     with fake_gpu() as (gpu, _):
         x = torch.ones(4, device="cuda:0")
         event = torch.cuda.Event()
@@ -313,18 +320,18 @@ def small_waits(outside: DistContext) -> dict[str, bool]:
             "event": lambda: (x + 1, event.record(), event.synchronize()),
             "event that is past": event.synchronize,
         }
-        found = {}
+        has_waited = {}
         for name, action in done.items():
             gpu.take()
             try:
                 action()
             except DynamicOutputShapeException:  # a result whose shape the host must know
                 gpu.waits.append(name)
-            found[name] = bool(gpu.take())
-    return found
+            has_waited[name] = bool(gpu.take())
+    return has_waited
 
 
 def test_every_way_to_wait_is_seen_and_nothing_else() -> None:
-    (found,) = run_ranks(1, small_waits)
+    (has_waited,) = run_ranks(1, small_waits)
     harmless = {"copy_ to pinned memory", "from pinned memory", "event that is past"}
-    assert {name for name, waited in found.items() if not waited} == harmless
+    assert {name for name, waited in has_waited.items() if not waited} == harmless

@@ -1,7 +1,7 @@
-"""One training, placed in every way there is: the same losses, norms, weights and moments.
+"""One training, distributed in every way: the same losses, norms, weights and moments.
 
-All runs see the same documents of unequal length, four micro-batches a step: one process accumulates four, four
-processes one each. Everything is fp32; what differs is the order in which sums are rounded.
+All runs see the same documents of unequal length, four micro-batches per step: one process accumulates four, four
+processes one each. Everything is fp32; only the order of sums differs, and so their rounding.
 """
 
 import functools
@@ -16,7 +16,7 @@ from helpers.spawn import run_ranks
 
 from fm9g.engine.base import ParallelConfig
 
-# `make test-all` takes the 50 steps that the tolerances are meant for; fewer show the same mistakes sooner.
+# The tolerances are for 50 steps, which `make test-all` runs; fewer show the same mistakes sooner.
 STEPS = int(os.environ.get("FM9G_ENGINE_STEPS", "8"))
 LOSS, NORM, WEIGHT = 2e-5, 2e-5, 5e-4  # absolute; losses are about 6, norms about 1, weights about 0.1
 
@@ -54,7 +54,7 @@ def assert_all_same(world_size: int, cases: list[EngineCase]) -> None:
 
 
 ADAPTERS = ["peft", *(["opendelta"] if find_spec("opendelta") else []), "dora", "nf4"]
-pytestmark = pytest.mark.xdist_group("engines")  # they share runs, and the server that processes are forked from
+pytestmark = pytest.mark.xdist_group("engines")  # they share runs, and the server that forks processes
 slow = pytest.mark.slow
 
 
@@ -87,7 +87,7 @@ def test_adapters_by_bmtrain_on_two_processes(adapters: str) -> None:
 
 def test_opendelta_is_peft_bit_for_bit() -> None:
     if "opendelta" not in ADAPTERS:
-        pytest.skip("opendelta is installed with --no-deps where it is wanted")
+        pytest.skip("opendelta is not installed")
     one, other = on_one_process("", "peft"), on_one_process("", "opendelta")
     assert (one.losses, one.norms) == (other.losses, other.norms)
     assert one.weights.keys() == other.weights.keys()
@@ -105,7 +105,7 @@ def test_fsdp2_on_four_processes() -> None:
         ParallelConfig(tp_size=2),
         pytest.param(ParallelConfig(tp_size=2, sequence_parallel=False, checkpointing="selective"), marks=slow),
     ],
-    ids=["sequence-parallel", "whole-norms"],
+    ids=["sequence-parallel", "replicated-norms"],
 )
 def test_tensor_parallelism_on_two_processes(parallel_config: ParallelConfig) -> None:
     assert_all_same(2, [EngineCase(parallel_config=parallel_config)])
@@ -113,13 +113,11 @@ def test_tensor_parallelism_on_two_processes(parallel_config: ParallelConfig) ->
 
 @slow
 def test_tensor_parallelism_of_a_tied_model_with_an_uneven_vocabulary_and_frozen_layers() -> None:
-    odd = (("tie_word_embeddings", True), ("vocab_size", 321))
-    case = EngineCase(frozen="lower", parallel_config=ParallelConfig(tp_size=2), steps=STEPS, model=odd)
-    whole, split = (
-        run_ranks(1, train_cases, [replace(case, parallel_config=ParallelConfig())]),
-        run_ranks(2, train_cases, [case]),
-    )
-    loss, norm, weight = distance(whole[0][0], split[0][0])
+    changes = (("tie_word_embeddings", True), ("vocab_size", 321))
+    case = EngineCase(frozen="lower", parallel_config=ParallelConfig(tp_size=2), steps=STEPS, model=changes)
+    alone = run_ranks(1, train_cases, [replace(case, parallel_config=ParallelConfig())])
+    split = run_ranks(2, train_cases, [case])
+    loss, norm, weight = distance(alone[0][0], split[0][0])
     assert loss < LOSS
     assert norm < NORM
     assert weight < WEIGHT
@@ -130,8 +128,8 @@ def test_sliding_windows_by_every_engine() -> None:
     """Documents have up to 30 tokens, the window of the second layer 6."""
     windows = (("sliding_window", 6), ("layer_types", ["full_attention", "sliding_attention"]))
     case = EngineCase(steps=STEPS, model=windows)
-    whole = run_ranks(1, train_cases, [case])[0][0]
-    assert distance(whole, on_one_process(""))[0] > 10 * LOSS  # the window does something
+    alone = run_ranks(1, train_cases, [case])[0][0]
+    assert distance(alone, on_one_process(""))[0] > 10 * LOSS  # the window has an effect
     parallel_configs = [
         ParallelConfig(tp_size=2, checkpointing="selective"),
         ParallelConfig(zero_level=3, checkpointing="full"),
@@ -139,9 +137,9 @@ def test_sliding_windows_by_every_engine() -> None:
     cases = [replace(case, parallel_config=parallel_config) for parallel_config in parallel_configs]
     cases += [replace(case, engine="bmtrain")] if find_spec("bmtrain") else []
     for run in run_ranks(2, train_cases, cases)[0]:
-        loss, norm, weight = distance(whole, run)
+        loss, norm, weight = distance(alone, run)
         assert loss < LOSS
-        assert norm < 5 * NORM  # norms are up to 4 here; another order of sums differs from CPU to CPU
+        assert norm < 5 * NORM  # norms are up to 4 here, and the order of sums depends on the CPU
         assert weight < WEIGHT
 
 
@@ -201,7 +199,7 @@ def test_without_the_reduction_of_gradients_they_differ(case: EngineCase) -> Non
 def test_half_precision_is_the_same_bit_for_bit_on_one_process_of_either_engine(
     dtype: torch.dtype, adapters: str
 ) -> None:
-    """Weights are rounded, gradients of micro-batches added, and the optimizer's copies kept in the same places."""
+    """Both round weights, sum gradients of micro-batches and keep fp32 masters at the same points."""
     case = EngineCase(steps=4, adapters=adapters, parallel_config=ParallelConfig(dtype=dtype))
     offloaded = replace(case, engine="bmtrain", parallel_config=ParallelConfig(dtype=dtype, zero_level=2, offload=True))
     runs = run_ranks(1, train_cases, [case, replace(case, engine="bmtrain"), offloaded])[0]

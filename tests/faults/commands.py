@@ -24,7 +24,7 @@ from faults.forked import EndedCommand, RunningCommand
 from helpers.common import make_records, random_text, small_model, write_jsonl
 
 from fm9g import quickstart
-from fm9g.data.encode.tokenizer import train_tokenizer
+from fm9g.data.encode.tokenizer_training import train_tokenizer
 
 NEW, OLD, ASIDE = "the new", "the old", "the old, moved aside"
 HALF, PAIR = "the new .json, the old .pt", {"out.json", "out.pt"}

@@ -114,6 +114,14 @@ def session_pids(leader: int) -> list[int]:
     return found
 
 
+def pause_process(pid: int, seconds: float) -> None:
+    """Stops a process for a while, if it still runs."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGCONT)
+
+
 def _command(
     argv: list[str], cwd: str, preexec_fn: Callable[[], object] | None, tells: Connection, out: str, err: str
 ) -> None:

@@ -282,7 +282,9 @@ def _problems_of_end(ended: EndedCommand) -> list[str]:
 
 
 def _problems_of_message(attempt: Attempt, ended: EndedCommand) -> list[str]:
-    lines = [line for line in ended.stderr.split("\n") if not _SAID_BESIDE.search(line)]
+    lines = ended.stderr.split("\n")
+    start = next((number for number, line in enumerate(lines) if line.startswith("fm9g")), 0)  # below what it logs
+    lines = [line for line in lines[start:] if not _SAID_BESIDE.search(line)]
     told = "\n".join([*lines, ended.stdout]).lower()  # ckpt verify names a damage on stdout
     problems = []
     if not told.strip():
@@ -355,7 +357,7 @@ def _write_sources(folder: Path) -> None:
     import pyarrow.ipc
     import pyarrow.parquet
 
-    from fm9g.data.encode.tokenizer import train_tokenizer
+    from fm9g.data.encode.tokenizer_training import train_tokenizer
 
     rng = random.Random(0)
     rows = make_records(20)

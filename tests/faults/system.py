@@ -16,26 +16,25 @@ import re
 import shutil
 import signal
 import subprocess
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from faults.attempts import AttemptResults, State, clear, differences, is_plain_refusal, is_temporary, state
 from faults.commands import COMMANDS, CommandFixture, end
-from faults.forked import EndedCommand, RunningCommand, session_pids
-from train.faults import FaultStats, LaunchMode, RestartedRun, RunFixture
+from faults.disks import Ballast, mounted
+from faults.forked import EndedCommand, RunningCommand, pause_process, session_pids
+from faults.prepared import drop_privileges
+from faults.runs import FaultStats, LaunchMode, RestartedRun, RunFixture
 
-from fm9g.checkpoint.checkpoint import MANIFEST, RUN_CONFIG
+from fm9g.checkpoint.layout import MANIFEST, RUN_CONFIG
 
 PAGE = 4096
 STEPS = 6  # of the runs here
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _NEW_MOUNTS = 0x20000  # CLONE_NEWNS
-_CAPABILITIES = 0x20080522  # version of what capset takes
 HOUR = 3600.0
 
 
@@ -77,23 +76,6 @@ def _reset_work(fixture: CommandFixture, name: str, fresh: bool) -> State:
 
 
 # Disks
-
-
-@contextmanager
-def mounted(folder: Path, options: str) -> Iterator[None]:
-    """A file system in memory over a folder. options: size=BYTES, nr_inodes=NUMBER."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "fm9g-test", str(folder)], check=True, capture_output=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def can_mount() -> bool:
-    with tempfile.TemporaryDirectory() as folder, suppress(OSError, subprocess.CalledProcessError):
-        with mounted(Path(folder), "size=64k"):
-            return True
-    return False
 
 
 def small_disks(fixture: CommandFixture, name: str, sizes: int) -> AttemptResults:
@@ -161,16 +143,6 @@ def no_shared_memory(fixture: CommandFixture, name: str, number: int) -> Attempt
 # Users
 
 
-@dataclass(frozen=True)
-class NoPrivileges:
-    """Takes from this process what lets root read and write what is not its own."""
-
-    def __call__(self) -> None:
-        header = (ctypes.c_uint32 * 2)(_CAPABILITIES, 0)
-        if _LIBC.capset(header, (ctypes.c_uint32 * 6)()):
-            raise OSError(ctypes.get_errno(), "capset")
-
-
 def closed_folders(fixture: CommandFixture, name: str) -> AttemptResults:
     """A command whose target's folder, target, or inputs this user may not write, read or enter: one attempt each."""
     results = AttemptResults(f"{name}: no permission")
@@ -180,7 +152,7 @@ def closed_folders(fixture: CommandFixture, name: str) -> AttemptResults:
         was = path.stat().st_mode
         path.chmod(mode)
         try:
-            ended = fixture.run(COMMANDS[name].argv, NoPrivileges())
+            ended = fixture.run(COMMANDS[name].argv, drop_privileges)
         finally:
             path.chmod(was)
         _check_outcome(
@@ -232,11 +204,7 @@ def stopped(fixture: CommandFixture, name: str, number: int, seed: int) -> Attem
         time.sleep(rng.uniform(0, seconds))
         victims = session_pids(running.pid)
         if victims:
-            victim = rng.choice(victims)
-            with suppress(ProcessLookupError):
-                os.kill(victim, signal.SIGSTOP)
-                time.sleep(rng.uniform(0.05, 0.5))
-                os.kill(victim, signal.SIGCONT)
+            pause_process(rng.choice(victims), rng.uniform(0.05, 0.5))
         ended = running.wait()
         _check_outcome(fixture, name, results, ended, before, f"attempt {attempt}, seed {seed}", "^$")
     return results
@@ -250,11 +218,8 @@ def killed_workers(fixture: CommandFixture, name: str, number: int, seed: int) -
     for attempt in range(number):
         before = _reset_work(fixture, name, fresh=bool(attempt % 2))
         running = fixture.start(COMMANDS[name].argv)
-        if victims := workers_of(running):
-            time.sleep(rng.uniform(0, seconds / 2) if attempt else 0)  # the first one is hit as it starts
-            with suppress(ProcessLookupError):
-                os.kill(rng.choice(victims), signal.SIGKILL)
-                results.kills += 1
+        # The first worker is hit as it starts.
+        results.kills += kill_worker(running, rng, seconds / 2 if attempt else 0)
         ended = running.wait()
         where = f"attempt {attempt}, seed {seed}"
         _check_outcome(fixture, name, results, ended, before, where, "killed")
@@ -408,7 +373,7 @@ def full_logs(runs: Runs, number: int, seed: int) -> AttemptResults:
     for attempt in range(number):
         runs.reset(halfway=False)
         logs.mkdir()
-        with mounted(logs, "size=40k"), _turbulence(logs, rng):
+        with mounted(logs, "size=40k"), Ballast(logs, rng, pause=(0.005, 0.05), chunk=PAGE):
             ended = runs.fixture.run(RUN)
             where = f"attempt {attempt}, seed {seed}"
             for file in logs.rglob("*.jsonl"):
@@ -417,29 +382,6 @@ def full_logs(runs: Runs, number: int, seed: int) -> AttemptResults:
                         results.add_problem(f"{where}: two lines in one: {line}")
         runs.check(results, ended, where, "disk is full")
     return results
-
-
-@contextmanager
-def _turbulence(folder: Path, rng: random.Random) -> Iterator[None]:
-    """Fills a disk but for a few bytes, and frees it, again and again."""
-    over = threading.Event()
-    ballast = folder / "ballast"
-
-    def fill() -> None:
-        while not over.wait(rng.uniform(0.005, 0.05)):
-            with suppress(OSError), ballast.open("wb", buffering=0) as file:
-                while file.write(bytes(PAGE)):
-                    pass
-            over.wait(rng.uniform(0.005, 0.05))
-            ballast.unlink(missing_ok=True)
-
-    thread = threading.Thread(target=fill, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def disturbed_runs(
@@ -457,9 +399,10 @@ def disturbed_runs(
     return results
 
 
-def kill_worker(running: RunningCommand, rng: random.Random) -> bool:
+def kill_worker(running: RunningCommand, rng: random.Random, delay: float = 0.5) -> bool:
+    """Kills a worker, up to `delay` seconds after it started; returns whether there was one."""
     if victims := workers_of(running):
-        time.sleep(rng.uniform(0, 0.5))
+        time.sleep(rng.uniform(0, delay))
         with suppress(ProcessLookupError):
             os.kill(rng.choice(victims), signal.SIGKILL)
             return True
@@ -470,11 +413,14 @@ def stop_any(running: RunningCommand, rng: random.Random) -> bool:
     """Stops the run, or a worker, for a while."""
     victim = rng.choice([*workers_of(running), running.pid])
     time.sleep(rng.uniform(0, 0.5))
-    with suppress(ProcessLookupError):
-        os.kill(victim, signal.SIGSTOP)
-        time.sleep(rng.uniform(0.1, 1.0))
-        os.kill(victim, signal.SIGCONT)
+    pause_process(victim, rng.uniform(0.1, 1.0))
     return False
+
+
+def _kill(pid: int, delay: float) -> None:
+    time.sleep(delay)
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def disturbed_launchers(runs: Runs, number: int, seed: int) -> AttemptResults:
@@ -487,12 +433,8 @@ def disturbed_launchers(runs: Runs, number: int, seed: int) -> AttemptResults:
         time.sleep(rng.uniform(0, runs.seconds))
         victims, killed = session_pids(running.pid), bool(attempt % 2)
         if victims:
-            with suppress(ProcessLookupError):
-                victim = rng.choice(victims)
-                os.kill(victim, signal.SIGKILL if killed else signal.SIGSTOP)
-                results.kills += killed
-                time.sleep(rng.uniform(0.1, 2.0))
-                os.kill(victim, signal.SIGCONT)
+            results.kills += killed
+            (_kill if killed else pause_process)(rng.choice(victims), rng.uniform(0.1, 2.0))
         runs.check(results, running.wait(), f"attempt {attempt}, seed {seed}", "^$", killed)
     return results
 

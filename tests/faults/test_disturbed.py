@@ -1,4 +1,4 @@
-"""A few of the attempts that benchmarks/faults/disturb.py makes by the hundred, and what the harness must notice."""
+"""A few of the attempts that campaign_commands.py makes by the hundred, and what the harness must notice."""
 
 from __future__ import annotations
 
@@ -20,25 +20,29 @@ import pytest
 from faults import system
 from faults.attempts import AttemptResults
 from faults.commands import COMMANDS, HALF, CommandFixture, KillAt, attempt, kill_at_every_change, kill_at_random
+from faults.disks import can_mount
 from faults.system import HOUR, Runs
-from helpers.common import make_records
+from helpers.common import make_records, write_jsonl
 
-from fm9g.checkpoint.checkpoint import Snapshot, save_checkpoint
+from fm9g.checkpoint.save import Snapshot, save_checkpoint
 from fm9g.config.mixture import load_mixture
 from fm9g.config.train import TrainConfig
-from fm9g.data.load.encoding_pool import EncodingPool, build_token_cache
+from fm9g.data.load.encoding_pool import EncodingPool
 from fm9g.data.load.mixture import Mixture
-from fm9g.data.prepare import index_builder
+from fm9g.data.load.token_cache_builder import build_token_cache
+from fm9g.data.prepare.index_tasks import convert_source
+from fm9g.data.prepare.index_worker import IndexConfig
+from fm9g.data.prepare.sources import DataSource
 from fm9g.errors import UserError
 from fm9g.launch.dist_env import RankInfo
-from fm9g.report.files import read_metrics
+from fm9g.run_files import RunFolders, read_metrics
 from fm9g.train.metrics_logger import MetricsLogger
 from fm9g.train.resume import find_resume_checkpoint
 
-pytestmark = pytest.mark.xdist_group("faults")  # the server of their processes is that of tests/train/test_faults.py
+pytestmark = pytest.mark.xdist_group("faults")  # the server of their processes is that of test_runs.py
 SEED = int(os.environ.get("FM9G_FAULT_SEED", 1))
 INDEX, WORKERS, MERGE = "data index", "data index, workers", "lora merge to .pt"
-needs_mounts = pytest.mark.skipif(not system.can_mount(), reason="this user may not mount a small disk")
+needs_mounts = pytest.mark.skipif(not can_mount(), reason="this user may not mount a small disk")
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +166,7 @@ class Broken:
     """A pool one of whose processes was just killed."""
 
     _executor_manager_thread = None
+    _max_workers = 1
 
     def submit(self, *_: object) -> None:
         raise BrokenProcessPool("A child process terminated abruptly")
@@ -169,12 +174,13 @@ class Broken:
     def shutdown(self, wait: bool) -> None: ...
 
 
-def test_a_worker_that_is_killed_between_two_results_is_told_of() -> None:
+def test_a_worker_that_is_killed_between_two_results_is_told_of(tmp_path: Path) -> None:
     pool: Any = Broken()
+    source = DataSource(str(write_jsonl(tmp_path / "a.jsonl", make_records(1))), "jsonl")
     with pytest.raises(UserError, match="was killed"):
-        list(index_builder._run_in_order([(index_builder.convert_lines, (), 0)], pool, max_pending=1))
+        list(convert_source(source, IndexConfig("en"), pool))
     encoding = EncodingPool.__new__(EncodingPool)
-    encoding._pool, encoding.workers, encoding._status = pool, 1, []
+    encoding._pool, encoding.workers, encoding._max_chunk, encoding._status = pool, 1, 1, []
     encoding.mixture = cast(Any, SimpleNamespace(datasets=[np.zeros(3)]))
     with pytest.raises(UserError, match="was killed"):
         list(encoding.tokenize(0, iter(range(3))))
@@ -183,8 +189,8 @@ def test_a_worker_that_is_killed_between_two_results_is_told_of() -> None:
 def test_what_lies_beside_a_token_cache_that_is_whole_is_cleared_away(
     make_mixture: Callable[..., Path], tokenizer_path: Path, tmp_path: Path
 ) -> None:
-    configs = [item.value for item in load_mixture(make_mixture({"a": make_records(9)}))]
-    mixture, _ = build_token_cache(Mixture(configs, str(tokenizer_path), 64, 3, 128, str(tmp_path / "cache")), 0)
+    configs = load_mixture(make_mixture({"a": make_records(9)}))
+    mixture = build_token_cache(Mixture(configs, str(tokenizer_path), 64, 3, 128, str(tmp_path / "cache")), 0)
     cache = mixture.cache_folder(0)
     shutil.copytree(cache, cache.with_name(f".{cache.name}.5.old"))  # a kill before the old one was deleted
     build_token_cache(mixture, 0)
@@ -200,18 +206,18 @@ def test_a_restart_knows_its_own_checkpoints_whatever_the_clocks_say(tmp_path: P
             os.utime(path, (time.time() + skew, time.time() + skew))
 
     save(7)  # of a run that is given up
-    config, log = TrainConfig(overwrite=True), tmp_path / "log"
+    config, folders = TrainConfig(overwrite=True), RunFolders(tmp_path, tmp_path / "log", tmp_path / "tensorboard")
     rank_info = RankInfo(launcher="fm9g", start_time=time.time())
-    assert find_resume_checkpoint(config, rank_info, tmp_path, log) == (None, [])
+    assert find_resume_checkpoint(config, rank_info, folders) is None
     again = replace(rank_info, attempt=1)
-    assert find_resume_checkpoint(config, again, tmp_path, log) == (None, [])
+    assert find_resume_checkpoint(config, again, folders) is None
     save(3)
-    found, _ = find_resume_checkpoint(config, again, tmp_path, log)
+    found = find_resume_checkpoint(config, again, folders)
     assert found is not None
     assert found.step == 3
     # Another run, which never came so far as to note its start.
     later = replace(again, start_time=rank_info.start_time + 1)
-    assert find_resume_checkpoint(config, later, tmp_path, log) == (None, [])
+    assert find_resume_checkpoint(config, later, folders) is None
 
 
 @pytest.mark.slow
@@ -230,7 +236,7 @@ def test_every_command(full_fixture: CommandFixture, name: str) -> None:
     assert_nothing_lost(kill_at_random(full_fixture, name, 5, SEED))
     assert_nothing_lost(system.closed_folders(full_fixture, name))
     assert_nothing_lost(system.two_at_once(full_fixture, name, 2, SEED))
-    if system.can_mount():
+    if can_mount():
         assert_nothing_lost(system.small_disks(full_fixture, name, 3))
 
 
@@ -240,6 +246,6 @@ def test_runs(runs: Runs) -> None:
     assert_nothing_lost(system.looks_while_saving(runs, 8))
     assert_nothing_lost(system.runs_with_stepping_clocks(runs, 2, SEED))
     assert_nothing_lost(system.disturbed_runs(runs, "a worker is killed", 2, SEED, system.kill_worker, "killed"))
-    if system.can_mount():
+    if can_mount():
         assert_nothing_lost(system.full_logs(runs, 2, SEED))
         assert_nothing_lost(system.runs_without_shared_memory(runs, 1))

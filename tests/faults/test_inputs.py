@@ -1,4 +1,4 @@
-"""Some bad inputs for every command; benchmarks/faults/inputs.py has thousands."""
+"""Some bad inputs for every command; campaign_inputs.py makes thousands."""
 
 import random
 from pathlib import Path

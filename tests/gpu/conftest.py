@@ -1,7 +1,7 @@
-"""Tests that need an NVIDIA GPU; without one they skip, and say so. `make test-gpu` runs them alone.
+"""Tests that need an NVIDIA GPU, and skip without one. `make test-gpu` runs them alone.
 
-At the end stands a table of them: test, engine, result, seconds. After FM9G_GPU_SECONDS (540) no further test is begun,
-so that the table is there where a machine is lent for ten minutes.
+They end with a table: test, engine, result, seconds. After FM9G_GPU_SECONDS (540) no further test starts, so that the
+table appears within ten minutes.
 """
 
 import importlib.util
@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-_BEGAN = time.monotonic()
+_START = time.monotonic()
 _SECONDS = float(os.environ.get("FM9G_GPU_SECONDS", "540"))
-_rows: dict[str, tuple[str, float]] = {}  # of a test: its result, and the seconds of all its phases
+_rows: dict[str, tuple[str, float]] = {}  # test id -> result, seconds of all its phases
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if "tests/gpu/" in item.nodeid and time.monotonic() - _BEGAN > _SECONDS:
-        pytest.skip(f"not begun: {_SECONDS:.0f} s are over (FM9G_GPU_SECONDS)")
+    if "tests/gpu/" in item.nodeid and time.monotonic() - _START > _SECONDS:
+        pytest.skip(f"not started: {_SECONDS:.0f} s are over (FM9G_GPU_SECONDS)")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -35,42 +35,42 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     others = [item for kind in ("passed", "failed") for item in terminalreporter.stats.get(kind, [])]
     if not _rows or any("tests/gpu/" not in item.nodeid for item in others):
-        return  # all tests of the project are run, and these are a few of them
+        return  # these are only a few of the tests that ran
     terminalreporter.section("on this machine's GPUs")
     lines = [("test", "engine", "result", "seconds")]
     for nodeid, (result, seconds) in _rows.items():
         name = nodeid.rpartition("::")[2]
-        given = nodeid.partition("[")[2]
-        engines = [engine for engine in ("torch", "bmtrain") if engine in given or f"_{engine}_on" in name]
+        params = nodeid.partition("[")[2]
+        engines = [engine for engine in ("torch", "bmtrain") if engine in params or f"_{engine}_on" in name]
         lines.append((name, " ".join(engines), result, f"{seconds:.1f}"))
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
-    terminalreporter.write_line(f"{time.monotonic() - _BEGAN:.0f} s in all")
+    terminalreporter.write_line(f"{time.monotonic() - _START:.0f} s in all")
 
 
 @pytest.fixture(scope="session")
 def gpus() -> int:
-    """How many there are; what needs one asks for it."""
+    """The number of GPUs; tests that need one request this fixture."""
     if os.environ.get("FM9G_GPU_REHEARSAL"):
         return 2
     import torch
 
     if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU at hand: torch.cuda.is_available() is False")
+        pytest.skip("no NVIDIA GPU: torch.cuda.is_available() is False")
     return torch.cuda.device_count()
 
 
 @pytest.fixture(scope="session")
 def two_gpus(gpus: int) -> None:
     if gpus < 2:
-        pytest.skip("one NVIDIA GPU at hand, and this needs two")
+        pytest.skip("needs two NVIDIA GPUs, and there is one")
 
 
 @pytest.fixture
 def bmtrain() -> None:
     if importlib.util.find_spec("bmtrain") is None:
-        pytest.skip("bmtrain is not installed: `make bmtrain` does it")
+        pytest.skip("bmtrain is not installed; `make bmtrain` installs it")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Both engines on GPUs: the numbers of a CPU, narrow types, resuming, and steps that wait for nothing."""
+"""Both engines on GPUs: the same numbers as on a CPU, half precision, resuming, and steps without waiting."""
 
 import functools
 from dataclasses import replace
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gpu.gpu_harness import REHEARSAL, RunOptions, on_gpus, patched, start, train_on_gpus
+from gpu.gpu_harness import REHEARSAL, make_engine, on_gpus, start, train_on_gpus
 from helpers import engine_harness
 from helpers.engine_harness import EngineCase, TrainResult
 from helpers.spawn import run_ranks
@@ -15,11 +15,11 @@ from helpers.spawn import run_ranks
 from fm9g.data.load.packing import collate
 from fm9g.engine.base import ParallelConfig
 from fm9g.engine.dist_context import DistContext
-from fm9g.train.loop import to_batch
+from fm9g.train.batch import to_batch
 
 STEPS = 8
 # Absolute, in fp32 without TF32; losses are about 6, norms about 1, weights about 0.1. Between CPUs alone they are
-# 2e-5, 2e-5, 2e-4; a GPU adds in another order, and Adam's first steps grow what differs where a gradient is nearly 0.
+# 2e-5, 2e-5, 2e-4. A GPU sums in another order, and Adam's first steps amplify differences of gradients near 0.
 LOSS, NORM, WEIGHT = 1e-4, 2e-4, 2e-3
 FULL, SELECTIVE = {"checkpointing": "full"}, {"checkpointing": "selective"}
 TORCH = [
@@ -50,18 +50,18 @@ def beginning(frozen: str = "", model: tuple[tuple[str, Any], ...] = ()) -> Trai
 
 @functools.cache
 def on_cpu(frozen: str = "", steps: int = STEPS) -> TrainResult:
-    """One process with the torch engine, from the same first weights."""
+    """One process with the torch engine, from the same initial weights."""
     return run_ranks(1, engine_harness.train_case, EngineCase(frozen=frozen, steps=steps), 0, beginning(frozen))[0]
 
 
-def train(count: int, cases: list[EngineCase], **options: Any) -> list[TrainResult]:
-    given = {"before": beginning(cases[0].frozen, cases[0].model), **options}
-    return on_gpus(count, train_on_gpus, cases, RunOptions(**given))[0]
+def train(count: int, cases: list[EngineCase], first: int = 0, before: TrainResult | None = None) -> list[TrainResult]:
+    before = before or beginning(cases[0].frozen, cases[0].model)
+    return on_gpus(count, train_on_gpus, cases, first, before)[0]
 
 
-def assert_same(one: TrainResult, other: TrainResult, said: object) -> None:
-    np.testing.assert_allclose(one.losses, other.losses, rtol=0, atol=LOSS, err_msg=str(said))
-    np.testing.assert_allclose(one.norms, other.norms, rtol=0, atol=NORM, err_msg=str(said))
+def assert_same(one: TrainResult, other: TrainResult, about: object) -> None:
+    np.testing.assert_allclose(one.losses, other.losses, rtol=0, atol=LOSS, err_msg=str(about))
+    np.testing.assert_allclose(one.norms, other.norms, rtol=0, atol=NORM, err_msg=str(about))
     assert one.weights.keys() == other.weights.keys()
     assert one.optimizer.keys() == other.optimizer.keys()
     for name, weight in one.weights.items():
@@ -89,7 +89,7 @@ def test_bmtrain_on_one_gpu_gives_the_numbers_of_a_cpu(gpus: int, bmtrain: None,
 @pytest.mark.parametrize("count", [2, 4])
 def test_torch_on_several_gpus_gives_the_numbers_of_a_cpu(gpus: int, count: int) -> None:
     if gpus < count:
-        pytest.skip(f"NVIDIA GPUs at hand: {gpus}, and this needs {count}")
+        pytest.skip(f"needs {count} NVIDIA GPUs, and there are {gpus}")
     split = [{"tp_size": 2}, {"tp_size": 2, "sequence_parallel": False}, {"tp_size": 2, "zero_level": 0, **FULL}]
     cases = make_cases("torch", *TORCH, *split)
     for case, run in zip(cases, train(count, cases)):
@@ -99,7 +99,7 @@ def test_torch_on_several_gpus_gives_the_numbers_of_a_cpu(gpus: int, count: int)
 @pytest.mark.parametrize("count", [2, 4])
 def test_bmtrain_on_several_gpus_gives_the_numbers_of_a_cpu(gpus: int, bmtrain: None, count: int) -> None:
     if gpus < count:
-        pytest.skip(f"NVIDIA GPUs at hand: {gpus}, and this needs {count}")
+        pytest.skip(f"needs {count} NVIDIA GPUs, and there are {gpus}")
     cases = make_cases("bmtrain", *BMTRAIN)
     for case, run in zip(cases, train(count, cases)):
         assert_same(run, on_cpu(), case)
@@ -107,7 +107,7 @@ def test_bmtrain_on_several_gpus_gives_the_numbers_of_a_cpu(gpus: int, bmtrain: 
 
 @pytest.mark.parametrize("engine", ["torch", "bmtrain"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_types_learn_as_fp32_does(
+def test_half_precision_learns_as_fp32_does(
     gpus: int, engine: str, dtype: torch.dtype, request: pytest.FixtureRequest
 ) -> None:
     if engine == "bmtrain":
@@ -116,25 +116,26 @@ def test_narrow_types_learn_as_fp32_does(
         pytest.skip("this GPU has no bf16")
     if dtype == torch.float16 and REHEARSAL:
         pytest.skip("fp16 is for GPUs")
-    narrow = [{"dtype": dtype}, {"dtype": dtype, "checkpointing": "full", "zero_level": 2}]
-    cases = [replace(case, steps=25) for case in make_cases(engine, *narrow, {})]
-    scale = 2.0**30 if dtype == torch.float16 else 0.0  # so high that it must come down first
-    *runs, wide = train(1, cases, repeated=True, loss_scale=scale)
-    assert wide.losses[-1] < 0.5 * wide.losses[0]
+    half = [{"dtype": dtype}, {"dtype": dtype, "checkpointing": "full", "zero_level": 2}]
+    scale = 2.0**30 if dtype == torch.float16 else 1.0  # so high that it must be halved first
+    changes = {"repeat_documents": True, "loss_scaler": (scale, 5 if dtype == torch.float16 else 0)}
+    cases = [replace(case, steps=25) for case in make_cases(engine, *half, {}, **changes)]
+    *runs, fp32 = train(1, cases)
+    assert fp32.losses[-1] < 0.5 * fp32.losses[0]
     for run in runs:
-        assert run.losses[0] == pytest.approx(wide.losses[0], rel=2e-2)
+        assert run.losses[0] == pytest.approx(fp32.losses[0], rel=2e-2)
         steps, last_scale, _ = run.optimizer["numbers"].tolist()
         if dtype == torch.float16:
-            assert 10 <= steps < 25  # some were left out
+            assert 10 <= steps < 25  # some were skipped
             assert 1 < last_scale < scale
             assert run.losses[-1] < 0.7 * run.losses[0]
         else:
             assert steps == 25
-            assert run.losses[-1] == pytest.approx(wide.losses[-1], rel=0.1)
+            assert run.losses[-1] == pytest.approx(fp32.losses[-1], rel=0.1)
 
 
 @pytest.mark.parametrize(("one", "other"), [("torch", "bmtrain"), ("bmtrain", "torch"), ("torch", "torch")])
-def test_a_run_goes_on_under_another_engine(gpus: int, one: str, other: str, request: pytest.FixtureRequest) -> None:
+def test_a_run_resumes_under_another_engine(gpus: int, one: str, other: str, request: pytest.FixtureRequest) -> None:
     if "bmtrain" in (one, other):
         request.getfixturevalue("bmtrain")
     count = min(gpus, 2)
@@ -145,7 +146,7 @@ def test_a_run_goes_on_under_another_engine(gpus: int, one: str, other: str, req
 
 
 @pytest.mark.parametrize("engine", ["torch", "bmtrain"])
-def test_a_run_that_was_resumed_is_the_same_bit_for_bit(gpus: int, engine: str, request: pytest.FixtureRequest) -> None:
+def test_a_resumed_run_is_the_same_bit_for_bit(gpus: int, engine: str, request: pytest.FixtureRequest) -> None:
     if engine == "bmtrain":
         request.getfixturevalue("bmtrain")
     cases = make_cases(engine, {})
@@ -158,11 +159,10 @@ def test_a_run_that_was_resumed_is_the_same_bit_for_bit(gpus: int, engine: str, 
 
 
 def step_without_waiting(dist_context: DistContext, case: EngineCase) -> None:
-    with patched(RunOptions()):
-        engine = engine_harness.prepared(case, dist_context, {})
+    engine = engine_harness.prepared(case, dist_context, {}, make_engine)
     packs = [collate(group, engine_harness.CAPACITY) for group in engine_harness.documents(1)]
     for number in range(3):
-        if number == 2 and not REHEARSAL:  # by now libraries are loaded and memory is there
+        if number == 2 and not REHEARSAL:  # by now libraries are loaded and memory is allocated
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
         tasks = torch.zeros(2, device=engine.device)
@@ -181,7 +181,7 @@ def step_without_waiting(dist_context: DistContext, case: EngineCase) -> None:
 def test_a_step_that_does_not_log_does_not_wait_for_the_gpu(
     gpus: int, engine: str, checkpointing: str, request: pytest.FixtureRequest
 ) -> None:
-    """As far as torch sees: bmtrain itself waits for an event of the layer before, which is not reported."""
+    """As far as torch reports it. bmtrain waits for an event of the layer before, which torch does not report."""
     if engine == "bmtrain":
         request.getfixturevalue("bmtrain")
     dtype = torch.float32 if REHEARSAL else torch.bfloat16

@@ -1,4 +1,4 @@
-"""Kernels of packed rows beside torch's attention by document, copies from pinned memory, memory beside `fm9g plan`."""
+"""Kernels against attention by document, copies from pinned memory, and memory against the forecast of `fm9g plan`."""
 
 import importlib.util
 import sys
@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 from gpu.gpu_harness import REHEARSAL
+from helpers.common import LENGTHS as BATCH_LENGTHS
+from helpers.common import make_batch
 
 from fm9g.config.model import ModelConfig
 from fm9g.model import attention
-from fm9g.plan import JobConfig, peak_memory
-from fm9g.train.loop import _on_device
+from fm9g.plan.job import JobConfig
+from fm9g.plan.memory import peak_memory
+from fm9g.train.batch import to_device
 
 LENGTHS = [37, 1, 300, 128, 7]
 
@@ -30,9 +33,9 @@ def test_a_kernel_gives_what_torch_gives_document_by_document(
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> None:
-    """Both in half precision beside fp32: the kernel may be off by twice what torch is off, and no more."""
+    """Both in half precision: the kernel may differ from fp32 by twice as much as torch does."""
     if REHEARSAL:
-        pytest.skip("kernels are for GPUs; tests/model/test_attention.py tries which is taken")
+        pytest.skip("kernels need GPUs; tests/model/test_attention.py tests which is used")
     if kernel == "flash_attn":
         request.getfixturevalue("flash_attn")
     else:
@@ -60,13 +63,26 @@ def test_a_kernel_gives_what_torch_gives_document_by_document(
         assert (other.float() - right).abs().max() <= allowed, name
 
 
-def test_batches_arrive_whole_from_pinned_memory(gpus: int) -> None:
+def test_flash_attention_equals_attention_by_document(flash_attn: None) -> None:
+    if REHEARSAL:
+        pytest.skip("kernels need GPUs")
+    query, key, value = (torch.randn(88, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
+    cu_seqlens = make_batch().cu_seqlens.cuda()
+    for window in (0, 9):
+        flash, plain = (
+            attention.varlen_attention(query, key, value, cu_seqlens, BATCH_LENGTHS, flash, window=window)
+            for flash in (True, False)
+        )
+        torch.testing.assert_close(flash, plain, rtol=2e-2, atol=2e-2)
+
+
+def test_batches_arrive_intact_from_pinned_memory(gpus: int) -> None:
     device = torch.device("cpu" if REHEARSAL else "cuda")
     arrays = [np.arange(size, dtype=kind) for size in (0, 1, 100_000) for kind in (np.int32, np.int64, np.float32)]
-    for _ in range(20):  # pinned blocks are used again while copies are under way
+    for _ in range(20):  # pinned blocks are reused while copies are in flight
         if not REHEARSAL:
             torch.cuda._sleep(1_000_000)
-        moved = [_on_device(array + 0, device) for array in arrays]
+        moved = [to_device(array + 0, device) for array in arrays]
         assert all(np.array_equal(tensor.cpu().numpy(), array) for tensor, array in zip(moved, arrays))
 
 

@@ -1,8 +1,8 @@
-"""Lets the unmodified Python code of bmtrain 1.0.1 run on the tensors of fake_gpu, which have no values.
+"""Runs the unmodified Python code of bmtrain 1.0.1 on the tensors of fake_gpu, which have no values.
 
-`install()` replaces, for the whole process, bmtrain's compiled module, and what in torch would read memory that is not
-there: typed storages, and subclasses of tensors. It belongs into a process of its own, within `fake_gpu`, before the
-first `import bmtrain`. Real values and messages are those of bmtrain_over_gloo.
+`install()` replaces bmtrain's compiled module for the whole process, and the parts of torch that would read memory of a
+tensor: typed storages, and subclasses of tensors. Call it in a process of its own, within `fake_gpu`, before the first
+`import bmtrain`. For real values and messages, see tools/bmtrain_over_gloo.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TYPES = {
 }
 _make_subclass: Any = torch.Tensor._make_subclass
 _storage: Any = torch.Tensor.storage
-_sizes: list[int] = []  # processes of each communicator, of which this is the first
+_sizes: list[int] = []  # world size of each communicator; this process is rank 0
 
 
 def _communicator(unique_id: bytes, size: int, rank: int) -> int:
@@ -37,7 +37,7 @@ def _communicator(unique_id: bytes, size: int, rank: int) -> int:
     return len(_sizes) - 1
 
 
-_HOST = {  # of bmtrain.C, what gives the GPU nothing to do
+_HOST = {  # functions of bmtrain.C without work for the GPU
     "ncclGetUniqueId": lambda: b"fake",
     "ncclCommInitRank": _communicator,
     "ncclCommCount": _sizes.__getitem__,
@@ -58,14 +58,14 @@ def _storage_of_size(dtype: torch.dtype, size: int) -> torch.TypedStorage:
 
 
 def _storage_of(tensor: torch.Tensor) -> torch.TypedStorage:
-    """Its storage, which says where it is: that of a fake tensor says "meta"."""
+    """A storage that reports the tensor's device; that of a fake tensor would report "meta"."""
     storage = _storage(tensor)
     storage.place = tensor.device
     return storage
 
 
 def _subclass(cls: type, data: torch.Tensor, requires_grad: bool = False, **others: Any) -> torch.Tensor:
-    """What Tensor._make_subclass makes, a fake tensor where it is made of one."""
+    """Tensor._make_subclass, which returns a fake tensor for a fake tensor."""
     if not isinstance(data, FakeTensor):
         return _make_subclass(cls, data, requires_grad, **others)
     tensor: Any = data.detach().requires_grad_(requires_grad)
@@ -79,7 +79,7 @@ def _fake_kind(cls: type) -> type:
 
 
 def install() -> None:
-    """Makes `import bmtrain` work in this process."""
+    """Prepares this process for `import bmtrain`."""
     compiled = ModuleType("bmtrain.C")
     compiled.__dict__.update(_HOST, **dict.fromkeys(_MESSAGES, _launch))
     sys.modules["bmtrain.C"] = compiled

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import unittest.mock
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,16 +19,19 @@ from fm9g.config.adapter import AdapterConfig
 from fm9g.config.train import TrainConfig
 from fm9g.data.encode.token_array import make_token_array
 from fm9g.data.load.packing import Pack, Sample, collate
-from fm9g.engine.base import DynamicLossScaler, Engine, ParallelConfig
+from fm9g.engine.base import Engine, ParallelConfig
 from fm9g.engine.dist_context import DistContext
+from fm9g.engine.gradients import DynamicLossScaler
 from fm9g.engine.optimizers import OptimizerConfig
 from fm9g.lora.inject import canonical_name, inject_adapters
 from fm9g.lora.quantize import quantize_layers
 from fm9g.model.transformer import FM9G, is_mup_scaled
-from fm9g.train.loop import TrainState, train
+from fm9g.train.callback import Callback
+from fm9g.train.loop import train
+from fm9g.train.state import TrainState
 from fm9g.train.timer import StepTimer
 
-CAPACITY, PACKS = 32, 4  # tokens of a micro-batch; micro-batches a step over all processes
+CAPACITY, PACKS = 32, 4  # tokens per micro-batch; micro-batches per step over all processes
 
 
 needs_bmtrain = pytest.mark.skipif(
@@ -39,10 +41,17 @@ needs_bmtrain = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class EngineCase:
-    """engine: torch or bmtrain. stop: earlier than steps. frozen: what of the model is not trained: "", lower or most.
-    adapters: peft, opendelta, dora or nf4: they alone are trained; "": there are none.
-    broken: every process keeps its own gradients instead of adding them up. optimizer: with a mean of weights, where it
-    is another one than adamw.
+    """A training run.
+
+    Args:
+        engine: torch or bmtrain.
+        stop: a step before the last one, at which the run ends; 0: none.
+        frozen: which weights are not trained: "", lower or most.
+        adapters: peft, opendelta, dora or nf4, and only they are trained; "": none.
+        broken: every process keeps its own gradients, without a reduction.
+        optimizer: other optimizers than adamw also keep running means of weights.
+        loss_scaler: arguments of DynamicLossScaler.
+        repeat_documents: every step sees the same documents.
     """
 
     engine: str = "torch"
@@ -54,6 +63,8 @@ class EngineCase:
     model: tuple[tuple[str, Any], ...] = ()
     broken: bool = False
     optimizer: str = "adamw"
+    loss_scaler: tuple[float, int] = (1.0, 0)
+    repeat_documents: bool = False
 
 
 @dataclass
@@ -62,22 +73,25 @@ class TrainResult:
     norms: list[float]
     weights: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
-    ema: dict[str, torch.Tensor]
+    ema: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+MakeEngine = Callable[[EngineCase, DistContext], Engine]
 
 
 def documents(step: int) -> list[list[Sample]]:
     """Four groups of documents of unequal length, each fitting in one row, with masked inputs of unequal share."""
-    source = np.random.default_rng(step)
+    rng = np.random.default_rng(step)
     groups = []
     for lengths in ([30], [3, 20, 5], [1, 1], [16, 14]):
         group = []
         for length in lengths:
-            ids = source.integers(0, 320, length)
+            ids = rng.integers(0, 320, length)
             tokens = np.append(ids, ids[:1]).astype(np.int32)
-            read = source.integers(0, length)
-            weights = np.where(np.arange(length + 1) > read, 1.0, 0.0)
+            num_masked = rng.integers(0, length)
+            weights = np.where(np.arange(length + 1) > num_masked, 1.0, 0.0)
             if length % 3 == 0:  # some documents count less
-                weights[read + 1 :: 2] = 0.25
+                weights[num_masked + 1 :: 2] = 0.25
             tokens = make_token_array(tokens, weights)
             group.append(Sample(tokens, dataset=length % 2, sample_index=0, segment=0))
         groups.append(group)
@@ -89,41 +103,30 @@ class FixedLoader:
 
     is_infinite = True
 
-    def __init__(self, dp_rank: int, dp_size: int, step: int) -> None:
+    def __init__(self, dp_rank: int, dp_size: int, step: int, repeat_documents: bool = False) -> None:
         self.dp_rank, self.dp_size, self.step = dp_rank, dp_size, step
+        self.repeat_documents = repeat_documents
 
     def next_batch(self) -> list[Pack]:
         self.step += 1
-        return [collate(group, CAPACITY) for group in documents(self.step)[self.dp_rank :: self.dp_size]]
+        groups = documents(0 if self.repeat_documents else self.step)
+        return [collate(group, CAPACITY) for group in groups[self.dp_rank :: self.dp_size]]
 
 
-class RecordingCallbacks:
-    """Callbacks that keep the metrics of each step, and do nothing else."""
+class RecordingCallback(Callback):
+    """Keeps the metrics of each step."""
 
     def __init__(self) -> None:
         self.lines: list[dict[str, float]] = []
 
-    def poll_requests(self) -> tuple[bool, bool]:
-        return False, False
-
-    def on_step_end(self) -> None: ...
-
-    def on_step_skipped(self, *_: object) -> None: ...
-
-    def on_inspect(self) -> None: ...
-
-    def on_log(self, metrics: dict[str, float], timer: StepTimer) -> None:
+    def on_log(self, state: TrainState, metrics: dict[str, float]) -> None:
         self.lines.append(metrics)
 
-    def evaluate(self) -> bool:
-        return False
 
-    def save(self) -> None: ...
-
-
-def make_engine(case: EngineCase, dist_context: DistContext) -> Engine:
+def make_cpu_engine(case: EngineCase, dist_context: DistContext) -> Engine:
+    """The engine of a case, with bmtrain's compiled part replaced by gloo."""
     if case.engine == "bmtrain":
-        from helpers import bmtrain_over_gloo
+        from tools import bmtrain_over_gloo
 
         bmtrain_over_gloo.install()
         from fm9g.engine.bmtrain import BMTrainEngine
@@ -134,8 +137,13 @@ def make_engine(case: EngineCase, dist_context: DistContext) -> Engine:
     return FSDPEngine(dist_context, seed=7)
 
 
-def prepared(case: EngineCase, dist_context: DistContext, weights: dict[str, torch.Tensor]) -> Engine:
-    """weights: the first ones; those that are missing are new."""
+def prepared(
+    case: EngineCase,
+    dist_context: DistContext,
+    weights: dict[str, torch.Tensor],
+    make_engine: MakeEngine = make_cpu_engine,
+) -> Engine:
+    """An engine with a small model. weights: initial values; those that are missing are random."""
     config = small_model(**dict(case.model))
     with torch.device("meta"):
         model = FM9G(config)
@@ -149,9 +157,9 @@ def prepared(case: EngineCase, dist_context: DistContext, weights: dict[str, tor
             model, model.encoder.layers, adapter_config, "opendelta" if case.adapters == "opendelta" else "peft"
         )
     for name, weight in model.named_parameters() if not case.adapters else ():
-        lower = name.startswith(("input_embedding", "encoder.layers.0."))
-        kept = {"": True, "lower": not lower, "most": "project_q" in name}[case.frozen]
-        weight.requires_grad_(kept)
+        is_lower = name.startswith(("input_embedding", "encoder.layers.0."))
+        is_trained = {"": True, "lower": not is_lower, "most": "project_q" in name}[case.frozen]
+        weight.requires_grad_(is_trained)
     names = [canonical_name(name) for name, _ in model.named_parameters()]
     scales = {name: 0.5 if is_mup_scaled(name) else 1.0 for name in names}
     engine = make_engine(case, dist_context)
@@ -169,7 +177,7 @@ def prepared(case: EngineCase, dist_context: DistContext, weights: dict[str, tor
             ema_decay=0.0 if case.optimizer == "adamw" else 0.5,
         ),
         replace(case.parallel_config, checkpointed_layers=1, frozen_in_compute_dtype=bool(case.adapters)),
-        DynamicLossScaler(),
+        DynamicLossScaler(*case.loss_scaler),
         canonical_name,
     )
     return engine
@@ -177,21 +185,22 @@ def prepared(case: EngineCase, dist_context: DistContext, weights: dict[str, tor
 
 @contextlib.contextmanager
 def broken(case: EngineCase, engine: Engine) -> Iterator[None]:
-    """Takes the reduction of gradients out of an engine."""
+    """Within the block, an engine does not reduce gradients."""
     if case.engine == "bmtrain":
-        from helpers import bmtrain_over_gloo
+        from tools import bmtrain_over_gloo
 
         with bmtrain_over_gloo.sabotage("ncclReduceScatter"):
             yield
     elif case.parallel_config.tp_size > 1:
-        with unittest.mock.patch("fm9g.model.loss._VocabShard.all_reduce", lambda self, values, *_: values):
-            yield
+        vocab_shard: Any = engine.model.vocab_shard
+        vocab_shard.all_reduce_sum = lambda values: values
+        yield
     elif case.parallel_config.zero_level == 0:
         backward = engine.backward
         engine.backward = lambda loss, is_last_micro_batch: backward(loss, False)  # type: ignore[method-assign]
         yield
     else:
-        for module in engine._model.modules():
+        for module in engine.model.modules():
             if isinstance(module, FSDPModule):
                 module.set_custom_reduce_scatter(_OwnShard())
         yield
@@ -206,34 +215,42 @@ class _OwnShard(ReduceScatter):
 
 
 def train_case(
-    dist_context: DistContext, case: EngineCase, first: int = 0, before: TrainResult | None = None
+    dist_context: DistContext,
+    case: EngineCase,
+    first: int = 0,
+    before: TrainResult | None = None,
+    make_engine: MakeEngine = make_cpu_engine,
 ) -> TrainResult:
-    """Trains; what came out is whole on rank 0. first: steps done before, which gave `before`."""
-    engine = prepared(case, dist_context, before.weights if before else {})
+    """Trains; the tensors of the result are complete on rank 0 alone.
+
+    Args:
+        first: number of steps of an earlier run, whose result is `before`.
+    """
+    engine = prepared(case, dist_context, before.weights if before else {}, make_engine)
     if before:
         engine.load_optimizer_state(before.optimizer if dist_context.rank == 0 else {})
         engine.load_ema_weights(before.ema if dist_context.rank == 0 else {})
     config = TrainConfig(
         config="x", train_iters=case.steps, stop_iters=case.stop, warmup_iters=0, lr=0.01, clip_grad=0.7
     )
-    callbacks = RecordingCallbacks()
-    loader: Any = FixedLoader(engine.dp_rank, engine.dp_size, first)
+    recorder = RecordingCallback()
+    loader: Any = FixedLoader(engine.dp_rank, engine.dp_size, first, case.repeat_documents)
     state = TrainState(first, np.zeros(2, np.int64))
     with broken(case, engine) if case.broken else contextlib.nullcontext():
-        train(config, ["even", "odd"], engine, loader, state, callbacks, StepTimer())
-    # On ranks but the first the tensors are not whole, and nobody looks at them.
+        train(config, ["even", "odd"], engine, loader, state, [recorder], StepTimer())
     weights = {name: weight.clone() for name, weight in engine.weights()}
-    state_of_optimizer = {name: value.clone() for name, value in engine.optimizer_state()}
-    lines = callbacks.lines
+    optimizer = {name: value.clone() for name, value in engine.optimizer_state()}
+    ema = {name: value.clone() for name, value in engine.ema_weights()}
+    lines = recorder.lines
     return TrainResult(
         [line["Loss/train"] for line in lines],
         [line["Optimizer/grad_norm"] for line in lines],
         weights,
-        state_of_optimizer,
-        {name: value.clone() for name, value in engine.ema_weights()},
+        optimizer,
+        ema,
     )
 
 
 def train_cases(dist_context: DistContext, cases: list[EngineCase]) -> list[TrainResult]:
-    """Several runs in the same processes: starting these takes the longest."""
+    """Several runs in the same processes, whose start takes longest."""
     return [train_case(dist_context, case) for case in cases]

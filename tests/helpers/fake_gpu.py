@@ -1,8 +1,10 @@
-"""A GPU that computes nothing: tensors on "cuda" without values, on any machine, for whole steps of training.
+"""A GPU that computes nothing: tensors on "cuda" without values, on any machine, for full steps of training.
 
-Under `FakeGPU` torch works out shape, type and device of every result, and nothing else (its FakeTensorMode). What
-would fail on a GPU for mixed devices fails here, and every place is kept where the host would wait for the GPU.
-It replaces torch.cuda for the whole process, so it belongs into a process of its own.
+    host program ──> FakeGPU (torch's FakeTensorMode) ──> shape, dtype, device of each result, no values
+                       │ mixed devices: error, as on a GPU
+                       └ .item(), copies, synchronize(): recorded in `waits`, with the line that waits
+
+It replaces torch.cuda for the whole process, so use it in a process of its own.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ _BY_INDEX = (_aten.index_put.default, _aten.index_put_.default, _aten._index_put
 
 
 class FakeGPU(FakeTensorMode):
-    """waits: a line for each time that the host waited for work of the GPU which it had not waited for before."""
+    """waits: a line per time that the host waited for work of the GPU that it had not waited for before."""
 
     avoid_device_init = True  # type: ignore[assignment]
 
@@ -49,12 +51,12 @@ class FakeGPU(FakeTensorMode):
         self.launched = self.finished = 0
 
     def take(self) -> list[str]:
-        """The waits since this was last asked."""
+        """The waits since the last call."""
         waits, self.waits = self.waits, []
         return waits
 
     def wait(self, why: str, until: int | None = None) -> None:
-        """The host waits until the GPU has done so much of what it was given; None: all."""
+        """Records that the host waits for the first `until` operations of the GPU; None: for all."""
         until = self.launched if until is None else until
         if until > self.finished:
             self.waits.append(f"{why} at {_place()}")
@@ -63,7 +65,7 @@ class FakeGPU(FakeTensorMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if kwargs.get("device") == _META and func is not _aten._to_copy.default:
-            kwargs["device"] = torch.device("cuda", 0)  # made in C++, for which the GPU is "meta"; see install
+            kwargs["device"] = torch.device("cuda", 0)  # created in C++, for which the GPU is "meta"; see install
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         if func is _aten._local_scalar_dense.default:
             return self._number(args[0])
@@ -84,7 +86,7 @@ class FakeGPU(FakeTensorMode):
         return result
 
     def _number(self, tensor: torch.Tensor) -> Any:
-        """What a number is, nobody knows: it is 1."""
+        """The value of a number, which is unknown: 1."""
         if _on_gpu(tensor):
             self.wait(".item()")
         else:
@@ -93,15 +95,15 @@ class FakeGPU(FakeTensorMode):
         return True if tensor.dtype == torch.bool else 1.0 if tensor.dtype.is_floating_point else 1
 
     def _copied(self, func: Any, args: Any, kwargs: Any, result: torch.Tensor) -> None:
-        """A copy between host and GPU is not waited for where it is non_blocking, from or to pinned memory."""
+        """The host waits for a copy from or to the GPU, unless it is non_blocking and its host memory is pinned."""
         source, target = (args[1], args[0]) if func is _aten.copy_.default else (args[0], result)
-        beside = args[2] if func is _aten.copy_.default and len(args) > 2 else kwargs.get("non_blocking", False)
+        non_blocking = args[2] if func is _aten.copy_.default and len(args) > 2 else kwargs.get("non_blocking", False)
         if _on_gpu(source) == _on_gpu(target) or not source.numel():
             return
         host = source if _on_gpu(target) else target
-        if func is _aten._to_copy.default and beside and host is target:
-            _pin(target)  # torch makes it so
-        if not beside or not is_pinned(host):
+        if func is _aten._to_copy.default and non_blocking and host is target:
+            _pin(target)  # as torch does
+        if not non_blocking or not is_pinned(host):
             self.launched += 1
             self.wait("a copy from the host" if host is source else "a copy to the host")
 
@@ -123,7 +125,7 @@ def is_pinned(tensor: torch.Tensor) -> bool:
 
 
 def _place() -> str:
-    """The line of the package, of bmtrain or of a test that waits."""
+    """The innermost line of fm9g, bmtrain or a test on the stack."""
     frame = sys._getframe(2)
     while frame.f_back and (_LIBRARIES.search(frame.f_code.co_filename) or frame.f_code.co_filename == __file__):
         frame = frame.f_back
@@ -149,7 +151,7 @@ class _Stream:
 
 
 class _Event:
-    """The GPU is as slow as can be: an event is past only when the host has waited for it, or for later work."""
+    """The slowest possible GPU: an event is past only once the host has waited for it or for later work."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self._when = 0
@@ -184,8 +186,8 @@ def _nothing(*_: Any, **__: Any) -> None: ...
 
 
 def install(world_size: int = 1) -> None:
-    """Has torch take itself for one with a GPU for each of so many processes, of which this is the first."""
-    # Autograd in C++ asks the device's library for its streams, which is missing: it is told of "meta" instead.
+    """Makes torch report a GPU for each of world_size processes, of which this is the first."""
+    # Autograd in C++ would ask the CUDA library, which is missing, for streams; for "meta" it does not.
     fake_tensor._DISPATCH_META_HANDLERS[torch.ops.prim.device.default] = lambda args: _META
     DTensor.device = property(lambda self: self._local_tensor.device)  # type: ignore[assignment]
     FakeTensor.is_cuda = DTensor.is_cuda = property(_on_gpu)  # type: ignore[assignment]
@@ -215,7 +217,7 @@ def install(world_size: int = 1) -> None:
     torch.accelerator.current_stream = cuda.current_stream
     torch.Generator = _Generator  # type: ignore[misc]
     torch.Tensor.pin_memory = _pinned_copy  # type: ignore[method-assign, assignment]
-    # Meshes are tensors of ranks on the host, which have values.
+    # Meshes are tensors of ranks on the host, and need values.
     fm9g.engine.fsdp.init_device_mesh = with_values(fm9g.engine.fsdp.init_device_mesh)
     for name in ("__getitem__", "_flatten", "get_local_rank"):
         setattr(DeviceMesh, name, with_values(getattr(DeviceMesh, name)))
@@ -224,11 +226,11 @@ def install(world_size: int = 1) -> None:
 
 def with_values(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
-    def called(*args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
         with unset_fake_temporarily():
             return function(*args, **kwargs)
 
-    return called
+    return wrapper
 
 
 def _pinned_copy(self: torch.Tensor, device: Any = None) -> torch.Tensor:
@@ -238,7 +240,7 @@ def _pinned_copy(self: torch.Tensor, device: Any = None) -> torch.Tensor:
 
 
 class FakeDistContext(DistContext):
-    """The first of so many processes; what the others would say is what this one says."""
+    """The first of world_size processes. Messages of the others, which do not exist, equal its own."""
 
     def __init__(self, world_size: int = 1) -> None:
         make = dist.init_process_group
@@ -263,9 +265,9 @@ class FakeDistContext(DistContext):
 
 @contextlib.contextmanager
 def fake_gpu(world_size: int = 1) -> Iterator[tuple[FakeGPU, DistContext]]:
-    """Within it, this process is the first of so many with a GPU each.
+    """Within the block, this process is the first of world_size processes with a GPU each.
 
-    It ends the default group of torch.distributed; where there was one, there is another afterwards.
+    It destroys the default group of torch.distributed, if there is one, and creates another one afterwards.
     """
     had_group = dist.is_initialized()
     if had_group:

@@ -1,4 +1,4 @@
-"""Adapters and models of random values."""
+"""Adapters and models with random values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LAYERS = ["project_q", "w_0", "w_out"]
 
 
 def make_adapter(model: FM9G, seed: int = 0, path: Path = Path("a.pt"), **changes: object) -> Adapter:
-    """Random values for all parts."""
+    """An adapter with random values. changes: fields of AdapterConfig."""
     config = AdapterConfig(**{"r": 3, "alpha": 6.0, "layers": LAYERS, **changes})  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
     weights = {}
@@ -40,7 +40,7 @@ def make_model(seed: int = 1, **changes: object) -> FM9G:
 
 
 def logits(model: FM9G, ids: torch.Tensor | None = None) -> torch.Tensor:
-    """Of one document."""
+    """The logits of one document. ids: its tokens; None: 40 of them."""
     batch = make_batch([40] if ids is None else [len(ids)])
     with torch.no_grad():
         return model.logits(batch if ids is None else replace(batch, input_ids=ids))

@@ -1,4 +1,4 @@
-"""Functions run by several processes at once, as the ranks of a run."""
+"""Runs a function in several processes at once, as the ranks of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unittest import mock
 
 from helpers.common import ROOT
 
-# One server imports what takes long, and the processes of all tests are its forks.
+# One server imports the slow packages, and forks the processes of all tests.
 context = multiprocessing.get_context("forkserver")
 PRELOADED = [
     "torch._dynamo",
@@ -24,7 +24,7 @@ PRELOADED = [
     "peft",
     "tensorboardX",
     "jsonschema",
-    "train.faults",
+    "faults.runs",
 ]
 context.set_forkserver_preload(PRELOADED)
 SECONDS = 300
@@ -32,9 +32,9 @@ SECONDS = 300
 
 @functools.cache
 def start_server() -> None:
-    """Has the server run, if it does not yet: it imports with a path of its own, which is that of the start."""
+    """Starts the server, with the path from which it and its forks import."""
     path = os.pathsep.join(filter(None, [str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH")]))
-    # Killed processes leave semaphores, which Python clears away, and says so.
+    # Killed processes leave semaphores, which Python removes with a warning.
     ignored = "ignore::UserWarning:multiprocessing.resource_tracker"
     with mock.patch.dict(os.environ, PYTHONPATH=path, PYTHONWARNINGS=ignored):
         process = context.Process(target=_nothing)
@@ -46,7 +46,7 @@ def _nothing() -> None: ...
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """function(dist_context, *arguments) in each of so many processes; what they return, in the order of ranks."""
+    """function(dist_context, *arguments) in each of world_size processes; their results, in the order of ranks."""
     start_server()
     content = pickle.dumps(arguments)  # tensors by value, not as shared memory
     with tempfile.TemporaryDirectory() as folder:
@@ -69,7 +69,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
 
 
 def _collect(receivers: list[Any]) -> list[Any]:
-    """The answers in the order of ranks; the first rank that failed ends the waiting."""
+    """The answers in the order of ranks. Fails at the first rank that fails."""
     answers: dict[int, Any] = {}
     while len(answers) < len(receivers):
         waiting = [receiver for rank, receiver in enumerate(receivers) if rank not in answers]

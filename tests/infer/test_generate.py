@@ -1,4 +1,4 @@
-"""Text from exported folders: what a generation starts from, where it stops, and what is refused."""
+"""Text from exported folders: start and end of a generation, and refused folders."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from helpers.common import small_model
 from safetensors.torch import load_file, save_file
 
 from fm9g.cli import main
-from fm9g.convert.hf import export_folder, import_folder
+from fm9g.convert.hf_export import export_folder
+from fm9g.convert.hf_import import import_folder
 from fm9g.errors import UserError
-from fm9g.infer.generate import _config, _open_tokenizer, _prompt_ids, generate
-from fm9g.io.weights import write_weights
+from fm9g.infer.generate import GenerationOptions, generate, open_hf_tokenizer, prompt_ids
+from fm9g.io.pt_file import write_weights
 from fm9g.model.transformer import weight_shapes
 
 
@@ -48,7 +49,7 @@ def folder(tmp_path: Path, tokenizer_path: Path) -> Path:
 
 def test_chatting_needs_a_chat_template_of_the_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", str(folder), "--prompt", "a", "--chat"]) == 2
-    assert f"{folder}: has no chat template; leave --chat away" in capsys.readouterr().err
+    assert f"{folder}: has no chat template; leave out --chat" in capsys.readouterr().err
 
 
 def change(file: Path, **values: Any) -> None:
@@ -66,19 +67,19 @@ def test_generation_stops_at_each_of_several_tokens(folder: Path, file: str) -> 
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, pad_token_id=0
     )
     ids = found[0, prompt.shape[1] :].tolist()
-    assert generate(folder, "the", max_new_tokens=8) == tokenizer.decode(ids)
+    assert generate(folder, "the", GenerationOptions(max_new_tokens=8)) == tokenizer.decode(ids)
     stop = next(token for token in ids if ids.index(token) > 1)
     change(folder / file, eos_token_id=[1, stop], bos_token_id=[0, 2])
-    assert generate(folder, "the", max_new_tokens=8) == tokenizer.decode(ids[: ids.index(stop) + 1])
+    assert generate(folder, "the", GenerationOptions(max_new_tokens=8)) == tokenizer.decode(ids[: ids.index(stop) + 1])
     (folder / "generation_config.json").unlink()
     change(folder / "config.json", eos_token_id=[1, stop])
-    assert generate(folder, "the", max_new_tokens=8) == tokenizer.decode(ids[: ids.index(stop) + 1])
+    assert generate(folder, "the", GenerationOptions(max_new_tokens=8)) == tokenizer.decode(ids[: ids.index(stop) + 1])
 
 
 def test_a_model_without_a_token_that_ends_it_goes_on_to_the_last(folder: Path) -> None:
     for file in ("config.json", "generation_config.json"):
         change(folder / file, eos_token_id=None)
-    assert generate(folder, "the", max_new_tokens=8)
+    assert generate(folder, "the", GenerationOptions(max_new_tokens=8))
 
 
 def test_lists_of_end_tokens_are_kept_on_the_way_in_and_out(folder: Path, tmp_path: Path) -> None:
@@ -97,7 +98,7 @@ def test_lists_of_end_tokens_are_kept_on_the_way_in_and_out(folder: Path, tmp_pa
     assert settings == {"bos_token_id": [0, 2], "eos_token_id": [5, 1]}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").config.bos_token_id == 0
     change(folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
-    assert generate(folder, "the", max_new_tokens=2)
+    assert generate(folder, "the", GenerationOptions(max_new_tokens=2))
 
 
 def test_what_a_generation_starts_from(folder: Path, tokenizer_path: Path) -> None:
@@ -106,22 +107,22 @@ def test_what_a_generation_starts_from(folder: Path, tokenizer_path: Path) -> No
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     the = tokenizer("the", add_special_tokens=False)["input_ids"]
-    assert _prompt_ids(tokenizer, "the", chat=False) == [0, *the]
-    assert _prompt_ids(tokenizer, "the", chat=True) == the  # a template has written what begins it
-    assert _prompt_ids(tokenizer, "", chat=False) == [0]
-    assert generate(folder, "", max_new_tokens=3)
+    assert prompt_ids(tokenizer, "the", chat=False) == [0, *the]
+    assert prompt_ids(tokenizer, "the", chat=True) == the  # a template has written what begins it
+    assert prompt_ids(tokenizer, "", chat=False) == [0]
+    assert generate(folder, "", GenerationOptions(max_new_tokens=3))
     # One that ends each text, and one without a token that begins a text.
     ends = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
     tokenizer.backend_tokenizer.post_processor = ends
-    assert _prompt_ids(tokenizer, "the", chat=False) == [0, *the]
-    assert _prompt_ids(tokenizer, "the</s>", chat=False)[-1] == 1
+    assert prompt_ids(tokenizer, "the", chat=False) == [0, *the]
+    assert prompt_ids(tokenizer, "the</s>", chat=False)[-1] == 1
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
     tokenizer.bos_token = None
-    assert _prompt_ids(tokenizer, "the", chat=False) == the
+    assert prompt_ids(tokenizer, "the", chat=False) == the
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    assert _prompt_ids(tokenizer, "the", chat=False) == the
-    with pytest.raises(UserError, match="prompt: it is empty, and the tokenizer has no token that begins a text"):
-        _prompt_ids(tokenizer, "", chat=False)
+    assert prompt_ids(tokenizer, "the", chat=False) == the
+    with pytest.raises(UserError, match="prompt: it is empty, and the tokenizer has no token that starts a text"):
+        prompt_ids(tokenizer, "", chat=False)
 
 
 def test_what_is_no_hugging_face_folder_says_how_to_make_one(folder: Path, tmp_path: Path) -> None:
@@ -153,7 +154,7 @@ def test_what_is_no_hugging_face_folder_says_how_to_make_one(folder: Path, tmp_p
 
 def test_text_comes_in_pieces_as_it_is_made(folder: Path) -> None:
     pieces: list[str] = []
-    whole = generate(folder, "the", max_new_tokens=12, temperature=1.0, on_text=pieces.append)
+    whole = generate(folder, "the", GenerationOptions(max_new_tokens=12, temperature=1.0), pieces.append)
     assert pieces[0] == ""
     assert len(pieces) > 5
     assert "".join(pieces) == whole
@@ -173,7 +174,7 @@ def test_weights_of_half_precision_are_computed_in_what_is_fast_here(
     )
     for fast in (True, False):
         monkeypatch.setattr("fm9g.engine.fsdp.has_fast_bf16", lambda device, fast=fast: fast)
-        generate(folder, "the", max_new_tokens=2)
+        generate(folder, "the", GenerationOptions(max_new_tokens=2))
     if not torch.cuda.is_available():
         assert used == [torch.bfloat16, torch.float32]
 
@@ -186,7 +187,7 @@ def test_a_9g_configuration_is_not_taken_for_one_of_transformers(folder: Path) -
 
 @pytest.mark.parametrize(
     ("kind", "advice"),
-    [("internlm2", "fm9g convert .* write it for a class of transformers"), ("own", "no known family")],
+    [("internlm2", "fm9g convert .* write it for a class of transformers"), ("own", "its family is unknown")],
 )
 def test_code_that_lies_in_a_folder_is_not_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str, advice: str
@@ -200,7 +201,7 @@ def test_code_that_lies_in_a_folder_is_not_run(
     code = {"AutoConfig": "configuration_own.C", "AutoModelForCausalLM": "modeling_own.M"}
     plain = (folder / "config.json").read_text()
     change(folder / "config.json", model_type=kind, auto_map=code)
-    with pytest.raises(UserError, match=rf"its model \({kind}\) is code that lies there, which is not run; .*{advice}"):
+    with pytest.raises(UserError, match=rf"its model \({kind}\) is code in the folder, .* not run; .*{advice}"):
         generate(folder, "the")
     (folder / "config.json").write_text(plain)
     (folder / "tokenizer.json").rename(folder / "own.tiktoken")
@@ -209,19 +210,20 @@ def test_code_that_lies_in_a_folder_is_not_run(
         tokenizer_class="OwnTokenizer",
         auto_map={"AutoTokenizer": ["tokenization_own.T", None]},
     )
-    with pytest.raises(UserError, match=r"its tokenizer \(OwnTokenizer\) is code that lies there, which is not run"):
+    with pytest.raises(UserError, match=r"its tokenizer \(OwnTokenizer\) is code in the folder, which .* not run"):
         generate(folder, "the")
     assert not marker.exists()
 
 
 def test_the_tokenizer_is_the_one_that_is_named(folder: Path) -> None:
-    """For Qwen2's models AutoTokenizer takes Qwen2's way with digits, whatever the configuration names."""
+    """For Qwen2 models AutoTokenizer splits digits as Qwen2 does, whatever the configuration names."""
     from tokenizers import Tokenizer
+    from transformers import AutoConfig
 
     change(folder / "config.json", model_type="qwen2")
     text = "in 1863, e\u0301"
     expected = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
-    assert _open_tokenizer(folder, _config(folder))(text)["input_ids"] == expected
+    assert open_hf_tokenizer(folder, AutoConfig.from_pretrained(folder))(text)["input_ids"] == expected
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -230,34 +232,35 @@ def test_generation_does_not_import_what_takes_seconds_and_is_not_used(folder: P
     program = f"""
 import sys
 from pathlib import Path
-from fm9g.infer.generate import generate
-generate(Path({str(folder)!r}), "the", max_new_tokens=2)
+from fm9g.infer.generate import GenerationOptions, generate
+generate(Path({str(folder)!r}), "the", GenerationOptions(max_new_tokens=2))
 assert "bitsandbytes" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_generation_refuses_broken_folders_and_odd_options(folder: Path) -> None:
-    assert isinstance(generate(folder, "the", max_new_tokens=2), str)
+def test_generation_refuses_broken_folders_and_options_out_of_range(folder: Path) -> None:
+    assert isinstance(generate(folder, "the", GenerationOptions(max_new_tokens=2)), str)
     odd = {"max_new_tokens": 0, "temperature": -1.0, "top_p": 5.0, "repetition_penalty": 0.0, "seed": -1}
     for option in ({key: value} for key, value in odd.items()):
         with pytest.raises(UserError, match="out of range"):
-            generate(folder, "the", **option)
+            generate(folder, "the", GenerationOptions(**option))
     change(folder / "config.json", num_hidden_layers=3)
     with pytest.raises(UserError, match=r"config.json and the weights do not match"):
         generate(folder, "the")
     (folder / "model.safetensors").write_bytes(b"garbage")
-    with pytest.raises(UserError, match="not a whole safetensors file"):
+    with pytest.raises(UserError, match="not a complete safetensors file"):
         generate(folder, "the")
 
 
 def test_what_transformers_says_is_told_on_one_line(
-    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    folder: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     weights = load_file(folder / "model.safetensors")
     save_file(weights | {"more": torch.zeros(2)}, folder / "model.safetensors", {"format": "pt"})
-    generate(folder, "the", max_new_tokens=2)
-    assert capfd.readouterr().err == f"note: {folder}: more has no place in the model of config.json\n"
+    generate(folder, "the", GenerationOptions(max_new_tokens=2))
+    assert caplog.messages == [f"{folder}: more has no place in the model of config.json"]
+    assert capfd.readouterr().err == ""
     change(folder / "config.json", mlp_bias=["x"])
     with pytest.raises(UserError, match=r"transformers cannot load it: .*mlp_bias.* expected bool") as caught:
         generate(folder, "the")
@@ -268,7 +271,7 @@ def test_what_transformers_says_is_told_on_one_line(
 def test_a_chat_template_that_is_not_jinja_is_named(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{")
     with pytest.raises(UserError, match=rf"chat template of {folder}, line 1"):
-        generate(folder, "the", chat=True)
+        generate(folder, "the", GenerationOptions(chat=True))
 
 
 @pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id"])
@@ -276,5 +279,5 @@ def test_a_chat_template_that_is_not_jinja_is_named(folder: Path) -> None:
 def test_a_special_token_that_is_no_id_is_named(folder: Path, name: str, value: object) -> None:
     change(folder / "generation_config.json", **{name: value})
     with pytest.raises(UserError, match=rf"generation_config.json: {name}: found .*, expected a token id") as caught:
-        generate(folder, "the", max_new_tokens=1)
+        generate(folder, "the", GenerationOptions(max_new_tokens=1))
     assert "\n" not in str(caught.value)

@@ -1,4 +1,6 @@
-"""A name on disk holds something whole or what it held before."""
+"""A file or folder has its former content or its new one, never a part."""
+
+from __future__ import annotations
 
 import errno
 import fcntl
@@ -11,14 +13,7 @@ from pathlib import Path
 import pytest
 
 from fm9g.errors import UserError
-from fm9g.io.atomic import (
-    atomic_dir,
-    atomic_file,
-    check_writable,
-    clean_stale_temps,
-    exclusive_lock,
-    recover_interrupted,
-)
+from fm9g.io.atomic import atomic_dir, atomic_file, check_writable, clean_stale_temps, recover_interrupted
 
 
 def write(target: Path, text: str, overwrite: bool = False) -> None:
@@ -109,7 +104,7 @@ def test_what_another_process_writes_is_left_alone_until_it_is_killed(tmp_path: 
 
 
 def test_where_locks_do_not_work_nothing_is_swept_and_the_user_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def flock(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -119,7 +114,7 @@ def test_where_locks_do_not_work_nothing_is_swept_and_the_user_is_told(
     (tmp_path / ".a.7.tmp").mkdir()
     clean_stale_temps(tmp_path)
     assert (tmp_path / ".a.7.tmp").is_dir()
-    assert f"note: {tmp_path / '.a.7.tmp'}: this file system has no locks" in capsys.readouterr().err
+    assert f"{tmp_path / '.a.7.tmp'}: this file system has no locks" in caplog.text
 
 
 def test_a_full_disk_is_told_whatever_class_it_comes_in(tmp_path: Path) -> None:
@@ -145,21 +140,10 @@ def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "new") == []
 
 
-def test_a_folder_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
-    code = (
-        "import sys, pathlib, fm9g.io.atomic as f\nwith f.exclusive_lock(pathlib.Path(sys.argv[1]), 0): print('held')"
-    )
-    with exclusive_lock(tmp_path / "run", timeout=0):
-        other = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True)
-        assert "another run of this name is writing there" in other.stderr
-    other = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True)
-    assert other.stdout == "held\n"
-
-
 def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
-    with pytest.raises(UserError, match="something that is no file is in the way"), atomic_file(tmp_path / "link"):
+    with pytest.raises(UserError, match="something that is not a file is in the way"), atomic_file(tmp_path / "link"):
         raise AssertionError("not reached")
     assert (tmp_path / "pipe").is_fifo()
 

@@ -16,13 +16,13 @@ from helpers.common import ROOT, index_dataset, make_records, random_text, small
 from helpers.random_adapters import make_adapter, make_model
 
 from fm9g.cli import main
-from fm9g.convert.hf import export_folder
+from fm9g.convert.hf_export import export_folder
 from fm9g.convert.peft import write_peft
-from fm9g.data.encode.tokenizer import train_tokenizer
+from fm9g.data.encode.tokenizer_training import train_tokenizer
 from fm9g.errors import UserError
 from fm9g.io.atomic import atomic_dir, atomic_file
 from fm9g.io.inputs import check_output, protect_inputs, register_input
-from fm9g.io.weights import write_weights
+from fm9g.io.pt_file import write_weights
 from fm9g.lora.adapter_file import save_adapter
 
 _TRAIN = (
@@ -127,29 +127,33 @@ def test_no_command_forgets_a_file_that_it_reads(bed: Path) -> None:
 # What libraries open by themselves, out of sight of the test above, and the cases that went wrong once.
 LOST = [
     ("plan --config tiny.json --plot tiny.json --overwrite", "tiny.json", "expected a name that ends in .png"),
-    ("plan --config tiny.json --plot link.png --overwrite", "tiny.json", "link.png: is read"),
-    ("plan --config tiny.json --plot there.png", "there.png", "is already there; choose another --plot"),
-    ("data index --path raw.jsonl --language en --columns out/columns.json --output out --overwrite", "out", "is read"),
+    ("plan --config tiny.json --plot link.png --overwrite", "tiny.json", "link.png: is an input"),
+    ("plan --config tiny.json --plot there.png", "there.png", "already exists; choose another --plot"),
+    (
+        "data index --path raw.jsonl --language en --columns out/columns.json --output out --overwrite",
+        "out",
+        "is an input",
+    ),
     (
         "data check own.json --tokenizer tokenizer --chat_template out/own.jinja --output out --overwrite",
         "out",
-        "is read",
+        "is an input",
     ),
     (
         "data check mixture.json --tokenizer tokenizer --output scripts --overwrite",
         "scripts",
-        "script.py, which is read",
+        "script.py, which is an input",
     ),
-    ("data check mixture.json --tokenizer tokenizer --output tokenizer --overwrite", "tokenizer", "which is read"),
-    ("data check mixture.json --tokenizer tokenizer --output indexed --overwrite", "indexed", "which is read"),
+    ("data check mixture.json --tokenizer tokenizer --output tokenizer --overwrite", "tokenizer", "which is an input"),
+    ("data check mixture.json --tokenizer tokenizer --output indexed --overwrite", "indexed", "which is an input"),
     ("convert hf hf/tokenizer.pt --overwrite", "hf", "no model configuration of ours"),
     ("convert hf m.pt --overwrite", "", ""),
-    ("convert m.pt hf --reference hf --overwrite", "hf", "which is read"),
-    ("lora merge hf peft peft --overwrite", "peft", "is read"),
-    ("lora merge hf peft hf --overwrite", "hf", "which is read"),
-    ("lora combine adapter adapter --out adapter --overwrite", "adapter", "which is read"),
-    ("lora import peft peft --base hf --overwrite", "peft", "is read"),
-    ("lora export adapter adapter --overwrite", "adapter", "which is read"),
+    ("convert m.pt hf --reference hf --overwrite", "hf", "which is an input"),
+    ("lora merge hf peft peft --overwrite", "peft", "is an input"),
+    ("lora merge hf peft hf --overwrite", "hf", "which is an input"),
+    ("lora combine adapter adapter --out adapter --overwrite", "adapter", "which is an input"),
+    ("lora import peft peft --base hf --overwrite", "peft", "is an input"),
+    ("lora export adapter adapter --overwrite", "adapter", "which is an input"),
 ]
 
 
@@ -180,7 +184,7 @@ def test_a_new_run_does_not_delete_the_checkpoint_that_it_starts_from(
     again = [*words[: words.index("m.pt")], "data/checkpoints/once/1", *words[words.index("m.pt") + 1 :]]
     before = contents(bed / "data/checkpoints/once/1")
     assert main([*again, "--overwrite", "true"]) == 2
-    assert "once/1: holds" in capsys.readouterr().err
+    assert "once/1: contains" in capsys.readouterr().err
     assert contents(bed / "data/checkpoints/once/1") == before
 
 
@@ -191,7 +195,7 @@ def test_a_folder_that_holds_an_input_is_never_replaced(tmp_path: Path, inside: 
     (source / "precious").write_text("x")
     with protect_inputs():
         register_input(source)
-        with pytest.raises(UserError, match="is read; choose another"), atomic_dir(tmp_path / "a", overwrite=True):
+        with pytest.raises(UserError, match="is an input; choose another"), atomic_dir(tmp_path / "a", overwrite=True):
             raise AssertionError
     assert (source / "precious").exists()
 
@@ -199,10 +203,13 @@ def test_a_folder_that_holds_an_input_is_never_replaced(tmp_path: Path, inside: 
 def test_what_is_read_while_the_output_is_made_counts(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
     with protect_inputs():
-        with pytest.raises(UserError, match="file: is read"), atomic_file(tmp_path / "file") as temporary:
+        with pytest.raises(UserError, match="file: is an input"), atomic_file(tmp_path / "file") as temporary:
             temporary.write_text("new")
             register_input(tmp_path / "file")
-        with pytest.raises(UserError, match=r"holds .*, which is read"), atomic_dir(tmp_path, overwrite=True) as folder:
+        with (
+            pytest.raises(UserError, match=r"contains .*, which is an input"),
+            atomic_dir(tmp_path, overwrite=True) as folder,
+        ):
             (folder / "file").write_text("new")
     assert (tmp_path / "file").read_text() == "precious"
     assert os.listdir(tmp_path) == ["file"]
@@ -226,6 +233,6 @@ def test_inputs_are_those_of_one_command(tmp_path: Path) -> None:
         check_output(tmp_path / "file")
         with protect_inputs():
             register_input(tmp_path / "file")
-        with pytest.raises(UserError, match="file: is read"):
+        with pytest.raises(UserError, match="file: is an input"):
             check_output(tmp_path / "file")
     check_output(tmp_path / "file")

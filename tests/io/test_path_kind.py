@@ -134,7 +134,7 @@ def test_what_is_of_the_wrong_kind_is_named_with_what_to_do(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if words.startswith("lora merge"):
-        monkeypatch.setattr("fm9g.convert.merge.read_adapter", lambda *_: _Adapter)
+        monkeypatch.setattr("fm9g.convert.adapters.read_adapter", lambda *_: _Adapter)
     assert main(words.format(things[kind]).split()) == 2
     message = capsys.readouterr().err
     assert expected in message

@@ -1,4 +1,4 @@
-"""A process that has no part in a run, and does what it can at a port: `attacker.py HOST PORT ...`."""
+"""An attacker outside of the run, who tries everything at a port: `attacker.py HOST PORT ...`."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""An agent of the tests: run_agent with arguments from JSON, its workers run worker.py."""
+"""An agent for tests: run_agent with arguments from JSON; its workers run worker.py."""
 
 import json
 import signal
@@ -8,6 +8,7 @@ from pathlib import Path
 from fm9g.errors import UserError
 from fm9g.launch.agent import run_agent
 from fm9g.launch.dist_env import LaunchConfig
+from fm9g.log import log_to_console
 
 
 def main(values: dict) -> int:
@@ -28,4 +29,5 @@ def main(values: dict) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(json.loads(sys.argv[1])))
+    with log_to_console():
+        sys.exit(main(json.loads(sys.argv[1])))

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 
 from fm9g.errors import UserError
@@ -9,6 +12,7 @@ from fm9g.launch.dist_env import (
     join_host_port,
     read_dist_env,
     read_launch_config,
+    read_secret,
 )
 from fm9g.launch.kv_store import KVServer, connect
 
@@ -187,3 +191,13 @@ def test_nodes_that_contradict_each_other_are_named(environ: dict, names: str):
     with pytest.raises(UserError) as caught:
         read_launch_config(environ)
     assert names in str(caught.value)
+
+
+def test_a_secret_is_long_and_is_shown_nowhere() -> None:
+    with pytest.raises(UserError, match="FM9G_SECRET: found 5 characters, expected at least 16"):
+        read_secret({"FM9G_SECRET": "short"})
+    secret = "the secret of a run"
+    assert secret not in repr(read_dist_env({"FM9G_SECRET": secret}))
+    made = subprocess.run([sys.executable, "-m", "fm9g", "train", "--print-secret"], capture_output=True, text=True)
+    assert len(made.stdout.strip()) == 32
+    assert read_secret({"FM9G_SECRET": made.stdout})

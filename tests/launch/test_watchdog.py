@@ -1,4 +1,4 @@
-"""Workers without an agent of ours, as under SLURM and torchrun, and a process that is alone."""
+"""Workers without our agent, as under SLURM and torchrun, and a single process."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fm9g.launch.failure import HeartbeatTracker, Timing
 from fm9g.launch.kv_store import ConnectionLostError, connect
-from fm9g.launch.stack_dump import find_stragglers
 
 HERE = Path(__file__).parent
 SECRET = "the secret of these runs"
@@ -74,7 +72,7 @@ def test_ranks_may_end_at_different_times(start):
 def test_without_a_secret_the_user_is_told_who_may_interfere(start):
     (code, note), (other, nothing) = ends(start("late", FM9G_SECRET=""))
     assert (code, other, nothing) == (0, 0, "")
-    assert note.startswith("note: FM9G_SECRET is not set: whoever has an account on this machine can end this run")
+    assert note.startswith("FM9G_SECRET is not set: anyone with an account on this machine can end this run")
 
 
 def attack(*ports: int) -> None:
@@ -105,7 +103,7 @@ def test_a_watching_thread_that_fails_ends_the_run_with_a_message(start, tmp_pat
     for code, err in ends(tasks):
         assert code == 1
         assert "Traceback" not in err.splitlines()[0]
-    assert "its watching thread failed: TypeError" in err or "lost touch" in err
+    assert "its watchdog thread failed: TypeError" in err or "lost the connection" in err
 
 
 def test_a_mistake_ends_all_and_is_told_once(start):
@@ -123,7 +121,7 @@ def test_a_killed_rank_is_missed(start, tmp_path):
     code, err = ends(tasks)[0]
     assert code == 1
     assert "rank 1 on host" in err
-    assert "no sign of life" in err
+    assert "no heartbeat" in err
 
 
 @pytest.mark.slow
@@ -142,7 +140,7 @@ def test_the_death_of_rank_0_is_told_by_the_next(start, tmp_path):
     os.kill(ready(tmp_path)[0], signal.SIGKILL)
     code, err = ends(tasks)[1]
     assert code == 1
-    assert "lost touch with the master 127.0.0.1" in err
+    assert "lost the connection to the master 127.0.0.1" in err
 
 
 @pytest.mark.slow
@@ -151,7 +149,7 @@ def test_a_rank_that_never_comes_is_missed(start):
     tasks[1].kill()
     code, err = ends(tasks)[0]
     assert code == 1
-    assert "rank 1 (node 0): no sign of life" in err
+    assert "rank 1 (node 0): no heartbeat since the start" in err
 
 
 def test_a_process_alone_shows_its_stacks_when_a_step_hangs(tmp_path):
@@ -165,7 +163,7 @@ def test_a_process_alone_shows_its_stacks_when_a_step_hangs(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout) == (1, "saved\n")
     assert "in stuck" in done.stderr
-    assert "hangs in step 8" in done.stderr
+    assert "step 8 hangs" in done.stderr
 
 
 def test_a_process_alone_gets_its_exception_and_needs_no_torch():
@@ -221,24 +219,3 @@ def test_strangers_do_nothing_to_a_run_of_torchrun(tmp_path):
             assert all((tmp_path / f"saved-{rank}").exists() for rank in range(2))
         finally:
             run.kill()
-
-
-def test_heartbeats_are_timed_by_the_listener():
-    tracker = HeartbeatTracker(now=100.0)
-    assert tracker.update({0: "a", 1: None}, 101.0) == {0: 0.0, 1: 1.0}
-    assert tracker.update({0: "a", 1: None}, 104.0) == {0: 3.0, 1: 4.0}
-    assert tracker.update({0: "b", 1: "a"}, 105.0) == {0: 0.0, 1: 0.0}
-
-
-@pytest.mark.parametrize("timeout", [2.0, 6.0, 60.0, 600.0])
-def test_the_parts_of_ending_fit_into_the_timeout(timeout: float):
-    timing = Timing(timeout)
-    # Workers end, are killed, and all agents hear of it.
-    assert timing.grace_period + 3 * timing.heartbeat_interval <= timing.settle_time * 1.3
-    assert timing.heartbeat_timeout + 2 * timing.heartbeat_interval + timing.settle_time <= timeout
-
-
-def test_stragglers():
-    assert find_stragglers([3, 2, 3], [True, False, True]) == [1]
-    assert find_stragglers([3, 3, 3], [True, False, True]) == [1]
-    assert find_stragglers([3, 3], [True, True]) == [0, 1]

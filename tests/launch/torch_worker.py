@@ -1,4 +1,4 @@
-"""A worker of the tests that sums over all ranks; started by torchrun, SLURM's variables, or our agent."""
+"""A worker for tests that sums over all ranks; started by torchrun, with SLURM's variables, or by our agent."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A worker of the tests: what it does is its first argument; it leaves its process id in the folder of the second."""
+"""A worker for tests: `worker.py KIND FOLDER`. It writes its process id into the folder."""
 
 import os
 import sys

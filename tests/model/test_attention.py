@@ -1,9 +1,14 @@
-"""Which kernel attends over a packed row, tried with tensors that only say that they are on a GPU."""
+"""Attention of a packed row: which kernel computes it, and sliding windows without a kernel.
+
+The choice of a kernel is tested with tensors that only claim to be on a GPU.
+"""
 
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from helpers.common import LENGTHS
 
 from fm9g.model import attention
 
@@ -18,7 +23,7 @@ def on_gpu(heads: int, width: int = 64, dtype: torch.dtype = torch.bfloat16) -> 
 
 @pytest.fixture(autouse=True)
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A torch whose flash attention takes all, and no flash-attn; what torch was asked about."""
+    """A torch whose flash attention accepts all tensors, without flash-attn. Returns what torch was asked about."""
     questions: list[Any] = []
     monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda about: questions.append(about) or True)
     monkeypatch.setattr(attention, "flash_attn_kernel", lambda: None)
@@ -27,14 +32,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_on_a_gpu_has_torchs_kernel(dtype: torch.dtype, asked: list[Any]) -> None:
+def test_half_precision_on_a_gpu_uses_torchs_kernel(dtype: torch.dtype, asked: list[Any]) -> None:
     assert attention.packed_kernel(on_gpu(8, dtype=dtype), on_gpu(2, dtype=dtype), flash=True) == "varlen"
     assert [tuple(asked[0].query.shape), tuple(asked[0].key.shape)] == [(1, 8, 4, 64), (1, 2, 4, 64)]
     assert asked[0].enable_gqa
     assert asked[0].is_causal
 
 
-def test_flash_attn_goes_first_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attn_is_preferred_if_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "flash_attn_kernel", lambda: print)
     assert attention.packed_kernel(on_gpu(8), on_gpu(8), flash=True) == "flash_attn"
 
@@ -52,7 +57,7 @@ def test_else_torch_attends_document_by_document(why: str, monkeypatch: pytest.M
 
 
 class Operators:
-    """Takes the place of torch's; each call is kept, and whether it must keep to one order."""
+    """Replaces torch's operators, and records each call with the deterministic mode."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -89,3 +94,29 @@ def test_torchs_kernel_gets_borders_and_window_and_adds_in_one_order(
             torch.full_like(query, torch.nan)
         )
     assert torch.get_deterministic_debug_mode() == 0
+
+
+@pytest.mark.parametrize("query_chunk", [1, 5, 8, 13])
+def test_the_size_of_query_chunks_changes_no_window(query_chunk: int) -> None:
+    query, key, value = (torch.randn(sum(LENGTHS), heads, 8) for heads in (4, 2, 2))
+    expected = attention.attention_by_document(query, key, value, LENGTHS, window=8)
+    chunked = attention.attention_by_document(query, key, value, LENGTHS, window=8, query_chunk=query_chunk)
+    torch.testing.assert_close(chunked, expected, rtol=0, atol=1e-5)
+
+
+def test_the_cost_of_a_window_grows_with_the_length_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs: list[int] = []
+    plain = F.scaled_dot_product_attention
+
+    def counted(query: torch.Tensor, key: torch.Tensor, *rest: object, **named: object) -> torch.Tensor:
+        pairs.append(query.shape[-2] * key.shape[-2])
+        return plain(query, key, *rest, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    costs = []
+    for length in (320, 640, 1280):
+        pairs.clear()
+        q = torch.randn(length, 2, 8)
+        attention.attention_by_document(q, q, q, [length], window=24, query_chunk=16)
+        costs.append(sum(pairs))
+    assert costs[2] - costs[1] == pytest.approx(2 * (costs[1] - costs[0]))

@@ -1,4 +1,4 @@
-"""Sizes that vary become few where each costs a compiled kernel, and no result changes."""
+"""Padding: few sizes of matrix products where each new size compiles a kernel, and the same results."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 from helpers.common import make_batch, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fm9g.model import attention, loss
-from fm9g.model.attention import varlen_attention
+from fm9g.model.attention import attention_by_document
 from fm9g.model.loss import LossConfig, linear_cross_entropy
 from fm9g.model.padding import pad_rows
 from fm9g.model.transformer import FM9G
@@ -19,7 +18,7 @@ _PRODUCTS = ("mm", "bmm", "addmm", "_scaled_dot_product_flash_attention_for_cpu"
 
 
 class Products(TorchDispatchMode):
-    """The sizes of all matrix products and attentions that are computed inside it."""
+    """Records the sizes of all matrix products and attentions within the block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,9 +34,9 @@ def sizes_of_steps(dtype: torch.dtype, steps: int, first: int = 0) -> set[tuple]
     model = FM9G(small_model()).to(dtype)
     with Products() as products:
         for step in range(first, first + steps):
-            source, seqlens = random.Random(step), []
+            rng, seqlens = random.Random(step), []
             while sum(seqlens) < 256:
-                seqlens.append(min(source.randint(1, 120), 256 - sum(seqlens)))
+                seqlens.append(min(rng.randint(1, 120), 256 - sum(seqlens)))
             model(make_batch(seqlens, seed=step))[0].backward()
     return products.sizes
 
@@ -45,19 +44,17 @@ def sizes_of_steps(dtype: torch.dtype, steps: int, first: int = 0) -> set[tuple]
 def test_after_some_steps_no_half_precision_product_has_a_new_size() -> None:
     known = sizes_of_steps(torch.bfloat16, 10)
     assert sizes_of_steps(torch.bfloat16, 20, first=10) <= known
-    assert len(sizes_of_steps(torch.float32, 10)) > 2 * len(known)  # where they cost nothing, they are as they are
+    assert len(sizes_of_steps(torch.float32, 10)) > 2 * len(known)  # in fp32 nothing is padded
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 100])
 @pytest.mark.parametrize("window", [0, 7, 64])
-def test_padding_changes_no_attention(length: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_QUERY_CHUNK", 30)
+def test_padding_changes_no_attention(length: int, window: int) -> None:
     results = []
     for multiple in (1, 64):
-        monkeypatch.setattr(attention, "_SEQLEN_MULTIPLE", multiple)
         torch.manual_seed(0)
         tensors = [torch.randn(length, heads, 16).bfloat16().requires_grad_() for heads in (4, 2, 2)]
-        output = varlen_attention(*tensors, torch.tensor([0, length]), [length], False, window=window)
+        output = attention_by_document(*tensors, [length], window=window, query_chunk=30, seqlen_multiple=multiple)
         output.float().square().sum().backward()
         results.append([output, *(tensor.grad for tensor in tensors)])
     for plain, padded in zip(*results):
@@ -66,13 +63,13 @@ def test_padding_changes_no_attention(length: int, window: int, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("rows", [0, 1, 127, 128, 130])
-def test_padding_changes_no_loss(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_changes_no_loss(rows: int) -> None:
     loss_config, results = LossConfig(label_smoothing=0.1, z_loss=1e-3), []
     for multiple in (1, 128):
-        monkeypatch.setattr(loss, "_ROW_MULTIPLE", multiple)
         torch.manual_seed(0)
         hidden, weight = (torch.randn(count, 32).bfloat16().requires_grad_() for count in (rows, 320))
-        total, each = linear_cross_entropy(hidden, weight, torch.arange(rows) % 320, loss_config, torch.rand(rows))
+        targets, target_weights = torch.arange(rows) % 320, torch.rand(rows)
+        total, each = linear_cross_entropy(hidden, weight, targets, loss_config, target_weights, row_multiple=multiple)
         total.backward()
         results.append([total, each, hidden.grad, weight.grad])
     for plain, padded in zip(*results):

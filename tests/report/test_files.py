@@ -1,41 +1,18 @@
-"""Reading what a run left, and finding it."""
+"""Opening runs for reports: finding them, and what is wrong with their files."""
 
-import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from fm9g.cli import main
 from fm9g.errors import UserError
-from fm9g.report.files import find_run, open_runs, read_events, read_metrics, read_run_info
+from fm9g.report.files import find_run, open_runs, read_run_info
 
 
-def test_lines_of_one_step_become_one_and_broken_ones_are_passed_over(tmp_path: Path) -> None:
-    file = tmp_path / "metrics.jsonl"
-    separator = "\u2028"  # str.splitlines ends a line here
-    file.write_text(
-        '{"step": 4, "Loss/train": 2.5, "note": "a' + separator + 'b"}\n'
-        '{"step": 2, "Loss/train": NaN, "Optimizer/lr": -Infinity}\n'
-        '[1]\nnull\n{"Loss/train": 1}\n{"step": true}\n\n'
-        '{"step": 4, "Loss/val": 3.5}\n{"step": 6, "Loss/tr',
-        encoding="utf-8",
-    )
-    assert read_metrics(file) == [
-        {"step": 2, "Loss/train": None, "Optimizer/lr": None},
-        {"step": 4, "Loss/train": 2.5, "note": f"a{separator}b", "Loss/val": 3.5},
-    ]
-    assert read_metrics(tmp_path / "none.jsonl") == []
-
-
-def test_events_and_run_files_may_be_missing_or_odd(tmp_path: Path) -> None:
-    assert read_events(tmp_path / "events.jsonl") == []
+def test_a_run_file_may_be_missing_or_malformed(tmp_path: Path) -> None:
     nothing = {"config": {}, "data": [], "validation": [], "summary": "", "versions": {}}
     assert read_run_info(tmp_path / "run.json") == nothing
-    (tmp_path / "events.jsonl").write_text('{"step": 1, "time": "x", "kind": "save"}\n{"kind": "end"}\n{"st')
-    assert read_events(tmp_path / "events.jsonl") == [{"step": 1, "time": None, "kind": "save", "text": ""}]
     (tmp_path / "run.json").write_text('{"config": {"train": {"lr": {"value": 1}, "bad": 3}, "x": 4}, "data": [5, {}]}')
     read = read_run_info(tmp_path / "run.json")
     assert (read["config"], read["data"]) == ({"train": {"lr": {"value": 1}}}, [{}])
@@ -67,16 +44,16 @@ def test_a_run_is_found_by_name_folder_and_file(make_run) -> None:
         ("plot data/logs/oter", "did you mean 'other'?"),
         ("report setup.txt", "setup.txt: is not the metrics.jsonl of a run"),
         ("report tiny data/logs/tiny", "data/logs/tiny: is given twice, also as tiny"),
-        ("report tiny empty", "data/logs/empty/metrics.jsonl: holds no figures yet"),
+        ("report tiny empty", "data/logs/empty/metrics.jsonl: holds no metrics yet"),
         ("plot junk", "data/logs/junk/metrics.jsonl: none of its lines is of a run, such as"),
         ("plot tiny --output x.jpg", "--output: found 'x.jpg', expected a name that ends in .png or .svg or .pdf"),
         ("report tiny --output x.png", "--output: found 'x.png', expected a name that ends in .html or .htm"),
-        ("report tiny --output old.html", "old.html: is already there; choose another --output, or replace it with"),
+        ("report tiny --output old.html", "old.html: already exists; choose another --output, or replace it with"),
         ("report tiny --output dir.html --overwrite", "dir.html: a folder is in the way"),
-        ("plot tiny --output link.svg --overwrite", "link.svg: is read; choose another"),
+        ("plot tiny --output link.svg --overwrite", "link.svg: is an input; choose another"),
     ],
 )
-def test_mistakes_are_told_in_a_line(make_run, capsys: pytest.CaptureFixture, command: str, expected: str) -> None:
+def test_mistakes_are_one_line(make_run, capsys: pytest.CaptureFixture, command: str, expected: str) -> None:
     folder = make_run("tiny")
     make_run("other")
     make_run("empty", metrics=[])
@@ -110,27 +87,6 @@ def test_names_are_as_long_as_it_takes_to_tell_runs_apart(make_run, tmp_path: Pa
     assert [run.name for run in open_runs([str(first), str(second)])] == ["logs/tiny", "elsewhere/tiny"]
 
 
-def test_the_readers_import_light() -> None:
-    code = "import sys, fm9g.report.files\n"
-    code += "print([name for name in ('torch', 'numpy', 'matplotlib', 'jinja2') if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "[]\n", done.stderr
-
-
-def test_training_reads_its_figures_with_these() -> None:
-    from fm9g.report import files
-    from fm9g.train import metrics_logger
-
-    assert metrics_logger.read_metrics is files.read_metrics
-    assert metrics_logger.METRICS_FILE == files.METRICS_FILE
-
-
-def test_a_number_is_finite() -> None:
-    from fm9g.report.files import finite_or_none
-
-    assert [finite_or_none(value) for value in (1, 0.5, math.inf, math.nan, True, "1", None)] == [1, 0.5, *[None] * 5]
-
-
 BIG = "9" * 400
 
 
@@ -151,8 +107,8 @@ BIG = "9" * 400
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_odd_lines_are_left_out_with_a_note_and_odd_figures_are_gaps(
-    make_run, bad: str, is_left_out: bool, capsys: pytest.CaptureFixture, recwarn: pytest.WarningsRecorder
+def test_malformed_lines_are_left_out_with_a_warning_and_malformed_values_are_gaps(
+    make_run, bad: str, is_left_out: bool, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:
     from fm9g.report.tables import events, results
 
@@ -165,20 +121,20 @@ def test_odd_lines_are_left_out_with_a_note_and_odd_figures_are_gaps(
     assert [row["step"] for row in run.metrics] == list(range(1, 11))
     expected = "line 3 is left out: not a JSON object with a step from 0 on, as training writes them"
     files = ("metrics.jsonl", "events.jsonl") if is_left_out else ()
-    assert run.notes == [f"{folder / name}: {expected}" for name in files]
+    assert sorted(caplog.messages) == sorted(f"{folder / name}: {expected}" for name in files)
     assert results([run])
     assert len(events([run], routine=False) + events([run], routine=True)) == (6 if is_left_out else 7)
     assert not [str(warning.message) for warning in recwarn]
 
 
-def test_notes_are_printed_and_count_lines(make_run, capsys: pytest.CaptureFixture) -> None:
+def test_warnings_are_printed_and_count_lines(make_run, capsys: pytest.CaptureFixture) -> None:
     folder = make_run("a\x1b[31mb")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('\n\n[1]\n{"step": -5}\nx\n')
     assert main(["plot", "a\x1b[31mb"]) == 0
     assert capsys.readouterr().err == (
-        "note: data/logs/a␛[31mb/metrics.jsonl: lines 13 and 2 more are left out: not a JSON object with a step from 0 "
-        "on, as training writes them\n"
+        "warning: data/logs/a␛[31mb/metrics.jsonl: lines 13 and 2 more are left out: not a JSON object with a step "
+        "from 0 on, as training writes them\n"
     )
 
 

@@ -57,10 +57,10 @@ def test_marks_of_the_quickstart_and_gaps(make_run, line, monkeypatch: pytest.Mo
     assert "stopped, resumed<" in text
 
 
-def test_nothing_to_draw_is_said(make_run) -> None:
+def test_nothing_to_draw_is_an_error(make_run) -> None:
     file = make_run("empty", metrics=[]) / "metrics.jsonl"
     make_run("bare", metrics=[{"step": 1}])
-    with pytest.raises(UserError, match=r"empty/metrics\.jsonl: holds no figures"):
+    with pytest.raises(UserError, match=r"empty/metrics\.jsonl: holds no metrics"):
         plot_loss(file, Path("x.png"))
     with pytest.raises(UserError, match=r"bare/metrics\.jsonl: holds no loss"):
         plot_runs(open_runs(["bare"]), Path("x.png"))

@@ -13,14 +13,14 @@ from helpers.common import small_model
 
 from fm9g.cli import main
 from fm9g.config.adapter import ADAPTER_CONFIG
-from fm9g.config.train import LINEAR_LAYERS
-from fm9g.convert.hf import export_folder
+from fm9g.config.train_rules import LINEAR_LAYERS
+from fm9g.convert.hf_export import export_folder
 from fm9g.errors import UserError
-from fm9g.io.weights import read_weights, write_weights
+from fm9g.io.pt_file import read_weights, write_weights
 from fm9g.lora.adapter_file import open_adapter
 from fm9g.lora.inject import linear_layers
 from fm9g.model.transformer import FM9G
-from fm9g.report.files import read_metrics
+from fm9g.run_files import read_metrics
 from fm9g.train.runner import TrainResult
 
 LAYERS = ["project_q", "project_v", "w_0", "w_out"]
@@ -121,7 +121,7 @@ def test_an_adapter_is_not_taken_for_a_model(
     assert checkpoint is not None
     with pytest.raises(UserError, match=r"an adapter.* expected .* `fm9g lora merge BASE "):
         train("full", pretrained_model=checkpoint)
-    with pytest.raises(UserError, match=r"holds an adapter, not a model"):
+    with pytest.raises(UserError, match=r"is an adapter, not a model"):
         export_folder(checkpoint, checkpoint.parent / "hf")
 
 
@@ -149,7 +149,7 @@ def test_another_base_or_another_adapter_is_refused_on_resume(
     with pytest.raises(UserError, match="lora_r: was 4, is 8"):
         tune("out", resume_ckpt="auto", lora_r=8)
     base.unlink()
-    with pytest.raises(UserError, match="is not there any more; give --pretrained_model"):
+    with pytest.raises(UserError, match="no longer exists; give --pretrained_model"):
         tune("out", resume_ckpt="auto", pretrained_model="")
 
 
@@ -162,14 +162,14 @@ def test_another_base_or_another_adapter_is_refused_on_resume(
         ({"lora_layer": "layers.9.ffn.ffn.w_out"}, "not the name of a linear layer"),
         ({"pretrained_model": ""}, "needs a pretrained_model"),
         ({"pretrained_model": "", "resume_ckpt": "auto"}, "needs a pretrained_model"),
-        ({"strict_state_dict": False}, "adapters need the whole base"),
+        ({"strict_state_dict": False}, "adapters need a complete base model"),
         ({"loraplus_lr_ratio": 0}, "loraplus_lr_ratio: found 0"),
         ({"lora_layer": '["project_q"'}, "lora_layer: found"),
         ({"lora_layer": "[1]"}, "lora_layer"),
         ({"lora_r": "1e30"}, "lora_r: found"),
         ({"lora_r": 40, "init_lora_weights": "pissa"}, "has 32 singular vectors"),
         ({"quantization": "nf3"}, "did you mean 'nf4'"),
-        ({"optimizer": "adafactor"}, "B begins as zero, and would stay there; use adamw8bit"),
+        ({"optimizer": "adafactor"}, "B starts at zero, so it would never move; use adamw8bit"),
         ({"freeze": "*.bias"}, "freeze and lora_layer are both given"),
         ({"use_dora": True, "init_lora_weights": "pissa"}, "keep one of them"),
         ({"lora_backend": "opendelta", "quantization": "nf4"}, "use peft"),
@@ -187,7 +187,7 @@ def test_names_of_layers_are_checked_where_the_configuration_is_read(capsys: pyt
         error = capsys.readouterr().err
         known = "it is called project_q here" if name == "q_proj" else "these are: project_q, project_k,"
         assert f"lora_layer: {name!r} is not the name of a linear layer; {known}" in error
-        assert "or all for every one of them" in error
+        assert "or all for every one" in error
 
 
 @pytest.mark.parametrize("name", ["all", "all-linear"])

@@ -13,12 +13,12 @@ from helpers.common import index_dataset, small_model, write_jsonl
 from fm9g.checkpoint.checkpoint import Checkpoint
 from fm9g.cli import main
 from fm9g.config.run import load_run
-from fm9g.convert.hf import export_folder
+from fm9g.convert.hf_export import export_folder
 from fm9g.data.encode.encoder import Encoder
 from fm9g.data.encode.template import load_template
-from fm9g.data.encode.tokenizer import load_tokenizer
+from fm9g.data.encode.tokenizer_loading import load_tokenizer
 from fm9g.errors import UserError
-from fm9g.report.files import read_metrics
+from fm9g.run_files import read_metrics
 from fm9g.train.runner import run_training
 
 CHAT = [
@@ -129,31 +129,14 @@ def test_a_conversation_without_a_template_is_refused_and_says_how(
     assert "a conversation needs a template; give --chat_template, chatml for example" in error
 
 
-def test_the_loader_alone_says_what_it_gives(
-    make_mixture: Callable, tokenizer_path: Path, tmp_path: Path, capsys
-) -> None:
-    mixture = make_mixture(
-        {"a": [{"input": "fox", "output": "dogs " * 30}] * 50, "b": [{"output": ""}, {"output": "x"}]}
-    )
-    arguments = ["train", "--config", "tiny", "--dataset_config", str(mixture), "--tokenizer_path", str(tokenizer_path)]
-    arguments += ["--only_run_dataloader", "1", "--train_iters", "20", "--max_length", "128", "--output_dir"]
-    assert main([*arguments, str(tmp_path / "data"), "--dataloader_num_workers", "0"]) == 0
-    output = capsys.readouterr().out
-    assert output.startswith("20 steps, ")
-    assert "tokens/s" in output
-    assert "padding; nothing was trained" in output
-    assert "records were skipped: no output" in output
-    assert not (tmp_path / "data").exists()
-
-
 @pytest.mark.parametrize("key", ["chat_template", "train_on", "turns"])
 def test_a_dataset_may_differ_from_the_run(make_mixture: Callable, tokenizer_path: Path, key: str) -> None:
     value, other = {"chat_template": ("chatml", "llama"), "train_on": ("all", "last"), "turns": ("split", "auto")}[key]
     mixture = make_mixture({"a": [{"output": "x"}], "b": [{"output": "x"}]}, b={key: other})
     settings = {"dataset_config": str(mixture), "tokenizer_path": str(tokenizer_path), key: value}
     run = load_run("tiny", settings)
-    assert [getattr(item.value, key) for item in run.mixture] == [value, other]
-    assert [item.origins[key] for item in run.mixture] == ["command line", str(mixture)]
+    assert [getattr(item, key) for item in run.mixture] == [value, other]
+    assert [run.origins[f"data.{item.task_name}"][key] for item in run.mixture] == ["command line", str(mixture)]
 
 
 def test_a_run_keeps_the_date_of_its_first_day(
@@ -237,7 +220,7 @@ def test_a_conversation_that_is_split_trains_a_text_for_each_turn(
     assert tokens[0] < tokens[1] < 2 * tokens[0]
 
 
-def test_a_tokenizer_with_further_templates_is_kept_and_exported(
+def test_a_tokenizer_with_further_templates_is_saved_and_exported(
     train: Callable, tokenizer_path: Path, make_mixture: Callable, tmp_path: Path
 ) -> None:
     folder = tmp_path / "tokenizer"

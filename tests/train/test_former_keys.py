@@ -24,7 +24,7 @@ def with_former_keys(run: RunConfig) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("spikes", "differences"), [(2, []), (3, ["loss_spike_sigmas: was 2.0, is 3.0"])])
-def test_it_goes_on_and_only_what_differs_is_told(
+def test_it_resumes_and_only_differences_are_reported(
     train: Callable[..., TrainResult],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,

@@ -18,14 +18,16 @@ from helpers.common import small_model
 from fm9g.cli import main
 from fm9g.config.adapter import ADAPTER_CONFIG
 from fm9g.config.run import load_run
-from fm9g.convert.hf import export_folder
-from fm9g.convert.merge import import_peft, merge, read_adapter, with_adapter
+from fm9g.convert.adapters import import_peft, read_adapter
+from fm9g.convert.hf_export import export_folder
+from fm9g.convert.merge import merge
 from fm9g.convert.peft import write_peft
+from fm9g.convert.run_adapter import with_adapter
 from fm9g.errors import UserError
-from fm9g.io.weights import read_weights, write_weights
+from fm9g.io.pt_file import read_weights, write_weights
 from fm9g.lora.adapter_file import Adapter, combine, save_adapter
 from fm9g.model.transformer import FM9G
-from fm9g.report.files import read_metrics
+from fm9g.run_files import read_metrics
 from fm9g.train.runner import TrainResult
 
 GIVEN = {"lora_layer": '["project_q", "w_out"]', "lora_r": 3, "lora_alpha": 6}
@@ -186,7 +188,7 @@ def test_another_adapter_changes_nothing_on_resume_and_the_run_says_so(
     write_peft(read_adapter(checkpoint), tmp_path / "other")
     capsys.readouterr()
     go_on("out", tmp_path / "other", resume_ckpt="auto")
-    assert "note: adapter changes nothing: the run goes on from " in capsys.readouterr().out
+    assert "adapter has no effect: the run resumes from " in capsys.readouterr().err
 
 
 @pytest.mark.skipif(find_spec("opendelta") is None, reason="opendelta is installed with --no-deps where it is wanted")
@@ -227,14 +229,14 @@ def test_keys_beside_it_must_say_the_same(
     assert go_on("same", checkpoint, **{**GIVEN, "lora_layer": "w_out,project_q"}).step == 4
     where = f"in {checkpoint / ADAPTER_CONFIG}"
     for changes, message in (
-        ({"lora_r": 8}, f"lora_r is 8 (command line), and 3 {where}"),
-        ({"lora_alpha": 7}, f"lora_alpha is 7.0 (command line), and 6.0 {where}"),
-        ({"lora_layer": "all"}, f"(command line), and ['project_q', 'w_out'] {where}"),
-        ({"use_dora": True}, f"use_dora is True (command line), and False {where}"),
+        ({"lora_r": 8}, f"lora_r is 8 (command line), but 3 {where}"),
+        ({"lora_alpha": 7}, f"lora_alpha is 7.0 (command line), but 6.0 {where}"),
+        ({"lora_layer": "all"}, f"(command line), but ['project_q', 'w_out'] {where}"),
+        ({"use_dora": True}, f"use_dora is True (command line), but False {where}"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa' (command line)"),
         ({"freeze": "*.bias"}, "freeze and adapter are both given"),
         ({"adapter": tmp_path / "nothing"}, f"{tmp_path / 'nothing'}: no such file"),
-        ({"adapter": base}, f"adapter {base}: its r and alpha are not known"),
+        ({"adapter": base}, f"adapter {base}: r and alpha are unknown"),
     ):
         with pytest.raises(UserError) as error:
             go_on("no", **{"adapter": checkpoint, **changes})
@@ -257,15 +259,15 @@ def test_another_base_or_model_is_refused(
         go_on("no", checkpoint, pretrained_model=tmp_path / "other.pt")
     capsys.readouterr()
     assert go_on("taken", tmp_path / "peft", pretrained_model=tmp_path / "other.pt").step == 4
-    assert "does not say which base it is for; " in capsys.readouterr().out
+    assert "does not say which base it is for; " in capsys.readouterr().err
     deeper = tmp_path / "deeper.json"
     deeper.write_text(json.dumps(small_model(num_layers=2, hidden_size=64).to_json()))
-    with pytest.raises(UserError, match=r"project_q: is for \[32, 32\], the model of .*deeper.json has"):
+    with pytest.raises(UserError, match=r"project_q: is for a weight of \[32, 32\], but .*deeper.json has"):
         go_on("no", checkpoint, config=deeper)
     # The base that it names is taken, where it is here.
     assert go_on("named", tmp_path / "peft", pretrained_model="").step == 4
     base.unlink()
-    with pytest.raises(UserError, match=r"its base is not here .* as --pretrained_model"):
+    with pytest.raises(UserError, match=r"its base was not found .* as --pretrained_model"):
         go_on("no", tmp_path / "peft", pretrained_model="")
 
 
@@ -286,10 +288,10 @@ def test_the_configuration_shows_what_the_adapter_says(
 ) -> None:
     checkpoint = first()
     model = str(tmp_path / "model.json")
-    run = with_adapter(load_run(model, {"adapter": str(checkpoint)}, complete=False)).train
-    assert (run.value.lora_r, run.value.lora_layer) == (3, ["project_q", "w_out"])
-    assert run.value.pretrained_model == str(base)
-    assert run.origins["lora_r"] == str(checkpoint / ADAPTER_CONFIG)
+    run = with_adapter(load_run(model, {"adapter": str(checkpoint)}, complete=False))
+    assert (run.train.lora_r, run.train.lora_layer) == (3, ["project_q", "w_out"])
+    assert run.train.pretrained_model == str(base)
+    assert run.origins["train"]["lora_r"] == str(checkpoint / ADAPTER_CONFIG)
     assert main(["config", "show", "--config", model, "--adapter", str(checkpoint)]) == 0
     assert "['project_q', 'w_out']" in capsys.readouterr().out
     assert main(["plan", "--config", model, "--adapter", str(checkpoint), "--gpus", "1"]) == 0

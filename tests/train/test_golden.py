@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fm9g.report.files import read_metrics
+from fm9g.run_files import read_metrics
 from fm9g.train.runner import TrainResult
 
 GOLDEN = Path(__file__).with_name("golden.json")

@@ -13,7 +13,8 @@ import pytest
 import torch
 from helpers.common import make_records, small_model
 
-from fm9g.checkpoint.checkpoint import Checkpoint, list_steps
+from fm9g.checkpoint.checkpoint import Checkpoint
+from fm9g.checkpoint.steps import list_steps
 from fm9g.cli import main
 
 Fm9g = Callable[..., subprocess.CompletedProcess]
@@ -45,7 +46,7 @@ def test_two_processes_and_then_one_are_the_run_of_one_alone(
     monkeypatch.chdir(tmp_path)
     done = fm9g("--model_unique", "parts", "--nproc", 2, "--stop_iters", 3)
     assert done.returncode == 0, done.stderr
-    assert "2 processes" in done.stdout
+    assert "2 processes" in done.stderr
     arguments = [str(argument) for argument in done.args[3:]]
     shared = arguments[: arguments.index("--model_unique")]
     assert main([*shared, "--model_unique", "parts", "--resume", "auto"]) == 0
@@ -69,4 +70,4 @@ def test_a_mistake_in_one_place_is_one_message(fm9g: Fm9g, tmp_path: Path) -> No
     assert "Traceback" not in done.stderr
     done = fm9g("--nproc", 3)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "fm9g: global_batch_size 4 cannot be dealt to 3 processes; possible: [1, 2, 4]\n"
+    assert done.stderr == "fm9g: global_batch_size 4 cannot be divided among 3 replicas; possible: [1, 2, 4]\n"

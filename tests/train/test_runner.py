@@ -13,11 +13,12 @@ import torch
 from helpers.common import make_records
 from safetensors.torch import load_file
 
-from fm9g.checkpoint.checkpoint import Checkpoint, list_steps, open_checkpoint
-from fm9g.convert.hf import export_folder
+from fm9g.checkpoint.checkpoint import Checkpoint
+from fm9g.checkpoint.steps import list_steps, open_checkpoint
+from fm9g.convert.hf_export import export_folder
 from fm9g.errors import UserError
-from fm9g.io.weights import read_weights
-from fm9g.report.files import read_events, read_metrics
+from fm9g.io.pt_file import read_weights
+from fm9g.run_files import read_events, read_metrics
 from fm9g.train.runner import TrainResult
 
 STEPS = 12
@@ -166,9 +167,9 @@ def test_pretrained_weights_are_the_start(
     source = Checkpoint(whole.checkpoint).weight_file
     capsys.readouterr()
     result = train("tuned", pretrained_model=source, train_iters=1, lr=0)
-    assert f"note: weights: {source}\n" in capsys.readouterr().out
+    assert f"weights: {source}\n" in capsys.readouterr().err
     train("new", train_iters=1)
-    assert "note: weights: new ones, at random; pretrained_model is empty" in capsys.readouterr().out
+    assert "weights: random, since pretrained_model is empty" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"none.pt: no such file or folder; `python hgface_2_bmtrain.py` or"):
         train("none", pretrained_model=tmp_path / "none.pt")
     wide = {**torch.load(source), "lm_head.weight": torch.ones(3, 3)}
@@ -184,13 +185,13 @@ def test_pretrained_weights_are_the_start(
         train("strict", pretrained_model=tmp_path / "part.pt")
     torch.save({"model.norm.weight": torch.ones(3)}, tmp_path / "hf.pt")
     (tmp_path / "empty.pt").touch()
-    for name, message in (("hf.pt", "holds no weight of the model"), ("empty.pt", "the file is empty")):
+    for name, message in (("hf.pt", "has no weight of the model"), ("empty.pt", "the file is empty")):
         with pytest.raises(UserError, match=message):
             train("none", pretrained_model=tmp_path / name, strict_state_dict=0)
     with pytest.raises(UserError, match=r"found the checkpoints of a run, .*Give one of them: .*/m/12"):
         train("none", pretrained_model=whole.checkpoint.parent)
     train("lenient", pretrained_model=tmp_path / "part.pt", strict_state_dict=0, train_iters=1)
-    assert "odd is not part of the model" in capsys.readouterr().out
+    assert "odd is not part of the model" in capsys.readouterr().err
 
 
 def test_saving_every_few_steps_and_not_at_all(train: Train, tmp_path: Path) -> None:
@@ -207,7 +208,7 @@ def test_log_lines_come_every_log_iters_and_at_the_end(train: Train) -> None:
 def test_a_run_that_has_checkpoints_is_not_started_anew_unasked(
     train: Train, whole: TrainResult, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"holds checkpoints of steps 12; go on with --resume auto"):
+    with pytest.raises(UserError, match=r"has checkpoints of steps 12; resume with --resume auto"):
         train("whole")
     train("whole", overwrite=True, train_iters=3)
     assert list_steps(tmp_path / "whole" / "checkpoints" / "m") == [3]
@@ -261,7 +262,7 @@ def test_auto_starts_anew_goes_on_and_passes_over_what_is_damaged(
     file.write_bytes(file.read_bytes()[:-10])
     capsys.readouterr()
     second = train("parts", resume_ckpt="auto")
-    output = capsys.readouterr().out
+    output = capsys.readouterr().err
     assert "the checkpoint is damaged" in output
     assert "resuming from" in output
     assert f"{first.checkpoint.parent / '4'}" in output
@@ -332,7 +333,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(train: Train, tmp_path: Path, m
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"resume_ckpt": 12, "gradient_accumulation_steps": 4}, "packs a step: was 2, is 4"),
+        ({"resume_ckpt": 12, "gradient_accumulation_steps": 4}, "packs per step: was 2, is 4"),
         ({"resume_ckpt": 12, "seed": 5}, "seed: was 1234, is 5"),
         ({"resume_ckpt": 12, "model.num_layers": 3}, "num_layers: was 2, is 3"),
         ({"model.vocab_size": 100}, "the model's vocab_size is 100"),
@@ -387,7 +388,7 @@ def test_a_changed_byte_in_a_checkpoint_is_noticed(train: Train, whole: TrainRes
 def test_a_renamed_checkpoint_and_a_broken_manifest_are_refused(whole: TrainResult) -> None:
     assert whole.checkpoint is not None
     moved = whole.checkpoint.rename(whole.checkpoint.with_name("7"))
-    with pytest.raises(UserError, match="holds step 12; give the folder its name back"):
+    with pytest.raises(UserError, match="is the checkpoint of step 12; rename the folder to 12"):
         Checkpoint(moved)
     for content in ("{}", "[]", '{"step": 7, "files": null}'):
         (moved / "manifest.json").write_text(content)

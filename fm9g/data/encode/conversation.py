@@ -1,13 +1,13 @@
-"""From a conversation to the texts that are trained on, each with its trained spans.
+"""From a conversation to the samples that are trained on, each a text with its trained spans.
 
-An answer is trained on exactly as generation would have to make it: it follows the prompt that the template writes for
-it, up to its end marker. Many templates write earlier answers in another way once others follow (Qwen3 and DeepSeek
-cut their thoughts). Then one text cannot hold all answers, and a conversation becomes several texts:
+An answer is trained on exactly as generation has to produce it: from the prompt that the template writes for it, up to
+its end marker. Many templates rewrite earlier answers once others follow (Qwen3 and DeepSeek remove their reasoning).
+Then one text cannot contain all answers, and a conversation becomes several samples:
 
     messages            user 1   assistant 1   user 2   assistant 2
-    one text            user 1  «assistant 1»  user 2  «assistant 2»     all answers are written the same way
-    several texts       user 1  «assistant 1»
-                        user 1   assistant 1'  user 2  «assistant 2»     «trained», 1' is 1 as the template rewrites it
+    one sample          user 1  «assistant 1»  user 2  «assistant 2»     the template rewrites nothing
+    several samples     user 1  «assistant 1»
+                        user 1   assistant 1'  user 2  «assistant 2»     «trained on»; 1': the template's rewritten 1
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ _THINK_START, _THINK_END = "<think>", "</think>"
 
 @dataclass(frozen=True)
 class RenderedSample:
-    """A conversation as text; spans are in order and disjoint.
+    """A conversation as text. All spans are in order and disjoint.
 
-    targets: what is trained on, weights: how much each of them counts. starts: where generation begins.
-    ends: where trained turns end, if the template's generation blocks do not say so. content_spans: what comes from the
-    messages' contents; the rest is the template's.
+    Args:
+        targets: the spans that are trained on.
+        weights: of each target in the loss.
+        starts: the offsets at which generation begins.
+        ends: the ends of trained turns, unless the template's generation blocks mark them.
+        content_spans: what comes from the messages' contents; the template writes the rest.
     """
 
     text: str
@@ -51,13 +54,16 @@ def render_samples(
     turns: str = "auto",
     with_content_spans: bool = False,
 ) -> list[RenderedSample]:
-    """The texts of a conversation; each answer is trained on in one of them.
+    """Renders the samples of a conversation; each answer is trained on in exactly one of them.
 
-    loss: `assistant` trains every turn of the assistant, `last` only its last one, `all` the whole text. A turn is
-    what the template's generation blocks enclose; without any, what follows the prompt that asks for the turn, up to
-    the turn's end marker. turns: `auto` makes as few texts as the template allows, `split` one for each turn.
-    A turn's weight and content_weights say how much it counts; 0 is not trained on.
-    Raises UserError where the template raises, or its turns cannot be located.
+    A turn is what the template's generation blocks enclose; without any, what follows the prompt for the turn, up to
+    the turn's end marker. A turn's weight and content_weights are its weights in the loss; 0 is not trained on.
+
+    Args:
+        loss: `assistant` trains on every turn of the assistant, `last` only on its last one, `all` on the full text.
+        turns: `auto` gives as few samples as the template allows, `split` one per turn.
+
+    Raises UserError if the template raises, or its turns cannot be located.
     """
     assert loss in LOSSES, loss
     assert turns in TURNS, turns
@@ -79,24 +85,24 @@ def render_samples(
         if located:
             samples.append((min(located), chat.make_sample(text, located, end, with_content_spans)))
             trained = [number for number in trained if number not in located]
-        # Where the last one was not located, a message after it has the template rewrite it.
+        # If the last turn was not located, a later message makes the template rewrite it.
         end = trained[-1] + 1 if trained else 0
     return [sample for _, sample in sorted(samples, key=lambda sample: sample[0])]
 
 
 class _ConversationRenderer:
-    """A conversation under a template."""
+    """Renders one conversation with one template."""
 
     def __init__(self, template: Template, messages: Messages, tools: list[dict[str, Any]] | None) -> None:
         self._template, self._messages, self._tools = template, messages, tools
         self._rendered_answers: dict[int, tuple[str, int]] = {}
 
     def text(self, end: int, prompt: bool = False, with_marks: bool = False) -> str:
-        """The first messages as text."""
+        """The text of the first `end` messages."""
         return self._template.render(self._messages[:end], self._tools, prompt, with_marks)
 
     def render_whole(self, with_content_spans: bool) -> RenderedSample:
-        """Everything is trained on, but for what a turn's weight says otherwise."""
+        """A sample that is trained on as a whole, except for turns with weights of their own."""
         text = self.text(len(self._messages))
         weighted = [
             n for n, message in enumerate(self._messages) if "weight" in message or "content_weights" in message
@@ -107,7 +113,7 @@ class _ConversationRenderer:
             if missing := [n + 1 for n in weighted if n not in located]:
                 raise UserError(
                     f"chat template {self._template.name}: it rewrites message {missing[0]}, whose weight therefore "
-                    "has no place in the whole text; use --train_on assistant"
+                    "has no place in the full text; use --train_on assistant"
                 )
             for number in weighted:
                 for (start, stop), weight in self._weighted_spans(text, number, located[number]):
@@ -122,20 +128,20 @@ class _ConversationRenderer:
         )
 
     def locate(self, end: int, candidates: list[int]) -> tuple[str, dict[int, Span]]:
-        """The text of the first messages, and the span of each candidate that stands there as generation makes it."""
+        """The text of the first `end` messages, and the span of each candidate that it contains as generated."""
         text = self._rendered_answer(end - 1)[0] if end - 1 in candidates else self.text(end)
         located = {}
         for number in candidates:
             written, start = self._rendered_answer(number)
             content = self._messages[number].get("content") or ""
-            # The space after an end marker is no part of the answer; without a marker it is the answer's own.
+            # White space after an end marker is not part of the answer; without a marker it is.
             stop = len(written) if content and written.endswith(content) else len(written.rstrip())
             if text.startswith(written[:stop]):
                 located[number] = start, stop
         return text, located
 
     def make_sample(self, text: str, located: dict[int, Span], end: int, with_content_spans: bool) -> RenderedSample:
-        """A text with these turns trained on. end: how many messages it is of."""
+        """A sample with these turns trained on. end: number of its messages."""
         by_turn = [self._weighted_spans(text, number, span) for number, span in sorted(located.items())]
         ends = [parts[-1][0][1] for parts in by_turn if parts[-1][1]]
         spans = [pair for parts in by_turn for pair in parts if pair[1] and pair[0][0] < pair[0][1]]
@@ -148,7 +154,7 @@ class _ConversationRenderer:
     def render_generation_blocks(
         self, trained: list[int], turns: str, last: bool, with_content_spans: bool
     ) -> list[RenderedSample]:
-        """The texts with what the template's generation blocks enclose as the trained spans."""
+        """The samples whose trained spans are what the template's generation blocks enclose."""
         if turns == "split" and len(trained) > 1:
             chats = [_ConversationRenderer(self._template, self._messages[: n + 1], self._tools) for n in trained]
             return [
@@ -159,8 +165,8 @@ class _ConversationRenderer:
         spans = _spans_between_marks(self.text(len(self._messages), with_marks=True), text)
         if spans is None:
             raise UserError(
-                f"chat template {self._template.name}: what its generation blocks write does not come out as they "
-                "write it; do not nest them, and use no filter on their text"
+                f"chat template {self._template.name}: the output of its generation blocks is changed afterwards; "
+                "do not nest the blocks, and apply no filter to their text"
             )
         answers = [n for n, message in enumerate(self._messages) if message.get("role") == "assistant"]
         if len(spans) == len(answers):
@@ -176,7 +182,7 @@ class _ConversationRenderer:
         return [RenderedSample(text, spans, [1.0] * len(spans), [start for start, _ in spans], [], content_spans)]
 
     def _rendered_answer(self, number: int) -> tuple[str, int]:
-        """The text up to an answer, as generation makes it from its prompt, and the length of the prompt."""
+        """The text up to the end of an answer, as generation produces it from its prompt, and the prompt's length."""
         if number not in self._rendered_answers:
             self._rendered_answers[number] = self._render_answer(number)
         return self._rendered_answers[number]
@@ -186,7 +192,7 @@ class _ConversationRenderer:
         try:
             prompt = self.text(number, prompt=True)
         except UserError as error:
-            # Not every template takes a conversation without messages; what it writes before the content is the prompt.
+            # Not every template renders a conversation without messages; then the prompt is what precedes the content.
             content_spans = self._content_spans(text, 1) if number == 0 else []
             if not content_spans:
                 raise UserError(
@@ -205,30 +211,30 @@ class _ConversationRenderer:
         raise UserError(
             f"chat template {self._template.name}: its prompt for message {number + 1} ends with {prompt[same:]!r:.60}"
             f", but it writes the message as {text[same:]!r:.60}, which no generation from that prompt gives; put "
-            "{% generation %} and {% endgeneration %} around what the assistant says in the template"
+            "{% generation %} and {% endgeneration %} around the assistant's answer in the template"
         )
 
     def _check_prompt(self, number: int, text: str, prompt: str) -> None:
-        """Raises UserError where a template writes a question only together with its answer."""
+        """Raises UserError if the template writes a question only together with its answer."""
         before = self._messages[number - 1] if number else {}
         question = (before.get("content") or "").strip() if before.get("role") != "assistant" else ""
         if question and question not in prompt and question in text[len(prompt) :]:
             raise UserError(
-                f"chat template {self._template.name}: its prompt for message {number + 1} does not hold message "
-                f"{number}, which would be trained on; it has to write each message by itself"
+                f"chat template {self._template.name}: its prompt for message {number + 1} does not contain message "
+                f"{number}, which would be trained on; it must write each message separately"
             )
 
     def _render_opened_reasoning(self, number: int, text: str, prompt: str) -> str:
-        """The text up to an answer whose prompt opens a thought that the template then leaves out (DeepSeek-R1).
+        """The text up to an answer whose prompt opens reasoning that the template then removes (DeepSeek-R1).
 
-        The thought is the record's; without one it is empty. Returns an empty text where the prompt opens none.
+        The reasoning is the record's, or empty. Returns an empty text if the prompt opens none.
         """
         before = prompt.rstrip().removesuffix(_THINK_START)
         if len(before) == len(prompt.rstrip()) or not text.startswith(before):
             return ""
         written, message = text[len(before) :], self._messages[number]
         content = message.get("content") or ""
-        if written.lstrip().startswith(_THINK_START):  # it is there, with other space around it
+        if written.lstrip().startswith(_THINK_START):  # it is there, with other white space around it
             written = written.lstrip().removeprefix(_THINK_START)
             return prompt + (written.removeprefix("\n") if prompt.endswith("\n") else written)
         if written.lstrip().startswith(_THINK_END):
@@ -244,9 +250,9 @@ class _ConversationRenderer:
         return prompt + reasoning + (written if written[:1].isspace() else space + written)
 
     def _render_rewritten(self, number: int, text: str, prompt: str) -> str:
-        """The text up to an answer that has the template rewrite what stands before it (gpt-oss, after a call).
+        """The text up to an answer that makes the template rewrite the text before it (gpt-oss, after a call).
 
-        The answer follows its prompt all the same. Returns an empty text where it cannot be told where it begins.
+        In the result, the answer follows its prompt. Returns an empty text if the start of the answer is not found.
         """
         header = prompt.removeprefix(self.text(number))
         if not header.strip() or header == prompt:
@@ -261,7 +267,7 @@ class _ConversationRenderer:
         return prompt + text[begin + len(header) :] if begin >= 0 else ""
 
     def _weighted_spans(self, text: str, number: int, span: Span) -> list[tuple[Span, float]]:
-        """The parts of a turn's span that count differently."""
+        """The parts of a turn's span, with the weight of each."""
         message = self._messages[number]
         weight, parts = float(message.get("weight", 1)), message.get("content_weights")
         if not parts:
@@ -269,12 +275,12 @@ class _ConversationRenderer:
         start, stop = span
         offset = self._content_start(text, number, span)
         ends = [offset + end for end in accumulate(length for length, _ in parts)]
-        # What comes before and after the content counts as the part that is next to it.
+        # Text before and after the content has the weight of the part next to it.
         borders = [start, *(min(max(end, start), stop) for end in ends[:-1]), stop]
         return [((a, b), weight * float(part)) for a, b, (_, part) in zip(borders, borders[1:], parts)]
 
     def _content_start(self, text: str, number: int, span: Span) -> int:
-        """Where the content of a turn stands in its span. Raises UserError where that cannot be told."""
+        """The offset of a turn's content in the text. Raises UserError if the template changes the content."""
         content = self._messages[number]["content"]
         inner = content.strip()
         marked_message = {**self._messages[number], "content": _add_marks(content, str.strip)}
@@ -285,7 +291,7 @@ class _ConversationRenderer:
         spans = _spans_between_marks(written, self.text(number + 1))
         if spans and len(spans) == 1 and text[slice(*spans[0])] == inner and spans[0][0] >= span[0]:
             offset = spans[0][0]
-        elif text.count(inner, *span) == 1:  # the template looks into the content, and marks disturb it
+        elif text.count(inner, *span) == 1:  # the template parses the content, which marks disturb
             offset = text.index(inner, *span)
         else:
             raise UserError(
@@ -295,10 +301,10 @@ class _ConversationRenderer:
         return offset - (len(content) - len(content.lstrip()))
 
     def _content_spans(self, text: str, end: int) -> list[Span]:
-        """The spans of the messages' contents, as they are or stripped; what the template changes has none."""
+        """The spans of the messages' contents, unchanged or stripped; contents that the template changes have none."""
         messages = self._messages[:end]
         own = [m["content"] if isinstance(m.get("content"), str) else "" for m in messages]
-        # Marks find a content even if the template writes the same word elsewhere ("user").
+        # Marks find a content even if the template itself writes the same word ("user").
         for part in (str, str.strip):
             marked_messages = [
                 {**m, "content": _add_marks(content, part)} if content else m for m, content in zip(messages, own)
@@ -309,11 +315,11 @@ class _ConversationRenderer:
                 spans = None
             if spans is not None:
                 return spans
-        # The template looks into contents (it cuts away earlier thoughts, say), and marks disturb it.
+        # The template parses contents, for example to remove earlier reasoning, and marks disturb it.
         spans, offset = [], 0
         for content in own:
-            whole, stripped = text.find(content, offset), text.find(content.strip(), offset)
-            start, length = (whole, len(content)) if whole >= 0 else (stripped, len(content.strip()))
+            full, stripped = text.find(content, offset), text.find(content.strip(), offset)
+            start, length = (full, len(content)) if full >= 0 else (stripped, len(content.strip()))
             if start >= 0 and length:
                 offset = start + length
                 spans.append((start, offset))
@@ -321,15 +327,15 @@ class _ConversationRenderer:
 
 
 def _add_marks(text: str, part: Any) -> str:
-    """The text with marks around a part of it: str, all of it; str.strip, what is not white space around it."""
+    """The text with marks around a part of it. part: str for all of it, str.strip to exclude white space around it."""
     inner = part(text)
     return text.replace(inner, f"{MARK_START}{inner}{MARK_END}", 1) if inner else text
 
 
 def _spans_between_marks(marked: str, full: str) -> list[Span] | None:
-    """The spans between the marks; None if they are not in pairs, or the text without them is not the full one."""
-    pieces = re.split(f"({MARK_START}|{MARK_END})", marked)
-    texts, marks = pieces[::2], pieces[1::2]
+    """The spans between marks; None if marks are unpaired, or the text without them is not `full`."""
+    parts = re.split(f"({MARK_START}|{MARK_END})", marked)
+    texts, marks = parts[::2], parts[1::2]
     if marks != [MARK_START, MARK_END] * (len(marks) // 2) or "".join(texts) != full:
         return None
     ends = list(accumulate(map(len, texts)))  # texts: outside, inside, outside, ...

@@ -1,8 +1,8 @@
-"""What keeps a tokenizer of the `tokenizers` library from ending a program without a word, or from never ending.
+"""Limits on the `tokenizers` library, whose regular expressions come with a model and may be malicious.
 
-Its regular expressions come with a model. The library is in Rust: where an expression is beyond its engine's limit it
-panics, which is no Exception of Python, and while it works no signal reaches it. So a thread looks after it now and
-then, and ends the process with a message. The library lets other threads work in its methods for batches alone.
+The library is written in Rust. If an expression exceeds the limits of its engine, it panics, which is no Exception in
+Python. If one never ends, no signal reaches Python meanwhile. So a thread watches each call, and ends the process with
+a message. Only the library's batch methods let that thread run.
 """
 
 from __future__ import annotations
@@ -16,23 +16,26 @@ from contextlib import contextmanager
 
 from fm9g.errors import UserError
 
-BASE_SECONDS, CHARACTERS_PER_SECOND = (
-    60.0,
-    20_000,
-)  # for a call, and one more for so many characters: usual are millions
-_CHECK_INTERVAL = 1.0  # seconds; checks are counted: a program that was stopped (Ctrl-Z) has its time afterwards
+# The limit of a call: 60 seconds, and one more per 20,000 characters. Millions per second are usual.
+BASE_SECONDS, CHARACTERS_PER_SECOND = 60.0, 20_000
+# Checks are counted, not the clock read: a program that was stopped (Ctrl-Z) continues with the time it had left.
+_CHECK_INTERVAL = 1.0  # seconds
 
-os.environ["RUST_BACKTRACE"] = "0"  # a panic writes a line to stderr, or with it some sixty
+os.environ["RUST_BACKTRACE"] = "0"  # otherwise a panic writes some sixty lines to stderr
 
 
 class UnreadableTextError(UserError):
-    """A tokenizer cannot take a text."""
+    """A tokenizer cannot encode a text."""
 
 
 class bounded_encoding:  # noqa: N801 - used like a function of contextlib
-    """Around a call of the library. where: the tokenizer. characters: that are encoded.
+    """Limits a call of the library inside a with block.
 
     Raises UnreadableTextError for a panic. A call that takes too long ends this process, with a message on stderr.
+
+    Args:
+        where: the tokenizer, as messages call it.
+        characters: length of the encoded text.
     """
 
     def __init__(self, where: object, characters: int) -> None:
@@ -48,7 +51,7 @@ class bounded_encoding:  # noqa: N801 - used like a function of contextlib
 
 @contextmanager
 def panics_as_user_error(where: object) -> Iterator[None]:
-    """Around other calls of the library: as bounded_encoding, but they may take any time."""
+    """For other calls of the library: converts panics, without a limit of time."""
     try:
         yield
     except BaseException as error:
@@ -57,21 +60,21 @@ def panics_as_user_error(where: object) -> Iterator[None]:
 
 
 def _raise_panic(where: object, error: BaseException | None) -> None:
-    if type(error).__name__ == "PanicException":  # a class that pyo3 makes when it needs it
+    if type(error).__name__ == "PanicException":  # pyo3 creates the class on demand
         raise UnreadableTextError(f"{where}: the tokenizer broke off: {error}. {_REMEDY}") from None
 
 
 _REMEDY = (
-    "A regular expression of its tokenizer.json is not made for such a text: take the tokenizer from its publisher, or "
+    "A regular expression of its tokenizer.json is not made for such a text: use the tokenizer of its publisher, or "
     "leave the record out"
 )
 
 
 class _EncodingWatchdog:
-    """Of this process; the calls are those of one thread, one after the other."""
+    """Watches the calls of one thread of this process."""
 
-    _process = 0  # in which the thread runs
-    _call: tuple[object, float] | None = None  # where it is, and its seconds; None: nothing is watched
+    _process = 0  # the process in which the watching thread runs
+    _call: tuple[object, float] | None = None  # tokenizer, and seconds that it may take; None: no call to watch
 
     @classmethod
     def start(cls, where: object, seconds: float) -> None:

@@ -1,4 +1,10 @@
-"""Spellings of special tokens that are text: marked before a template or script runs, found again after it."""
+"""Spellings of special tokens that are plain text: escaped before a template or transform runs, found again after it.
+
+data           "what is </s>?"
+escaped        "what is <E/s>?"            E: a noncharacter after the first character of the spelling
+template       "<s>what is <E/s>?</s>"     what the template itself writes has no E
+unescaped      "<s>what is </s>?</s>"      with the span of the first </s>, which is encoded as letters
+"""
 
 from __future__ import annotations
 
@@ -15,9 +21,9 @@ Span = tuple[int, int]  # start and end in a text, in characters
 
 
 def escape_special_tokens(value: Any, pattern: re.Pattern[str], is_raw: bool = True) -> Any:
-    """The value with a mark in each spelling that the pattern matches, in all strings inside.
+    """Escapes each match of the pattern in all strings inside a value.
 
-    is_raw: it has no marks yet. Raises BadRecord where it holds one all the same.
+    is_raw: no string is escaped yet. Raises BadRecord if one holds the escape character nevertheless.
     """
     if isinstance(value, str):
         if is_raw and _ESCAPE in value:
@@ -36,7 +42,7 @@ def escape_special_tokens(value: Any, pattern: re.Pattern[str], is_raw: bool = T
 
 
 def unescape(value: Any) -> Any:
-    """The value as it was before it was protected."""
+    """The value without escapes in all strings inside."""
     if isinstance(value, str):
         return value.replace(_ESCAPE, "")
     if isinstance(value, dict):
@@ -48,16 +54,16 @@ def unescape(value: Any) -> Any:
 
 def _escape_match(match: re.Match[str]) -> str:
     text = match[0]
-    is_escaped = match.string.startswith(_ESCAPE, match.end())  # one of a single character
+    is_escaped = match.string.startswith(_ESCAPE, match.end())  # a spelling of one character
     return text if is_escaped else text[0] + _ESCAPE + text[1:]
 
 
 class Unescaped:
-    """A text without its marks. literal: the spans of the spellings that were marked."""
+    """A text without its escapes. escaped: the spans of the spellings that were escaped."""
 
     def __init__(self, text: str, pattern: re.Pattern[str]) -> None:
         self.text = text
-        self.literal: list[Span] = []
+        self.escaped: list[Span] = []
         self._escapes: list[int] = []
         if _ESCAPE not in text:
             return
@@ -65,12 +71,12 @@ class Unescaped:
         self.text = text.replace(_ESCAPE, "")
         for number, offset in enumerate(self._escapes):
             if found := pattern.match(self.text, offset - number - 1):
-                self.literal.append(found.span())
+                self.escaped.append(found.span())
 
     def map_spans(self, spans: Iterable[Span]) -> list[Span]:
-        """Spans of the marked text, in this one."""
+        """Converts spans of the escaped text to this one."""
         return [(self.map_offset(start), self.map_offset(end)) for start, end in spans]
 
     def map_offset(self, offset: int) -> int:
-        """A place of the marked text, in this one."""
+        """Converts an offset in the escaped text to this one."""
         return offset - bisect_left(self._escapes, offset)

@@ -1,8 +1,8 @@
-"""Jinja that makes no text without bounds: a chat template comes with a model, from whoever published that.
+"""A Jinja environment with bounds: a chat template comes with a model, from an unknown author.
 
-Whatever multiplies is looked at before it is done, since a single step of Python is not interrupted. What only adds is
-left to the limits of time and memory around a rendering, see fm9g.data.encode.template; so is the text of nested lists,
-for Python looks at signals on its way through them.
+Operations that multiply sizes are checked before they run, because one step of Python cannot be interrupted. Operations
+that only add are left to the limits of time and memory on a rendering (fm9g.data.encode.template). So is printing
+nested lists, during which Python does handle signals.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from jinja2.utils import Namespace
 
 from fm9g.data.encode.jinja_environment import TooLargeError
 
-MAX_SIZE = 1 << 28  # characters of a text, or items; a rendered conversation of a million tokens has some 2**22
+MAX_SIZE = 1 << 28  # characters or items; a rendered conversation of a million tokens has some 2**22 characters
 _MAX_BITS = 1 << 16  # of an integer
 _NUMBER = re.compile(r"\d+")
 _INNER_FIELD = re.compile(r"\{[^{}]*:[^{}]*\{")  # a width that is an argument: "{:{width}}"
-# Filters whose result is no larger than what they are given, however large that is.
+# Filters whose result is no larger than their input.
 _UNCHECKED_FILTERS = """
 attr count d default first items last length list map reject rejectattr round safe select selectattr sort sum trim
 truncate unique
 """.split()  # noqa: SIM905
-# Methods of texts, in the same way; templates give them whole messages.
+# Methods of str likewise; templates apply them to complete messages.
 _UNCHECKED_METHODS = """
 count endswith find index lstrip partition removeprefix removesuffix rfind rindex rpartition rsplit rstrip split
 startswith strip
@@ -34,16 +34,16 @@ startswith strip
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """As its base, but what would make a text or list of more than MAX_SIZE raises TooLargeError."""
+    """Raises TooLargeError instead of building a text or list of more than MAX_SIZE."""
 
     intercepted_binops = frozenset({"*", "**", "%"})
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.concat = _bounded_join  # type: ignore[assignment]
+        self.concat = _bounded_join  # type: ignore[method-assign]
 
     def bound_filters(self) -> None:
-        """To be called when all filters are there."""
+        """Bounds the filters; call it when all filters are registered."""
         self.filters |= {
             name: _bound_filter(call, _CHECKS.get(name, _check_product))
             for name, call in self.filters.items()
@@ -81,13 +81,13 @@ def _bounded_join(pieces: Iterable[str]) -> str:
 
 
 def _bound_filter(call: Callable[..., Any], check: Callable[[Any, tuple[Any, ...]], None]) -> Callable[..., Any]:
-    """A filter that checks what it is given: the value, and the arguments."""
+    """A filter that checks its value and arguments before it runs."""
     first = 1 if hasattr(call, "jinja_pass_arg") else 0  # a context or environment comes before the value
 
     @functools.wraps(call)
     def checked(*args: Any, **kwargs: Any) -> Any:
         if len(args) > first:
-            # By their names, arguments may come in any order.
+            # Keyword arguments may come in any order.
             strict = _check_product if kwargs and check is _check_replace else check
             strict(args[first], (*args[first + 1 :], *kwargs.values()))
         return call(*args, **kwargs)
@@ -96,19 +96,19 @@ def _bound_filter(call: Callable[..., Any], check: Callable[[Any, tuple[Any, ...
 
 
 def _check_product(value: Any, others: Iterable[Any]) -> None:
-    """Each part of a value may be replaced by all the others, or be padded by so many places."""
+    """Checks the largest result if each part of a value is replaced by all the others, or padded to these widths."""
     other_sizes = sum(abs(other) if isinstance(other, int) else _text_size(other) for other in others)
     _check((1 + _text_size(value)) * (1 + other_sizes))
 
 
 def _check_replace(value: Any, others: tuple[Any, ...]) -> None:
-    """others: what is replaced, by what: each place, of which there is one a character, becomes the second."""
+    """others: old and new text. In the worst case each character becomes the new text."""
     _check_product(value, others[1:2])
 
 
 def _check_format(text: str, values: Any, stars: bool | None = None) -> None:
-    """Each field may hold all values, or be as wide as they say. stars: whether values are widths."""
-    widths = sum(int(found) if len(found) < 20 else MAX_SIZE for found in _NUMBER.findall(text))
+    """Checks a format in which each field holds all values, or is as wide as they say. stars: values may be widths."""
+    widths = sum(int(number) if len(number) < 20 else MAX_SIZE for number in _NUMBER.findall(text))
     field = _text_size(values)  # the longest one
     if "*" in text if stars is None else stars:
         given = values.values() if isinstance(values, Mapping) else values if isinstance(values, tuple) else (values,)
@@ -120,11 +120,11 @@ _CHECKS: dict[str, Callable[[Any, tuple[Any, ...]], None]] = {"format": _check_f
 
 
 def _text_size(value: Any, left: int = MAX_SIZE) -> int:
-    """About how many characters the text of a value has; counted up to `left`, as what holds itself has no end."""
+    """Approximate characters of a value's text; counts up to `left`, because a value may contain itself."""
     if isinstance(value, (str, bytes)):
         return len(value)
     if isinstance(value, Namespace):
-        value = value._Namespace__attrs  # type: ignore[attr-defined]
+        value = value._Namespace__attrs
     if isinstance(value, Mapping):
         value = [item for pair in value.items() for item in pair]
     if not isinstance(value, Collection):
@@ -137,8 +137,8 @@ def _text_size(value: Any, left: int = MAX_SIZE) -> int:
     return total
 
 
-def _check(size: int, most: int | None = None) -> None:
-    if size > (MAX_SIZE if most is None else most):
+def _check(size: int, limit: int | None = None) -> None:
+    if size > (MAX_SIZE if limit is None else limit):
         raise TooLargeError(
             f"makes a text, list or number that is too large (over {MAX_SIZE >> 20} million characters)"
         )

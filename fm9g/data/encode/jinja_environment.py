@@ -1,4 +1,4 @@
-"""Jinja as transformers sets it up for chat templates, with marks around what generation blocks write."""
+"""Jinja as transformers configures it for chat templates; optionally with marks around generation blocks."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     import jinja2
     from jinja2.parser import Parser
 
-# Unicode noncharacters in pairs, so that no text holds them by accident. They enclose a part of a text.
+# Pairs of Unicode noncharacters, which no text contains by accident. They enclose a part of a rendered text.
 MARK_START, MARK_END = "\ufdd0\ufdd2", "\ufdd1\ufdd2"
 
 
 class TooLargeError(ValueError):
-    """A template would make what is larger than fm9g.data.encode.jinja_bounds allows."""
+    """A template would build a larger value than fm9g.data.encode.jinja_bounds allows."""
 
 
-@lru_cache(maxsize=64)  # kept here, so that a Template can be sent to another process
+@lru_cache(maxsize=64)  # cached here, not in Template, so that a Template can be pickled
 def compile_template(name: str, text: str, with_marks: bool) -> tuple[jinja2.Template, bool]:
-    """The compiled template, and whether it holds generation blocks.
+    """Compiles a template; returns it, and whether it has generation blocks.
 
-    with_marks: START and END enclose what generation blocks write. Raises UserError that names the line.
+    with_marks: MARK_START and MARK_END enclose what generation blocks write. Raises UserError that names the line.
     """
     import jinja2
 
@@ -33,17 +33,17 @@ def compile_template(name: str, text: str, with_marks: bool) -> tuple[jinja2.Tem
         environment = _environment(with_marks)
         literals = environment.parse(text).find_all(jinja2.nodes.TemplateData)
         template = environment.from_string(text)
-        template.globals = dict(template.globals)  # Jinja's ChainMap takes half the time of a short rendering
+        template.globals = dict(template.globals)  # Jinja's ChainMap would take half the time of a short rendering
         return template, any(literal.data == MARK_START for literal in literals)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"chat template {name}, line {error.lineno}: {error.message}") from None
-    except (SyntaxError, RecursionError, MemoryError) as error:  # Jinja writes Python, which has rules of its own
+    except (SyntaxError, RecursionError, MemoryError) as error:  # from Python, to which Jinja compiles
         raise UserError(f"chat template {name}: {error}") from None
 
 
 @lru_cache(maxsize=256)
 def literal_text(text: str) -> str:
-    """The text that a template writes by itself: its literals and string constants, parted by null characters."""
+    """What a template itself writes: its literals and string constants, separated by null characters."""
     import jinja2
 
     tree = _environment(False).parse(text)
@@ -69,7 +69,7 @@ def _environment(with_marks: bool) -> jinja2.Environment:
             if with_marks:
                 start, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in (MARK_START, MARK_END))
                 body = [start, *body, end]
-            return nodes.Scope(body, lineno=line)  # names that are set inside end with the block
+            return nodes.Scope(body, lineno=line)  # variables set inside end with the block
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -88,7 +88,7 @@ def _environment(with_marks: bool) -> jinja2.Environment:
 
 
 def make_strftime_now(date: str) -> Any:
-    """The function strftime_now of a template: it writes a fixed day (YYYY-MM-DD), or now where that is empty."""
+    """The function strftime_now of a template, for a fixed date (YYYY-MM-DD), or for now if `date` is empty."""
 
     def strftime_now(format: str) -> str:
         return (datetime.fromisoformat(date) if date else datetime.now()).strftime(format)

@@ -1,6 +1,7 @@
-"""Chat templates: messages to text as transformers writes them.
+"""Chat templates: messages to text as transformers renders them.
 
-A template is Jinja text by the convention of Hugging Face's chat_template; what trains a model is exported with it.
+A template is Jinja text by the convention of Hugging Face's chat_template. The template that trains a model is exported
+with it.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from fm9g.io.regular_file import check_regular
 
 Messages = list[dict[str, Any]]
 
-# Of one rendering; that of a conversation of a million tokens takes about a second and some 10 MB.
+# Limits of one rendering; a conversation of a million tokens takes about a second and some 10 MB.
 MAX_SECONDS, MAX_MEMORY = 20.0, 1 << 30
-_MAX_FILE_BYTES = 16 << 20  # bytes of a file with a template
+_MAX_FILE_BYTES = 16 << 20  # of a template's file
 
 # Spellings that chat templates use for tokens of their own: <|im_end|>, also with DeepSeek's wide bars, <|turn>,
 # <turn|>, <start_of_turn>, <reserved_106>.
@@ -35,15 +36,20 @@ _MARKER = re.compile(rf"<{_BAR}[^<>\s]+>|<[^<>\s]+{_BAR}>|<(?:start|end)_of_\w+>
 
 
 class TemplateLimitError(UserError):
-    """A template took too much time or memory: it is not tried again with other messages."""
+    """A template took too much time or memory; it is not tried again with other messages."""
 
 
 class Template:
-    """A chat template: its name in messages to the user, and its Jinja source.
+    """A compiled chat template.
 
-    sources: the source, or several by name; transformers takes `tool_use` for a conversation with tools, else
-    `default`. special_tokens: bos_token, eos_token, ... as the tokenizer has them. date: what strftime_now writes,
-    YYYY-MM-DD; empty: now. Raises UserError that names the line where the source is not Jinja.
+    Args:
+        name: what messages to the user call it.
+        sources: the Jinja source, or several by name. As in transformers, `tool_use` renders conversations with tools,
+            and `default` all others.
+        special_tokens: the tokenizer's bos_token, eos_token, ...
+        date: what strftime_now writes, YYYY-MM-DD; empty: now.
+
+    Raises UserError that names the line of a syntax error.
     """
 
     def __init__(
@@ -55,7 +61,7 @@ class Template:
     ) -> None:
         self.name, self.date = name, date
         self.sources = {"default": sources} if isinstance(sources, str) else dict(sources)
-        # A tokenizer without one leaves the name undefined, as in transformers: templates ask for it.
+        # As in transformers, a token that the tokenizer lacks is undefined, for which templates test.
         self._json_arguments: dict[bool, bool] = {}
         self._ignored_features: dict[bool, frozenset[str]] = {}
         self._special_tokens = {key: token for key, token in (special_tokens or {}).items() if token}
@@ -69,12 +75,12 @@ class Template:
 
     @property
     def checksum(self) -> str:
-        """Of the source, with the date where it counts."""
+        """A checksum of the source, and the date if the text depends on it."""
         value = zlib.crc32("\0".join(chain.from_iterable(sorted(self.sources.items()))).encode())
         return f"{value:08x}" + (f" of {self.date or 'today'}" if self.uses_date else "")
 
     def has_generation_blocks(self, tools: Any = None) -> bool:
-        """Whether the template says itself what is generated."""
+        """Whether the template marks what is generated, with {% generation %}."""
         kind = self._select_source(tools)
         return compile_template(self._title(kind), self.sources[kind], True)[1]
 
@@ -85,9 +91,9 @@ class Template:
         add_generation_prompt: bool = False,
         with_marks: bool = False,
     ) -> str:
-        """The conversation as text. with_marks: with marks around what generation blocks write.
+        """Renders a conversation. with_marks: with marks around generation blocks.
 
-        Raises UserError with whatever the template raises.
+        Raises UserError for any error that the template raises.
         """
         if any(message.get("tool_calls") for message in messages) and self._wants_json_arguments(tools is not None):
             messages = [_with_json_arguments(message) for message in messages]
@@ -107,12 +113,10 @@ class Template:
                     strftime_now=make_strftime_now(self.date),
                     **self._special_tokens,
                 )
-        except UserError as error:  # a template is a program: it can raise anything
+        except UserError as error:  # a template is a program and can raise anything
             cause = error.__cause__ or error
             lines = [step.lineno for step in traceback.extract_tb(cause.__traceback__) if step.filename == "<template>"]
-            if isinstance(
-                cause, GuardError
-            ):  # of other errors Jinja says the template's lines, not those of its Python
+            if isinstance(cause, GuardError):  # for other errors, Jinja itself translates the lines of its code
                 lines = [template.get_corresponding_lineno(line or 0) for line in lines]
             line = f", line {lines[-1]}" if lines else ""
             kind_of_error = TemplateLimitError if isinstance(cause, (GuardError, TooLargeError)) else UserError
@@ -124,7 +128,7 @@ class Template:
         if "default" not in self.sources:
             raise UserError(
                 f"chat template {self.name}: the tokenizer has {', '.join(sorted(self.sources))}, and none of them is "
-                "called default; choose another template, as in --chat_template chatml"
+                "called default; choose another template, for example --chat_template chatml"
             )
         return "default"
 
@@ -133,14 +137,14 @@ class Template:
 
     @cached_property
     def markers(self) -> list[str]:
-        """The spellings of tokens that the template writes by itself, such as <|im_end|>, in their order."""
-        found = (marker for text in self.sources.values() for marker in _MARKER.findall(literal_text(text)))
-        return list(dict.fromkeys(found))
+        """The special tokens that the template itself writes, such as <|im_end|>, in their order."""
+        markers = (marker for text in self.sources.values() for marker in _MARKER.findall(literal_text(text)))
+        return list(dict.fromkeys(markers))
 
     def _wants_json_arguments(self, with_tools: bool) -> bool:
-        """Whether the template takes the arguments of a call as JSON text (DeepSeek-V3), not as an object.
+        """Whether the template expects a call's arguments as JSON text (DeepSeek-V3), not as an object.
 
-        With an object it raises, or writes it as Python does.
+        Such a template raises for an object, or writes its Python repr.
         """
         if with_tools not in self._json_arguments:
             probe, tools = _probe_messages()[:2], _PROBE_TOOLS if with_tools else None
@@ -157,9 +161,9 @@ class Template:
         return self._json_arguments[with_tools]
 
     def ignored_features(self, tools: Any = None) -> frozenset[str]:
-        """The features of "tools", "calls" and "results" that the template silently ignores.
+        """Which of "tools", "calls" and "results" the template silently ignores.
 
-        tools: of the conversation. It is tried on one whose words are found again.
+        It renders a conversation with unusual words and looks for them. tools: those of the conversation.
         """
         with_tools = bool(tools)
         if with_tools not in self._ignored_features:
@@ -175,7 +179,7 @@ class Template:
                 except TemplateLimitError:
                     raise
                 except UserError:
-                    continue  # it says so itself, then
+                    continue  # not silently: it raises
                 if word not in text and (with_tools or what != "tools"):
                     ignored.add(what)
             self._ignored_features[with_tools] = frozenset(ignored)
@@ -195,7 +199,7 @@ _PROBE_TOOLS = [
 
 
 def _probe_messages() -> Messages:
-    """A call and its result, with words that are found again."""
+    """A call and its result, with words that no template writes itself."""
     function = {"name": "qxfunction", "arguments": {"qxkey": "qxargument"}}
     call: dict[str, Any] = {"id": "qxcall001", "type": "function", "function": function}
     return [
@@ -217,15 +221,15 @@ def _with_json_arguments(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_template(spec: str, tokenizer: Any, date: str = "") -> Template:
-    """The template that spec names: one of BUILT_IN, `tokenizer` for the tokenizer's own, or a file with Jinja text.
+    """Loads the template that `spec` names: one of BUILT_IN, `tokenizer` for the tokenizer's own, or a Jinja file.
 
-    tokenizer: has special_tokens and chat_template (a text, several by name, or None). date: as in Template.
-    Raises UserError where there is no such template.
+    tokenizer: an object with special_tokens and chat_template (a text, several by name, or None). Raises UserError if
+    there is no such template.
     """
     if spec == TOKENIZER_TEMPLATE:
         if not tokenizer.chat_template:
             raise UserError(
-                "the tokenizer has no chat template of its own; choose another, as in --chat_template chatml"
+                "the tokenizer has no chat template of its own; choose another, for example --chat_template chatml"
             )
         return Template(spec, tokenizer.chat_template, tokenizer.special_tokens, date)
     file = TEMPLATE_FOLDER / f"{spec}.jinja" if spec in BUILT_IN else Path(spec)
@@ -246,7 +250,7 @@ def load_template(spec: str, tokenizer: Any, date: str = "") -> Template:
 
 
 def _template_message(message: dict[str, Any]) -> dict[str, Any]:
-    """The message as transformers shows it to a template: no key with None, a thought under each name for it."""
+    """The message as transformers passes it to a template: no key with None, reasoning under each usual key."""
     message = {key: value for key, value in message.items() if value is not None and key not in _TRAINING_KEYS}
     for key in ("reasoning_content", "thinking", "reasoning"):
         if key in message:
@@ -254,4 +258,4 @@ def _template_message(message: dict[str, Any]) -> dict[str, Any]:
     return message
 
 
-_TRAINING_KEYS = frozenset({"weight", "content_weights"})  # of training, not of the conversation
+_TRAINING_KEYS = frozenset({"weight", "content_weights"})  # used by training only

@@ -1,4 +1,4 @@
-"""The user's Python files that shape records, and what keeps their mistakes from ending or stopping a run unsaid."""
+"""Transforms: the user's Python functions on records, and the guard that turns their failures into messages."""
 
 from __future__ import annotations
 
@@ -16,25 +16,29 @@ from typing import Any, NoReturn
 from fm9g.errors import UserError
 from fm9g.io.inputs import register_input
 from fm9g.io.regular_file import check_regular
-from fm9g.memory import rss_bytes
+from fm9g.process_memory import rss_bytes
 
-MAX_SHOWN_CHARACTERS = 200  # characters of what a transform returned or raised
-_TICK_SECONDS = 0.1  # seconds between looks at the clock and the memory
-_MAX_TICK_GAP = 5.0  # seconds between two looks at most: what is longer, the program was stopped (Ctrl-Z)
+MAX_SHOWN_CHARACTERS = 200  # of what a transform returned or raised
+_TICK_SECONDS = 0.1  # between two checks of time and memory
+_MAX_TICK_GAP = 5.0  # seconds between two checks that count: in a longer gap, the program was stopped (Ctrl-Z)
 
 Transform = Callable[[dict[str, Any], int, random.Random], dict[str, Any]]
 
 
 def load_transform(path: Path, where: str, seconds: float) -> Transform:
-    """The function `transform` of a Python file. where: what messages call the file. seconds: see guarded.
+    """Executes a Python file and returns its function `transform`.
 
-    Raises UserError where there is none, or where the file cannot be executed.
+    Args:
+        where: what messages call the file.
+        seconds: limit of the execution; 0: none.
+
+    Raises UserError if the file defines no such function, or fails.
     """
     check_regular(path)
     if not path.is_file():
         raise UserError(f"{where}: no such file")
     if not os.access(path, os.R_OK):
-        raise UserError(f"{where}: this user may not read it")
+        raise UserError(f"{where}: this user has no permission to read it")
     register_input(path)
     spec = importlib.util.spec_from_file_location(f"fm9g_transform_{path.stem}", path)
     if spec is None or spec.loader is None:
@@ -44,15 +48,20 @@ def load_transform(path: Path, where: str, seconds: float) -> Transform:
         spec.loader.exec_module(module)
     if not callable(getattr(module, "transform", None)):
         raise UserError(f"{where}: it defines no function transform(data, num_sample, r)")
-    return module.transform
+    transform: Transform = module.transform
+    return transform
 
 
 class guard_user_code:  # noqa: N801 - used like a function of contextlib
-    """Whatever the user's code in the block does becomes a UserError: an error of any class, an exit of the process,
-    more than so many seconds (0: any number; code that waits in C is not reached). Ctrl-C stays what it is.
+    """Turns failures of the user's code in the block into UserError: any exception, an exit, too much time or memory.
 
-    hint: what a message about the time says besides. memory: bytes that the block may take beyond what the process has
-    at its beginning, about, in this thread's time limit; 0: any number.
+    Ctrl-C remains a KeyboardInterrupt. Code that blocks in C cannot be interrupted.
+
+    Args:
+        where: what messages call the code.
+        seconds: limit of time; 0: none.
+        hint: what a message about the time says in parentheses.
+        memory: bytes that the process may grow by, approximately, if there is a limit of time; 0: any number.
     """
 
     def __init__(self, where: str, seconds: float, hint: str = "transform_timeout", memory: int = 0) -> None:
@@ -71,17 +80,16 @@ class guard_user_code:  # noqa: N801 - used like a function of contextlib
 
 
 class _UserCodeWatchdog:
-    """What is installed once for all blocks: handlers of two signals, and the refusal to end the process."""
+    """Installed once for all blocks: handlers of two signals, and the refusal to end the process."""
 
-    _owner: tuple[int, int] | None = None  # process and thread of the block that runs
+    _owner: tuple[int, int] | None = None  # process and thread of the running block
     _seconds, _hint, _memory = 0.0, "", 0
-    _seconds_left, _checked_at = (
-        0.0,
-        0.0,
-    )  # seconds of the block; when they were counted, on the clock of time.monotonic
-    _max_resident = 0  # resident bytes; 0: not known yet
+    _seconds_left, _checked_at = 0.0, 0.0  # of the block; time.monotonic() at the last check
+    _max_resident = 0  # bytes; 0: not known yet
     _was_interrupted = False
-    _process = 0  # in which the handlers are installed
+    _previous_timer = (0.0, 0.0)  # of the program
+    _alarm_of_program: Any = None  # its handler, which runs between blocks
+    _process = 0  # the process in which the handlers are installed
     _is_timed = False
 
     @classmethod
@@ -93,14 +101,15 @@ class _UserCodeWatchdog:
         cls._owner = os.getpid(), threading.get_ident()
         cls._is_timed = seconds > 0 and threading.current_thread() is threading.main_thread()
         if cls._is_timed:
-            signal.setitimer(signal.ITIMER_REAL, min(_TICK_SECONDS, seconds), _TICK_SECONDS)
+            interval = min(_TICK_SECONDS, seconds), _TICK_SECONDS
+            cls._previous_timer = signal.setitimer(signal.ITIMER_REAL, *interval)
 
     @classmethod
     def stop(cls) -> bool:
         """Returns whether Ctrl-C was pressed in the block."""
-        cls._owner = None  # first: an alarm that comes now ends nothing
-        if cls._is_timed:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        cls._owner = None  # first, so that an alarm that arrives now is ignored
+        if cls._is_timed:  # an alarm of the program comes later by the time of the block
+            signal.setitimer(signal.ITIMER_REAL, *cls._previous_timer)
         return cls._was_interrupted
 
     @classmethod
@@ -108,11 +117,11 @@ class _UserCodeWatchdog:
         if cls._process == os.getpid():
             return
         cls._process = os.getpid()
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGALRM, cls._on_alarm)
+        if threading.current_thread() is threading.main_thread():  # others may not set handlers
+            cls._alarm_of_program = signal.signal(signal.SIGALRM, cls._on_alarm)
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 signal.signal(signal.SIGINT, cls._on_sigint)
-        os._exit = cls._refuse_exit  # type: ignore[assignment]
+        os._exit = cls._refuse_exit
 
     @classmethod
     def _on_sigint(cls, number: int, frame: FrameType | None) -> NoReturn:
@@ -122,6 +131,8 @@ class _UserCodeWatchdog:
     @classmethod
     def _on_alarm(cls, number: int, frame: FrameType | None) -> None:
         if not cls._owner:
+            if callable(cls._alarm_of_program):
+                cls._alarm_of_program(number, frame)
             return
         if cls._memory:
             taken = rss_bytes()
@@ -135,7 +146,10 @@ class _UserCodeWatchdog:
 
     @classmethod
     def _refuse_exit(cls, status: int) -> NoReturn:
-        if cls._owner == (os.getpid(), threading.get_ident()):  # else a thread of ours, or a child process
+        if cls._owner == (
+            os.getpid(),
+            threading.get_ident(),
+        ):  # not another thread, nor a child process
             raise GuardError(f"calls os._exit({status!r}); return a record instead")
         _exit(status)
 
@@ -144,25 +158,25 @@ _exit = os._exit
 
 
 class GuardError(BaseException):
-    """Why a block was ended. Not an Exception, which the user's code might catch."""
+    """The reason for ending a block. Not an Exception, which the user's code might catch."""
 
 
 def describe_error(error: BaseException) -> str:
-    """The class of an error, and its text, which a class of the user's may fail to make."""
+    """The class and the text of an error, whose class may be the user's and fail to give a text."""
     text = safe_repr(error, str)
     return text if isinstance(error, GuardError) else f"{type(error).__name__}: {text}"
 
 
 def safe_repr(value: Any, make: Callable[[Any], str] = repr) -> str:
-    """The beginning of a value as text."""
+    """The beginning of a value as text; `make` may be the user's code and fail."""
     try:
         return make(value)[:MAX_SHOWN_CHARACTERS]
     except BaseException as error:
-        return f"(its text cannot be made: {type(error).__name__})"
+        return f"(its text cannot be created: {type(error).__name__})"
 
 
 class TrackedRandom(random.Random):
-    """Knows whether a number was drawn from it: if not, what was made with it does not depend on it."""
+    """Records whether a number was drawn from it; if not, a result does not depend on it."""
 
     used_rng = False
 

@@ -1,4 +1,8 @@
-"""Encoding records elsewhere: worker processes that turn record numbers into tokens, a pure function."""
+"""Worker processes that encode records: a pure function from record indices to token arrays.
+
+training process    chunk of indices  ──>  worker: read, transform, render, tokenize
+                    token arrays      <──  concatenated, with their lengths
+"""
 
 from __future__ import annotations
 
@@ -15,24 +19,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fm9g.data.encode.token_array import is_weighted
 from fm9g.data.load.mixture import Mixture, MixtureSpec
-from fm9g.data.load.token_cache import cache_mismatches, write_cache
 from fm9g.data.workers import shared_memory_errors, start_workers, stop_workers
 from fm9g.errors import UserError
-from fm9g.io.atomic import recover_interrupted
 
-MAX_CHUNK = 64  # records of a chunk, the unit of work
-_POLL_SECONDS = 5.0  # seconds after which one looks whether a result may still come
-_MAX_BYTES_AHEAD = 128 << 20  # bytes of records that may be encoded ahead, about
+MAX_CHUNK = 64  # records of a chunk, which a worker encodes at a time
+_POLL_SECONDS = 5.0  # between two checks that a result can still arrive
+_MAX_BYTES_AHEAD = 128 << 20  # approximate bytes of records that are encoded ahead
 
-_worker: _Worker  # of a worker process
-_exit = os._exit  # which is refused while a transform runs
+_worker: _Worker  # in a worker process
+_exit = os._exit  # while a transform runs, os._exit is replaced by a refusal
 
 
 class EncodedChunk(NamedTuple):
-    """The marked tokens of some records end to end, as they travel. used_rng: a transform used its random numbers.
-    issues: what was found in these records, see Mixture.issues."""
+    """The token arrays of some records end to end, as a worker sends them.
+
+    used_rng: whether a transform drew random numbers. issues: of these records, see Mixture.issues.
+    """
 
     concatenated: np.ndarray
     lengths: np.ndarray
@@ -40,14 +43,17 @@ class EncodedChunk(NamedTuple):
     issues: Counter[str]
 
     def split(self) -> list[np.ndarray]:
+        """The token array of each record."""
         return np.split(self.concatenated, np.cumsum(self.lengths)[:-1])
 
 
 class EncodingPool:
-    """Worker processes with a mixture each; with none of them, the same work in this process."""
+    """Worker processes, each with its own mixture; without workers, this process does the same work."""
 
-    def __init__(self, mixture: Mixture, workers: int) -> None:
-        self.mixture, self.workers = mixture, workers
+    def __init__(self, mixture: Mixture, workers: int, max_chunk: int = MAX_CHUNK) -> None:
+        """max_chunk: records of a chunk, at most."""
+        assert max_chunk <= MAX_CHUNK
+        self.mixture, self.workers, self._max_chunk = mixture, workers, max_chunk
         self._pool = None
         if workers:
             context = multiprocessing.get_context("spawn")
@@ -64,11 +70,14 @@ class EncodingPool:
         prefetch: int = 2,
         in_file_order: bool = False,
     ) -> Iterator[tuple[list[int], list[np.ndarray]]]:
-        """Chunks of places of a dataset, and the marked tokens of the records there.
+        """Encodes the records of a dataset at these sample indices; yields chunks of indices and their token arrays.
 
-        in_file_order: places are record numbers. num_iterators: how many of these iterations go on at the same time;
-        prefetch: chunks a worker is ahead, over all of them. Raises UserError for a bad record and for a worker that
-        died.
+        Args:
+            num_iterators: how many such iterators run at the same time.
+            prefetch: chunks that each worker is ahead, over all iterators.
+            in_file_order: the indices are record indices.
+
+        Raises UserError for a bad record and for a worker that died.
         """
         size = self._chunk_size(dataset, num_iterators)
         if self._pool is None:
@@ -76,7 +85,7 @@ class EncodingPool:
                 record_indices = chunk if in_file_order else self.mixture.record_indices(dataset, chunk).tolist()
                 yield chunk, self.mixture.tokenize_records(dataset, record_indices, chunk)
             return
-        max_pending = max(2, math.ceil(self.workers * prefetch / num_iterators))  # one that is used, one that is made
+        max_pending = max(2, math.ceil(self.workers * prefetch / num_iterators))  # one in use, one being encoded
         pending: deque[tuple[list[int], Future[EncodedChunk]]] = deque()
         try:
             while True:
@@ -85,15 +94,15 @@ class EncodingPool:
                 if not pending:
                     return
                 chunk, future = pending.popleft()
-                found = self._result(future)
-                self.mixture.used_rng[dataset] |= found.used_rng
-                self.mixture.issues[dataset].update(found.issues)
-                yield chunk, found.split()
+                encoded = self._result(future)
+                self.mixture.used_rng[dataset] |= encoded.used_rng
+                self.mixture.issues[dataset].update(encoded.issues)
+                yield chunk, encoded.split()
         except BrokenProcessPool:  # submit raises it, too
             raise UserError(self._crash_message()) from None
 
     def _result(self, future: Future[EncodedChunk]) -> EncodedChunk:
-        """What a worker made. Raises MemoryError where nothing will come: no thread could be started to bring it."""
+        """Waits for a worker's result. Raises MemoryError if the thread that receives results could not be started."""
         assert self._pool is not None
         manager: Any = self._pool._executor_manager_thread
         while True:
@@ -105,14 +114,15 @@ class EncodingPool:
 
     def _chunk_size(self, dataset: int, num_iterators: int) -> int:
         records = self.mixture.datasets[dataset]
-        return int(np.clip(_MAX_BYTES_AHEAD * len(records) / max(1, records.nbytes) / num_iterators, 1, MAX_CHUNK))
+        records_ahead = _MAX_BYTES_AHEAD * len(records) / max(1, records.nbytes)
+        return int(np.clip(records_ahead / num_iterators, 1, self._max_chunk))
 
     def _crash_message(self) -> str:
-        """What the workers that did not end by themselves were doing."""
+        """The error for a killed worker, with the records that it was encoding; others have cleared their status."""
         assert self._pool is not None
         manager: Any = self._pool._executor_manager_thread
         self._pool.shutdown(wait=False)
-        if manager is not None:  # it waits for the others, one of which may never hear that it is to end
+        if manager is not None:  # it waits for the other workers, one of which may never receive its signal to end
             manager.join(_POLL_SECONDS)
         status = []
         for slot in np.array(self._status).reshape(-1, _SLOT_SIZE):
@@ -122,11 +132,11 @@ class EncodingPool:
                 status.append(f"{config.task_name}, line {lines} of {config.path}")
         return (
             f"a worker that encodes records was killed while it was at {'; '.join(status) or 'its start'}. Out of "
-            "memory? Fewer dataloader_num_workers need less, 0 encodes in the training process"
+            "memory? Use fewer dataloader_num_workers; 0 encodes in the training process"
         )
 
     def close(self) -> None:
-        """Ends the workers, whatever they are at."""
+        """Ends the workers, whatever they are doing."""
         if self._pool is not None:
             stop_workers(self._pool)
 
@@ -137,11 +147,11 @@ class EncodingPool:
         self.close()
 
 
-_SLOT_SIZE = 2 + MAX_CHUNK  # numbers in which a worker says what it does: dataset + 1 or 0, count, record numbers
+_SLOT_SIZE = 2 + MAX_CHUNK  # integers of a worker's status: dataset + 1 or 0, count, record indices
 
 
 class _Worker:
-    """What a worker process has: a mixture, and a place to say what it is doing, for the case that it is killed."""
+    """The state of a worker process: a mixture, and a status in shared memory that outlives it if it is killed."""
 
     def __init__(self, spec: MixtureSpec, status: Any, started: Any) -> None:
         self.mixture = Mixture(*spec)
@@ -149,7 +159,7 @@ class _Worker:
             self._start = _SLOT_SIZE * (started.value % (len(status) // _SLOT_SIZE))
             started.value += 1
         self._status = status
-        signal.signal(signal.SIGTERM, self._end)  # sent to the others when one is killed
+        signal.signal(signal.SIGTERM, self._end)  # the pool sends it to the other workers when one is killed
 
     def _end(self, *_: object) -> None:
         self._status[self._start] = 0
@@ -181,42 +191,3 @@ def _init_worker(*arguments: Any) -> None:
 
 def _encode_in_worker(dataset: int, chunk: list[int], in_file_order: bool) -> EncodedChunk:
     return _worker.encode(dataset, chunk, in_file_order)
-
-
-def build_token_cache(mixture: Mixture, workers: int) -> tuple[Mixture, list[str]]:
-    """Makes the token caches that the mixture's spec asks for and that are not there, or stale.
-
-    Returns the mixture with its caches opened, and what was done or why not, a line each.
-    """
-    notes = []
-    with EncodingPool(mixture, workers) as pool:
-        for number, config in enumerate(mixture.configs):
-            folder, key = mixture.cache_folder(number), mixture.cache_key(number)
-            recover_interrupted(
-                folder
-            )  # also beside a cache that is whole: one killed a moment too late leaves the old one there
-            if mixture.caches[number]:
-                continue
-            if changed := cache_mismatches(folder, key):
-                notes.append(f"token cache {folder} is stale and made anew: {'; '.join(changed)}")
-            size = len(mixture.datasets[number])
-            records = (tokens for _, tokens in pool.tokenize(number, iter(range(size)), in_file_order=True))
-            try:
-                write_cache(folder, key, _check_cacheable(mixture, number, records), size)
-            except _NotCacheableError as reason:
-                notes.append(f"{config.task_name}: no token cache: {reason}")
-    return Mixture(*mixture.spec), notes
-
-
-class _NotCacheableError(Exception):
-    """Why the tokens of a dataset cannot be kept."""
-
-
-def _check_cacheable(mixture: Mixture, dataset: int, records: Iterator[Any]) -> Iterator[Any]:
-    for chunk in records:
-        if mixture.used_rng[dataset]:
-            script = mixture.configs[dataset].transforms
-            raise _NotCacheableError(f"{script} draws random numbers, epochs differ")
-        if any(map(is_weighted, chunk)):
-            raise _NotCacheableError("its tokens have weights, for which a cache has no place")
-        yield [record.astype(np.int32, copy=False) for record in chunk]

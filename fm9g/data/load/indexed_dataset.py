@@ -1,7 +1,10 @@
-"""Reading an indexed dataset: a folder with data.jsonl and the byte bounds of its lines.
+"""Reading an indexed dataset: a folder with data.jsonl and the byte offsets of its lines.
 
-The bounds are N+1 offsets, from 0 to the size of data.jsonl. The published converter wrote only the N line ends;
-such an index (its first value is not 0) is read as if a 0 stood in front.
+    data.jsonl   | {"input": ... } | {"input": ... } | {"input": ... } |
+    index        0                27                54                81      N + 1 offsets of N lines
+
+The published converter wrote only the N line ends. Such an index, whose first value is not 0, is read as if it began
+with a 0.
 """
 
 from __future__ import annotations
@@ -15,32 +18,35 @@ import h5py
 import numpy as np
 
 from fm9g.config.fields import did_you_mean
-from fm9g.data.prepare import sources
-from fm9g.data.prepare.record_formats import BadRecord
+from fm9g.data.dataset_files import DATA_FILE, INDEX_FILE, INDEX_H5_FILE, has_canonical_records
+from fm9g.data.prepare.record_size import MAX_RECORD_BYTES
 from fm9g.data.prepare.records import parse_object, quote
+from fm9g.data.prepare.values import BadRecord
 from fm9g.errors import UserError
-from fm9g.io.atomic import RandomAccessFile, is_too_many_open_files, too_many_open_files
 from fm9g.io.inputs import register_input
+from fm9g.io.open_files import is_too_many_open_files, too_many_open_files
 from fm9g.io.path_kind import DATASET, check_kind
+from fm9g.io.random_access import RandomAccessFile
 
-DATA_FILE, INDEX_FILE, INDEX_H5_FILE, META_FILE = "data.jsonl", "index", "index.h5", "meta.json"
-_PAGE_BYTES, _NUM_PAGES = 4096, 64
+_PAGE_BYTES, _NUM_PAGES = 4096, 64  # of a checksum
 
-
-def _sibling_datasets(folder: Path) -> list[str]:
-    return [file.parent.name for file in folder.parent.glob(f"*/{DATA_FILE}")]
+ReadOffsets = Callable[[int, int], np.ndarray]  # (first, count) -> so many stored offsets
 
 
 class IndexedDataset:
-    """The records of one dataset folder, by number. Opening reads no record and, from index.h5, no list of bounds."""
+    """The records of one dataset folder, by index. Opening reads no record and, from index.h5, not the offsets."""
 
-    def __init__(self, folder: str | Path, max_records: int = 0) -> None:
-        """max_records: only the first so many records; 0: all.
+    def __init__(self, folder: str | Path, max_records: int = 0, max_record_bytes: int = MAX_RECORD_BYTES) -> None:
+        """Opens the folder.
 
-        Raises UserError where a file is missing or the index was made from other data.
+        Args:
+            max_records: use only the first so many records; 0: all.
+            max_record_bytes: refuse a longer record.
+
+        Raises UserError if a file is missing or the index belongs to other data.
         """
         self.folder = Path(folder)
-        self._data = self.folder / DATA_FILE
+        self._data, self._max_record_bytes = self.folder / DATA_FILE, max_record_bytes
         check_kind(self.folder, DATASET)
         if not self._data.is_file():
             raise UserError(
@@ -49,12 +55,12 @@ class IndexedDataset:
             )
         status = self._data.stat()
         self.nbytes, self.mtime_ns = status.st_size, status.st_mtime_ns
+        self.is_canonical = has_canonical_records(self.folder)
         self._files: list[RandomAccessFile] = []
         size, self._read_offsets = self._open_index()
-        # Whether the first bound is written down, or is meant (the published converter's).
         self._starts_with_0 = bool(size) and self._read_offsets(0, 1)[0] == 0
-        self._num_records = size - self._starts_with_0
-        if not self._num_records:
+        self.num_stored = size - self._starts_with_0  # without the limit of max_records
+        if not self.num_stored:
             raise UserError(f"{self.folder}: the dataset is empty")
         if (end := int(self._read_offsets(size - 1, 1)[0])) != self.nbytes:
             raise UserError(
@@ -62,15 +68,14 @@ class IndexedDataset:
                 "one of them was changed; index it again with `fm9g data index`"
             )
         self._file = self._open(self._data)
-        self.num_stored = self._num_records  # of all records
         self._num_records = min(max_records or self.num_stored, self.num_stored)
 
     def _open(self, path: Path) -> RandomAccessFile:
         self._files.append(RandomAccessFile(path))
         return self._files[-1]
 
-    def _open_index(self) -> tuple[int, Callable[[int, int], np.ndarray]]:
-        """How many numbers the index has, and a function that reads some: (first, count)."""
+    def _open_index(self) -> tuple[int, ReadOffsets]:
+        """How many offsets the index has, and a function that reads some."""
         h5, text = self.folder / INDEX_H5_FILE, self.folder / INDEX_FILE
         if not (h5.is_file() or text.is_file()):
             raise UserError(
@@ -79,33 +84,33 @@ class IndexedDataset:
         try:
             register_input(h5 if h5.is_file() else text)
             if h5.is_file():
-                with h5py.File(h5, "r") as file:
-                    dataset = file["index"]
-                    if dataset.ndim != 1 or dataset.dtype.kind not in "iu":
-                        raise ValueError("it is no list of whole numbers")
-                    offset, dtype, size = dataset.id.get_offset(), dataset.dtype, len(dataset)
-                    values = dataset[:] if offset is None else None  # chunked or compressed: not one stretch
-                if values is None:
-                    # Read where they are, not mapped: pages that random reads touch would pile up in memory.
-                    index, width = self._open(h5), dtype.itemsize
-                    if h5.stat().st_size < offset + size * width:
-                        raise ValueError("it is cut short")
-                    return size, lambda i, n: np.frombuffer(index.read(n * width, offset + i * width), dtype)
-            else:
-                values = np.array(text.read_bytes().split(), dtype=np.int64)
-        except OSError as error:
+                return self._open_h5(h5)
+            offsets = np.array(text.read_bytes().split(), dtype=np.int64)
+            return len(offsets), lambda first, count: offsets[first : first + count]
+        except (OSError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
             if is_too_many_open_files(error):
                 raise too_many_open_files(h5) from None
             raise UserError(f"{self.folder}: the index cannot be read: {error}; index it again") from None
-        except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
-            raise UserError(f"{self.folder}: the index cannot be read: {error}; index it again") from None
-        return len(values), lambda i, n: values[i : i + n]
+
+    def _open_h5(self, path: Path) -> tuple[int, ReadOffsets]:
+        with h5py.File(path, "r") as file:
+            dataset = file["index"]
+            if dataset.ndim != 1 or dataset.dtype.kind not in "iu":
+                raise ValueError("it is no list of integers")
+            start, dtype, size = dataset.id.get_offset(), dataset.dtype, len(dataset)
+            if start is None:  # chunked or compressed, so not contiguous in the file
+                offsets = dataset[:]
+                return size, lambda first, count: offsets[first : first + count]
+        # Read from the file, not mapped: pages that random reads touch would stay in memory.
+        index, width = self._open(path), dtype.itemsize
+        if path.stat().st_size < start + size * width:
+            raise ValueError("it is truncated")
+        return size, lambda first, count: np.frombuffer(index.read(count * width, start + first * width), dtype)
 
     def checksum(self) -> str:
-        """Of pages spread over the data: noticing another content costs no reading of it all."""
-        offsets = range(0, self.nbytes, max(_PAGE_BYTES, self.nbytes // _NUM_PAGES))
+        """A checksum of pages spread over the data: it notices other content without reading all of it."""
         value = 0
-        for offset in offsets:
+        for offset in range(0, self.nbytes, max(_PAGE_BYTES, self.nbytes // _NUM_PAGES)):
             value = zlib.crc32(self._file.read(_PAGE_BYTES, offset), value)
         return f"{value:08x}"
 
@@ -113,7 +118,7 @@ class IndexedDataset:
         return self._num_records
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Record `index`, from 0. Raises UserError where the index does not match the data, or the line is bad."""
+        """Record `index`, from 0. Raises UserError if the index does not match the data, or the line is no object."""
         line = self.line(index)
         try:
             return parse_object(line)
@@ -121,24 +126,28 @@ class IndexedDataset:
             raise UserError(f"{self._data}, line {index + 1}: {error}: {quote(line)}") from None
 
     def line(self, index: int) -> bytes:
-        """The stored line of record `index`. Raises UserError where the index does not match the data."""
+        """The stored line of record `index`. Raises UserError if the index does not match the data."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         if self._starts_with_0 or index:
             start, end = self._read_offsets(index - (not self._starts_with_0), 2).tolist()
         else:
             start, end = 0, int(self._read_offsets(0, 1)[0])
-        if end - start > sources.MAX_RECORD_BYTES:
+        where = f"{self._data}, line {index + 1}"
+        if end - start > self._max_record_bytes:
             raise UserError(
-                f"{self._data}, line {index + 1}: has {(end - start) >> 20} MB, and a record at most "
-                f"{sources.MAX_RECORD_BYTES >> 20}; divide it, or leave it out"
+                f"{where}: has {(end - start) >> 20} MB, but a record at most {self._max_record_bytes >> 20} MB; "
+                "divide it, or leave it out"
             )
         line = self._file.read(end - start, start) if 0 <= start <= end <= self.nbytes else b""
         if not line or (line[-1:] != b"\n" and index + 1 < self.num_stored) or line.count(b"\n", 0, -1):
-            where = f"{self._data}, line {index + 1}"
             raise UserError(f"{where}: the index does not match the data; index it again with `fm9g data index`")
         return line
 
     def __del__(self) -> None:
         for file in getattr(self, "_files", ()):
             file.close()
+
+
+def _sibling_datasets(folder: Path) -> list[str]:
+    return [file.parent.name for file in folder.parent.glob(f"*/{DATA_FILE}")]

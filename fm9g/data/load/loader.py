@@ -1,42 +1,31 @@
-"""The loader: the packs of every step, encoded ahead by worker processes, and the position to resume from.
+"""The loader: each rank's packs of every step, encoded ahead by worker processes, and the state to resume from.
 
-Workers only turn (dataset, place) into tokens, a pure function; draws and packing stay in the training process. So
-any number of workers gives the same packs, and nothing has to be asked of them to know the position.
+A run with G packs per step has G streams; rank r of R owns those with s mod R = r. For G = 8 and R = 4:
+
+    stream           0   1   2   3   4   5   6   7
+    rank             0   1   2   3   0   1   2   3
+    micro-batch      0   0   0   0   1   1   1   1      of the step, on its rank
+
+Pack s of a step comes from stream s. So another number of ranks that divides G gives the same packs, and so does any
+number of workers: these only compute a pure function, from (dataset, sample index) to tokens, while the training
+process draws and packs. The state of the streams is therefore the whole state of the loader.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
-from fm9g.data.encode.encoder import EncodedRecord
-from fm9g.data.load.encoding_pool import EncodingPool
 from fm9g.data.load.loader_state import fingerprint, migrate_state
 from fm9g.data.load.mixture import Mixture
-from fm9g.data.load.pack_stream import PackStream, SamplingPlan
-from fm9g.data.load.packing import Pack
+from fm9g.data.load.pack_stream import PackStream
+from fm9g.data.load.packing import Pack, collate
+from fm9g.data.load.record_source import MixtureSource
+from fm9g.data.load.sampling_plan import make_sampling_plan
 from fm9g.errors import UserError
-
-_CACHED_CHUNK = 256  # records that are read from a token cache at a time
-
-
-def make_sampling_plan(mixture: Mixture, global_batch_size: int) -> SamplingPlan:
-    """What a run with global_batch_size packs a step draws from a mixture."""
-    return SamplingPlan(
-        names=[config.task_name for config in mixture.configs],
-        keys=mixture.keys,
-        sizes=[len(dataset) for dataset in mixture.datasets],
-        repeats=[config.allow_repeat for config in mixture.configs],
-        proportions=mixture.proportions(),
-        mean_tokens=mixture.mean_tokens(),
-        num_streams=global_batch_size,
-        seed=mixture.seed,
-    )
 
 
 class Loader:
-    """Gives each rank its packs of a step, in the order of the streams."""
+    """Gives a rank its packs of each step, in the order of its streams."""
 
     def __init__(
         self,
@@ -50,49 +39,48 @@ class Loader:
         state: dict[str, Any] | None = None,
         allow_changes: bool = False,
     ) -> None:
-        """global_batch_size: packs a step, over all ranks. prefetch: chunks a worker is ahead. state: as `state_dict()`
-        gave it; allow_changes: go on from it although the samples are others.
+        """Opens the streams of a rank.
 
-        Raises UserError where the ranks do not divide global_batch_size, or the position belongs to other data.
+        Args:
+            global_batch_size: packs per step, over all ranks.
+            workers: processes that encode records; 0: encode in this process.
+            prefetch: chunks of records that each worker is ahead.
+            state: from `state_dict()`, merged over all ranks, to resume there.
+            allow_changes: resume even if the data gives other samples than before.
+
+        Raises UserError if global_batch_size is no multiple of world_size, or the state belongs to other data.
         """
         if global_batch_size % world_size:
-            fits = [n for n in range(1, global_batch_size + 1) if global_batch_size % n == 0]
+            divisors = [n for n in range(1, global_batch_size + 1) if global_batch_size % n == 0]
             raise UserError(
-                f"{global_batch_size} packs a step cannot be dealt to {world_size} processes; possible: {fits}"
+                f"{global_batch_size} packs per step cannot be divided among {world_size} processes; possible: "
+                f"{divisors}"
             )
-        self._mixture = mixture
-        self._fingerprint = fingerprint(mixture, global_batch_size)
+        self._fingerprint, self._row_length = fingerprint(mixture, global_batch_size), mixture.row_length
         plan = make_sampling_plan(mixture, global_batch_size)
-        states: dict[int, dict[str, Any]] = {}
-        self.notes: list[str] = []  # what is different from what the position was made with
-        if state is not None:
-            states, self.notes = migrate_state(state, self._fingerprint, plan, allow_changes)
         self.is_infinite = any(repeats and share for repeats, share in zip(plan.repeats, plan.proportions))
+        states = migrate_state(state, self._fingerprint, plan, allow_changes) if state is not None else {}
         own = range(rank, global_batch_size, world_size)
-        self._num_iterators = len(own) * len(mixture.configs)
-        self._prefetch = prefetch
-        self._pool = EncodingPool(mixture, 0 if all(mixture.caches) else workers)
-        self._streams = {
-            s: PackStream(s, plan, mixture.row_length, self._encode, self._read_ahead, states.get(s)) for s in own
-        }
+        self._source = MixtureSource(mixture, workers, num_iterators=len(own) * len(plan.names), prefetch=prefetch)
+        self._streams = {s: PackStream(s, plan, self._row_length, self._source, states.get(s)) for s in own}
 
     def next_batch(self) -> list[Pack]:
-        """This rank's packs of the next step. A pack without a sample: its stream is used up."""
-        return [stream.next_pack() for stream in self._streams.values()]
+        """This rank's packs of the next step. A pack without a sample means that its stream is used up."""
+        return [collate(stream.next_samples(), self._row_length) for stream in self._streams.values()]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next step starts, as JSON, with the streams of this rank (merge_states puts ranks together)."""
+        """The state before the next step as JSON, with the streams of this rank; `merge_states` merges all ranks."""
         return {
             "fingerprint": self._fingerprint,
             "streams": {str(s): stream.state_dict() for s, stream in self._streams.items()},
         }
 
     def num_started(self) -> list[int]:
-        """How many records of each dataset this rank's streams have begun, over all epochs."""
+        """Records of each dataset that this rank's streams have started, over all epochs."""
         return [sum(counts) for counts in zip(*(stream.num_started() for stream in self._streams.values()))]
 
     def skipped(self) -> dict[str, int]:
-        """How many records gave no sample, by reason."""
+        """Number of records that gave no sample, by reason."""
         total: dict[str, int] = {}
         for stream in self._streams.values():
             for reason, count in stream.skipped.items():
@@ -101,23 +89,10 @@ class Loader:
 
     def close(self) -> None:
         """Ends the workers."""
-        self._pool.close()
+        self._source.close()
 
     def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _encode(self, dataset: int, sample_index: int) -> EncodedRecord:
-        return self._mixture.encode(dataset, [sample_index])[0]
-
-    def _read_ahead(self, dataset: int, sample_indices: Iterator[int]) -> Iterator[tuple[int, EncodedRecord]]:
-        mixture = self._mixture
-        if mixture.caches[dataset]:
-            while chunk := list(islice(sample_indices, _CACHED_CHUNK)):
-                yield from zip(chunk, mixture.encode(dataset, chunk))
-            return
-        for chunk, tokens in self._pool.tokenize(dataset, sample_indices, self._num_iterators, self._prefetch):
-            for sample_index, record in zip(chunk, tokens):
-                yield sample_index, mixture.split_or_truncate(dataset, record)

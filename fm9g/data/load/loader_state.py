@@ -1,16 +1,18 @@
-"""Where a run stands in its data: what is kept of it, and how a run with other data goes on from there."""
+"""The state of a loader: what it was saved with, and how a run with other data resumes from it."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from fm9g.data.load.mixture import Mixture
-from fm9g.data.load.pack_stream import SamplingPlan, initial_state
+from fm9g.data.load.pack_stream import initial_state
+from fm9g.data.load.sampling_plan import SamplingPlan
 from fm9g.errors import UserError
 
-# What makes a dataset another one, of which no place means anything.
+# Fields that identify a dataset's content: if one differs, saved sample indices mean nothing.
 _CONTENT_FIELDS = ("records", "bytes", "checksum")
-# What makes other samples of the same records.
+# Fields that change which samples the same records give.
 _ENCODING_FIELDS = (
     "tokenizer",
     "transforms",
@@ -21,13 +23,22 @@ _ENCODING_FIELDS = (
     "oversize_rule",
     "incontext_weight",
 )
-
-# Keys of the configuration that a position has by other names.
+# Fingerprint fields -> what the user calls them.
+_RUN_FIELDS = {
+    "seed": "seed",
+    "max_length": "max_length",
+    "capacity": "tokens per pack",
+    "global_batch": "packs per step",
+}
 _KEYS = {"template": "chat_template", "chat_template": "the tokenizer's chat_template", "loss": "train_on"}
+
+State = dict[str, Any]  # of a stream, see PackStream.state_dict
+
+logger = logging.getLogger(__name__)
 
 
 def fingerprint(mixture: Mixture, global_batch_size: int) -> dict[str, Any]:
-    """What the packs depend on besides the position, as JSON; equal fingerprints give equal packs."""
+    """What the packs depend on besides the state, as JSON: equal fingerprints and states give equal packs."""
     return {
         "seed": mixture.seed,
         "max_length": mixture.max_length,
@@ -53,7 +64,7 @@ def fingerprint(mixture: Mixture, global_batch_size: int) -> dict[str, Any]:
 
 
 def merge_states(loader_states: list[dict[str, Any]]) -> dict[str, Any]:
-    """One position from those of all ranks."""
+    """Merges the loader states of all ranks into one."""
     merged = dict(loader_states[0])
     merged["streams"] = {s: state for loader_state in loader_states for s, state in loader_state["streams"].items()}
     return merged
@@ -61,55 +72,116 @@ def merge_states(loader_states: list[dict[str, Any]]) -> dict[str, Any]:
 
 def migrate_state(
     loader_state: dict[str, Any], now: dict[str, Any], plan: SamplingPlan, allow_changes: bool
-) -> tuple[dict[int, dict[str, Any]], list[str]]:
-    """The states of all streams of a run that goes on from a position, and what is different now, a line each.
+) -> dict[int, State]:
+    """Adapts a saved loader state to the run's present data; logs what differs.
 
-    now: its fingerprint. Datasets may come, go, change their share or whether they repeat. What makes other packs of
-    the same datasets is refused, or with `allow_changes` the epochs go on as well as they can. Raises UserError.
+    Datasets may come, go, change their share or whether they repeat. What changes the packs of the same datasets is
+    refused; with `allow_changes`, the epochs continue as exactly as possible.
+
+    Args:
+        loader_state: of all ranks, see merge_states.
+        now: the present fingerprint.
+        plan: the present plan.
+
+    Returns the state of each stream. Raises UserError.
     """
     before = loader_state.get("fingerprint", {})
     states = {int(s): state for s, state in loader_state.get("streams", {}).items()}
     if len(states) != before.get("global_batch") or not isinstance(before.get("datasets"), dict):
-        raise UserError("the data position of the checkpoint is not whole, or an earlier version's; take another one")
-    old, new = list(before["datasets"]), list(now["datasets"])
-    if before == now and old == new:
-        return states, []
-    notes, refused = _diff_fingerprints(before, now)
+        raise UserError(
+            "the data state of the checkpoint is incomplete, or from an earlier version of fm9g; use another checkpoint"
+        )
+    if before == now and list(before["datasets"]) == list(now["datasets"]):
+        return states
+    changes, refused = _diff_fingerprints(before, now)
     if refused and not allow_changes:
         raise UserError(
-            "the data is not what the checkpoint was made with:",
+            "the data is not the data that the checkpoint was saved with:",
             *refused,
-            "Resume with what it was, or with --on_data_change allow: the epochs then go on as well as they can",
+            "Resume with the former data and settings, or with --on_data_change allow: the epochs then continue as "
+            "exactly as possible",
         )
-    same_records = [name for name in new if name in old and _fields_equal(before, now, name, _CONTENT_FIELDS)]
+    for change in changes:
+        logger.info(f"data: {change}")
+    for change in refused:
+        logger.warning(f"data: {change}")
+    migrated = _migrate_streams(states, before, now, plan)
+    if num_lost := sum(map(_num_unfinished, states.values())) - sum(map(_num_unfinished, migrated.values())):
+        logger.warning(
+            f"data: {num_lost} records that were in progress or waited for a pack are left out of this epoch"
+        )
+    if before["global_batch"] != now["global_batch"]:
+        migrated = _reshard_state(migrated, plan)
+        logger.warning(
+            "data: the position in this epoch is known to within a few records per stream; some records may come twice "
+            "or not at all"
+        )
+    return migrated
+
+
+def _diff_fingerprints(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The changes that are always allowed, and those that need --on_data_change allow."""
+    allowed, refused = [], []
+    for key, name in _RUN_FIELDS.items():
+        if before[key] != now[key]:
+            refused.append(f"{name}: was {before[key]}, is {now[key]}")
+    old, new = before["datasets"], now["datasets"]
+    allowed += [f"{name} is no longer in the mixture" for name in old if name not in new]
+    for name, dataset in new.items():
+        if name not in old:
+            allowed.append(f"{name} is new in the mixture")
+            continue
+        for key, value in dataset.items():
+            was = old[name].get(key)
+            if was == value:
+                continue
+            if key == "share":
+                allowed.append(f"{name}: share of the tokens was {was:.4g}, is {value:.4g}")
+            elif key == "allow_repeat":
+                allowed.append(f"{name}: allow_repeat was {was}, is {value}")
+            else:
+                refused.append(f"{name}: {_KEYS.get(key, key)}: was {was}, is {value}")
+    return allowed, refused
+
+
+def _migrate_streams(
+    states: dict[int, State], before: dict[str, Any], now: dict[str, Any], plan: SamplingPlan
+) -> dict[int, State]:
+    """The states of the same streams for the present datasets."""
+    same_records = [
+        name
+        for name in now["datasets"]
+        if name in before["datasets"] and _fields_equal(before, now, name, _CONTENT_FIELDS)
+    ]
     same_encoding = all(before[key] == now[key] for key in ("seed", "max_length", "capacity"))
     same_samples = [
         name for name in same_records if same_encoding and _fields_equal(before, now, name, _ENCODING_FIELDS)
     ]
-    migrated = {s: _migrate(s, state, before, now, plan, same_records, same_samples) for s, state in states.items()}
-    left_out = sum(map(_num_unfinished, states.values())) - sum(map(_num_unfinished, migrated.values()))
-    if left_out:
-        notes.append(f"data: {left_out} records that had begun or waited for a pack are left out of this epoch")
-    if before["global_batch"] != now["global_batch"]:
-        migrated = _reshard_state(migrated, plan)
-        notes.append("data: where this epoch was is known to within a few records a stream; some may come twice or not")
-    return migrated, [*notes, *refused]
+    return {s: _migrate(s, state, before, now, plan, same_records, same_samples) for s, state in states.items()}
+
+
+def _fields_equal(before: dict[str, Any], now: dict[str, Any], name: str, keys: tuple[str, ...]) -> bool:
+    return all(before["datasets"][name].get(key) == now["datasets"][name][key] for key in keys)
 
 
 def _migrate(
     s: int,
-    state: dict[str, Any],
+    state: State,
     before: dict[str, Any],
     now: dict[str, Any],
     plan: SamplingPlan,
     same_records: list[str],
     same_samples: list[str],
-) -> dict[str, Any]:
-    """The state of stream s for the datasets of now. same_records: those with the same records; same_samples: and the
-    same samples."""
+) -> State:
+    """The state of stream s for the present datasets.
+
+    Args:
+        same_records: datasets with the same records as before; they keep how many were started.
+        same_samples: of these, those that also give the same samples; they keep unfinished records.
+    """
     old, new = before["datasets"], now["datasets"]
     old_indices = {name: number for number, name in enumerate(old)}
-    # Datasets that do not take part stand still: how far the stream is, the others tell.
+    # The virtual time of a dataset that is not drawn from stands still, so only the others tell how far the stream is.
     active = {
         name
         for number, name in enumerate(old)
@@ -142,54 +214,24 @@ def _migrate(
     return migrated
 
 
-def _num_unfinished(state: dict[str, Any]) -> int:
+def _num_unfinished(state: State) -> int:
     return len(state["waiting"]) + sum(map(len, state["open"]))
 
 
-def _diff_fingerprints(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """What may always change, and what may not."""
-    notes, refused = [], []
-    for key in ("seed", "max_length", "capacity", "global_batch"):
-        if before[key] != now[key]:
-            name = {"global_batch": "packs a step", "capacity": "tokens of a pack"}.get(key, key)
-            refused.append(f"{name}: was {before[key]}, is {now[key]}")
-    old, new = before["datasets"], now["datasets"]
-    notes += [f"data: {name} is no longer in the mixture" for name in old if name not in new]
-    for name, dataset in new.items():
-        if name not in old:
-            notes.append(f"data: {name} is new in the mixture")
-            continue
-        for key, value in dataset.items():
-            was = old[name].get(key)
-            if was == value:
-                continue
-            if key == "share":
-                notes.append(f"data: {name}: share of the tokens was {was:.4g}, is {value:.4g}")
-            elif key == "allow_repeat":
-                notes.append(f"data: {name}: allow_repeat was {was}, is {value}")
-            else:
-                refused.append(f"{name}: {_KEYS.get(key, key)}: was {was}, is {value}")
-    return notes, refused
-
-
-def _fields_equal(before: dict[str, Any], now: dict[str, Any], name: str, keys: tuple[str, ...]) -> bool:
-    return all(before["datasets"][name].get(key) == now["datasets"][name][key] for key in keys)
-
-
-def _reshard_state(states: dict[int, dict[str, Any]], plan: SamplingPlan) -> dict[int, dict[str, Any]]:
-    """The states of another number of streams: what has begun is dealt to them evenly, what waits in turn."""
+def _reshard_state(states: dict[int, State], plan: SamplingPlan) -> dict[int, State]:
+    """The states of another number of streams: all records in progress and samples in buffers, divided evenly."""
     count = plan.num_streams
     resharded = {s: initial_state(s, plan) for s in range(count)}
     for dataset in range(len(plan.names)):
         num_started = sum(state["begun"][dataset] for state in states.values())
         entries = [entry for state in states.values() for entry in state["open"][dataset]]
         for s in range(count):
-            # Places k * count + s: together the streams have begun exactly the first `num_started` places.
+            # Stream s reads indices k * count + s: together the streams have then started the first `num_started`.
             resharded[s]["begun"][dataset] = num_started // count + (s < num_started % count)
             resharded[s]["open"][dataset] = entries[s::count]
-    buffer = [entry for state in states.values() for entry in state["waiting"]]
+    waiting = [entry for state in states.values() for entry in state["waiting"]]
     for s in range(count):
-        resharded[s]["waiting"] = buffer[s::count]
+        resharded[s]["waiting"] = waiting[s::count]
     reasons = {reason for state in states.values() for reason in state["skipped"]}
     resharded[0]["skipped"] = {r: sum(state["skipped"].get(r, 0) for state in states.values()) for r in reasons}
     return resharded

@@ -1,4 +1,15 @@
-"""Packing: samples laid end to end in one row, so that almost no position is spent on padding."""
+"""Packing: samples laid end to end in one row, so that almost no position is padding.
+
+A sample of n + 1 tokens fills n positions: its first n tokens are inputs, its last n are their targets. Two samples,
+<s> a b c </s> with a masked and <s> d </s>, in a row of 8:
+
+                   ┌── sample 1 ─────┐ ┌─ 2 ──┐ ┌─ padding
+    input_ids     <s>   a    b    c   <s>   d    0    0
+    targets      -100   b    c  </s>    d </s> -100 -100       -100: no loss
+    positions       0   1    2    3     0   1    0    1
+    task_ids        0   0    0    0     1   1   -1   -1
+    cu_seqlens      0                   4        6         8   borders of the spans, for attention
+"""
 
 from __future__ import annotations
 
@@ -7,26 +18,36 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fm9g.data.encode.encoder import IGNORE_INDEX
 from fm9g.data.encode.token_array import is_weighted, loss_weights, token_ids
+
+IGNORE_INDEX = -100  # a target that counts for no loss
 
 
 class Sample(NamedTuple):
-    """One sample: its marked tokens (n + 1,), and where they are from: dataset, place there, piece of the record."""
+    """One sample: its token array of shape (n + 1,), and its origin: dataset, sample index, segment of the record."""
 
     tokens: np.ndarray
     dataset: int
     sample_index: int
     segment: int
 
+    @property
+    def length(self) -> int:
+        """Positions that the sample fills: n."""
+        return len(self.tokens) - 1
+
 
 @dataclass(frozen=True)
 class Pack:
-    """One row of T tokens. The unused tail is a span of its own, with targets -100 and task_ids -1.
+    """One row of T positions. The padding at its end is a span of its own, with targets -100 and task_ids -1.
 
-    input_ids, targets, positions, task_ids: (T,) int32; positions restart at 0 in each sample.
-    cu_seqlens: (spans + 1,) int32, the borders of the spans: 0 ... T. target_weights: (T,) float32, what each target
-    counts in the loss; None where all count 1.
+    Args:
+        input_ids: (T,) int32.
+        targets: (T,) int32, the next token; -100 where it counts for no loss.
+        positions: (T,) int32; restart at 0 in each span.
+        cu_seqlens: (spans + 1,) int32, the borders of the spans: 0 ... T.
+        task_ids: (T,) int32, the dataset of each position.
+        target_weights: (T,) float32, each target's weight in the loss; None if all are 1.
     """
 
     input_ids: np.ndarray
@@ -48,13 +69,13 @@ class Pack:
 
     @property
     def total_weight(self) -> float:
-        """The sum of the targets' weights: their number, where all count 1."""
+        """The sum of the targets' weights: their number, if all are 1."""
         return self.target_tokens if self.target_weights is None else float(self.target_weights.sum(dtype=np.float64))
 
 
 def collate(samples: list[Sample], row_length: int) -> Pack:
-    """Lays samples end to end in a row of `row_length` tokens, which they must fit in."""
-    lengths = np.array([len(sample.tokens) - 1 for sample in samples], np.int64)
+    """Lays samples end to end in a row of `row_length` positions, which must hold them all."""
+    lengths = np.array([sample.length for sample in samples], np.int64)
     ends = np.cumsum(lengths)
     used = int(ends[-1]) if samples else 0
     assert used <= row_length

@@ -1,7 +1,10 @@
-"""A token cache: the encoded records of a dataset on disk, so that they are encoded once and then only read.
+"""A token cache: the token arrays of a dataset's records on disk, encoded once and then only read.
 
-A folder with tokens (int32, the marked tokens of all records end to end), bounds (int64, N+1 places among them) and
-cache.json, which says what they were made from.
+A folder of three files, for N records:
+
+    tokens        int32    | record 0 | record 1 |     ... | record N-1 |
+    bounds        int64    0          5          9         ...          len(tokens)      N + 1 offsets
+    cache.json             what the cache was built from, see Mixture.cache_key
 """
 
 from __future__ import annotations
@@ -14,7 +17,10 @@ from typing import Any
 import numpy as np
 
 from fm9g.errors import UserError
-from fm9g.io.atomic import AppendWriter, atomic_dir, is_too_many_open_files, stat_signature, too_many_open_files
+from fm9g.io.append import AppendWriter
+from fm9g.io.atomic import atomic_dir
+from fm9g.io.open_files import is_too_many_open_files, too_many_open_files
+from fm9g.io.random_access import stat_signature
 from fm9g.progress import Progress
 
 _TOKENS, _OFFSETS, _KEY = "tokens", "bounds", "cache.json"
@@ -22,16 +28,16 @@ _FILES = {_TOKENS, _OFFSETS, _KEY}
 
 
 class TokenCache:
-    """The marked tokens of each record of a dataset, memory-mapped, and copied when they are read.
+    """Reads the token arrays of records from memory-mapped files.
 
-    Python dies without a word where a mapped file has become shorter.
+    Each read first checks that the files are unchanged, because reading a truncated mapping kills the process.
     """
 
     def __init__(self, folder: Path, records: int) -> None:
-        """Raises UserError for a folder that is not whole."""
+        """Raises UserError if the cache is incomplete or unreadable."""
         self._folder, self._files = folder, (folder / _TOKENS, folder / _OFFSETS)
         try:
-            self._status = [stat_signature(file.stat()) for file in self._files]
+            self._signatures = [stat_signature(file.stat()) for file in self._files]
             self._tokens, self._offsets = (
                 _memory_map(folder / _TOKENS, np.int32),
                 _memory_map(folder / _OFFSETS, np.int64),
@@ -41,12 +47,12 @@ class TokenCache:
                 raise too_many_open_files(folder) from None
             raise UserError(f"{folder}: the token cache cannot be read: {error}; delete it") from None
         if len(self._offsets) != records + 1 or self._offsets[-1] != len(self._tokens):
-            raise UserError(f"{folder}: the token cache is not whole; delete it")
+            raise UserError(f"{folder}: the token cache is incomplete; delete it")
 
     def read(self, record_indices: np.ndarray) -> list[np.ndarray]:
-        """The marked tokens of records. Raises UserError where the files were changed."""
+        """Copies of the token arrays of records. Raises UserError if the files were changed."""
         try:
-            changed = [stat_signature(file.stat()) for file in self._files] != self._status
+            changed = [stat_signature(file.stat()) for file in self._files] != self._signatures
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror}; the run was reading it") from None
         if changed:
@@ -57,36 +63,37 @@ class TokenCache:
 
 
 def _memory_map(file: Path, dtype: type) -> np.ndarray:
-    # A plain array over the map: a slice of it costs a fifth of a slice of a memmap. Nothing cannot be mapped.
+    # A plain array over the mapping: slicing it takes a fifth of the time of slicing a memmap. An empty file cannot be
+    # mapped.
     return np.asarray(np.memmap(file, dtype, "r")) if file.stat().st_size else np.empty(0, dtype)
 
 
 def cache_mismatches(folder: Path, key: dict[str, Any]) -> list[str] | None:
-    """What differs between `key` and what a cache was made from, a line each; None where there is no cache."""
+    """The differences between `key` and the key of a cache, one line each; None if there is no cache."""
     try:
-        made_from = json.loads((folder / _KEY).read_text(encoding="utf-8"))
+        saved_key = json.loads((folder / _KEY).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
-        made_from = None
-    if not isinstance(made_from, dict):
+        saved_key = None
+    if not isinstance(saved_key, dict):
         return [f"{folder / _KEY} cannot be read"]
-    return [f"{name}: was {made_from.get(name)}, is {key[name]}" for name in key if made_from.get(name) != key[name]]
+    return [f"{name}: was {saved_key.get(name)}, is {key[name]}" for name in key if saved_key.get(name) != key[name]]
 
 
 def write_cache(folder: Path, key: dict[str, Any], records: Iterable[list[np.ndarray]], size: int) -> None:
-    """Makes a cache of `size` records, given in order in chunks. It appears under its name only when whole.
+    """Writes a cache of `size` records, given in order in chunks. The folder appears only when the cache is complete.
 
-    Raises UserError where the folder holds anything but a cache.
+    Raises UserError if the folder holds anything but a cache.
     """
     if folder.exists() and not (folder.is_dir() and {file.name for file in folder.iterdir()} <= _FILES):
         raise UserError(
-            f"{folder}: holds something else than a token cache; choose another folder for --token_cache_dir"
+            f"{folder}: holds something other than a token cache; choose another folder for --token_cache_dir"
         )
     end = 0
     with atomic_dir(folder, overwrite=True) as new:
         with (
-            AppendWriter(new / _TOKENS, 4 << 20) as tokens,
+            AppendWriter(new / _TOKENS, buffer_bytes=4 << 20) as tokens,
             AppendWriter(new / _OFFSETS) as offsets,
             Progress(f"token cache {folder.name}", size, "records") as progress,
         ):

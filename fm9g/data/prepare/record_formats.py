@@ -1,24 +1,24 @@
-"""The shapes that users' records come in, and the canonical form that an indexed dataset stores.
+"""Recognizes the formats of users' records, and converts them to the canonical form that an indexed dataset stores.
 
-A record is an object already read from JSON, CSV or parquet. Its canonical form is one of
+A record is an object parsed from JSON, CSV or parquet. Its canonical form is one of
 
     pair        {"input": str, "output": str}; plain text has an empty input
     chat        {"messages": [turn, ...]}
     preference  {"messages": [the prompt's turns], "chosen": turn, "rejected": turn}
-    KTO         {"messages": [the whole conversation], "label": true or false}
+    KTO         {"messages": [all turns of the conversation], "label": true or false}
 
-all but the pair with "tools", a list of {"type": "function", "function": {...}}, where the record has some. A turn is
-{"role": "system", "user", "assistant" or "tool", "content": str}. Where the record says so, it has these as well:
+All but the pair may have "tools", a list of {"type": "function", "function": {...}}. A turn is
+{"role": "system", "user", "assistant" or "tool", "content": str} with these optional keys:
 
-    reasoning_content  what the assistant thought, not blank
+    reasoning_content  of the assistant, not blank
     tool_calls         of the assistant: [{"id": str, "type": "function", "function": {"name": str, "arguments": {}}}];
-                       no id where there is none
+                       the id is optional
     tool_call_id, name strings
-    weight             of the assistant: how much the turn counts in the loss, a number from 0; 0 is not trained on
-    content_weights    of the assistant, instead of a weight: [[number of characters, weight], ...], two at least, over
-                       the whole content; what the template writes beside the content counts as the part next to it
+    weight             of the assistant: weight of the turn in the loss, a number from 0; 0 is not trained on
+    content_weights    of the assistant, instead of weight: [[number of characters, weight], ...], at least two, for
+                       the complete content; text of the template has the weight of the part next to it
 
-A pair may have a weight, too. A weight of 1 is not written. Preferences and KTO have no weights.
+A pair may have a weight, too. A weight of 1 is left out. Preferences and KTO have no weights.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ ColumnNames = dict[str, str]  # our name -> the user's key
 
 
 def parse_mapping(text: str, keys: Iterable[str] | None = None) -> dict[str, str]:
-    """`a=b c` as {"a": "b", "c": "c"}; of the values only those that are in `keys`, where given."""
+    """Parses `a=b c` to {"a": "b", "c": "c"}. keys: leave out values that are not among them."""
     pairs = [(word.partition("=")[0], word.rpartition("=")[2]) for word in text.split()]
     return {name: key for name, key in pairs if keys is None or key in keys}
 
@@ -80,8 +80,9 @@ COLUMN_NAMES = (
     "label",
 )
 
-# What tells a shape and what else it may have, as our_name=key where the two differ. The first shape whose keys are all
-# there counts, so the order matters: Stanford's Alpaca, for one, has a "text" as well.
+PAIR_FORMAT = "input/output"  # the format of most datasets
+# (format, required keys, optional keys), written our_name=key if the two differ. The first format whose required keys
+# a record has is the record's, so the order matters: Stanford's Alpaca, for example, has a "text" as well.
 RECORD_FORMATS = [
     ("preference", "messages chosen rejected", "system tools"),
     ("preference", "messages=conversations chosen rejected", "system tools"),
@@ -92,18 +93,20 @@ RECORD_FORMATS = [
     ("messages", "messages=conversations", "system tools label=kto_tag label"),
     ("Alpaca", "prompt=instruction response=output", "query=input system history tools label=kto_tag label"),
     ("query/response", "prompt=query response", "system history tools label=kto_tag label"),
-    ("input/output", "response=output", "query=input"),
+    (PAIR_FORMAT, "response=output", "query=input"),
     ("text", "text", ""),
 ]
 
 
 @dataclass(frozen=True)
 class ColumnMapping:
-    """How the keys of a user's records map to ours.
+    """Which keys of the user's records hold what.
 
-    names: one of COLUMN_NAMES -> their key.
-    tags: as in LLaMA-Factory's dataset_info.json: role_tag and content_tag -> their key in a turn, user_tag,
-        assistant_tag, observation_tag, function_tag, system_tag -> their spelling of a role, beside those in ROLES.
+    Args:
+        names: one of COLUMN_NAMES -> the user's key.
+        tags: as in LLaMA-Factory's dataset_info.json: role_tag and content_tag -> the user's key in a turn; user_tag,
+            assistant_tag, observation_tag, function_tag, system_tag -> the user's spelling of a role, in addition to
+            those in ROLES.
     """
 
     names: ColumnNames
@@ -111,12 +114,12 @@ class ColumnMapping:
 
     @cached_property
     def roles(self) -> dict[str, str]:
-        """Their spelling of a role -> ours."""
+        """Spelling of a role -> our role."""
         return ROLES | {self.tags[tag]: role for tag, role in ROLE_TAGS.items() if tag in self.tags}
 
     @cached_property
     def turn_keys(self) -> tuple[str, str] | None:
-        """Their keys of a turn's role and content; None where each turn shows by itself which they are."""
+        """The user's keys of a turn's role and content; None: recognized in each turn."""
         role, content = self.tags.get("role_tag"), self.tags.get("content_tag")
         if not (role or content):
             return None
@@ -131,14 +134,17 @@ class ColumnMapping:
 def canonicalize(
     record: Record, columns: ColumnMapping | None = None, dropped_keys: list[str] | None = None
 ) -> tuple[str, Record]:
-    """The name of a record's shape and its canonical form: the same object where the record already has that form.
+    """Recognizes a record's format and converts the record to canonical form.
 
-    Names: input/output, text, Alpaca, ShareGPT, messages, query/response, preference, KTO; columns where they are
-    given. dropped_keys: gets the names of keys that say something and are left out; those in turns as `turn.refusal`.
-    Raises BadRecord.
+    Args:
+        columns: the user's mapping; None: recognized by the keys.
+        dropped_keys: receives the keys that hold content and are left out; those of turns as `turn.refusal`.
+
+    Returns the format (input/output, text, Alpaca, ShareGPT, messages, query/response, preference, KTO, or columns if
+    given) and the canonical record, the same object if it is canonical already. Raises BadRecord.
     """
     if columns is None and len(record) == 2 and type(record.get("input")) is type(record.get("output")) is str:
-        return "input/output", record  # most records
+        return PAIR_FORMAT, record  # most records
     record_format, columns = _recognize(tuple(record)) if columns is None else ("columns", columns)
     names = columns.names
     has_feedback = "chosen" in names or "label" in names
@@ -168,13 +174,13 @@ def canonicalize(
 
 @lru_cache(maxsize=1024)  # a dataset has few sets of keys
 def _recognize(keys: tuple[str, ...]) -> tuple[str, ColumnMapping]:
-    """The shape of the records with these keys, and those of its columns that they have."""
+    """The format of records with these keys, and the columns that they have."""
     for record_format, needed, optional in RECORD_FORMATS:
         names = parse_mapping(needed)
         if all(key in keys for key in names.values()):
             names |= parse_mapping(optional, keys)
             return "KTO" if "label" in names else record_format, ColumnMapping(names)
-    raise BadRecord(f"no known shape; {found_keys(keys)}; map them with --columns prompt=KEY,response=KEY")
+    raise BadRecord(f"unknown format; {found_keys(keys)}; map them with --columns prompt=KEY,response=KEY")
 
 
 def _make_pair(prompt: str, response: str, loss_keys: Record) -> Record:
@@ -183,7 +189,7 @@ def _make_pair(prompt: str, response: str, loss_keys: Record) -> Record:
 
 
 def _pair_or_chat(record: Record, loss_keys: Record, context: TurnContext) -> Record:
-    """A question and its answer: a pair still, or a chat where the record says more than a pair can hold."""
+    """A question and its answer: a pair, or a chat if the record holds more than a pair can."""
     names = context.columns.names
     prompt, response = _prompt_text(record, names), _string_field(record, names["response"])
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
@@ -195,7 +201,7 @@ def _pair_or_chat(record: Record, loss_keys: Record, context: TurnContext) -> Re
 
 
 def _message_turns(record: Record, messages: list[Any], loss_keys: Record, context: TurnContext) -> list[Record]:
-    """The turns of a record's messages, with its marks and its system message."""
+    """The turns of a record's messages, with the record's weights and system message applied."""
     turns = canonical_turns(messages, context.columns.names["messages"], context)
     if loss_keys:
         turns = scale_weights(turns, per_turn_weights(loss_keys, turns))
@@ -203,7 +209,7 @@ def _message_turns(record: Record, messages: list[Any], loss_keys: Record, conte
 
 
 def _make_chat(record: Record, turns: list[Record], key: str, context: TurnContext) -> Record:
-    """A conversation and what stands beside it. key: where it was found."""
+    """A conversation with its tools and label. key: of the conversation, for messages."""
     names = context.columns.names
     result: Record = {"messages": turns}
     if "tools" in names:
@@ -213,7 +219,7 @@ def _make_chat(record: Record, turns: list[Record], key: str, context: TurnConte
         if not isinstance(label, bool):
             raise wrong_type(names["label"], label, "true or false")
         if turns[-1]["role"] != "assistant":
-            raise BadRecord(f"{key}: the last turn is the {turns[-1]['role']}'s, expected the answer that is judged")
+            raise BadRecord(f"{key}: the last turn is the {turns[-1]['role']}'s, expected the answer that label rates")
     elif turns[-1]["role"] != "assistant" and all(turn["role"] != "assistant" for turn in turns):
         raise BadRecord(f"{key}: no turn of the assistant, nothing to train on")
     return result
@@ -236,7 +242,7 @@ def _make_preference(record: Record, context: TurnContext) -> Record:
     if all(turn["role"] != "user" for turn in before):
         prompt = prompt + before if before else prompt
     elif prompt[-len(before) :] != before:
-        prompt = before  # the whole of it: what is called prompt may be its last question, or hold an answer already
+        prompt = before  # complete: the prompt column may hold its last question only, or an answer already
     if not prompt:
         raise BadRecord(
             f"no prompt; {found_keys(record)}; name its key with --columns prompt=KEY,chosen=KEY,rejected=KEY"
@@ -249,7 +255,7 @@ def _make_preference(record: Record, context: TurnContext) -> Record:
 
 
 def _parse_answer(record: Record, key: str, context: TurnContext) -> tuple[list[Record], Record]:
-    """The turns before an answer, where it is a list of turns, and the answer."""
+    """The turns before an answer, if it is a list of turns, and the answer."""
     value = record.get(key)
     if (messages := find_turns(value)) is not None:
         *before, answer = canonical_turns(messages, key, context)
@@ -268,14 +274,14 @@ def _parse_answer(record: Record, key: str, context: TurnContext) -> tuple[list[
 
 
 def _prompt_text(record: Record, names: ColumnNames) -> str:
-    """Prompt and query, with a line break between them where both say something."""
+    """Prompt and query, with a line break between them if neither is empty."""
     query = _string_field(record, names.get("query"), required=False)
     prompt = _string_field(record, names["prompt"]) if "prompt" in names else ""
     return f"{prompt}\n{query}" if prompt and query else prompt or query
 
 
 def _with_system_and_history(record: Record, turns: list[Record], context: TurnContext) -> list[Record]:
-    """The turns after the record's system message and history. A conversation's own system message is kept instead."""
+    """The turns behind the record's system message and history. A conversation's own system message has precedence."""
     names = context.columns.names
     if not ("system" in names or "history" in names):
         return turns
@@ -312,7 +318,7 @@ def _parse_tools(record: Record, context: TurnContext) -> Record:
 
 
 def _string_field(record: Record, key: Any, required: bool = True) -> str:
-    """The text under a key; where it is not required, an empty one for no key, for null and where it is not there."""
+    """The text of a key; if it is not required, an empty one for a missing key or null."""
     value = record.get(key)
     if isinstance(value, str):
         return value

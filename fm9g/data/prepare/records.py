@@ -1,4 +1,4 @@
-"""One record as a line of JSON, and back."""
+"""A record as a line of JSON, and back."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from typing import IO, Any
 import orjson
 
 from fm9g.data.prepare.fast_scan import count_keys
-from fm9g.data.prepare.sources import bounded_lines
+from fm9g.data.prepare.record_size import bounded_lines
 from fm9g.data.prepare.values import TOO_DEEP, BadRecord
 from fm9g.errors import UserError
+from fm9g.io.json_file import DuplicateKeyError, reject_duplicate_keys
 
-_CONTAINERS = (dict, list)
-MAX_QUOTED_CHARACTERS = 80  # characters of a bad line that a message quotes
+_MAX_QUOTED_CHARACTERS = 80  # of a bad line, in a message
+_STRICT_DECODER = json.JSONDecoder(object_pairs_hook=reject_duplicate_keys)
 
 
 def text_records(lines: Iterable[str]) -> Iterator[dict[str, str]]:
-    """Plain text for pretraining: every line that is not blank is a record, all of it output."""
+    """Yields plain text for pretraining: a record per line that is not blank, without an input."""
     for line in lines:
         if text := line.strip():
             yield {"input": "", "output": text}
 
 
 def decode_lines(stream: IO[bytes], where: str) -> Iterator[str]:
-    """The lines of a UTF-8 stream, however they end. Raises UserError that names the line that is not UTF-8."""
+    """Yields the lines of a UTF-8 stream, with any line ends. Raises UserError with the number of a bad line."""
     for number, line in enumerate(bounded_lines(stream, where), 1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -37,10 +38,10 @@ def decode_lines(stream: IO[bytes], where: str) -> Iterator[str]:
 
 
 def to_line(record: dict[str, Any]) -> bytes:
-    """A record as one line of a .jsonl file, with its newline. Raises BadRecord for what JSON cannot hold."""
+    """A record as one line of a .jsonl file, with its newline. Raises BadRecord for values that JSON cannot hold."""
     try:
         return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
-    except TypeError as error:  # a lone surrogate, an integer of more than 64 bits
+    except TypeError as error:  # a lone surrogate, or an integer of more than 64 bits
         raise BadRecord(f"cannot be written as JSON: {error}") from None
 
 
@@ -58,42 +59,36 @@ def parse_object(line: bytes) -> dict[str, Any]:
 
 
 def parse_record(line: bytes) -> dict[str, Any]:
-    """As parse_object, and no key may be given twice: readers differ in which one counts. Raises BadRecord."""
+    """As `parse_object`, but refuses an object with a repeated key: readers differ in which value counts."""
     record = parse_object(line)
     try:
-        count = count_keys(line)
-    except ValueError:  # an integer of more than 64 bits, which orjson takes for a float
-        count = -1
-    if count == len(record) and not any(type(value) in _CONTAINERS for value in record.values()):
+        num_keys = count_keys(line)
+    except ValueError:  # an integer of more than 64 bits, which orjson parses as a float
+        num_keys = -1
+    if num_keys == len(record) and not any(isinstance(value, (dict, list)) for value in record.values()):
         return record
-    del record  # a large one is held once
+    del record  # only one copy of a large record in memory
     try:
-        return _STRICT_DECODER.decode(line.decode())
+        content: dict[str, Any] = _STRICT_DECODER.decode(line.decode())
+        return content
+    except DuplicateKeyError as error:
+        raise BadRecord(given_twice(error)) from None
     except RecursionError:  # json goes less deep than orjson
         raise BadRecord(TOO_DEEP) from None
 
 
-def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these pairs. Raises BadRecord where a key is given twice."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise BadRecord(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
-    return content
-
-
-_STRICT_DECODER = json.JSONDecoder(object_pairs_hook=reject_duplicate_keys)
+def given_twice(error: DuplicateKeyError) -> str:
+    """What is wrong with a record that has a key twice."""
+    return f"the key {error.key!r} is given twice"
 
 
 def not_an_object(value: Any) -> str:
-    """What is wrong with a value of JSON that is no record."""
+    """What is wrong with a JSON value that is not a record."""
     return f"found a JSON {type(value).__name__}, expected an object"
 
 
 def quote(line: bytes) -> str:
     """The beginning of a line, for a message."""
-    text = line[: 4 * MAX_QUOTED_CHARACTERS].decode("utf-8", "replace").strip()
-    return repr(
-        text[:MAX_QUOTED_CHARACTERS]
-        + ("..." if len(text) > MAX_QUOTED_CHARACTERS or len(line) > 4 * MAX_QUOTED_CHARACTERS else "")
-    )
+    text = line[: 4 * _MAX_QUOTED_CHARACTERS].decode("utf-8", "replace").strip()
+    is_cut = len(text) > _MAX_QUOTED_CHARACTERS or len(line) > 4 * _MAX_QUOTED_CHARACTERS
+    return repr(text[:_MAX_QUOTED_CHARACTERS] + ("..." if is_cut else ""))

@@ -1,31 +1,25 @@
-"""Where records come from: files of every kind that users have, folders, globs, stdin, compressed or not."""
+"""Finds the files that hold a user's records: paths, folders, globs, stdin; and recognizes their formats."""
 
 from __future__ import annotations
 
-import bz2
 import glob
-import gzip
-import io
 import json
-import lzma
 import os
-import sys
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, AnyStr
+from typing import IO, Any
 
+from fm9g.data.dataset_files import DATA_FILE, META_FILE, REJECTS_FILE, SPLITS
+from fm9g.data.prepare.decompress import CHUNK_BYTES, COMPRESSIONS, STDIN, open_decompressed
 from fm9g.errors import UserError
 from fm9g.io.inputs import register_input
-from fm9g.io.path_kind import DATA, DATASET, TOKENIZER, check_kind
+from fm9g.io.path_kind import DATA, DATASET, DATASET_PART, TOKENIZER, check_kind, kind_of
 from fm9g.io.regular_file import check_regular
 
 FORMATS = ("jsonl", "json", "txt", "md", "csv", "tsv", "parquet", "datasets")
 TEXT_UNITS = ("line", "paragraph", "file")
-STDIN = "-"
-MAX_RECORD_BYTES = 128 << 20  # bytes; what is longer is no record, but a file of another format
 
 _FORMAT_BY_SUFFIX = {
     ".jsonl": "jsonl",
@@ -39,8 +33,7 @@ _FORMAT_BY_SUFFIX = {
     ".tsv": "tsv",
     ".parquet": "parquet",
 }
-_COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
-# What lies beside data and is none.
+# Files that often lie beside data and hold no records.
 _NON_DATA_FILES = {
     "readme.md",
     "license.md",
@@ -49,13 +42,18 @@ _NON_DATA_FILES = {
     "dataset_infos.json",
     "dataset_dict.json",
 }
-CHUNK_BYTES = 1 << 20  # bytes that are read at a time
-_XZ_MEMORY_LIMIT = 256 << 20  # bytes; `xz -9` needs 65 MB to be read, and a file may ask for 4 GB
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """A file or pipe to read; a folder for `datasets`. compression: a suffix, or empty. text_unit: a record of text."""
+    """A file or pipe to read, or a folder of `datasets.save_to_disk`.
+
+    Args:
+        path: "-" is stdin.
+        format: one of FORMATS.
+        compression: one of COMPRESSIONS, or empty.
+        text_unit: one of TEXT_UNITS: which part of a text is a record.
+    """
 
     path: str
     format: str
@@ -64,12 +62,12 @@ class DataSource:
 
     @property
     def is_lines(self) -> bool:
-        """Whether each line stands for itself, so that parts of the file can be read apart."""
+        """Whether each line is a record of its own, so that parts of the file can be read independently."""
         return self.format == "jsonl" or (self.format == "txt" and self.text_unit == "line")
 
     @property
     def is_file(self) -> bool:
-        """Whether it can be read again: not stdin, nor a pipe."""
+        """Whether it can be read twice: neither stdin nor a pipe."""
         return self.path != STDIN and os.path.isfile(self.path)
 
     @property
@@ -78,11 +76,15 @@ class DataSource:
 
     @property
     def size(self) -> int:
-        """Bytes, as far as they are known; those of a compressed file are compressed."""
+        """Bytes on disk, compressed if the file is; 0 if not known."""
         return os.path.getsize(self.path) if self.is_file else 0
 
-    def note(self) -> None:
-        """Says that it is read: see fm9g.io.inputs."""
+    def open(self) -> AbstractContextManager[IO[bytes]]:
+        """The decompressed bytes; see `open_decompressed`."""
+        return open_decompressed(self.path, self.compression)
+
+    def register(self) -> None:
+        """Protects it from being overwritten; see fm9g.io.inputs."""
         if self.path != STDIN:
             register_input(self.path)
 
@@ -93,11 +95,18 @@ class DataSource:
 def find_sources(
     paths: list[str], format: str = "", text_unit: str = "", output: Path | None = None
 ) -> list[DataSource]:
-    """The files that paths, folders and globs stand for, in order. `-` is stdin.
+    """Finds the files that paths, folders and globs name, in their order, each file once.
 
-    format: of all of them; empty: by their names. text_unit: empty: a line of .txt, the whole of .md. output: where
-    the records will go. Raises UserError for what is missing, empty or of no known format, and for an output in a
-    folder that is read: the next reading would find it there.
+    The other files of an indexed dataset, such as its meta.json, are left out unless `paths` name them.
+
+    Args:
+        paths: "-" is stdin.
+        format: of all files; empty: recognized by their names.
+        text_unit: a record of text; empty: a line of .txt, the complete .md file.
+        output: the folder that the records will go to.
+
+    Raises UserError for a missing or empty path, for an unknown format, and for an output inside a folder that is
+    read, since the next call would read it as data.
     """
     for path in paths:
         if not path:
@@ -105,13 +114,14 @@ def find_sources(
         read = path.partition("**")[0] if glob.has_magic(path) and "**" in path else path
         if output is not None and _real_path(str(output)).is_relative_to(_real_path(read)):
             raise UserError(f"{output}: lies in {path}, which is read; choose a folder elsewhere")
-    sources: dict[Any, DataSource] = {}  # by what they really are: a file that is named twice is read once
+    sources: dict[Any, DataSource] = {}  # by real path: a file that is named twice is read once
     for path in paths:
         if path != STDIN:
             check_kind(Path(path), DATA, DATASET, also=TOKENIZER)
         for source in _sources_at(path, format, text_unit):
-            sources.setdefault(source.path if source.path == STDIN else _real_path(source.path), source)
-            source.note()
+            source.register()
+            if source.path in paths or not _is_companion(Path(source.path)):
+                sources.setdefault(source.path if source.path == STDIN else _real_path(source.path), source)
     return list(sources.values())
 
 
@@ -119,59 +129,70 @@ def _real_path(path: str) -> Path:
     return Path(os.path.realpath(path))  # Path.resolve() fails on a loop of links
 
 
+def _is_companion(path: Path) -> bool:
+    """Whether a file belongs to an indexed dataset, whose records are all in its data.jsonl."""
+    folders = [path.parent, *(path.parent / name for name in SPLITS)] if path.name == REJECTS_FILE else [path.parent]
+    return path.name in (META_FILE, REJECTS_FILE) and any(map(_is_indexed_dataset, folders))
+
+
+def _is_indexed_dataset(folder: Path) -> bool:
+    """Also true if the index or the meta.json was lost."""
+    has_meta = (folder / DATA_FILE).is_file() and kind_of(folder / META_FILE) == DATASET_PART
+    return has_meta or kind_of(folder) == DATASET
+
+
 def _sources_at(path: str, format: str, text_unit: str) -> Iterator[DataSource]:
     if path == STDIN:
         yield _make_source(STDIN, format or "jsonl", "", text_unit)
     elif os.path.isdir(path):
-        if format == "datasets" or os.path.isfile(os.path.join(path, "state.json")):
-            yield DataSource(path, "datasets")
-            return
-        if os.path.isfile(os.path.join(path, "dataset_dict.json")):
-            splits = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
-            raise UserError(f"{path}: holds several splits; name one of them: {', '.join(splits)}")
-        found = sorted(_walk_files(path, format))
-        if not found:
-            raise UserError(
-                f"{path}: no file in this folder has a format that is read ({', '.join(_FORMAT_BY_SUFFIX)})"
-            )
-        for name in found:
-            check_regular(name)  # what was not named by itself may be no pipe, which would be waited for
-            yield _source_at(name, format, text_unit)
+        yield from _sources_in_folder(path, format, text_unit)
     elif os.path.exists(path):
         yield _source_at(path, format, text_unit)
     elif glob.has_magic(path):
-        found = sorted(name for name in glob.glob(path, recursive=True) if not os.path.isdir(name))
-        if not found:
+        names = sorted(name for name in glob.glob(path, recursive=True) if not os.path.isdir(name))
+        if not names:
             raise UserError(f"{path}: matches no file")
-        for name in found:
-            check_regular(name)
+        for name in names:
+            check_regular(name)  # reading a pipe would wait for a writer; only a pipe named by itself is meant
             yield _source_at(name, format, text_unit)
     else:
         raise UserError(f"{path}: no such file")
 
 
+def _sources_in_folder(path: str, format: str, text_unit: str) -> Iterator[DataSource]:
+    if format == "datasets" or os.path.isfile(os.path.join(path, "state.json")):
+        yield DataSource(path, "datasets")
+        return
+    if os.path.isfile(os.path.join(path, "dataset_dict.json")):
+        splits = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+        raise UserError(f"{path}: holds several splits; name one of them: {', '.join(splits)}")
+    names = sorted(_walk_files(path, format))
+    if not names:
+        raise UserError(f"{path}: no file in this folder has a known format ({', '.join(_FORMAT_BY_SUFFIX)})")
+    for name in names:
+        check_regular(name)
+        yield _source_at(name, format, text_unit)
+
+
 def _walk_files(path: str, format: str) -> Iterator[str]:
-    """The files of a folder and of those in it that hold data by their names; nothing hidden. Links are followed."""
+    """Yields the data files below a folder, recognized by name, without hidden ones. Links are followed."""
     seen = set()
     for folder, folders, names in os.walk(path, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        if (real := _real_path(folder)) in seen:  # a link back to where we were
+        if (real := _real_path(folder)) in seen:  # a link back to a parent
             folders.clear()
             continue
         seen.add(real)
         for name in names:
-            if (
-                not name.startswith(".")
-                and name.lower() not in _NON_DATA_FILES
-                and (format or _format_of_name(name)[0])
-            ):
+            is_data = not name.startswith(".") and name.lower() not in _NON_DATA_FILES
+            if is_data and (format or _format_of_name(name)[0]):
                 yield os.path.join(folder, name)
 
 
 def _format_of_name(name: str) -> tuple[str, str]:
-    """Format and compression that a file's name tells; empty where it tells none."""
+    """Format and compression by a file's suffixes; empty if unknown."""
     stem, suffix = os.path.splitext(name.lower())
-    compression = suffix if suffix in _COMPRESSIONS else ""
+    compression = suffix if suffix in COMPRESSIONS else ""
     return _FORMAT_BY_SUFFIX.get(os.path.splitext(stem)[1] if compression else suffix, ""), compression
 
 
@@ -179,7 +200,7 @@ def _source_at(path: str, format: str, text_unit: str) -> DataSource:
     by_name, compression = _format_of_name(path)
     if not (format or by_name):
         known = ", ".join(_FORMAT_BY_SUFFIX)
-        raise UserError(f"{path}: its name tells no format that is read ({known}); say which with --format")
+        raise UserError(f"{path}: its name has no known suffix ({known}); give its format with --format")
     return _make_source(path, format or by_name, compression, text_unit)
 
 
@@ -187,7 +208,7 @@ def _make_source(path: str, format: str, compression: str, text_unit: str) -> Da
     if path == STDIN and format in ("parquet", "datasets"):
         raise UserError(f"{format} cannot come from stdin; name a file")
     if path != STDIN and not os.path.exists(path):
-        raise UserError(f"{path}: no such file; a link to nothing?")
+        raise UserError(f"{path}: no such file; is it a broken link?")
     if format == "parquet":
         check_regular(path)  # it is read from its end
     if compression and format in ("parquet", "datasets"):
@@ -199,106 +220,12 @@ def _make_source(path: str, format: str, compression: str, text_unit: str) -> Da
 
 
 def _starts_with_record(source: DataSource) -> bool:
-    """Whether a .json file has an object on its first line: then it is read as .jsonl."""
-    if not source.is_file:  # what is read of a pipe is gone
+    """Whether the first line of a .json file is an object; the file is then read as .jsonl."""
+    if not source.is_file:  # bytes read from a pipe cannot be read again
         return False
-    with open_decompressed(source) as stream:
+    with source.open() as stream:
         line = stream.readline(CHUNK_BYTES).removeprefix(b"\xef\xbb\xbf").strip()
     try:
         return isinstance(json.loads(line), dict) if line.startswith(b"{") else False
     except (ValueError, RecursionError):
         return False
-
-
-@contextmanager
-def open_decompressed(source: DataSource) -> Iterator[IO[bytes]]:
-    """The decompressed bytes of a source. Raises UserError for what cannot be opened or decompressed."""
-    try:
-        if source.path == STDIN:
-            yield sys.stdin.buffer
-            return
-        with open(source.path, "rb") as file, _decompressing(file, source.compression) as stream:
-            yield stream
-    except UserError:
-        raise
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise UserError(f"{source}: cannot be read: {error.strerror}") from None
-        raise UserError(f"{source}: cannot be decompressed, is it whole? {error}") from None
-
-
-def _decompressing(file: IO[bytes], compression: str) -> Any:
-    if compression == ".gz":
-        return gzip.GzipFile(fileobj=file)
-    if compression in (".xz", ".bz2"):
-        make_decompressor = _xz_decompressor if compression == ".xz" else bz2.BZ2Decompressor
-        return io.BufferedReader(_ConcatReader(file, make_decompressor), CHUNK_BYTES)
-    if compression == ".zst":
-        import pyarrow
-
-        return pyarrow.input_stream(file, compression="zstd", buffer_size=CHUNK_BYTES)
-    return nullcontext(file)
-
-
-def _xz_decompressor() -> lzma.LZMADecompressor:
-    return lzma.LZMADecompressor(memlimit=_XZ_MEMORY_LIMIT)
-
-
-class _ConcatReader(io.RawIOBase):
-    """The content of compressed streams, one after the other. Python's own readers take damage at the beginning of a
-    stream for the end of the file."""
-
-    def __init__(self, file: IO[bytes], make_decompressor: Callable[[], Any]) -> None:
-        self._file, self._make_decompressor = file, make_decompressor
-        self._decompressor, self._pending = make_decompressor(), b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while True:
-            if self._decompressor.eof:
-                # A file of xz may be padded with zeros.
-                self._pending = (self._decompressor.unused_data or self._file.read(CHUNK_BYTES)).lstrip(b"\0")
-                if not self._pending:
-                    return 0
-                self._decompressor = self._make_decompressor()
-            if self._decompressor.needs_input and not self._pending:
-                self._pending = self._file.read(CHUNK_BYTES)
-                if not self._pending:
-                    raise EOFError("it ends in the middle")
-            data = self._decompressor.decompress(self._pending, len(buffer))
-            self._pending = b""
-            if data:
-                buffer[: len(data)] = data
-                return len(data)
-
-
-def line_blocks(source: DataSource) -> Iterator[bytes]:
-    """The bytes of a source in blocks of whole lines. Raises UserError for a line that never ends."""
-    with open_decompressed(source) as stream:
-        rest = b""
-        while chunk := stream.read(max(CHUNK_BYTES, len(rest))):
-            whole, newline, tail = chunk.rpartition(b"\n")
-            if newline:
-                yield rest + whole + newline
-                rest = tail
-            else:
-                rest += chunk
-                check_record_size(len(rest), source)
-        if rest:
-            yield rest
-
-
-def bounded_lines(text: IO[AnyStr], source: Any) -> Iterator[AnyStr]:
-    """The lines of a stream. Raises UserError for one that never ends, before it fills the memory."""
-    while line := text.readline(MAX_RECORD_BYTES + 1):
-        check_record_size(len(line), source)
-        yield line
-
-
-def check_record_size(size: int, source: Any) -> None:
-    if size > MAX_RECORD_BYTES:
-        raise UserError(
-            f"{source}: a record is longer than {MAX_RECORD_BYTES >> 20} MB; is this the right format? (--format)"
-        )

@@ -1,4 +1,4 @@
-"""Tools and calls of them, in the spellings of OpenAI and ShareGPT, as canonical ones."""
+"""Tool definitions and tool calls of OpenAI and ShareGPT in canonical form."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fm9g.data.prepare.values import (
 )
 
 _CALLS = (
-    'the JSON of calls, {"name": ..., "arguments": {...}} or a list of these; <think>...</think> may stand before it, '
-    "and <tool_call>...</tool_call> around each"
+    'the JSON of calls, {"name": ..., "arguments": {...}} or a list of these, optionally after <think>...</think> and '
+    "each within <tool_call>...</tool_call>"
 )
 _THINK, _END_THINK, _CALL, _END_CALL = "<think>", "</think>", "<tool_call>", "</tool_call>"
 
 
 def read_tools(value: Any, where: str, dropped_keys: list[str]) -> list[dict[str, Any]]:
-    """Tools as [{"type": "function", "function": {...}}]. Raises BadRecord."""
+    """Tools as [{"type": "function", "function": {...}}]. where: the key, for messages. Raises BadRecord."""
     tools = []
     for item, function in _parse_functions(value, where):
         tools.append({"type": "function", "function": function})
@@ -33,7 +33,7 @@ def read_tools(value: Any, where: str, dropped_keys: list[str]) -> list[dict[str
 
 
 def read_calls(value: Any, where: str, dropped_keys: list[str]) -> list[dict[str, Any]]:
-    """Calls with their ids, where they have some, and their arguments as objects. Raises BadRecord."""
+    """Calls with their arguments as objects, and with their ids if they have any. Raises BadRecord."""
     calls = []
     for item, function in _parse_functions(value, where):
         name = function["name"]
@@ -50,11 +50,11 @@ def read_calls(value: Any, where: str, dropped_keys: list[str]) -> list[dict[str
 
 
 def read_call_text(text: str, where: str, dropped_keys: list[str]) -> tuple[str, list[dict[str, Any]]]:
-    """The thought, with its tags, and the calls of a ShareGPT turn that calls functions. Raises BadRecord."""
-    rest, thought = text.strip(), ""
+    """The reasoning, with its tags, and the calls of a ShareGPT function_call turn. Raises BadRecord."""
+    rest, reasoning = text.strip(), ""
     if rest.startswith(_THINK) and _END_THINK in rest:
-        thought, _, rest = rest.partition(_END_THINK)
-        thought, rest = thought + _END_THINK, rest.lstrip()
+        reasoning, _, rest = rest.partition(_END_THINK)
+        reasoning, rest = reasoning + _END_THINK, rest.lstrip()
     try:
         value = _parse_tagged_calls(rest) if rest.startswith(_CALL) else STRICT_JSON.decode(rest)
     except RecursionError:
@@ -65,11 +65,11 @@ def read_call_text(text: str, where: str, dropped_keys: list[str]) -> tuple[str,
     calls = read_calls(value, where, dropped_keys)
     if not calls:
         raise BadRecord(f"{where}: calls no function; expected {_CALLS}")
-    return thought, calls
+    return reasoning, calls
 
 
 def _parse_tagged_calls(text: str) -> list[Any]:
-    """The values of JSON in <tool_call>...</tool_call>. Raises ValueError."""
+    """The JSON values in <tool_call>...</tool_call>. Raises ValueError."""
     values: list[Any] = []
     while text:
         if not text.startswith(_CALL):
@@ -85,9 +85,9 @@ def _parse_tagged_calls(text: str) -> list[Any]:
 
 
 def _parse_functions(value: Any, where: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """(item, its function) of one or a list of functions, bare or as {"function": {...}}, or of JSON text of that.
+    """(item, its function) of each item.
 
-    None for what says that there are no functions, in whatever way.
+    value: one function or a list, each bare or as {"function": {...}}, or JSON text of these; blank for no functions.
     """
     if isinstance(value, str):
         value = decode_json(value, where) if value.strip() else None

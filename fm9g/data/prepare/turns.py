@@ -1,4 +1,4 @@
-"""Turns of a conversation, in the spellings of OpenAI, ShareGPT and others, as canonical ones."""
+"""Turns of a conversation of OpenAI, ShareGPT and others in canonical form."""
 
 from __future__ import annotations
 
@@ -31,16 +31,20 @@ if TYPE_CHECKING:
 
 Turn = dict[str, Any]
 
-FUNCTION_CALL = "function_call"  # not a canonical role: an assistant's turn whose content is the JSON of its calls
+FUNCTION_CALL = "function_call"  # ShareGPT's role of an assistant's turn whose content is the JSON of its calls
 OPENAI_KEYS, SHAREGPT_KEYS = ("role", "content"), ("from", "value")  # the keys of a turn
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-# Types of the parts of a content, and the keys that hold what they say.
+# Types of the parts of a content, and the keys of their texts.
 _PART_TEXT_KEYS = {"text": ("text",), "thinking": ("thinking",), "reasoning": ("reasoning", "text")}
 
 
 class TurnContext(NamedTuple):
-    """How the turns of a record are read. use_weights: marks count. dropped_keys: gets the names of keys that are left
-    out."""
+    """How the turns of a record are read.
+
+    Args:
+        use_weights: read loss weights.
+        dropped_keys: receives the keys that are left out.
+    """
 
     columns: ColumnMapping
     use_weights: bool
@@ -48,9 +52,13 @@ class TurnContext(NamedTuple):
 
 
 def parse_turns(value: Any, key: str) -> list[Any]:
-    """The turns of a conversation that is a list, a list for each of their keys, or JSON text of one. Raises BadRecord.
+    """The turns of a conversation.
 
-    key: of the conversation in its record.
+    Args:
+        value: a list of turns, an object with a list per key of the turns, or JSON text of either.
+        key: of the conversation in its record.
+
+    Raises BadRecord.
     """
     given = value
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
@@ -60,7 +68,7 @@ def parse_turns(value: Any, key: str) -> list[Any]:
             raise wrong_type(key, given, "a list of turns")
         if len({len(item) for item in lists.values()}) > 1:
             counts = ", ".join(f"{len(item)} of {name}" for name, item in lists.items())
-            raise BadRecord(f"{key}: found {counts}, expected as many of each, one a turn")
+            raise BadRecord(f"{key}: found {counts}, expected the same number of each, one per turn")
         value = [dict(zip(lists, items)) for items in zip(*lists.values())]
     if not isinstance(value, list):
         raise wrong_type(key, given, "a list of turns")
@@ -68,12 +76,12 @@ def parse_turns(value: Any, key: str) -> list[Any]:
 
 
 def find_turns(value: Any) -> list[Any] | None:
-    """The turns that a value holds, as a list or as JSON text; None for what is no conversation."""
+    """The turns of a list, or of its JSON text; None if the value is not a conversation."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         try:
-            turns = decode_json(value, "")
+            turns: list[Any] = decode_json(value, "")
         except BadRecord:
-            return None  # text that begins with a bracket
+            return None  # a text that starts with a bracket
         keys = (set(OPENAI_KEYS), set(SHAREGPT_KEYS))
         if turns and all(isinstance(turn, dict) and any(pair <= turn.keys() for pair in keys) for turn in turns):
             return turns
@@ -85,18 +93,18 @@ def is_sharegpt(message: Any) -> bool:
 
 
 def canonical_turns(messages: list[Any], key: str, context: TurnContext) -> list[Turn]:
-    """Canonical turns; `messages` itself where they are that already. key: of the conversation. Raises BadRecord."""
+    """Canonical turns; `messages` itself if it is canonical. key: of the conversation. Raises BadRecord."""
     turns: list[Turn] = []
     plain = () if context.columns.tags else ("system", "user", "assistant", "tool")
     try:
         for message in messages:
-            kept = (  # what is stored already is read for every sample, so it is let through early
+            is_canonical = (  # a shortcut for most turns
                 isinstance(message, dict)
                 and len(message) == 2
                 and message.get("role") in plain
                 and isinstance(message.get("content"), str)
             )
-            turns.append(message if kept else canonical_turn(message, context))
+            turns.append(message if is_canonical else canonical_turn(message, context))
     except BadRecord as error:
         raise BadRecord(f"{key}[{len(turns)}]{error}") from None
     if not turns:
@@ -105,9 +113,9 @@ def canonical_turns(messages: list[Any], key: str, context: TurnContext) -> list
 
 
 def canonical_turn(message: Any, context: TurnContext) -> Turn:
-    """A turn in canonical form; the same object where it has it already.
+    """A turn in canonical form; the same object if it is canonical.
 
-    The complaints of BadRecord begin with where in the message they belong, `.content` for example.
+    Raises BadRecord with a text that starts with the location in the message, for example `.content`.
     """
     message = parse_object_text(message)
     if not isinstance(message, dict):
@@ -127,7 +135,7 @@ def canonical_turn(message: Any, context: TurnContext) -> Turn:
         return {"role": role, "content": content}
     other_keys = {k: value for k, value in message.items() if value is not None and k not in (role_key, content_key)}
     turn = _make_turn(role, content, f".{content_key}", other_keys, context)
-    for key, value in other_keys.items():  # what was not taken out above
+    for key, value in other_keys.items():  # _make_turn has removed those that it used
         if is_blank(value):
             continue
         if context.use_weights:
@@ -137,8 +145,12 @@ def canonical_turn(message: Any, context: TurnContext) -> Turn:
 
 
 def _make_turn(role: str, content: Any, where: str, other_keys: dict[str, Any], context: TurnContext) -> Turn:
-    """where: what messages call the content. other_keys: the other keys of the message; those that are used are
-    removed."""
+    """Builds a turn.
+
+    Args:
+        where: the key of the content, for messages.
+        other_keys: the other keys of the message; those that are used are removed.
+    """
     parsed = _Content("", "", [])
     if role == FUNCTION_CALL:
         text, calls = _parse_call_content(content, where, context)
@@ -178,16 +190,16 @@ def _parse_call_content(content: Any, where: str, context: TurnContext) -> tuple
 
 def _pop_calls(role: str, other_keys: dict[str, Any], context: TurnContext) -> list[Turn]:
     calls: list[Turn] = []
-    for key in ("tool_calls", "function_call"):  # the second: OpenAI's, when there was only one
+    for key in ("tool_calls", "function_call"):  # OpenAI's former format had one call, in function_call
         if key in other_keys and not calls:
             calls = read_calls(other_keys.pop(key), f".{key}", context.dropped_keys)
     if calls and role != "assistant":
-        raise BadRecord(f": a turn of the {role} calls tools; only the assistant's may")
+        raise BadRecord(f": a turn of the {role} calls tools; only turns of the assistant may")
     return calls
 
 
 def _pop_reasoning(other_keys: dict[str, Any], part: str) -> str:
-    """What the assistant thought, under whatever keys it stands. part: what parts of the content say of it."""
+    """The assistant's reasoning, from any of its keys. part: reasoning among the parts of the content."""
     candidates = {"content": part} if part.strip() else {}
     for key in _REASONING_KEYS:
         value = other_keys.pop(key, None)
@@ -196,12 +208,12 @@ def _pop_reasoning(other_keys: dict[str, Any], part: str) -> str:
         if value and value.strip():
             candidates[key] = value
     if len(set(candidates.values())) > 1:
-        raise BadRecord(f": {' and '.join(candidates)} hold different thoughts; keep one of them")
+        raise BadRecord(f": {' and '.join(candidates)} hold different reasoning; keep one of them")
     return next(iter(candidates.values()), "")
 
 
 class _Content(NamedTuple):
-    """What the parts of a content say. weights: (characters, weight) of each text; none where no part is marked."""
+    """A content that came in parts. weights: (characters, weight) of each text; empty if no part has a loss key."""
 
     text: str
     reasoning: str
@@ -212,7 +224,7 @@ def _parse_content(parts: list[Any], where: str, role: str, context: TurnContext
     texts: list[str] = []
     reasoning_texts: list[str] = []
     weights: list[tuple[int, Number]] = []
-    reasoning_weights: list[tuple[str, Number]] = []  # those that have a weight of their own
+    reasoning_weights: list[tuple[str, Number]] = []  # of reasoning with loss keys
     has_loss_keys = False
     for number, part in enumerate(parts):
         at = f"{where}[{number}]"
@@ -228,16 +240,16 @@ def _parse_content(parts: list[Any], where: str, role: str, context: TurnContext
             reasoning_weights += [(at, weight)] if loss_keys else []
         else:
             context.dropped_keys.append(f"turn{where}.{part['type']}")
-    for at, weight in reasoning_weights:  # a template writes the thought before the text
+    for at, weight in reasoning_weights:  # a template writes the reasoning before the text
         if weight != (weights or reasoning_weights)[0][1]:
-            raise BadRecord(f"{at}: a thought has the weight of the text after it; mark that alike, or the whole turn")
+            raise BadRecord(f"{at}: reasoning and the text after it need the same weight; or give the turn a weight")
     if reasoning_weights and not weights:
         weights = [(0, reasoning_weights[0][1])]
     return _Content("".join(texts), "".join(reasoning_texts), weights if has_loss_keys else [])
 
 
 def _part_loss_keys(part: Turn, where: str, at: str, context: TurnContext) -> dict[str, Any]:
-    """The marks of a part of a content, which is at `at`; its other keys are left out, but for what it says."""
+    """The loss keys of a part of a content. where, at: of the content and of the part, for messages."""
     loss_keys = {}
     for key, value in part.items():
         if value is None or key == "type" or key in _PART_TEXT_KEYS[part["type"]]:
@@ -252,11 +264,11 @@ def _part_loss_keys(part: Turn, where: str, at: str, context: TurnContext) -> di
 
 
 def _part_text(part: Any, at: str) -> str:
-    """The text or thought of a part of a content."""
+    """The text or reasoning of a part of a content."""
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(kind, str) and kind in _PART_TEXT_KEYS:
         values = [part[key] for key in _PART_TEXT_KEYS[kind] if part.get(key) is not None]
-        if kind != "text" and values and isinstance(values[0], list):  # Mistral's thoughts are lists of texts
+        if kind != "text" and values and isinstance(values[0], list):  # Mistral's reasoning is a list of texts
             values = ["".join(_part_text(inner, f"{at}.{kind}") for inner in values[0])]
         if len(values) == 2 and values[0] == values[1]:
             values.pop()
@@ -267,12 +279,12 @@ def _part_text(part: Any, at: str) -> str:
 
 
 def _turn_weight_fields(loss_keys: dict[str, Any], given: Any, parsed: _Content, text: str) -> Turn:
-    """What a turn says of its weights. given: its content_weights."""
+    """The weight keys of a turn. given: its content_weights."""
     weight = combine_weights(loss_keys, ".")
     if given is not None:
         if parsed.weights:
-            raise BadRecord(f".{CONTENT_WEIGHTS}: the parts of the content have weights already; keep one of the two")
+            raise BadRecord(f".{CONTENT_WEIGHTS}: the parts of the content have weights too; keep one of the two")
         return weight_fields(weight, check_content_weights(given, len(text)))
-    if len({part for _, part in parsed.weights}) == 1:  # also where there is no text that it could be the weight of
+    if len({part for _, part in parsed.weights}) == 1:  # also if the content is empty
         return weight_fields(weight * parsed.weights[0][1])
     return weight_fields(weight, parsed.weights)

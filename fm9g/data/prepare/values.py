@@ -1,4 +1,4 @@
-"""The values that records are made of: read from text that is JSON, compared, and what is wrong with one."""
+"""The values that records consist of: parsed from JSON text, compared, and checked."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-MAX_DEPTH = 200  # levels of objects and lists in what is stored; orjson writes up to 254
+MAX_DEPTH = 200  # levels of objects and lists in a stored record; orjson writes up to 254
 TOO_DEEP = "JSON that is nested too deeply"
-_MAX_DIGITS = 4000  # of an integer; Python reads up to 4300
+NUL_FOUND = "holds a NUL byte; is this text in UTF-8?"
+_MAX_DIGITS = 4000  # of an integer; Python parses up to 4300
 
 
 class BadRecord(ValueError):  # noqa: N818
-    """Why a record cannot be used, in words for the user: `output: found int, expected a string`.
+    """Why a record cannot be used, in words for the user: `output: found int, expected a string`."""
 
-    content: the record, where it is not at hand.
-    """
+    def __init__(self, problem: str, content: str = "") -> None:
+        """content: the text of the record, if whoever catches this does not have it."""
+        super().__init__(problem)
+        self.content = content
 
-    content: str = ""
+
+LocatedRecord = tuple[str, "dict[str, Any] | BadRecord"]  # its location ("row 7"), and the record
 
 
 def wrong_type(where: str, value: Any, expected: str) -> BadRecord:
@@ -30,7 +34,7 @@ def found_keys(keys: Iterable[str]) -> str:
 
 
 def reject_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def parse_float(text: str) -> float:
@@ -44,12 +48,12 @@ def parse_integer(text: str) -> int:
     return int(text)
 
 
-# Not orjson, which takes large integers for floats.
+# Not orjson, which parses large integers as floats.
 STRICT_JSON = json.JSONDecoder(parse_constant=reject_constant, parse_float=parse_float, parse_int=parse_integer)
 
 
 def decode_json(text: str, where: str) -> Any:
-    """The value of a text that is to be JSON; where: what the message of BadRecord calls it."""
+    """The value of a JSON text. where: the key that holds it, for messages. Raises BadRecord."""
     try:
         return STRICT_JSON.decode(text)
     except RecursionError:
@@ -60,7 +64,7 @@ def decode_json(text: str, where: str) -> Any:
 
 
 def parse_object_text(value: Any) -> Any:
-    """The object that a text holds as JSON; any other value as it is."""
+    """The object that a text holds as JSON; any other value is returned unchanged."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
             return STRICT_JSON.decode(value)
@@ -70,12 +74,12 @@ def parse_object_text(value: Any) -> Any:
 
 
 def is_blank(value: Any) -> bool:
-    """Whether a value says nothing."""
+    """Whether a value is null, or a text without a visible character."""
     return value is None or (isinstance(value, str) and not value.strip())
 
 
 def json_equal(a: Any, b: Any) -> bool:
-    """Whether two values are one as JSON. To Python True equals 1, so the types are compared as well."""
+    """Whether two values are the same JSON. To Python True equals 1, so the types are compared as well."""
     if a is b:
         return True
     if type(a) is not type(b):
@@ -89,7 +93,7 @@ def json_equal(a: Any, b: Any) -> bool:
         return True
     if isinstance(a, list):
         return len(a) == len(b) and all(map(json_equal, a, b))
-    return a == b
+    return bool(a == b)
 
 
 def check_storable(value: Any, levels: int = MAX_DEPTH) -> None:
@@ -100,4 +104,4 @@ def check_storable(value: Any, levels: int = MAX_DEPTH) -> None:
         for item in value.values() if isinstance(value, dict) else value:
             check_storable(item, levels - 1)
     elif isinstance(value, float) and not math.isfinite(value):
-        raise BadRecord("holds a number that is not finite, which is not JSON")
+        raise BadRecord("holds a number that is not finite, which JSON does not allow")

@@ -1,0 +1,39 @@
+"""`fm9g config`: values, their origins, and every key there is."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+from helpers.common import ROOT
+
+from fm9g.cli import main
+
+
+def test_config_show_tells_values_and_where_they_are_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.json").write_text('[{"task_name": "a", "path": "x"}]')
+    arguments = "config show --config tiny --dataset_config ./m.json --tokenizer_path t --lr=0.5 --local False"
+    assert main(shlex.split(arguments)) == 0
+    printed = capsys.readouterr()
+    lines = [line.split() for line in printed.out.splitlines()]
+    assert ["lr", "0.5", "command", "line"] in lines
+    assert ["eps", "1e-06", "default"] in lines
+    assert any(line[:2] == ["dim_model", "512"] and line[2].endswith("model_configs/tiny.json") for line in lines)
+    assert printed.err.startswith("warning: command line: local changes nothing")
+
+
+def test_config_keys_lists_every_key_with_its_meaning(capsys: pytest.CaptureFixture) -> None:
+    assert main(["config", "keys"]) == 0
+    text = capsys.readouterr().out
+    assert "gradient_accumulation_steps: integer >= 1; default 1" in text
+    assert "task_name: string not empty; required" in text
+    assert "local: paths are used as they are given" in text
+
+
+def test_config_show_tells_what_is_missing(capsys: pytest.CaptureFixture) -> None:
+    assert main(["config", "show", "--config", str(ROOT / "model_configs" / "7b.json")]) == 0
+    printed = capsys.readouterr()
+    assert "dim_model                    3584" in printed.out
+    assert "dataset_config: missing" in printed.err

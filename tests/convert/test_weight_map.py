@@ -1,0 +1,13 @@
+"""The table of names of weights."""
+
+from fm9g.convert.weight_map import LLAMA_MAP, WeightMap
+
+
+def test_the_table_has_both_directions() -> None:
+    names = WeightMap(LLAMA_MAP)
+    for ours, theirs in LLAMA_MAP.items():
+        for part in ("weight", "bias"):
+            one, other = ours.format(n=12, p=part), theirs.format(n=12, p=part)
+            assert (names.to_hf(one), names.from_hf(other)) == (other, [one])
+    assert names.from_hf("model.layers.1.mlp.experts.0.weight") == []
+    assert names.to_hf("encoder.layers.x.ffn.ffn.w_out.weight") is None

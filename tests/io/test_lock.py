@@ -1,0 +1,33 @@
+"""Locks on the folders of runs."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fm9g.io.lock import exclusive_lock
+
+
+def test_a_folder_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
+    code = "import sys, pathlib, fm9g.io.lock as f\nwith f.exclusive_lock(pathlib.Path(sys.argv[1]), 0): print('held')"
+    with exclusive_lock(tmp_path / "run", timeout=0):
+        other = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True)
+        assert "another run of this name is writing there" in other.stderr
+    other = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True)
+    assert other.stdout == "held\n"
+
+
+def test_without_locks_a_run_starts_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with exclusive_lock(tmp_path / "run", timeout=0):
+        assert "this file system has no locks: start no second run of this name" in caplog.text
