@@ -5,6 +5,7 @@ They raise UserError for a user's mistake, log to `logging.getLogger("fm9g")`, a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -86,11 +87,12 @@ def load_run_config(name: AnyPath, overrides: Mapping[str, object] | None = None
     Args:
         name: a name in train_configs/ or model_configs/, or the path of such a file.
         overrides: key -> value, for keys with a dot, such as "model.num_layers", and for others.
-        keys: further keys; `fm9g config keys` lists them.
+        keys: further keys; `fm9g config keys` lists them. A value of None counts as not given.
     """
     from fm9g.config.run import load_run
 
-    return load_run(str(name), {key: _text(value) for key, value in {**(overrides or {}), **keys}.items()})
+    given = {key: value for key, value in {**(overrides or {}), **keys}.items() if value is not None}
+    return load_run(str(name), {key: _text(value) for key, value in given.items()})
 
 
 def train_model(
@@ -102,8 +104,7 @@ def train_model(
 
     Args:
         config: from `load_run_config`, or the name of a configuration.
-        overrides: as that of `load_run_config`; with the name of a configuration only.
-        keys: likewise.
+        overrides, keys: as in `load_run_config`; only if `config` is a name.
     """
     from fm9g.config.run import RunConfig
     from fm9g.launch.dist_env import read_dist_env
@@ -125,7 +126,7 @@ def open_mixture(config: RunConfig) -> Mixture:
 
 
 def open_loader(config: RunConfig, mixture: Mixture, rank: int = 0, world_size: int = 1) -> Loader:
-    """Opens the loader that a run trains from; a context manager. `next_batch()` returns the packs of a step.
+    """Opens the loader that a run trains from; a context manager. `next_batch()` returns the packs of the next step.
 
     Args:
         rank: number of this data-parallel process.
@@ -240,4 +241,6 @@ def _texts(paths: AnyPath | Sequence[AnyPath]) -> list[str]:
 
 def _text(value: Any) -> str:
     """A value as the command line has it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, (bool, list, tuple, dict)):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)

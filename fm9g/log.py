@@ -42,5 +42,5 @@ def log_to_console() -> Iterator[None]:
 
 
 def log_only_errors() -> None:
-    """Silences this process: for all ranks but 0, which would repeat what rank 0 says."""
+    """Silences INFO and WARNING in this process: for ranks other than 0, whose messages repeat those of rank 0."""
     logging.getLogger("fm9g").setLevel(logging.ERROR)

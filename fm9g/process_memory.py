@@ -1,4 +1,4 @@
-"""How this process gets memory from the system, and how much it has."""
+"""Memory of this process: how glibc allocates it, and how much is resident."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tune_malloc() -> None:
 
 
 def rss_bytes() -> int:
-    """Resident memory of this process; 0 if the system does not tell."""
+    """Resident memory of this process in bytes; 0 if the system does not report it."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * resource.getpagesize()

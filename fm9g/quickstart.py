@@ -25,6 +25,7 @@ from fm9g.infer.generate import GenerationOptions, generate
 from fm9g.progress import Progress
 from fm9g.report.plot import plot_loss
 from fm9g.run_files import read_metrics
+from fm9g.text_table import text_table
 from fm9g.train.runner import TrainResult, run_training
 
 CONFIG = "tiny"
@@ -161,6 +162,4 @@ def _print_table(out: Path, last: TrainResult, parts: list[TrainResult], picture
         ("tokens per second", f"{tokens / training:,.0f}"),
         ("total time", f"{seconds:.0f} s"),
     ]
-    print()
-    for name, value in rows:
-        print(f"  {name:<24}{value}")
+    print("", *text_table([(f"  {name}", str(value)) for name, value in rows]), sep="\n")

@@ -52,13 +52,13 @@ def bash(tmp_path: Path) -> Callable[..., dict]:
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """apps/ in a folder with a space in its name."""
-    made = shutil.ignore_patterns("data", "ckpt", "9g_models")
-    return Path(shutil.copytree(APPS, tmp_path / "my apps", symlinks=True, ignore=made))
+    ignored = shutil.ignore_patterns("data", "ckpt", "9g_models")
+    return Path(shutil.copytree(APPS, tmp_path / "my apps", symlinks=True, ignore=ignored))
 
 
-def pairs(made: dict) -> dict[str, str]:
+def pairs(launched: dict) -> dict[str, str]:
     """The keys that `fm9g train` was given, with their values."""
-    words = made["argv"][1:]
+    words = launched["argv"][1:]
     return dict(zip(words[::2], words[1::2]))
 
 
@@ -89,14 +89,14 @@ def test_folders_of_sizes_hold_links() -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_the_guides_commands_train_the_size_of_the_folder(size: str, bash: Callable[..., dict]) -> None:
     folder = APPS / f"fm9g_{size}"
-    made = bash(folder, "run_bmtrain.sh")
-    assert (made["cwd"], made["env"]) == (str(folder), {})
+    result = bash(folder, "run_bmtrain.sh")
+    assert (result["cwd"], result["env"]) == (str(folder), {})
     shared = {
         "--default.resume_ckpt": "",
         "--default.tokenizer_path": "./ckpt",
         "--default.dataset_config": "data_test",
     }
-    assert pairs(made) == {"--config": size, "--default.pretrained_model": "", **shared}
+    assert pairs(result) == {"--config": size, "--default.pretrained_model": "", **shared}
     model = {"--default.pretrained_model": f"./9g_models/{size}.pt"}
     assert pairs(bash(folder, "run_bmtrain_lora.sh")) == {"--config": f"{size}_lora", **model, **shared}
 
@@ -106,9 +106,9 @@ def test_variables_and_arguments_reach_fm9g_and_arguments_win(bash: Callable[...
     folder = APPS / "fm9g_7b"
     assert bash(folder, "run_bmtrain.sh", **variables)["env"] == variables
     words = " ".join(f"{name}={value}" for name, value in variables.items())
-    made = bash(folder, f"run_bmtrain.sh {words} --lr 1e-5 --save=False --model_unique 'a b'", RANK="7", NNODES="9")
-    assert made["env"] == variables
-    assert made["argv"][-5:] == ["--lr", "1e-5", "--save=False", "--model_unique", "a b"]
+    result = bash(folder, f"run_bmtrain.sh {words} --lr 1e-5 --save=False --model_unique 'a b'", RANK="7", NNODES="9")
+    assert result["env"] == variables
+    assert result["argv"][-5:] == ["--lr", "1e-5", "--save=False", "--model_unique", "a b"]
 
 
 def test_an_empty_variable_is_none(bash: Callable[..., dict]) -> None:
@@ -122,10 +122,10 @@ def test_an_edited_copy_is_obeyed(kind: str, bash: Callable[..., dict], copy: Pa
     change(script, "\nNNODES=${NNODES:-} ", "\n  NNODES=2 ")  # as the guide indents it
     change(script, "\nRANK=${RANK:-} ", "\nRANK=1 ")
     change(script, "\nMASTER_ENDPOINT=${MASTER_ENDPOINT:-} ", "\nMASTER_ENDPOINT=g3006 ")
-    made = bash(folder, f"{script.name} RANK=5 MASTER_PORT=12345", NNODES="8")
-    assert made["env"] == {"NNODES": "2", "RANK": "1", "MASTER_ENDPOINT": "g3006", "MASTER_PORT": "12345"}
-    assert made["argv"][:3] == ["train", "--config", f"4b{kind}"]
-    assert made["cwd"] == str(folder)
+    result = bash(folder, f"{script.name} RANK=5 MASTER_PORT=12345", NNODES="8")
+    assert result["env"] == {"NNODES": "2", "RANK": "1", "MASTER_ENDPOINT": "g3006", "MASTER_PORT": "12345"}
+    assert result["argv"][:3] == ["train", "--config", f"4b{kind}"]
+    assert result["cwd"] == str(folder)
 
 
 def test_a_renamed_link_works(bash: Callable[..., dict], copy: Path) -> None:
@@ -138,11 +138,11 @@ def test_keys_written_as_in_the_guide(bash: Callable[..., dict], copy: Path) -> 
     lines = 'args["pretrained_model"]="./9g models/7b.pt"\nargs["lr"]="1e-5"\nargs["n_gpus"]=2\nargs["config"]="7b"\n'
     change(script, "\n# All sizes share", f"{lines}\n# All sizes share")
     change(script, "GPUS_PER_NODE=${GPUS_PER_NODE:-} ", 'GPUS_PER_NODE=${args["n_gpus"]} ')
-    made = bash(copy / "fm9g_7b", "mine.sh --lr 2e-5")
-    given = {key: pairs(made)[key] for key in ("--config", "--default.pretrained_model", "--default.lr", "--lr")}
+    result = bash(copy / "fm9g_7b", "mine.sh --lr 2e-5")
+    given = {key: pairs(result)[key] for key in ("--config", "--default.pretrained_model", "--default.lr", "--lr")}
     assert list(given.values()) == ["7b", "./9g models/7b.pt", "1e-5", "2e-5"]
     # The number of processes is a default as well: train_configs/ wins over it.
-    assert (made["env"], pairs(made)["--default.n_gpus"]) == ({}, "2")
+    assert (result["env"], pairs(result)["--default.n_gpus"]) == ({}, "2")
     assert bash(copy / "fm9g_7b", "run_bmtrain.sh GPUS_PER_NODE=2")["env"] == {"GPUS_PER_NODE": "2"}
 
 
@@ -172,8 +172,8 @@ def test_a_setting_with_blanks_counts_or_ends_the_script(
 
 
 def test_what_follows_a_key_is_its_value(bash: Callable[..., dict]) -> None:
-    made = bash(APPS / "fm9g_7b", "run_bmtrain.sh --model_unique NNODES=4")
-    assert (pairs(made)["--model_unique"], made["env"]) == ("NNODES=4", {})
+    result = bash(APPS / "fm9g_7b", "run_bmtrain.sh --model_unique NNODES=4")
+    assert (pairs(result)["--model_unique"], result["env"]) == ("NNODES=4", {})
 
 
 def test_a_copy_of_a_script_works_elsewhere(tmp_path: Path) -> None:
@@ -186,9 +186,9 @@ def test_a_copy_of_a_script_works_elsewhere(tmp_path: Path) -> None:
 def test_the_guide_also_calls_pretrained_model_load(bash: Callable[..., dict], copy: Path) -> None:
     script = Path(shutil.copy(copy / "fm9g_7b" / "run_bmtrain.sh", copy / "fm9g_7b" / "mine.sh"))
     change(script, "\n# All sizes share", '\nargs["load"]="7b.pt"\n# All sizes share')
-    made = pairs(bash(copy / "fm9g_7b", "mine.sh"))
-    assert made["--default.pretrained_model"] == "7b.pt"
-    assert "--default.load" not in made
+    result = pairs(bash(copy / "fm9g_7b", "mine.sh"))
+    assert result["--default.pretrained_model"] == "7b.pt"
+    assert "--default.load" not in result
 
 
 def test_another_configuration_may_be_named(bash: Callable[..., dict], copy: Path) -> None:
@@ -201,8 +201,8 @@ def test_another_configuration_may_be_named(bash: Callable[..., dict], copy: Pat
 
 
 def test_any_folder_may_be_the_current_one(bash: Callable[..., dict], copy: Path, tmp_path: Path) -> None:
-    made = bash(tmp_path, f"'{copy}/fm9g_70b/run_bmtrain.sh' NNODES=2")
-    assert (made["argv"][2], made["cwd"], made["env"]) == ("70b", str(copy / "fm9g_70b"), {"NNODES": "2"})
+    result = bash(tmp_path, f"'{copy}/fm9g_70b/run_bmtrain.sh' NNODES=2")
+    assert (result["argv"][2], result["cwd"], result["env"]) == ("70b", str(copy / "fm9g_70b"), {"NNODES": "2"})
     assert bash(copy / "fm9g_2b", "../run_bmtrain_lora.sh")["argv"][:3] == ["train", "--config", "2b_lora"]
     (tmp_path / "fm9g_mine").symlink_to(copy / "fm9g_7b")  # the name that the user sees counts
     assert bash(tmp_path, "fm9g_mine/run_bmtrain.sh")["argv"][:3] == ["train", "--config", "mine"]

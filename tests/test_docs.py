@@ -103,15 +103,15 @@ def test_the_commands_of_the_page_on_finetuning_work(
     (tmp_path / "dataset_configs").mkdir()
     entry = {"task_name": "chats", "path": "../datasets/chats", "abs_weight": 1.0}
     (tmp_path / "dataset_configs" / "chats.json").write_text(json.dumps([entry]))
-    said = ""
+    output = ""
     for name, *words in commands(page):
         assert name == "fm9g"
         assert main(words) == 0, (words, capsys.readouterr().err)
-        said += capsys.readouterr().out
+        output += "".join(capsys.readouterr())
     for name in ("qwen-chats", "llama-chats", "merged.pt", "merged.json", "both", "both-peft", "back"):
         assert (tmp_path / name).exists(), name
-    assert "Qwen2ForCausalLM" in said
-    assert said.count("trained: ") == 3
+    assert "Qwen2ForCausalLM" in output
+    assert output.count("trained: ") == 3
 
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

@@ -33,9 +33,9 @@ Run = Callable[..., subprocess.CompletedProcess]
 def folder(tmp_path: Path, shared: Path) -> Path:
     """/FM9G4770B/apps/fm9g_7b with a tiny "7b": what a user has who followed the chapters before."""
     top = tmp_path / "FM9G4770B"
-    made = shutil.ignore_patterns("data", "ckpt", "9g_models")
+    ignored = shutil.ignore_patterns("data", "ckpt", "9g_models")
     for name in ("apps", "tools", "train_configs", "model_configs", "dataset_configs"):
-        shutil.copytree(ROOT / name, top / name, symlinks=True, ignore=made)
+        shutil.copytree(ROOT / name, top / name, symlinks=True, ignore=ignored)
     apps = top / "apps" / "fm9g_7b"
     config = small_model(vocab_size=2500, qkv_bias=True, max_length=512)
     model = FM9G(config)
@@ -117,7 +117,7 @@ def test_the_chapter_on_data_as_typed(folder: Path, bash: Run, shared: Path) -> 
     raw = folder / "../../data_test/raw_data/medical_o1_sft_Chinese.json"
     raw.parent.mkdir()
     raw.write_text(json.dumps(samples, ensure_ascii=False), encoding="utf-8")
-    said = bash("python prepare_data.py").stdout
+    stdout = bash("python prepare_data.py").stdout
     guide = next((shared / "spec").glob("002*")).read_text(encoding="utf-8")
     chapter = guide[guide.index("./prepare_data.py") :]
     typed = chapter[chapter.index("```python\n") + 10 : chapter.index("\n```\n")]
@@ -128,12 +128,12 @@ def test_the_chapter_on_data_as_typed(folder: Path, bash: Run, shared: Path) -> 
     )
     bash("python guides.py")
     for name in ("train", "test"):
-        ours, theirs = (
+        actual, reference = (
             [json.loads(line) for line in (folder / place / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
             for place in ("../../data_test/converted_data/medical", "theirs")
         )
-        assert ours == theirs
-        assert f"{name}.jsonl: {len(ours)} of " in said
+        assert actual == reference
+        assert f"{name}.jsonl: {len(actual)} of " in stdout
 
 
 @pytest.mark.slow  # five commands, two of which start two processes each
@@ -170,8 +170,8 @@ def test_full_finetuning_and_its_resume(folder: Path, bash: Run, shared: Path) -
     assert "train_iters is 8, not '10000'" in done.stderr
     checkpoints = folder / "data" / "checkpoints" / "7b"
     assert list_steps(checkpoints) == [5, 8]
-    whole = Checkpoint(checkpoints / "8")
-    expected = {name: tensor.clone() for name, tensor in whole.weights().items()}
+    full = Checkpoint(checkpoints / "8")
+    expected = {name: tensor.clone() for name, tensor in full.weights().items()}
     lines = read_metrics(folder / "data" / "logs" / "7b" / "metrics.jsonl")
     losses = [line["Loss/train/ralpaca_zh"] for line in lines]
     assert sum(losses[4:]) < sum(losses[:4])  # one step's loss is that of its records more than of the model
@@ -216,9 +216,9 @@ def test_the_guides_own_script_and_ours_convert_to_the_same_file(folder: Path, b
     bash("python hgface_2_bmtrain.py")
     (folder / "9g_models" / "7b.pt").rename(folder / "ours.pt")
     bash("python guides.py")
-    ours, theirs = read_weights(folder / "ours.pt"), read_weights(folder / "9g_models" / "7b.pt")
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(weight.bfloat16(), theirs[name]) for name, weight in ours.items())
+    actual, reference = read_weights(folder / "ours.pt"), read_weights(folder / "9g_models" / "7b.pt")
+    assert actual.keys() == reference.keys()
+    assert all(torch.equal(weight.bfloat16(), reference[name]) for name, weight in actual.items())
 
 
 @pytest.mark.slow
@@ -284,8 +284,8 @@ def test_lora_finetuning_its_resume_and_its_merge(
     ):
         assert old in block
         block = block.replace(old, new)
-    said = bash(block.lstrip()).stdout
-    assert "Qwen2ForCausalLM, with 12 layers of" in said
+    stdout = bash(block.lstrip()).stdout
+    assert "Qwen2ForCausalLM, with 12 layers of" in stdout
     merged = load_file(folder / "9g_models" / "hf-lora-10" / "model.safetensors")
     layer = "encoder.layers.1.ffn.ffn.w_out"
     adapter = open_adapter(checkpoints / "10")

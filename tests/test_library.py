@@ -13,7 +13,6 @@ import pytest
 from helpers.common import ROOT
 
 import fm9g
-from fm9g.progress import Progress
 
 
 def code_blocks(page: str) -> list[str]:
@@ -79,13 +78,9 @@ def test_a_complete_configuration_takes_no_further_keys(tmp_path: Path, make_mix
         fm9g.train_model(config, lr=0.1)
 
 
-def test_progress_is_for_programs_that_want_messages(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, logger: logging.Logger
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    for level, bar in ((logging.WARNING, False), (logging.INFO, True)):
-        logger.setLevel(level)
-        with Progress("reading", 10, "files") as progress:
-            progress.advance(3)
-            progress.set_metrics("half")
-        assert ("reading" in capsys.readouterr().err) is bar
+def test_values_are_given_as_python_has_them(make_mixture, tokenizer_path: Path) -> None:
+    mixture = make_mixture({"a": [{"input": "", "output": "text"}]})
+    keys = {"pretrained_model": Path("m.pt"), "lora_layer": ["project_q", "w_0"], "lr": 1e-5, "val_dataset": None}
+    config = fm9g.load_run_config("tiny", keys, dataset_config=mixture, tokenizer_path=tokenizer_path).train
+    assert (config.pretrained_model, config.lora_layer, config.lr) == ("m.pt", ["project_q", "w_0"], 1e-5)
+    assert config.val_dataset == ""

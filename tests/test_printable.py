@@ -13,12 +13,10 @@ import torch
 from helpers.common import small_model
 
 from fm9g.cli import main
-from fm9g.errors import UserError
 from fm9g.io.pt_file import write_weights
-from fm9g.log import log_to_console
 from fm9g.model.transformer import weight_shapes
 from fm9g.printable import PrintableStream, printable, printable_lines, printable_output, raw_stream
-from fm9g.progress import Progress, write_line
+from fm9g.progress import Progress
 
 EVIL = "x\x1b[31m\x9b2J\u202ey\nfm9g: done\r"
 SHOWN = "x␛[31m\\u009b2J\\u202ey␊fm9g: done␍"
@@ -44,12 +42,6 @@ def test_whatever_acts_is_shown() -> None:
     assert printable(SHOWN) == SHOWN
 
 
-def test_a_message_has_the_lines_that_it_was_given_and_no_more() -> None:
-    error = UserError(f"{EVIL}: bad", "second")
-    assert str(error) == f"{SHOWN}: bad\nsecond"
-    assert str(UserError(f"in: {UserError(EVIL)}")) == f"in: {SHOWN}"
-
-
 def test_streams_keep_what_was_printed_already(capsys: pytest.CaptureFixture) -> None:
     before = sys.stdout, sys.stderr
     with printable_output(), printable_output():
@@ -73,20 +65,6 @@ def test_libraries_leave_their_colours_out(capsys: pytest.CaptureFixture, monkey
         click.echo(click.style("wandb", "blue"), err=True)
         assert Progress("title", 1, "files")._terminal  # ours look at the stream below
     assert capsys.readouterr().err.startswith("wandb\n")
-
-
-def test_a_bar_moves_the_cursor_and_its_texts_do_not(
-    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with printable_output(), log_to_console(), Progress(EVIL, 10, "files") as progress:
-        progress.set_metrics(EVIL)
-        write_line(EVIL)
-        progress.advance(3)
-    printed = capsys.readouterr().err
-    assert printed.startswith("\r")
-    assert SHOWN in printed
-    assert not set(printed) & {"\x1b", "\x9b", "\u202e"}
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from fm9g.cli import _parser
+from fm9g.cli import build_parser
 from fm9g.config.adapter import AdapterConfig
 from fm9g.config.fields import aliases_of, keys_of
 from fm9g.config.mixture import DatasetConfig
@@ -33,7 +33,7 @@ def options_of(parser: argparse.ArgumentParser) -> Iterator[str]:
 def surface() -> list[str]:
     """A line for each command with an option or argument of it, and for each key of a configuration file."""
     keys = [f"{kind} key {key}" for kind, cls in KINDS.items() for key in [*keys_of(cls), *aliases_of(cls)]]
-    return sorted({*options_of(_parser()), *keys})
+    return sorted({*options_of(build_parser()), *keys})
 
 
 def test_what_users_type_is_what_it_was() -> None:

@@ -22,12 +22,12 @@ from common import report, table
 LINE = 256  # bytes of each line
 
 
-def make(folder: Path, lines: int, numbers: np.ndarray) -> None:
+def make(folder: Path, lines: int, indices: np.ndarray) -> None:
     """Writes a dataset of lines of equal length, of which only those with these numbers have content."""
     line = json.dumps({"input": "", "output": "x" * 220})
     with (folder / "data.jsonl").open("wb") as data:
         data.truncate(lines * LINE)
-        for number in numbers.tolist():
+        for number in indices.tolist():
             os.pwrite(data.fileno(), line.ljust(LINE - 1).encode() + b"\n", number * LINE)
     with h5py.File(folder / "index.h5", "w") as file:
         index = file.create_dataset("index", (lines + 1,), np.int64)
@@ -42,11 +42,11 @@ def main() -> None:
     parser.add_argument("--reads", type=int, default=50_000)
     parser.add_argument("--folder", type=Path, default=None)
     options = parser.parse_args()
-    numbers = np.random.default_rng(0).integers(0, options.lines, options.reads)
+    indices = np.random.default_rng(0).integers(0, options.lines, options.reads)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         child = os.fork()  # writing in a child, so that its memory does not count as that of reading
         if child == 0:
-            make(Path(name), options.lines, numbers)
+            make(Path(name), options.lines, indices)
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
         started = time.monotonic()
@@ -57,7 +57,7 @@ def main() -> None:
         dataset = IndexedDataset(name)
         opened = time.monotonic() - started
         started = time.process_time()
-        for number in numbers.tolist():
+        for number in indices.tolist():
             dataset[number]
         seconds = time.process_time() - started
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

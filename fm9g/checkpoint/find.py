@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from fm9g.checkpoint.layout import BEST, LAST, MANIFEST, TENSOR_KINDS, file_name
 from fm9g.checkpoint.steps import resolve_step
 from fm9g.config.fields import did_you_mean
 from fm9g.errors import UserError
-from fm9g.io.path_kind import CHECKPOINT, RUN, RUNS, check_kind
+from fm9g.io.atomic import parse_temp_name
+from fm9g.path_kind import CHECKPOINT, RUN, RUNS, check_kind
 from fm9g.run_files import checkpoints_dir
 
 CHECKPOINTS_DIR = checkpoints_dir()  # where names of runs are looked up
-_STALE_TEMP = re.compile(r"\.(?P<name>.+)\.\d+\.(?P<kind>tmp|old)")  # see fm9g.io.atomic
 
 
 def resolve_checkpoint_path(path: Path) -> Path:
@@ -33,9 +32,9 @@ def resolve_checkpoint_path(path: Path) -> Path:
 
 def find_path(path: Path) -> Path:
     """An existing path or name in data/checkpoints. Raises a UserError that lists what exists instead."""
-    found = resolve_checkpoint_path(path)
-    if found.exists():  # a checkpoint is identified by the name of its folder, which `.` and links hide
-        return found if found.name == found.resolve().name else found.resolve()
+    leftovers = resolve_checkpoint_path(path)
+    if leftovers.exists():  # a checkpoint is identified by the name of its folder, which `.` and links hide
+        return leftovers if leftovers.name == leftovers.resolve().name else leftovers.resolve()
     for missing in (path, CHECKPOINTS_DIR / path):
         while not missing.parent.exists():
             missing = missing.parent
@@ -100,14 +99,13 @@ def _list_runs(folder: Path) -> list[Path]:
 
 def stale_temp_dirs(folder: Path) -> list[tuple[Path, str]]:
     """Temporary folders of unfinished saves, each with an explanation."""
-    found = []
+    leftovers = []
     for leftover in sorted(folder.glob(".*")):
-        match = _STALE_TEMP.fullmatch(leftover.name)
-        if match and leftover.is_dir():
-            name = match["name"]
-            content = "incomplete" if match["kind"] == "tmp" else f"the former {name}, moved aside"
-            found.append((leftover, f"{content}: a process is saving {name}, or ended before it had"))
-    return found
+        name, kind = parse_temp_name(leftover)
+        if kind in ("tmp", "old") and leftover.is_dir():
+            content = "incomplete" if kind == "tmp" else f"the former {name}, moved aside"
+            leftovers.append((leftover, f"{content}: a process is saving {name}, or ended before it had"))
+    return leftovers
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:

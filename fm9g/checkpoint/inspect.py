@@ -75,9 +75,9 @@ def verify_bytes(folder: Path) -> int:
 def verify(folder: Path, on_progress: ProgressCallback) -> VerifyResult:
     """Reads all of a checkpoint and reports every problem, including values that are not finite."""
     result = VerifyResult()
-    bad = dict(find_problems(folder, on_progress))
-    result.problems += [f"{name}: {problem}" for name, problem in bad.items()]
-    if MANIFEST in bad:  # which says what the other files should be
+    file_problems = dict(find_problems(folder, on_progress))
+    result.problems += [f"{name}: {problem}" for name, problem in file_problems.items()]
+    if MANIFEST in file_problems:  # which says what the other files should be
         return result
     sizes = [size for size, _ in read_manifest(folder)[1].values()]
     result.files, result.size = len(sizes), sum(sizes)
@@ -85,7 +85,7 @@ def verify(folder: Path, on_progress: ProgressCallback) -> VerifyResult:
     if "weights" not in files:
         result.problems.append("its weight file is missing")
     for kind, file in files.items():
-        if file.name in bad:
+        if file.name in file_problems:
             continue
         try:
             tensors = open_pt(file)
@@ -140,17 +140,19 @@ def compare(a: Path, b: Path, on_progress: ProgressCallback) -> CheckpointDiff:
 
     on_progress: called with a number of further bytes of a's tensors that are done.
     """
-    (one, file_a), (other, file_b) = _resolve(a), _resolve(b)
-    files_a, files_b = _tensors_of(one, file_a), _tensors_of(other, file_b)
+    (checkpoint_a, file_a), (checkpoint_b, file_b) = _resolve(a), _resolve(b)
+    files_a, files_b = _tensors_of(checkpoint_a, file_a), _tensors_of(checkpoint_b, file_b)
     for file in (file_a, file_b):
         open_pt(file)  # raises UserError before a JSON file beside something else is taken for a configuration
-    config_a, config_b = _configuration(one, file_a), _configuration(other, file_b)
+    config_a, config_b = _configuration(checkpoint_a, file_a), _configuration(checkpoint_b, file_b)
     sections = [section for section in config_a if section in config_b]  # a .pt file has the model's alone
     changes = [change for section in sections for change in _changes(config_a[section], config_b[section])]
-    loader_state_a, loader_state_b = _loader_state(one), _loader_state(other)
+    loader_state_a, loader_state_b = _loader_state(checkpoint_a), _loader_state(checkpoint_b)
     return CheckpointDiff(
         configuration=changes if sections else None,
-        trainer_state=_changes(_trainer_state(one), _trainer_state(other)) if one and other else None,
+        trainer_state=_changes(_trainer_state(checkpoint_a), _trainer_state(checkpoint_b))
+        if checkpoint_a and checkpoint_b
+        else None,
         loader_state=None if loader_state_a is None or loader_state_b is None else loader_state_a == loader_state_b,
         tensors={
             kind: compare_tensors(file, files_b[kind], on_progress) for kind, file in files_a.items() if kind in files_b
@@ -172,20 +174,20 @@ def _tensors_of(checkpoint: Checkpoint | None, file: Path) -> dict[str, Path]:
 
 def _resolve(path: Path) -> tuple[Checkpoint | None, Path]:
     """The checkpoint that a path names, None for a single file, and its weight file. Raises UserError."""
-    found = find_path(path)
-    if found.is_file():
-        return None, found
-    if not is_checkpoint(found) and (steps := list_checkpoints(found)):
+    existing = find_path(path)
+    if existing.is_file():
+        return None, existing
+    if not is_checkpoint(existing) and (steps := list_checkpoints(existing)):
         names = ", ".join(step.name for step in steps)
         raise UserError(f"{path}: is a run with the steps {names}; give one of them: {path / steps[-1].name}")
-    checkpoint = Checkpoint(find_checkpoints(found)[0], checksums=False)
+    checkpoint = Checkpoint(find_checkpoints(existing)[0], checksums=False)
     return checkpoint, checkpoint.weight_file
 
 
 def _config_file(file: Path) -> Path | None:
     """The model configuration of a weight file: of its checkpoint, or the file that `fm9g convert` writes beside it."""
-    beside = file.parent / MODEL_CONFIG if (file.parent / MANIFEST).is_file() else file.with_suffix(".json")
-    return beside if beside.is_file() else None
+    config_file = file.parent / MODEL_CONFIG if (file.parent / MANIFEST).is_file() else file.with_suffix(".json")
+    return config_file if config_file.is_file() else None
 
 
 # ---- content
@@ -206,8 +208,8 @@ def _data(position: Any) -> dict[str, Any] | None:
         tasks = {
             task: {
                 "records": dataset["records"],
-                "begun": (begun := sum(stream["begun"][number] for stream in streams)),
-                "epochs": begun / dataset["records"],
+                "begun": (num_started := sum(stream["begun"][number] for stream in streams)),
+                "epochs": num_started / dataset["records"],
             }
             for number, (task, dataset) in enumerate(position["fingerprint"]["datasets"].items())
         }

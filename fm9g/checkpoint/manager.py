@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from fm9g.checkpoint.save import Snapshot, Tensors, save_checkpoint
+from fm9g.checkpoint.save import Snapshot, save_checkpoint
 from fm9g.checkpoint.steps import best_step, list_steps, mark_abandoned
 from fm9g.errors import UserError
 from fm9g.io.atomic import atomic_rmtree
+from fm9g.io.pt_file import Tensors
 
 EventCallback = Callable[[int, str, str], None]
 

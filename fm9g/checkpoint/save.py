@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import Any
 
 from fm9g.checkpoint.layout import LOADER_STATE, TOKENIZER, file_name
 from fm9g.checkpoint.manifest import write_manifest
 from fm9g.io.atomic import atomic_dir
-from fm9g.io.pt_file import write_weights
-
-
-class Tensors(Protocol):
-    """Full tensors that arrive one at a time, by name. meta: the shape and type of each, on the meta device."""
-
-    @property
-    def meta(self) -> Mapping[str, torch.Tensor]: ...
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+from fm9g.io.pt_file import Tensors, write_weights
 
 
 @dataclass(frozen=True)

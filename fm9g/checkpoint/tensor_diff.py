@@ -110,18 +110,18 @@ def weight_stats(
     Mean and squares of chunks are merged without loss of digits (Chan, Golub, LeVeque 1979).
     """
     for name, tensor in open_pt(file).items():
-        count, mean, squares, lowest, highest = 0, 0.0, 0.0, math.inf, -math.inf
+        count, mean, sum_sq, lowest, highest = 0, 0.0, 0.0, math.inf, -math.inf
         for chunk in _chunks(name, tensor, chunk_elements):
             values = chunk.double()
             values = values[values.isfinite()]
-            if new := values.numel():
+            if num_values := values.numel():
                 variance, center = (float(value) for value in torch.var_mean(values, correction=0))
-                squares += variance * new + (center - mean) ** 2 * count * new / (count + new)
-                mean += (center - mean) * new / (count + new)
+                sum_sq += variance * num_values + (center - mean) ** 2 * count * num_values / (count + num_values)
+                mean += (center - mean) * num_values / (count + num_values)
                 lowest, highest = min(lowest, float(values.min())), max(highest, float(values.max()))
-                count += new
+                count += num_values
             on_progress(chunk.nbytes)
-        stats = (mean, math.sqrt(squares / count), lowest, highest) if count else (None,) * 4
+        stats = (mean, math.sqrt(sum_sq / count), lowest, highest) if count else (None,) * 4
         yield WeightStats(name, list(tensor.shape), dtype_name(tensor), tensor.shape.numel() - count, *stats)
 
 
@@ -164,16 +164,16 @@ def _same_bits(pairs: _Pairs) -> bool:
 
 def _delta(pairs: _Pairs) -> tuple[float, float, float]:
     """max_abs, relative and cosine of TensorDelta."""
-    largest, sums = torch.zeros((), dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    max_abs, sums = torch.zeros((), dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     for a, b in pairs:
         x, y = a.double(), b.double()
         difference = x - y
-        largest = torch.maximum(largest, difference.abs().max())  # which propagates nan
+        max_abs = torch.maximum(max_abs, difference.abs().max())  # which propagates nan
         sums += torch.stack([difference.dot(difference), x.dot(x), y.dot(y), x.dot(y)])
-    squares, squares_a, squares_b, product = sums.tolist()
-    norms = math.sqrt(squares_a) * math.sqrt(squares_b)
-    relative = math.sqrt(squares / squares_a) if squares_a else math.nan
-    return float(largest), relative, product / norms if norms else math.nan
+    sum_sq, sum_sq_a, sum_sq_b, product = sums.tolist()
+    norms = math.sqrt(sum_sq_a) * math.sqrt(sum_sq_b)
+    relative = math.sqrt(sum_sq / sum_sq_a) if sum_sq_a else math.nan
+    return float(max_abs), relative, product / norms if norms else math.nan
 
 
 def _pairs(name: str, one: LazyTensor, other: LazyTensor, chunk_elements: int) -> _Pairs:

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    parser = _parser()
+    parser = build_parser()
     options, rest = parser.parse_known_args(argv)
     if rest and not options.accepts_overrides:
         parser.error(f"unknown arguments: {' '.join(rest)} (see fm9g {options.command} --help)")
@@ -121,7 +121,7 @@ class _Parser(argparse.ArgumentParser):
             given = [word for word in words if word in action.option_strings]
             if action.nargs != 0 and len(given) > 1:
                 twice = f"argument {given[0]}: is given twice; keep one of them"
-                same = f"{given[0]} and {given[1]} are both given; they are the same"
+                same = f"{given[0]} and {given[1]} are both given; they are the same, keep one of them"
                 self.error(twice if given[0] == given[1] else same)
         return super().parse_known_args(args, namespace)
 
@@ -138,7 +138,7 @@ def _path(word: str) -> Path:
     return Path(word)
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = _Parser("fm9g", description="Pretrain and finetune the 9G language models.")
     parser.add_argument("--version", action="version", version=f"fm9g {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="VERB")
@@ -197,15 +197,15 @@ def _generate(options: argparse.Namespace) -> None:
     from fm9g.infer.generate import GenerationOptions, generate
 
     generation = GenerationOptions(**{field.name: getattr(options, field.name) for field in fields(GenerationOptions)})
-    begun = False
+    started = False
     out = (
         sys.stdout if raw_stream(sys.stdout).isatty() else raw_stream(sys.stdout)
     )  # a file or a pipe gets the text itself
 
     def show(text: str) -> None:
-        nonlocal begun
-        print(text if begun or options.chat else options.prompt, end="", flush=True, file=out)
-        begun = True
+        nonlocal started
+        print(text if started or options.chat else options.prompt, end="", flush=True, file=out)
+        started = True
 
     generate(options.folder, options.prompt, options=generation, on_text=show)
     print()

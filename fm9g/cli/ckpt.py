@@ -20,7 +20,7 @@ _MAX_SHOWN = 10  # lines of a list of differences, without --all
 
 
 def add_ckpt_commands(subcommand: Any, group: Any) -> None:
-    """Adds them to the command line. subcommand, group: functions that add a subcommand, or a group of them."""
+    """Adds the subcommands. subcommand, group: functions that add a subcommand, or a group of them."""
     ckpt = group("ckpt", "ls, verify, show, diff: look at checkpoints without changing them")
     where = "a folder, or RUN/STEP, RUN/best or RUN/last in data/checkpoints/"
     ls = subcommand(
@@ -60,7 +60,7 @@ def _ls(options: argparse.Namespace) -> None:
     notes = []
     for run in map(inspect_run, dict.fromkeys(folders)):
         for item in run.checkpoints:
-            marks = ["resume auto"] * (item.folder == run.newest) + ["best val_loss"] * (item.folder == run.best)
+            labels = ["resume auto"] * (item.folder == run.newest) + ["best val_loss"] * (item.folder == run.best)
             state = f"damaged: {item.problem}" if item.problem else "complete"
             rows.append(
                 (
@@ -72,7 +72,7 @@ def _ls(options: argparse.Namespace) -> None:
                     "" if item.loss is None else f"{item.loss:.4f}",
                     "" if item.val_loss is None else f"{item.val_loss:.4f}",
                     " +".join(item.contents),
-                    f"{state}  <- {', '.join(marks)}" if marks else state,
+                    f"{state}  <- {', '.join(labels)}" if labels else state,
                 )
             )
         notes += [printable(f"note: {leftover}: {explanation}") for leftover, explanation in run.leftovers]

@@ -46,14 +46,14 @@ def add_convert_commands(subcommand: Any) -> None:
 
 def _convert(options: argparse.Namespace) -> int:
     from fm9g.checkpoint.find import resolve_checkpoint_path
-    from fm9g.io.path_kind import CHECKPOINT, MODEL, WEIGHTS, check_kind
+    from fm9g.path_kind import CHECKPOINT, MODEL, WEIGHTS, check_kind
 
     options.source = resolve_checkpoint_path(options.source)
     check_kind(options.source, MODEL, CHECKPOINT, WEIGHTS)
     try:
         _import(options) if options.target.suffix == ".pt" else _export(options)
     except KeyboardInterrupt:
-        logger.info("fm9g: what is written so far is kept; the same command resumes from there")
+        logger.info("fm9g: the partial output stays on disk; the same command resumes from there")
         raise
     return _verify(options) if options.verify else 0
 

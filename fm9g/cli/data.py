@@ -12,7 +12,7 @@ from fm9g.errors import UserError
 from fm9g.printable import raw_stream
 
 if TYPE_CHECKING:
-    from fm9g.data.prepare.record_formats import ColumnMapping
+    from fm9g.data.prepare.column_mapping import ColumnMapping
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ def _data_index(options: argparse.Namespace) -> None:
 
 
 def _paths_and_columns(options: argparse.Namespace) -> tuple[list[str], ColumnMapping | None]:
-    """What --path, --dataset and --columns name together."""
+    """The paths and columns that --path, --dataset and --columns select."""
     from fm9g.data.prepare.columns import columns_from_file, columns_from_text, dataset_info_entry
 
     if options.dataset:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fm9g.errors import UserError
+from fm9g.text_table import text_table
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def add_lora_commands(subcommand: Any, group: Any) -> None:
 
 
 def _add_merge(subcommand: Any, lora: Any) -> None:
-    merge = subcommand("merge", _merge, "merge an adapter into its base, as a model of its own", parent=lora)
+    merge = subcommand("merge", _merge, "merge an adapter into its base and write the merged model", parent=lora)
     merge.add_argument(
         "base", type=Path, help="the model it was trained on: a .pt file, a checkpoint, a Hugging Face folder"
     )
@@ -88,8 +89,7 @@ def _show(options: argparse.Namespace) -> None:
     adapter = read_adapter(options.adapter, options.train_config)
     count = sum(weight.numel() for weight in adapter.weights.values())
     print(f"{adapter.path}: {len(adapter.layers)} layers, {count:,} parameters, scaling {adapter.config.scaling:g}")
-    for key, value in adapter.config.to_json().items():
-        print(f"  {key:<24} {value!r}")
+    print("\n".join(text_table([(f"  {key}", repr(value)) for key, value in adapter.config.to_json().items()])))
 
 
 def _merge(options: argparse.Namespace) -> None:

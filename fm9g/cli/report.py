@@ -22,7 +22,7 @@ def _add_arguments(parser: argparse.ArgumentParser, output: str, meaning: str) -
         "runs", nargs="+", metavar="RUN", help="a name in data/logs/, the path of such a folder, or its metrics.jsonl"
     )
     parser.add_argument("--output", type=Path, default=Path(output), help=meaning)
-    parser.add_argument("--overwrite", action="store_true", help="replace --output if it is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fm9g.errors import UserError
 from fm9g.printable import printable
+from fm9g.text_table import text_table
 
 if TYPE_CHECKING:
     from fm9g.config.run import RunConfig
@@ -66,7 +67,7 @@ class _PrintSecret(argparse.Action):
 
 
 def _add_launch_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("processes", "None of these is needed under torchrun or srun.")
+    group = parser.add_argument_group("processes", "Under torchrun and srun, none of these is needed.")
     for option, kind, meaning in (
         ("nproc", int, "number of processes on this machine; default: the variable GPUS_PER_NODE, else the key n_gpus"),
         ("nnodes", int, "number of machines; default: the variable NNODES, else 1"),
@@ -126,7 +127,7 @@ def _train(options: argparse.Namespace) -> int:
     from fm9g.launch.worker_group import set_parent_death_signal
 
     set_parent_death_signal()
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to save
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # ignored until the run can save a checkpoint
     starts_workers = _starts_workers(options)
     if not starts_workers:
         _quiet_other_ranks()
@@ -201,11 +202,11 @@ def _train_here(run: RunConfig) -> int:
     rank_info = replace(read_dist_env(), timeout=run.train.timeout, step_timeout=run.train.step_timeout)
     result = run_training(run, rank_info)
     if rank_info.rank == 0:
-        _print_result(result)
+        print_result(result)
     return 130 if result.interrupted else 0
 
 
-def _print_result(result: TrainResult) -> None:
+def print_result(result: TrainResult) -> None:
     rate = result.tokens / max(result.seconds, 1e-9)
     print(f"step {result.step}: {result.tokens} tokens since this start, {result.seconds:.0f} s, {rate:.0f} tokens/s")
     if result.interrupted and result.checkpoint:
@@ -252,8 +253,8 @@ def _config_show(options: argparse.Namespace) -> None:
     run = with_adapter(load_run(options.config, _parse_overrides(options), complete=False))
     for section, values in run.to_json().items():
         print(f"[{printable(section)}]")
-        for key, item in values.items():
-            print(f"  {key:<28} {item['value']!r:<24} {item['from']}")
+        rows = [(f"  {key}", repr(item["value"]), item["from"]) for key, item in values.items()]
+        print("\n".join(text_table(rows)))
 
 
 def _config_keys(options: argparse.Namespace) -> None:

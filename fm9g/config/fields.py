@@ -80,7 +80,7 @@ def canonical_keys(cls: type, values: dict[str, Any], origin: str) -> dict[str, 
     for name in values:
         key = aliases.get(name, name)
         if key in given:
-            raise UserError(f"{origin}: {given[key]} and {name} are both given; they are the same")
+            raise UserError(f"{origin}: {given[key]} and {name} are both given; they are the same, keep one of them")
         given[key] = name
     return {key: values[name] for key, name in given.items()}
 
@@ -135,11 +135,11 @@ def parse_value(text: str, field: dataclasses.Field[Any]) -> Any:
         return int(number) if number.is_integer() and "integer" in kinds else number
     if "array" in kinds:
         try:
-            found = json.loads(text if text.lstrip().startswith("[") else f"[{text}]")
+            items = json.loads(text if text.lstrip().startswith("[") else f"[{text}]")
         except ValueError:
             words = [word.strip() for word in text.split(",")]
             return [word for word in words if word] if str(field.type) == "list[str]" and "[" not in text else text
-        return [float(item) if isinstance(item, int) else item for item in found]
+        return [float(item) if isinstance(item, int) else item for item in items]
     return text
 
 
@@ -169,8 +169,8 @@ def check(cls: type, values: dict[str, Any], origins: dict[str, str], prefix: st
     for key, value in values.items():
         numbers = value if isinstance(value, list) else [value]
         if not all(_is_bounded(number) for number in numbers):
-            found = f"{origins[key]}: {prefix}{key}: found {value!r:.60}"
-            errors.append(f"{found}, expected a finite number up to 2^53")
+            items = f"{origins[key]}: {prefix}{key}: found {value!r:.60}"
+            errors.append(f"{items}, expected a finite number up to 2^53")
     for key, value in values.items():
         if isinstance(value, str) and any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in value):
             errors.append(

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from fm9g.config.fields import canonical_keys, canonical_value, check, did_you_mean, key_of, keys_of, parse_value
 from fm9g.errors import UserError
-from fm9g.io.path_kind import MIXTURE, MODEL, MODEL_CONFIG, TRAIN_CONFIG, check_kind
+from fm9g.path_kind import MIXTURE, MODEL, MODEL_CONFIG, TRAIN_CONFIG, check_kind
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"

@@ -12,13 +12,13 @@ from fm9g.config.fields import did_you_mean, option
 from fm9g.config.load import ConfigSource, Resolved, resolve_sources
 from fm9g.errors import UserError
 from fm9g.io.json_file import read_json
-from fm9g.io.path_kind import MIXTURE, check_kind
+from fm9g.path_kind import MIXTURE, check_kind
 
-LOSSES = ["assistant", "last", "all"]
+LOSS_MODES = ["assistant", "last", "all"]
 TURNS = ["auto", "split"]
 # Names of chat templates: the built-in ones, the tokenizer's own, and none.
 TEMPLATE_FOLDER = Path(__file__).parents[1] / "data" / "encode" / "templates"
-BUILT_IN = tuple(sorted(file.stem for file in TEMPLATE_FOLDER.glob("*.jinja")))
+BUILTIN_TEMPLATES = tuple(sorted(file.stem for file in TEMPLATE_FOLDER.glob("*.jinja")))
 TOKENIZER_TEMPLATE, NO_TEMPLATE = "tokenizer", "none"
 DESCRIPTIVE = "descriptive; it has no effect"
 
@@ -67,7 +67,7 @@ class DatasetConfig:
         "",
         aliases=("loss",),
         help="which text of a conversation has a loss: assistant, last or all; empty: as the run",
-        enum=["", *LOSSES],
+        enum=["", *LOSS_MODES],
     )
     turns: str = option(
         "", help="how a conversation becomes samples: auto or split; empty: as the run", enum=["", *TURNS]
@@ -164,7 +164,7 @@ def _absolute(config: DatasetConfig, file: Path) -> DatasetConfig:
 
 def check_template(template: str) -> None:
     """Raises UserError for an unknown name of a template. Files are not checked here, but when they are read."""
-    known = [*BUILT_IN, TOKENIZER_TEMPLATE, NO_TEMPLATE]
+    known = [*BUILTIN_TEMPLATES, TOKENIZER_TEMPLATE, NO_TEMPLATE]
     if template and template not in known and not is_file_name(template):
         hint = (
             did_you_mean(template, known) or f"; give a file such as ./{template}.jinja, or one of {', '.join(known)}"

@@ -267,8 +267,8 @@ def check_sizes(hf: dict[str, Any], where: str) -> None:
     The config.json of a multimodal model has the sizes of its parts in nested objects such as text_config.
     """
     for part in (hf, *(value for value in hf.values() if isinstance(value, dict))):
-        for ours, names in _SIZES.items():
-            maximum = keys_of(ModelConfig)[ours].metadata["schema"]["maximum"]
+        for size_key, names in _SIZES.items():
+            maximum = keys_of(ModelConfig)[size_key].metadata["schema"]["maximum"]
             for name in names:
                 value = part.get(name)
                 if isinstance(value, (int, float)) and not value <= maximum:

@@ -150,17 +150,15 @@ def load_run(name: str, overrides: dict[str, str], complete: bool = True) -> Run
     train, model_file = load_train_config(name, train_overrides, default_overrides)
     model = resolve_model_config(model_file, model_overrides)
     train = _with_model_checkpointing(train, model)
-    missing = [
-        f"{key}: missing; give --{key}, or set it in a file of train_configs/"
-        for key in ("dataset_config", "tokenizer_path")
-        if not getattr(train.value, key)
-    ]
+    missing = [key for key in ("dataset_config", "tokenizer_path") if not getattr(train.value, key)]
     if missing and complete:
-        raise UserError(*missing)
+        raise UserError(*(f"{key}: missing; give --{key}, or set it in a file of train_configs/" for key in missing))
     for note in train.notes:
         logger.warning(note)
-    for note in [*model.notes, *missing]:
+    for note in model.notes:
         logger.info(note)
+    if missing:
+        logger.info(f"not given, but needed for training: {', '.join(f'--{key}' for key in missing)}")
     mixture = _resolve_datasets(train.value.dataset_config, data_overrides)
     validation = _resolve_datasets(train.value.val_dataset, {})
     origins = {"train": train.origins, "model": model.origins}

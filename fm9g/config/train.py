@@ -9,7 +9,7 @@ from typing import ClassVar
 from fm9g.config import foreign
 from fm9g.config import train_rules as rules
 from fm9g.config.fields import option
-from fm9g.config.mixture import LOSSES, TURNS
+from fm9g.config.mixture import LOSS_MODES, TURNS
 from fm9g.errors import UserError
 from fm9g.run_files import RunFolders
 
@@ -200,7 +200,7 @@ class TrainConfig:
         case_insensitive=True,
         help="which text of a conversation has a loss: assistant, every turn of the assistant; last, its last "
         "turn; all, the complete text",
-        enum=LOSSES,
+        enum=LOSS_MODES,
     )
     turns: str = option(
         "auto",
@@ -465,13 +465,13 @@ class TrainConfig:
         Raises:
             UserError: the replicas cannot have equal numbers of them.
         """
-        packs = self.global_batch_size or self.gradient_accumulation_steps * dp_size
-        if packs % dp_size:
-            possible = [n for n in range(1, packs + 1) if packs % n == 0]
+        num_packs = self.global_batch_size or self.gradient_accumulation_steps * dp_size
+        if num_packs % dp_size:
+            possible = [n for n in range(1, num_packs + 1) if num_packs % n == 0]
             raise UserError(
-                f"global_batch_size {packs} cannot be divided among {dp_size} replicas; possible: {possible}"
+                f"global_batch_size {num_packs} cannot be divided among {dp_size} replicas; possible: {possible}"
             )
-        return packs
+        return num_packs
 
     def iters_for_epochs(self, tokens: float, tokens_per_step: int) -> int:
         """The number of steps of `epochs` passes over `tokens` tokens."""

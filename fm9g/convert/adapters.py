@@ -11,9 +11,9 @@ from fm9g.convert.peft import is_peft, read_peft
 from fm9g.convert.source import open_source
 from fm9g.errors import UserError
 from fm9g.io.inputs import protect_inputs
-from fm9g.io.path_kind import ADAPTER, CHECKPOINT, WEIGHTS, check_kind
 from fm9g.lora.adapter_file import Adapter, open_adapter, save_adapter
 from fm9g.lora.base_fingerprint import base_fingerprint
+from fm9g.path_kind import ADAPTER, CHECKPOINT, WEIGHTS, check_kind
 
 
 def read_adapter(path: Path, train_config: Path | None = None) -> Adapter:

@@ -207,18 +207,18 @@ def _window_keys(hf: dict[str, Any]) -> dict[str, Any]:
     """Windows by layer_types; without these, of all layers in Mistral, from max_window_layers on in Qwen."""
     if hf["model_type"] not in ("mistral", "qwen2", "qwen3"):
         return {}
-    layers, window, first = hf["num_hidden_layers"], hf["sliding_window"], 0
+    layers, window, first_windowed = hf["num_hidden_layers"], hf["sliding_window"], 0
     if hf["model_type"] != "mistral":
         if not isinstance(hf["use_sliding_window"], bool):
             raise UnsupportedConfigError("use_sliding_window", "is neither true nor false")
         window = window if hf["use_sliding_window"] else None
-        first = layers if window is None else hf["max_window_layers"]
+        first_windowed = layers if window is None else hf["max_window_layers"]
     if window is not None and (type(window) is not int or window < 1):
         raise UnsupportedConfigError("sliding_window", f"is {window!r}, not a number of tokens")
     given = hf.get("layer_types")
     if given is not None and (len(given) != layers or not set(given) <= set(LAYER_TYPES)):
         raise UnsupportedConfigError("layer_types", f"is not a list of {layers} times {' or '.join(LAYER_TYPES)}")
-    kinds = given or [LAYER_TYPES[window is not None and number >= first] for number in range(layers)]
+    kinds = given or [LAYER_TYPES[window is not None and number >= first_windowed] for number in range(layers)]
     if "sliding_attention" not in kinds:
         return {}
     if not window:

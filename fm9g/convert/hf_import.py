@@ -19,8 +19,8 @@ from fm9g.errors import UserError
 from fm9g.io.atomic import atomic_file
 from fm9g.io.inputs import check_output, protect_inputs
 from fm9g.io.lazy_tensor import LazyConcat
-from fm9g.io.path_kind import MODEL_CONFIG, kind_of
 from fm9g.io.pt_file import open_pt
+from fm9g.path_kind import MODEL_CONFIG, kind_of
 
 
 @protect_inputs()

@@ -30,10 +30,10 @@ from fm9g.convert.verify import TOLERANCE, make_prompts
 from fm9g.errors import UserError
 from fm9g.io.inputs import check_output, protect_inputs
 from fm9g.io.lazy_tensor import LazyConcat
-from fm9g.io.path_kind import CHECKPOINT, MODEL, WEIGHTS, check_kind
 from fm9g.lora.adapter_file import Adapter
 from fm9g.lora.base_fingerprint import base_fingerprint
 from fm9g.lora.inject import load_adapter_into
+from fm9g.path_kind import CHECKPOINT, MODEL, WEIGHTS, check_kind
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from fm9g.convert.weight_map import LLAMA_MAP, WeightMap, strip_wrappers
 from fm9g.errors import UserError
 from fm9g.io.json_file import read_object
 from fm9g.io.lazy_tensor import LazyConcat, LazyTensor
-from fm9g.io.path_kind import MODEL, TOKENIZER, check_kind
 from fm9g.io.pt_file import open_pt
 from fm9g.model.transformer import weight_shapes
+from fm9g.path_kind import MODEL, TOKENIZER, check_kind
 
 WeightsCheck = Callable[[Mapping[str, LazyConcat]], None]
 
@@ -135,10 +135,10 @@ def _open_checkpoint(path: Path) -> Checkpoint | None:
 
 def _check_same_architecture(own: ModelConfig, config: ModelConfig, config_file: Path, reference: Path) -> None:
     """own: from config_file; config: from the reference."""
-    ours, theirs = architecture_of(own), architecture_of(config)
-    mismatched = [key for key in ours if values_differ(ours[key], theirs[key])]
+    own_values, reference_values = architecture_of(own), architecture_of(config)
+    mismatched = [key for key in own_values if values_differ(own_values[key], reference_values[key])]
     if mismatched:
-        values = "; ".join(f"{key} is {ours[key]!r} there, {theirs[key]!r} here" for key in mismatched)
+        values = "; ".join(f"{key} is {own_values[key]!r} there, {reference_values[key]!r} here" for key in mismatched)
         raise UserError(
             f"{reference / 'config.json'}: describes another model than {config_file}: {values}; leave out "
             "--reference, or give the folder that the model came from"

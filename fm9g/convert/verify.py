@@ -88,8 +88,10 @@ def verify(
         hf_logits, reader = _transformers_logits(folder, prompts, DTYPES.get(dtype))
     logits = _streamed(config, weights, prompts, dtype)
     return LogitDiff(
-        difference=float(torch.stack([(ours - its).abs().max() for ours, its in zip(logits, hf_logits)]).max()),
-        max_logit=float(torch.stack([its.abs().max() for its in hf_logits]).max()),
+        difference=float(
+            torch.stack([(actual - expected).abs().max() for actual, expected in zip(logits, hf_logits)]).max()
+        ),
+        max_logit=float(torch.stack([expected.abs().max() for expected in hf_logits]).max()),
         reader=reader,
         prompts=about,
     )

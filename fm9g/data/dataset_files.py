@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from fm9g.io.inputs import register_input
+from fm9g.errors import UserError
+from fm9g.io.json_file import read_object
 
 DATA_FILE, INDEX_FILE, INDEX_H5_FILE, META_FILE = "data.jsonl", "index", "index.h5", "meta.json"
 REJECTS_FILE = "rejects.jsonl"  # the bad records that were left out
@@ -24,9 +24,8 @@ def has_canonical_records(folder: Path) -> bool:
     replaced since.
     """
     try:
-        meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
-        register_input(folder / META_FILE)
+        meta = read_object(folder / META_FILE)
         is_current = meta["nbytes"] == (folder / DATA_FILE).stat().st_size
         return bool(is_current and meta[CANONICAL_FORM_KEY] == CANONICAL_FORM)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (UserError, OSError, KeyError):
         return False

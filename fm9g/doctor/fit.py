@@ -1,4 +1,4 @@
-"""Whether a run fits in the memory of this machine, and what would."""
+"""Whether a run fits in the memory of this machine, and which changes make it fit."""
 
 from __future__ import annotations
 

@@ -84,8 +84,8 @@ def check_output_dir(run: RunConfig, nodes: int, file_system: str | None = None)
         return
     kind = file_system or _file_system(folder)
     if nodes > 1 and kind in _LOCAL_FILE_SYSTEMS:
-        advice = "node 0 alone writes there; on a shared file system another node could take over"
-        yield Finding(WARNING, "output_dir", f"{folder}: writable, {kind}: a disk of this machine alone", advice)
+        advice = "only node 0 writes there; on a shared file system another node could take over"
+        yield Finding(WARNING, "output_dir", f"{folder}: writable, {kind}: a local disk", advice)
     else:
         yield Finding(OK, "output_dir", f"{folder}: writable, {kind}")
     yield check_disk(run, shutil.disk_usage(folder).free)
@@ -104,9 +104,9 @@ def _file_system(folder: Path) -> str:
 def check_disk(run: RunConfig, free: int) -> Finding:
     """free: bytes on the file system of output_dir."""
     config = run.train
-    first = int(config.resume_ckpt) if config.resume_ckpt.isdecimal() else 0
+    first_step = int(config.resume_ckpt) if config.resume_ckpt.isdecimal() else 0
     size = checkpoint_bytes(run.model, JobConfig.from_run(run, nodes=1, gpus=config.tp_size))
-    steps = range(first, config.last_step)
+    steps = range(first_step, config.last_step)
     count = -(-len(steps) // config.save_iters) if config.save else 0
     if config.save_total_limit:  # an old one is deleted once the new one is complete
         count = min(count, config.save_total_limit + 1)
@@ -125,7 +125,7 @@ def check_disk(run: RunConfig, free: int) -> Finding:
 def check_rendezvous(address: str, port: int, node_rank: int, timeout: float) -> Finding:
     """Node 0 must be able to listen there, the others to reach it."""
     address = strip_brackets(address)
-    name, first = f"node 0 at {join_host_port(address, port)}", node_rank == 0
+    name, first_step = f"node 0 at {join_host_port(address, port)}", node_rank == 0
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
@@ -134,8 +134,8 @@ def check_rendezvous(address: str, port: int, node_rank: int, timeout: float) ->
         endpoint.settimeout(timeout)
         endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            (endpoint.bind if first else endpoint.connect)(target)
+            (endpoint.bind if first_step else endpoint.connect)(target)
         except OSError as error:
             status, advice = _REFUSALS.get(error.errno or 0, (ERROR, _UNREACHABLE))
             return Finding(status, name, f"{target[0]}: {error.strerror or error}", advice)
-    return Finding(OK, name, f"{target[0]}: {'this machine can listen there' if first else 'answers'}")
+    return Finding(OK, name, f"{target[0]}: {'this machine can listen there' if first_step else 'answers'}")

@@ -1,6 +1,6 @@
 """Python, the packages that fm9g uses, CUDA and the GPUs that torch sees.
 
-Each package is tried in a process of its own, since a broken wheel can end the interpreter.
+Each package is imported in a separate process, since a broken wheel can crash the interpreter.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fm9g.hardware import GIB
 from fm9g.io.safe_path import python_command
 from fm9g.progress import Progress
 
-IMPORT_TIMEOUT = 120.0  # seconds; on a busy machine an import takes many times as long as alone
+IMPORT_TIMEOUT = 120.0  # seconds; on a busy machine an import is many times slower
 _OPTIONAL = {
     "bmtrain": "import bmtrain",
     "flash-attn": "import flash_attn",
@@ -43,7 +43,7 @@ _NCCL_WHEELS = ("nvidia-nccl-cu11", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
 _REQUIREMENT = re.compile(r"([\w.-]+)(?:>=([\d.]+))?")
 # Oldest Linux driver for a CUDA major version (CUDA Toolkit release notes, minor version compatibility).
 _DRIVERS = {"11": "450.80.02", "12": "525.60.13", "13": "580.65.06"}
-# What a failed import says -> what to do. The first that matches is shown.
+# Pattern in the error of a failed import -> advice. The first match is shown.
 _FAILURES = (
     (r"compiled using NumPy 1|numpy\.core\.multiarray failed", "built for numpy 1, and fm9g needs numpy 2: upgrade it"),
     (r"undefined symbol: nccl|libnccl", "the installed NCCL is not the one it was built for: pip uninstall "
@@ -86,7 +86,7 @@ def check_packages(
 ) -> tuple[list[Finding], dict[str, Any]]:
     """Checks which packages are installed and can be imported.
 
-    As many imports run at once as there are processors: more would slow each other down.
+    One import per processor runs at a time; more would slow each other down.
 
     Args:
         probe: tries an import; default: `probe`.
@@ -118,7 +118,7 @@ def check_packages(
 
 
 def run_probe(code: str, timeout: float = IMPORT_TIMEOUT) -> Probe:
-    """Runs Python code in a process of its own."""
+    """Runs Python code in a separate process."""
     try:
         done = subprocess.run(
             python_command(code), capture_output=True, encoding="utf-8", errors="replace", timeout=timeout

@@ -95,10 +95,12 @@ class BMTrainEngine(Engine):
         shards = {}
         for name, weight in self._named_params(self.model):
             start = weight._start_partition
-            begin, end = (0, 0) if start is None else (start, max(start, weight._end_partition))
+            start_offset, end = (0, 0) if start is None else (start, max(start, weight._end_partition))
             shards[name] = ShardInfo(
                 shape=weight._original_shape,
-                local_view=functools.partial(_flat_slice, begin=begin, end=min(end, weight._original_shape.numel())),
+                local_view=functools.partial(
+                    _flat_slice, start=start_offset, end=min(end, weight._original_shape.numel())
+                ),
                 num_replicas=1,
                 is_primary=True,
                 trainable=weight.requires_grad,
@@ -144,8 +146,8 @@ class BMTrainEngine(Engine):
                 weight.grad.zero_()
 
 
-def _flat_slice(full: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-    return full.view(-1)[begin:end]
+def _flat_slice(full: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    return full.view(-1)[start:end]
 
 
 def _require_input_grad(block: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -32,10 +31,6 @@ class TensorStats:
     max_abs: float
     counts: np.ndarray
     edges: np.ndarray
-
-    @property
-    def rms(self) -> float:
-        return math.sqrt(self.sum_sq / max(1, self.count - self.num_nonfinite))
 
 
 @torch.no_grad()

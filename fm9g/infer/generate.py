@@ -21,7 +21,7 @@ from fm9g.data.encode.tokenizer_files import TOKENIZER_CONFIG
 from fm9g.data.encode.tokenizer_loading import load_tokenizer
 from fm9g.errors import UserError, error_text
 from fm9g.io.json_file import read_object
-from fm9g.io.path_kind import MODEL, check_kind
+from fm9g.path_kind import MODEL, check_kind
 
 logger = logging.getLogger(__name__)
 

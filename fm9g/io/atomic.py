@@ -14,6 +14,7 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import re
 import secrets
 import shutil
 import time
@@ -28,7 +29,7 @@ from fm9g.io.os_errors import os_errors_as_user_error
 
 logger = logging.getLogger(__name__)
 
-_TEMP_SUFFIXES = ("tmp", "old", "new")
+_TEMP_NAME = re.compile(r"\.(.+)\.[0-9]+\.(tmp|old|new)", re.DOTALL)
 _MAX_CLOCK_SKEW = 60.0  # seconds between the clocks of this machine and of a file system
 
 
@@ -109,8 +110,8 @@ def recover_interrupted(target: Path) -> None:
     Moves the former content back if nothing replaced it, and deletes incomplete content.
     """
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.*"):
-        number, _, kind = leftover.name.removeprefix(f".{target.name}.").partition(".")
-        if not number.isdecimal() or kind not in _TEMP_SUFFIXES or _is_in_use(leftover):
+        name, kind = parse_temp_name(leftover)
+        if name != target.name or _is_in_use(leftover):
             continue
         if kind == "old" and not target.exists():
             leftover.rename(target)
@@ -124,13 +125,19 @@ def recover_interrupted(target: Path) -> None:
 def clean_stale_temps(folder: Path) -> None:
     """Calls `recover_interrupted` for everything in a folder that killed processes were writing."""
     for leftover in folder.glob(".*.*.*"):
-        name, number, kind = leftover.name[1:].rsplit(".", 2)
-        if not number.isdecimal() or kind not in _TEMP_SUFFIXES or _is_in_use(leftover):
+        name, _ = parse_temp_name(leftover)
+        if not name or _is_in_use(leftover):
             continue
         if leftover.is_dir():
             recover_interrupted(folder / name)
         else:
             leftover.unlink(missing_ok=True)
+
+
+def parse_temp_name(path: Path) -> tuple[str, str]:
+    """The name of the target of a temporary, and the temporary's kind: tmp, old or new; empty texts for others."""
+    match = _TEMP_NAME.fullmatch(path.name)
+    return (match[1], match[2]) if match else ("", "")
 
 
 def atomic_rmtree(folder: Path) -> None:

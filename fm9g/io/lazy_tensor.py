@@ -119,12 +119,14 @@ class LazyTensor:
         with self.file.open("rb", buffering=0) as file:
             # Callers that read rows read the next ones soon; without this hint the disk idles in between.
             os.posix_fadvise(file.fileno(), self.offset + len(buffer), _READAHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-            done = 0
-            while done < len(buffer):
-                count = os.preadv(file.fileno(), [buffer[done : done + _MAX_READ_BYTES]], self.offset + done)
+            num_read = 0
+            while num_read < len(buffer):
+                count = os.preadv(
+                    file.fileno(), [buffer[num_read : num_read + _MAX_READ_BYTES]], self.offset + num_read
+                )
                 if not count:
                     raise truncated_error(self.file)
-                done += count
+                num_read += count
 
 
 class LazyStateDict(Mapping[str, torch.Tensor]):

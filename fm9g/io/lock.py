@@ -55,12 +55,13 @@ def is_locked(path: Path) -> bool | None:
 
 
 @contextmanager
-def exclusive_lock(folder: Path, timeout: float) -> Iterator[None]:
-    """Reserves the folder of a run for this process and creates the folder if it is missing.
+def exclusive_lock(folder: Path, timeout: float, busy: str) -> Iterator[None]:
+    """Reserves a folder for this process and creates the folder if it is missing.
 
     Args:
         folder: the folder to reserve.
         timeout: seconds to wait for a process that has the lock and may be ending.
+        busy: what the message says if another process keeps the lock, and what to do.
 
     Raises UserError if another process keeps the lock. Without locks in the file system, warns and continues.
     """
@@ -71,13 +72,10 @@ def exclusive_lock(folder: Path, timeout: float) -> Iterator[None]:
         deadline = time.monotonic() + timeout
         while (taken := try_lock(descriptor)) is False:
             if time.monotonic() > deadline:
-                raise UserError(
-                    f"{folder}: another run of this name is writing there; wait until it ends or choose another "
-                    "--model_unique"
-                )
+                raise UserError(f"{folder}: {busy}")
             time.sleep(_RETRY_SECONDS)
         if taken is None:
-            logger.warning(f"{folder}: this file system has no locks: start no second run of this name")
+            logger.warning(f"{folder}: this file system has no locks: nothing stops a second process here")
         yield
     finally:
         os.close(descriptor)

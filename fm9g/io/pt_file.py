@@ -5,9 +5,10 @@ from __future__ import annotations
 import mmap
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -19,6 +20,15 @@ from fm9g.io.pt_archive import check_archive, without_values
 from fm9g.io.pt_checksums import write_checksums
 from fm9g.io.pt_pickle import find_code
 from fm9g.out_of_memory import is_out_of_memory
+
+
+class Tensors(Protocol):
+    """Full tensors that arrive one at a time, by name. meta: the shape and type of each, on the meta device."""
+
+    @property
+    def meta(self) -> Mapping[str, torch.Tensor]: ...
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]: ...
 
 
 def read_weights(path: Path) -> LazyStateDict:

@@ -11,8 +11,6 @@ import sys
 from multiprocessing import util
 from pathlib import Path
 
-import fm9g
-
 # Python 3.10 has no flag for the current folder alone; -I also ignores PYTHONPATH and other variables.
 SAFE_PATH_FLAG = "-P" if sys.version_info >= (3, 11) else "-I"
 
@@ -21,7 +19,7 @@ def python_command(code: str) -> list[str]:
     """The command line of a process that runs code with the import path of this one."""
     current = os.getcwd()
     path = [folder for folder in sys.path if os.path.abspath(folder) != current]
-    if os.path.abspath(Path(fm9g.__file__).parents[1]) == current:  # fm9g runs in its checkout
+    if os.path.abspath(Path(__file__).parents[2]) == current:  # fm9g runs in its checkout
         path.append(current)
     return [sys.executable, SAFE_PATH_FLAG, "-c", f"import sys; sys.path[:] = {path!r}\n{code}"]
 

@@ -254,8 +254,8 @@ class _Attempt:
         ended, next_heartbeat = False, 0.0
         while True:
             codes = self._worker_group.poll()
-            if self._failure is None and (found := self._first_failure(codes)):
-                self._record_failure(found)
+            if self._failure is None and (failure := self._first_failure(codes)):
+                self._record_failure(failure)
             self._forward_signals()
             if self._failure and time.monotonic() > self._failed_at + self._timing.grace_period:
                 self._worker_group.kill()

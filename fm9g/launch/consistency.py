@@ -44,10 +44,11 @@ def check_same(fingerprints: Sequence[Mapping[str, Any]], hosts: Sequence[str], 
         kind: what the message calls a process: "rank" or "node".
     """
     for rank in range(1, len(fingerprints)):
-        if found := differences(fingerprints[rank], fingerprints[0]):
-            more = f" and {len(found) - _MAX_DIFFERENCES} more" if len(found) > _MAX_DIFFERENCES else ""
+        if differing := differences(fingerprints[rank], fingerprints[0]):
+            more = f" and {len(differing) - _MAX_DIFFERENCES} more" if len(differing) > _MAX_DIFFERENCES else ""
             pairs = "; ".join(
-                f"{key}: {_truncate(mine)} there, {_truncate(first)}" for key, mine, first in found[:_MAX_DIFFERENCES]
+                f"{key}: {_truncate(mine)} there, {_truncate(first)}"
+                for key, mine, first in differing[:_MAX_DIFFERENCES]
             )
             raise RankMismatchError(
                 f"differs from {kind} 0 on host {hosts[0]} in {pairs} on {kind} 0{more}; make them the same on all "

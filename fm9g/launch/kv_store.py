@@ -38,7 +38,6 @@ LOOPBACK = "127.0.0.1"
 MAX_FRAME_BYTES = 1 << 25  # the stacks of a rank, the largest entry, are a few hundred kilobytes
 _MAX_FIRST_FRAME_BYTES = 1 << 12  # small, since anybody can send it
 _MAX_STORE_BYTES = 1 << 28  # all entries together
-_HANDSHAKE_TIMEOUT = 10.0  # seconds until the first frame of a connection is complete
 _GREETING = b"fm9g kv_store 3\n"
 _NONCE_BYTES = 32
 _HEADER = struct.Struct("!I32s")
@@ -74,16 +73,30 @@ class _Signer:
 class KVServer:
     """Hosts the KV store: in the agent of node 0 or, without an agent, in rank 0. Serves until closed."""
 
-    def __init__(self, port: int, secret: str, loopback_only: bool = False) -> None:
-        """port: 0 takes a free one. loopback_only: listens to this machine only.
+    def __init__(
+        self,
+        port: int,
+        secret: str,
+        loopback_only: bool = False,
+        *,
+        handshake_timeout: float = 10.0,
+        max_bytes: int = _MAX_STORE_BYTES,
+    ) -> None:
+        """
+        Args:
+            port: 0 takes a free one.
+            loopback_only: listen to this machine only.
+            handshake_timeout: seconds until the first frame of a connection is complete.
+            max_bytes: of all entries together.
 
         Raises UserError if the port is taken, OSError if the system lacks resources, such as file descriptors.
         """
         self._secret, self._entries = secret, dict[str, Any]()
+        self._handshake_timeout, self._max_bytes = handshake_timeout, max_bytes
         self._entry_sizes, self._total_size = dict[str, int](), 0  # bytes
         # Connections without a valid first frame, oldest first: if there are too many, the oldest is closed.
         self._unauthenticated: dict[asyncio.StreamWriter, None] = {}
-        self._max_unauthenticated = max(16, min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+        self.max_unauthenticated = max(16, min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self._socket = _listen(port, loopback_only)
         self.port: int = self._socket.getsockname()[1]
         started: Future[None] = Future()
@@ -114,7 +127,7 @@ class KVServer:
 
     async def _handle_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         signer = _Signer(self._secret, nonce := secrets.token_bytes(_NONCE_BYTES))
-        if len(self._unauthenticated) >= self._max_unauthenticated:
+        if len(self._unauthenticated) >= self.max_unauthenticated:
             oldest = next(iter(self._unauthenticated))
             del self._unauthenticated[oldest]  # now: its handler ends later, and more may connect until then
             oldest.transport.abort()
@@ -123,7 +136,7 @@ class KVServer:
             writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             writer.write(_GREETING + nonce)
             request = await asyncio.wait_for(
-                _read_signed(reader, signer, 0, _MAX_FIRST_FRAME_BYTES), _HANDSHAKE_TIMEOUT
+                _read_signed(reader, signer, 0, _MAX_FIRST_FRAME_BYTES), self._handshake_timeout
             )
             self._unauthenticated.pop(writer, None)
             number = 0
@@ -151,7 +164,7 @@ class KVServer:
         for key, value in (to_set | absent).items():
             size = len(key) + len(json.dumps(value))
             total = self._total_size + size - self._entry_sizes.get(key, 0)
-            if total > _MAX_STORE_BYTES:
+            if total > self._max_bytes:
                 raise ValueError("the KV store is full")
             self._entries[key], self._entry_sizes[key], self._total_size = value, size, total
         return {str(key): self._entries.get(str(key)) for key in (*if_absent, *to_get)}

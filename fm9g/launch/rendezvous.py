@@ -85,10 +85,10 @@ class Rendezvous:
                 self._kv_client.transact(set={"started": {"time": time.time(), "hosts": hosts}})
                 return
             if time.monotonic() > deadline:
-                numbers, seconds = ", ".join(missing), self._timing.timeout
+                node_list, seconds = ", ".join(missing), self._timing.timeout
                 self._abort(
-                    f"of {count} nodes, number {numbers} did not appear within {seconds:.0f} s; start the same command "
-                    "there with its own RANK (--node-rank)"
+                    f"of {count} nodes, number {node_list} did not appear within {seconds:.0f} s; start the same "
+                    "command there with its own RANK (--node-rank)"
                 )
             time.sleep(POLL_INTERVAL)
 

@@ -298,9 +298,9 @@ class Watchdog:
 
     def _reporting_rank(self, failure: Failure, code: int | None) -> int:
         """The rank of this node that prints the message where no agent does."""
-        rank, first = self.rank_info.rank, self.rank_info.rank - self.rank_info.local_rank
+        rank, first_rank = self.rank_info.rank, self.rank_info.rank - self.rank_info.local_rank
         unreachable = 0 if code == EXIT_CONNECTION_LOST else failure.rank if failure.unreachable else None
-        return first + 1 if unreachable == first != rank else first
+        return first_rank + 1 if unreachable == first_rank != rank else first_rank
 
     def _ack_failure(self, kv_client: KVClient) -> None:
         """Acknowledges the failure.
@@ -308,8 +308,8 @@ class Watchdog:
         Without our agent, torchrun and SLURM kill the remaining local ranks as soon as one exits, so each rank first
         waits until its local peers have acknowledged. Rank 0, if it hosts the KV store, waits for all ranks.
         """
-        rank_info, first = self.rank_info, self.rank_info.rank - self.rank_info.local_rank
-        local_ranks = range(first, first + rank_info.local_world_size)
+        rank_info, first_rank = self.rank_info, self.rank_info.rank - self.rank_info.local_rank
+        local_ranks = range(first_rank, first_rank + rank_info.local_world_size)
         ranks = range(rank_info.world_size) if self._kv_server else local_ranks
         keys = [f"{self._prefix}/failure_ack/{rank}" for rank in ranks]
         deadline = time.monotonic() + self._timing.ack_timeout

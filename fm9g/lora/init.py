@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 
-from fm9g.checkpoint.save import Tensors
 from fm9g.config.adapter import AdapterConfig
 from fm9g.errors import UserError
+from fm9g.io.pt_file import Tensors
 from fm9g.lora.inject import MAGNITUDE, A, B, import_peft
 from fm9g.model.seeding import weight_generator
 

@@ -36,21 +36,21 @@ def memory_saving_options(model: ModelConfig, job: JobConfig, gpu: Gpu, keys: st
     lines = []
     adapters = replace(job, lora_layer=job.lora_layer or _LORA, tp_size=1)
     words = "" if job.lora_layer else f" --lora_layer {','.join(_LORA)}"
-    ways = [] if job.lora_layer else [("LoRA", words, adapters)]
+    alternatives = [] if job.lora_layer else [("LoRA", words, adapters)]
     if job.quantization == "none":
-        ways.append(("QLoRA", f"{words} --quantization nf4", replace(adapters, quantization="nf4")))
+        alternatives.append(("QLoRA", f"{words} --quantization nf4", replace(adapters, quantization="nf4")))
     min_needed = float("inf")
-    for name, own, way in ways:
-        found = _first_fit(model, way, gpu)
-        if found and found[1].needed < min_needed:  # quantized weights are complete on every GPU, which may need more
-            min_needed = found[1].needed
-            lines.append(f"{name} on a pretrained model,{own}{found[0]}{keys}: {_format_memory(found[1])}")
+    for name, own, alternative in alternatives:
+        fit = _first_fit(model, alternative, gpu)
+        if fit and fit[1].needed < min_needed:  # quantized weights are complete on every GPU, which may need more
+            min_needed = fit[1].needed
+            lines.append(f"{name} on a pretrained model,{own}{fit[0]}{keys}: {_format_memory(fit[1])}")
     size = count_weights(model)
     smaller = {name: other for name, other in _shipped_models().items() if size / 10 < count_weights(other) < size}
     for name, other in sorted(smaller.items(), key=lambda item: -count_weights(item[1])):
-        if found := _first_fit(other, job, gpu):
-            changes = f",{found[0]}{keys}" if found[0] or keys else ""
-            lines.append(f"a smaller model, such as {name}{changes}: {_format_memory(found[1])}")
+        if fit := _first_fit(other, job, gpu):
+            changes = f",{fit[0]}{keys}" if fit[0] or keys else ""
+            lines.append(f"a smaller model, such as {name}{changes}: {_format_memory(fit[1])}")
             break
     return lines
 

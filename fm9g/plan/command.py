@@ -54,7 +54,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens",
         default="",
-        help="tokens of the whole training, such as 300M, 1000B or 2T; default: as train_iters or epochs say",
+        help="tokens of the complete training, such as 300M, 1000B or 2T; default: as train_iters or epochs say",
     )
     parser.add_argument("--json", action="store_true", help="print bytes, seconds and counts as JSON")
     parser.add_argument(
@@ -118,9 +118,9 @@ def _tokens_of(run: RunConfig, job: JobConfig) -> tuple[float | None, str]:
 
 def with_global_batch_size(changes: str, other: JobEstimate) -> str:
     """Rewrites the changes of `suggest` for a run with global_batch_size instead of gradient_accumulation_steps."""
-    packs = other.job.gradient_accumulation_steps * other.job.data_parallel
+    num_packs = other.job.gradient_accumulation_steps * other.job.data_parallel
     words = [word for word in changes.split("--") if word and not word.startswith("gradient_accumulation_steps")]
-    more = [f"global_batch_size {packs}"] if "--batch_size" in changes else []
+    more = [f"global_batch_size {num_packs}"] if "--batch_size" in changes else []
     return " ".join(f"--{word.strip()}" for word in [*words, *more])
 
 

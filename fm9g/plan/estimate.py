@@ -72,7 +72,7 @@ class JobEstimate:
         return tokens / self.tokens_per_second / 86400
 
     def to_json(self, tokens: float | None) -> dict[str, Any]:
-        """Bytes, seconds and counts. tokens: of the whole run; None: unknown."""
+        """Bytes, seconds and counts. tokens: tokens of the run; None: unknown."""
         return {
             "setup": asdict(self.job),
             "gpu": asdict(self.gpu),
@@ -160,16 +160,23 @@ def suggest(
 
 
 def _candidates(model: ModelConfig, job: JobConfig) -> Iterator[JobConfig]:
-    packs, layers = job.tokens_per_step // job.max_length, model.num_layers
-    ways = [n for n in range(1, job.gpus + 1) if job.gpus % n == 0]
+    num_packs, layers = job.tokens_per_step // job.max_length, model.num_layers
+    tp_sizes = [n for n in range(1, job.gpus + 1) if job.gpus % n == 0]
     batches = [n for n in range(1, job.batch_size + 1) if job.batch_size % n == 0]
     engines = ("bmtrain", "torch") if job.engine == "bmtrain" else ("torch",)
-    choices = (engines, SEARCH_SPACE["zero_level"], SEARCH_SPACE["activation_checkpoint"], ways, (False, True), batches)
+    choices = (
+        engines,
+        SEARCH_SPACE["zero_level"],
+        SEARCH_SPACE["activation_checkpoint"],
+        tp_sizes,
+        (False, True),
+        batches,
+    )
     for engine, level, kind, tp, offload, batch in itertools.product(*choices):
         if tp > 1 and job.lora_layer:
             continue
         ranks = job.nodes * job.gpus // tp
-        if packs % (batch * ranks) or (job.offload_optimizer and not offload):
+        if num_packs % (batch * ranks) or (job.offload_optimizer and not offload):
             continue
         try:
             other = replace(
@@ -183,7 +190,7 @@ def _candidates(model: ModelConfig, job: JobConfig) -> Iterator[JobConfig]:
                 tp_size=tp,
                 offload_optimizer=offload,
                 batch_size=batch,
-                gradient_accumulation_steps=packs // (batch * ranks),
+                gradient_accumulation_steps=num_packs // (batch * ranks),
             )
             other.check(model)
         except UserError:

@@ -1,11 +1,11 @@
-"""The memory of a GPU in the phases of a step. Which phase is the peak depends on model and settings.
+"""The GPU memory in each phase of a step. Model and settings decide which phase is the peak.
 
     forward ──> loss ──> output layer ──> layer L-1 .. layer 0 ──> outside layers ──> optimizer
                 all saved activations      feed-forward, end,       gradients,
                 are in memory              reduction                reduction
 
-n: weights of a layer, r: weights outside layers, both on one rank of tensor parallelism; e: bytes of a number in the
-precision of the computation. ZeRO: Rajbhandari et al. 2020.
+n: weights of a layer, r: weights outside layers, both on one rank of tensor parallelism; e: bytes of a number in
+compute precision. ZeRO: Rajbhandari et al. 2020.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class StepPhase:
     """Bytes of each component in a phase of the step.
 
     Args:
-        weights, gradients, optimizer: this rank's shards, which last over micro-batches or steps.
+        weights, gradients, optimizer: this rank's shards, which persist across micro-batches or steps.
         activations: saved for the backward pass, and its temporary values.
         loss: logits and the gradient of the output layer.
         buffers: gathered weights, gradients before their reduction, and messages.
@@ -62,14 +62,14 @@ def step_phases(model: ModelConfig, job: JobConfig) -> Iterator[StepPhase]:
         sizes.shared_bytes(model, job),
         job.row * e * model.hidden_size,
     )
-    whole = sizes.layer_bytes(model, job)
+    full = sizes.layer_bytes(model, job)
     if e == 4 and job.activation_checkpoint != "none":
-        whole -= sizes.input_bytes(model, job)  # the first norm keeps its input itself, which is there already
+        full -= sizes.input_bytes(model, job)  # in fp32 the first norm saves the layer's input without a copy
 
-    def phase(name: str, done: int, activations: float, loss: float, buffers: float) -> StepPhase:
-        """done: layers whose gradients are there."""
-        done = done if job.gradient_accumulation_steps == 1 and not engine.lasting else layers + 1
-        gradients = engine.layer_gradient * min(done, layers) + engine.root_gradient * (done > layers)
+    def phase(name: str, layers_done: int, activations: float, loss: float, buffers: float) -> StepPhase:
+        """layers_done: number of layers that have their gradients; num_layers + 1 adds the weights outside layers."""
+        layers_done = layers_done if job.gradient_accumulation_steps == 1 and not engine.lasting else layers + 1
+        gradients = engine.layer_gradient * min(layers_done, layers) + engine.root_gradient * (layers_done > layers)
         return StepPhase(name, engine.weights, gradients, engine.optimizer, activations, loss, buffers)
 
     in_loss, in_head = sizes.loss_bytes(model, job)
@@ -77,39 +77,52 @@ def step_phases(model: ModelConfig, job: JobConfig) -> Iterator[StepPhase]:
     yield phase("the loss", 0, everything, in_loss, engine.output + engine.gathered(layers))
     yield phase("gradient of the output layer", 0, everything + grad, in_head, engine.root + engine.gathered(layers))
     for layer in reversed(range(layers)):
-        done, below = layers - 1 - layer, shared + sum(saved[:layer]) + grad
-        own = saved[layer] if saved[layer] == whole else sizes.input_bytes(model, job) + whole
+        layers_done, below = layers - 1 - layer, shared + sum(saved[:layer]) + grad
+        own = saved[layer] if saved[layer] == full else sizes.input_bytes(model, job) + full
         around = (
-            engine.root + engine.gathered(layer + 1) + engine.layer * (not engine.stays) + engine.message * (done > 0)
+            engine.root
+            + engine.gathered(layer + 1)
+            + engine.layer * (not engine.stays)
+            + engine.message * (layers_done > 0)
         )
-        started = engine.whole_gradient * (engine.message == 0)
+        started = engine.full_gradient * (engine.message == 0)
         in_gate = own + sizes.feed_forward_bytes(model, job)
-        at_end = own - whole + sizes.norm_backward_bytes(model, job)
-        yield phase(f"layer {layer}, feed-forward", done, below + in_gate, engine.head_gradient, around + started)
+        at_end = own - full + sizes.norm_backward_bytes(model, job)
         yield phase(
-            f"layer {layer}, its end", done, below + at_end, engine.head_gradient, around + engine.whole_gradient
+            f"layer {layer}, feed-forward", layers_done, below + in_gate, engine.head_gradient, around + started
+        )
+        yield phase(
+            f"layer {layer}, its end", layers_done, below + at_end, engine.head_gradient, around + engine.full_gradient
         )
         dealt = (
             engine.root
             + engine.gathered(layer)
-            + engine.whole_gradient
+            + engine.full_gradient
             + engine.message
             + engine.layer_gradient * several
         )
-        yield phase(f"layer {layer}, reduction", done + 1, below, engine.head_gradient, dealt)
-    yield phase("gradients outside layers", layers, shared + grad, 0, engine.root + engine.root_whole + engine.message)
-    yield phase("reduction outside layers", layers + 1, shared, 0, engine.root_whole + engine.root_message)
+        yield phase(f"layer {layer}, reduction", layers_done + 1, below, engine.head_gradient, dealt)
+    yield phase("gradients outside layers", layers, shared + grad, 0, engine.root + engine.root_full + engine.message)
+    yield phase("reduction outside layers", layers + 1, shared, 0, engine.root_full + engine.root_message)
     yield phase("the optimizer", layers + 1, 0, 0, engine.stepping)
 
 
 @dataclass(frozen=True)
 class _EngineMemory:
-    """Bytes that an engine holds; "root" is what is outside layers.
+    """Bytes that an engine allocates; "root" are the weights outside layers.
 
-    layer, root: gathered weights; output: those at the loss; ahead: of the next layer, which is gathered meanwhile.
-    head_gradient: of the output layer, while layers go back. whole_gradient, root_whole: before they are dealt out;
-    message, root_message: of the reduction, which lasts through the next layer. stepping: what the optimizer adds.
-    stays: a gathered layer does, until its backward pass; lasting: gradients do, for good.
+    Args:
+        weights, optimizer: shards of this rank.
+        layer_gradient, root_gradient: sharded gradients of a layer, and of root.
+        layer, root: gathered weights of a layer, and of root.
+        output: gathered weights during the loss.
+        ahead: weights of the next layer, which are prefetched.
+        head_gradient: gradient of the output layer during the backward passes of layers.
+        full_gradient, root_full: gradients before the reduce-scatter.
+        message, root_message: buffer of the reduce-scatter, which overlaps the next layer.
+        stepping: temporary memory of the optimizer step.
+        stays: whether gathered weights of a layer stay until its backward pass.
+        lasting: whether gradients stay allocated between steps.
     """
 
     weights: float
@@ -121,8 +134,8 @@ class _EngineMemory:
     output: float
     ahead: float
     head_gradient: float
-    whole_gradient: float
-    root_whole: float
+    full_gradient: float
+    root_full: float
     message: float
     root_message: float
     stepping: float
@@ -131,9 +144,9 @@ class _EngineMemory:
 
     @classmethod
     def of_adapters(cls, model: ModelConfig, job: JobConfig) -> _EngineMemory:
-        """With LoRA: frozen weights in the computation's precision alone; gradients and optimizer of adapters alone.
+        """With LoRA: frozen weights in compute precision; fp32 masters, gradients and optimizer for adapters only.
 
-        Quantized matrices are whole on every process, and one at a time is made anew from its bits.
+        Every process has all quantized matrices, unsharded, and dequantizes one at a time.
         """
         e, adapters, layers = job.width, job.adapters(model), model.num_layers
         matrices, largest = counts.matrix_weights(model)
@@ -154,8 +167,8 @@ class _EngineMemory:
             output=e * (counts.head_weights(model) if bmtrain else r) + e * largest * few,
             ahead=e * (n + adapters) * (shards > 1 and job.zero_level == 3 and not bmtrain),
             head_gradient=0,
-            whole_gradient=e * adapters,
-            root_whole=0,
+            full_gradient=e * adapters,
+            root_full=0,
             message=4 * adapters,
             root_message=0,
             stepping=0,
@@ -164,12 +177,12 @@ class _EngineMemory:
         )
 
     def gathered(self, layers: int) -> float:
-        """While so many layers wait for their backward pass."""
+        """Bytes of gathered layer weights while `layers` layers wait for their backward pass."""
         return self.layer * layers * self.stays + self.ahead * (layers > 1)
 
 
 def _torch(model: ModelConfig, job: JobConfig) -> _EngineMemory:
-    """FSDP2: fp32 shards; a layer's weights gathered in the computation's precision, its gradients reduced in fp32."""
+    """FSDP2: fp32 shards; a layer's weights are gathered in compute precision, its gradients reduced in fp32."""
     e, ways, layers = job.width, job.tp_size, model.num_layers
     n, r = counts.layer_weights(model, ways), counts.root_weights(model, ways)
     shards = job.data_parallel if job.zero_level else 1
@@ -184,8 +197,8 @@ def _torch(model: ModelConfig, job: JobConfig) -> _EngineMemory:
         output=e * r,
         ahead=e * n * (shards > 1 and job.zero_level == 3),
         head_gradient=e * counts.head_weights(model, ways),
-        whole_gradient=e * n,
-        root_whole=e * (r + counts.head_weights(model, ways) * model.tie_word_embeddings),
+        full_gradient=e * n,
+        root_full=e * (r + counts.head_weights(model, ways) * model.tie_word_embeddings),
         message=4 * n,
         root_message=4 * r,
         stepping=0,
@@ -195,11 +208,11 @@ def _torch(model: ModelConfig, job: JobConfig) -> _EngineMemory:
 
 
 def _bmtrain(model: ModelConfig, job: JobConfig) -> _EngineMemory:
-    """bmtrain: shards of weights and gradients in the computation's precision, fp32 copies beside the moments.
+    """bmtrain: shards of weights and gradients in compute precision, fp32 master weights beside the moments.
 
-    Gradients of several micro-batches add up in fp32. A block's buffers for weights and gradients are whole while it
-    runs; without checkpointing the weights stay, since what the backward pass keeps names them. Weights outside blocks
-    are gathered for each use and released.
+    Gradients of several micro-batches are accumulated in fp32. A block's weights and gradients are unsharded while it
+    runs. Without checkpointing its weights stay gathered, since the autograd graph references them. Weights outside
+    blocks are gathered for each use and released.
     """
     e, layers = job.width, model.num_layers
     n, r = counts.layer_weights(model), counts.root_weights(model)
@@ -216,8 +229,8 @@ def _bmtrain(model: ModelConfig, job: JobConfig) -> _EngineMemory:
         output=e * head,
         ahead=0,
         head_gradient=0,
-        whole_gradient=e * n,
-        root_whole=e * head * (1 + model.tie_word_embeddings),
+        full_gradient=e * n,
+        root_full=e * head * (1 + model.tie_word_embeddings),
         message=0,
         root_message=0,
         stepping=masters * total * (not several),
@@ -227,10 +240,10 @@ def _bmtrain(model: ModelConfig, job: JobConfig) -> _EngineMemory:
 
 
 def _saved_activations(model: ModelConfig, job: JobConfig) -> list[float]:
-    """Bytes that each layer keeps from its forward to its backward pass."""
-    whole = sizes.layer_bytes(model, job)
+    """Bytes that each layer saves from its forward to its backward pass."""
+    full = sizes.layer_bytes(model, job)
     if job.activation_checkpoint == "none":
-        return [whole] * model.num_layers
+        return [full] * model.num_layers
     less = sizes.input_bytes if job.activation_checkpoint == "full" else sizes.selective_bytes
     few = min(job.grad_ckpt_num, model.num_layers)
-    return [less(model, job)] * few + [whole] * (model.num_layers - few)
+    return [less(model, job)] * few + [full] * (model.num_layers - few)

@@ -10,6 +10,7 @@ from fm9g.io.atomic import atomic_file
 from fm9g.plan.estimate import JobEstimate
 from fm9g.plan.job import JobConfig
 from fm9g.plan.memory import COMPONENTS
+from fm9g.text_table import text_table
 
 _MEANING = {
     "weights": "this GPU's part",
@@ -49,15 +50,14 @@ def format_table(estimate: JobEstimate) -> str:
             f"MFU {estimate.mfu:g} (assumed) of {estimate.gpu.flops / 1e12:g} TFLOPS per GPU",
         ),
     ]
-    first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
-    return "\n".join(f"{name:<{first}}  {value:>{second}}  {text}".rstrip() for name, value, text in rows)
+    return "\n".join(text_table(rows, right=[1]))
 
 
 def _adapters(estimate: JobEstimate) -> list[tuple[str, str, str]]:
     job, trained = estimate.job, estimate.job.adapters(estimate.model) * estimate.model.num_layers
     if not trained:
         return []
-    bits = "" if job.quantization == "none" else f", the base in {job.quantization}, whole on every GPU"
+    bits = "" if job.quantization == "none" else f", the base in {job.quantization}, unsharded on every GPU"
     return [
         ("trained", f"{trained / 1e6:.3f} M", f"adapters of rank {job.lora_r}, {trained / estimate.weights:.2%}{bits}")
     ]
@@ -74,7 +74,7 @@ def format_verdict(estimate: JobEstimate, device: str, tokens: float | None, why
 
     Args:
         device: name of the GPU.
-        tokens: of the whole run; None: unknown.
+        tokens: tokens of the run; None: unknown.
         why: the key that sets the number of tokens, or the reason why it is unknown.
     """
     job, count = estimate.job, estimate.job.nodes * estimate.job.gpus
@@ -113,29 +113,36 @@ def _product(estimate: JobEstimate) -> str:
     )
 
 
-def format_suggestions(found: list[tuple[str, JobEstimate]], ways: list[str]) -> str:
-    """The changes that `suggest` found, with memory and speed; if there are none, the alternatives."""
-    if not found:
+def format_suggestions(fitting: list[tuple[str, JobEstimate]], ways: list[str]) -> str:
+    """The changes with which the job fits, with memory and speed; without any, other ways to make it fit.
+
+    Args:
+        fitting: changes and the plan with them, from `suggest`, fastest first.
+        ways: alternatives beyond the keys that `suggest` tries.
+    """
+    if not fitting:
         none = "No zero_level, activation_checkpoint, tp_size, offload_optimizer or batch_size makes it fit."
         lines = ways or ["a shorter max_length, or larger GPUs"]
         return "\n".join([none, "What would fit:", *(f"  {line}" for line in lines)])
-    lines = ["What would fit, with as many tokens per step, the fastest by estimate first:"]
-    for changes, other in found:
-        slower = other.step_seconds / found[0][1].step_seconds
+    lines = ["What would fit, with the same tokens per step, fastest by estimate first:"]
+    for changes, other in fitting:
+        slower = other.step_seconds / fitting[0][1].step_seconds
         pace = "" if slower < 1.005 else f", {slower:.2f} x the time of the first"
         lines.append(f"  {changes}: {other.needed / GIB:.1f} GiB{pace}")
     return "\n".join(lines)
 
 
 def plot_memory(estimates: dict[str, JobEstimate], picture: Path) -> None:
-    """A bar of components for each plan, by its label, and the GPU's memory.
+    """Draws the memory of each plan as a bar of components, with the GPU's memory as a limit.
 
-    picture: its suffix, one of fm9g.io.output.IMAGE_SUFFIXES, says the format.
+    Args:
+        estimates: label -> plan.
+        picture: the file to write; its suffix, one of fm9g.io.output.IMAGE_SUFFIXES, selects the format.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    labels = [label.replace(" --", "\n--") for label in estimates]  # a change a line
+    labels = [label.replace(" --", "\n--") for label in estimates]  # one change per line
     figure = Figure(figsize=(10, 1.6 + 0.25 * len("\n\n".join(labels).split("\n"))), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -144,7 +151,7 @@ def plot_memory(estimates: dict[str, JobEstimate], picture: Path) -> None:
         sizes = [getattr(estimate.memory, component) / GIB for estimate in estimates.values()]
         axes.barh(labels, sizes, left=start, label=component)
         start = [a + b for a, b in zip(start, sizes)]
-    rest = [estimate.needed / GIB - place for estimate, place in zip(estimates.values(), start)]
+    rest = [estimate.needed / GIB - offset for estimate, offset in zip(estimates.values(), start)]
     axes.barh(labels, rest, left=start, label="CUDA, NCCL, gaps", color="lightgrey")
     limit = next(iter(estimates.values())).gpu.memory
     axes.axvline(limit, color="black", linestyle="--", label=f"{limit:g} GiB")

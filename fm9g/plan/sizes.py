@@ -1,7 +1,7 @@
-"""Bytes of activations, optimizer state and checkpoints: they follow from fm9g/model line by line.
+"""Bytes of activations, optimizer state and checkpoints, derived line by line from the code in fm9g/model.
 
-Shapes: T tokens of a row, C hidden size, Q and K widths of all query and of all key heads, F intermediate size, V token
-ids, L layers.
+Widths on one rank of tensor parallelism: c hidden size, q all query heads, k all key heads, f intermediate size.
+e: bytes of a number in compute precision.
 """
 
 from __future__ import annotations
@@ -31,40 +31,43 @@ def checkpoint_bytes(model: ModelConfig, job: JobConfig) -> int:
 
 def state_bytes(model: ModelConfig, job: JobConfig) -> float:
     """Bytes of optimizer state in memory per weight, averaged over the model: moments and the mean of weights."""
-    in_8_bits = 2 * (1 + 4 / 256)  # a byte each, and an fp32 scale for 256
+    in_8_bits = 2 * (1 + 4 / 256)  # two moments of a byte each, and an fp32 scale per 256 values
     moments = in_8_bits if job.optimizer == "adamw8bit" else _fp32_state_bytes(model, job)
     return moments + 4 * bool(job.ema_decay)
 
 
 def _fp32_state_bytes(model: ModelConfig, job: JobConfig) -> float:
-    """Bytes of optimizer state per weight in fp32, as in checkpoints, those of adamw8bit included."""
+    """Bytes of optimizer state per weight in fp32. Checkpoints store it so, also for adamw8bit."""
     if job.optimizer == "adafactor":
-        return 0.0  # a row and a column of each matrix
-    if job.optimizer == "muon":  # one mean of a matrix in layers; adapters are such
+        return 0.0  # a row and a column per matrix: negligible
+    if job.optimizer == "muon":  # one moment for the matrices of layers, adapters included; two for other weights
         matrices = 1.0 if job.lora_layer else model.num_layers * layer_weights(model) / count_weights(model)
         return 4 * matrices + 8 * (1 - matrices)
     return 8.0
 
 
 def norm_bytes(w: Widths, job: JobConfig) -> float:
-    """Kept by an RMSNorm for a token: its input in fp32, where its weight is trained the normed value, and the
-    statistic; not its output."""
+    """Bytes per token that an RMSNorm saves: its input in fp32, the statistic, and the normed value if its weight is
+    trained. The consumers of its output save that."""
     return 4 * w.c + job.width * w.c * (not job.lora_layer) + 4
 
 
 def layer_bytes(model: ModelConfig, job: JobConfig) -> float:
-    """Kept by a layer for its backward pass, for a row, on one rank.
+    """Bytes that a layer saves for its backward pass, for one row on one rank.
 
-    Attention: the output of the norm, rotated queries and keys, values, the output (once more where torch joins those
-    of documents), and a statistic a head. Feed-forward: the output of the norm, the gate before and after its
-    activation, the other factor, and the product. Rotation keeps its shared angles alone, residual additions nothing.
-    What is there for a matrix's own gradient alone is kept where the matrix is trained, or has an adapter: the outputs
-    of the norms, the joined output of attention, and the product.
+    Attention saves the output of the norm, rotated queries and keys, values, its output (twice if torch concatenates
+    the outputs of documents), and a statistic per head. Feed-forward saves the output of the norm, the gate before and
+    after its activation, the up projection, and their product. Rotation saves only its shared angles, residual
+    additions nothing. Tensors that only the gradient of a matrix needs are saved if the matrix is trained or has an
+    adapter: the outputs of the norms, the concatenated output of attention, and the product.
     """
     w, e = Widths.of(model, job.tp_size), job.width
     norm, out = norm_bytes(w, job), float(e * w.c)
     if job.split_tokens > 1:
-        norm, out = norm / job.split_tokens, out + out / job.split_tokens  # its share, and whole for the matrices
+        norm, out = (
+            norm / job.split_tokens,
+            out + out / job.split_tokens,
+        )  # a shard; the output also gathered
     outs = out * (job.trains("project_q", "project_k", "project_v") + job.trains("w_0", "w_1"))
     joined = e * w.q * (not job.flash and job.trains("attention_out"))
     attention = e * (2 * w.q + 2 * w.k) + joined + 4 * w.heads
@@ -75,51 +78,52 @@ def layer_bytes(model: ModelConfig, job: JobConfig) -> float:
 
 
 def input_bytes(model: ModelConfig, job: JobConfig) -> float:
-    """A layer's input, which is all that full checkpointing keeps of it."""
+    """Bytes of a layer's input, the only tensor that full checkpointing saves."""
     return job.row * job.width * model.hidden_size / job.split_tokens
 
 
 def selective_bytes(model: ModelConfig, job: JobConfig) -> float:
-    """Kept of a layer by selective checkpointing: its input, and what attention and matrices give, those of adapters
-    among them."""
+    """Bytes per layer that selective checkpointing saves: its input and the outputs of attention and of all matrices,
+    adapters included."""
     w, e = Widths.of(model, job.tp_size), job.width
     adapters = sum(job.lora_r + out for _, out in adapter_widths(model, job.lora_layer))
-    kept = e * adapters + e * (w.q + 2 * w.k) + e * w.q + 4 * w.heads + 2 * e * w.f + 2 * e * w.c
-    return job.row * kept + input_bytes(model, job)
+    bytes_per_token = e * adapters + e * (w.q + 2 * w.k) + e * w.q + 4 * w.heads + 2 * e * w.f + 2 * e * w.c
+    return job.row * bytes_per_token + input_bytes(model, job)
 
 
 def feed_forward_bytes(model: ModelConfig, job: JobConfig) -> float:
-    """Above layer_bytes at the fullest moment of a layer's backward pass, which is that of the gate's product.
+    """Bytes beyond layer_bytes at the peak of a layer's backward pass: that of the product of gate and up projection.
 
-    Then the product, where it was kept, has gone, and the gradients of product, gate and factor are there.
+    The gradients of product, gate and up projection are in memory then; a saved product is already freed.
     """
     w, e = Widths.of(model, job.tp_size), job.width
     return job.row * e * w.f * (3 - job.trains("w_out"))
 
 
 def norm_backward_bytes(model: ModelConfig, job: JobConfig) -> float:
-    """At the end of a layer's backward pass: what its first norm kept, and four gradients in fp32."""
+    """Bytes at the end of a layer's backward pass: the tensors saved by its first norm, four gradients in fp32, and two
+    in compute precision."""
     w, e = Widths.of(model, job.tp_size), job.width
     return job.row * (norm_bytes(w, job) + 16 * w.c + 2 * e * w.c) / job.split_tokens
 
 
 def shared_bytes(model: ModelConfig, job: JobConfig) -> float:
-    """There once for a row, all the time: ids, positions and targets, losses, angles of the rotation."""
+    """Bytes per row that stay through the step: ids, positions, targets, losses, angles of the rotation."""
     return job.row * (40 + 8 * model.head_dim)
 
 
 def end_bytes(model: ModelConfig, job: JobConfig) -> float:
-    """Between the last layer and the loss: what the last norm keeps, its output, and the gradient of that."""
+    """Bytes between the last layer and the loss: the last norm's saved tensors, its output, and that one's gradient."""
     w, e = Widths.of(model), job.width
     return job.row * (norm_bytes(w, job) / job.split_tokens + 2 * e * w.c)
 
 
 def loss_bytes(model: ModelConfig, job: JobConfig) -> tuple[float, float]:
-    """In fm9g/model/loss.py: at its fullest chunk, and in the backward pass, when the weights' gradient is scaled.
+    """Bytes of fm9g/model/loss.py: at the largest chunk, and in the backward pass, as it scales the weights' gradient.
 
-    A chunk: logits in fp32, those of the chunk before with their copy in the computation's precision, and either the
-    logits as the matrix gives them or the differences that logsumexp takes; or its part of the weights' gradient. With
-    adapters the weights have none.
+    A chunk has its logits in fp32, those of the previous chunk with their copy in compute precision, and either the
+    matrix's output or the differences that logsumexp computes; or else its part of the weights' gradient. With
+    adapters, the output layer is frozen and has no gradient.
     """
     ids, e, weight = -(-model.vocab_size // job.tp_size), job.width, head_weights(model, job.tp_size)
     first, second = min(LOSS_CHUNK_ROWS, job.row), min(LOSS_CHUNK_ROWS, max(0, job.row - LOSS_CHUNK_ROWS))

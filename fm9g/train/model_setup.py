@@ -26,11 +26,11 @@ from fm9g.engine.gradients import DynamicLossScaler
 from fm9g.engine.optimizers import OptimizerConfig
 from fm9g.errors import UserError
 from fm9g.io.lazy_tensor import LazyConcat, LazyTensor
-from fm9g.io.path_kind import CHECKPOINT, MODEL, WEIGHTS, check_kind
 from fm9g.io.pt_file import open_pt
 from fm9g.lora.inject import A, B, canonical_name
 from fm9g.model.loss import LossConfig
 from fm9g.model.transformer import FM9G, is_mup_scaled, weight_shapes
+from fm9g.path_kind import CHECKPOINT, MODEL, WEIGHTS, check_kind
 from fm9g.train.adapter_training import AdapterTraining
 
 logger = logging.getLogger(__name__)
@@ -218,9 +218,10 @@ def _load_weights(path: Path, model_config: ModelConfig, strict: bool) -> Weight
     try:
         mismatches = check_weights(weights, weight_shapes(model_config), str(path), strict)
     except UserError as error:
-        beside = path.with_suffix(".json")
-        if path.suffix == ".pt" and beside.is_file():
-            hint = f'\n{beside} describes the model: --config {beside}, or args["config"] in the guide\'s scripts'
+        config_file = path.with_suffix(".json")
+        if path.suffix == ".pt" and config_file.is_file():
+            hint = f"\n{config_file} describes the model: --config {config_file}"
+            hint += ', or args["config"] in the guide\'s scripts'
             raise UserError(f"{error}{hint}") from None
         raise
     for mismatch in mismatches:
@@ -242,9 +243,11 @@ def _open_pretrained(path: Path, model_config: ModelConfig) -> Weights:
         hint = f"; it holds {files}" if files else ""
         raise UserError(f"pretrained_model: {path}: neither a checkpoint nor a Hugging Face folder{hint}")
     config, weights = open_hf_folder(path)
-    ours, theirs = (architecture_of(c) for c in (model_config, config))
+    run_values, checkpoint_values = (architecture_of(c) for c in (model_config, config))
     if mismatches := [
-        f"{key} is {theirs[key]!r}, the run's {ours[key]!r}" for key in ours if values_differ(ours[key], theirs[key])
+        f"{key} is {checkpoint_values[key]!r}, the run's {run_values[key]!r}"
+        for key in run_values
+        if values_differ(run_values[key], checkpoint_values[key])
     ]:
         raise UserError(f"pretrained_model: {path / 'config.json'} describes another model: {'; '.join(mismatches)}")
     return weights

@@ -71,6 +71,7 @@ from fm9g.train.trackers import build_trackers, check_trackers_installed
 
 logger = logging.getLogger(__name__)
 
+_LOCK_MESSAGE = "another run of this name is writing there; wait until it ends or choose another --model_unique"
 _MIN_VOCAB_SHARE = 0.95  # a model's own tokenizer has at least this share of its token ids; the rest is padding
 
 
@@ -144,7 +145,7 @@ def run_training(run: RunConfig, rank_info: RankInfo | None = None) -> TrainResu
     ):
         if rank_info.rank == 0:  # against a second run of this name
             for folder in (folders.checkpoints, folders.logs) if config.save else (folders.logs,):
-                locks.enter_context(exclusive_lock(folder, timeout=10.0))
+                locks.enter_context(exclusive_lock(folder, 10.0, _LOCK_MESSAGE))
         with oom_as_user_error(TRAINING_OOM_ADVICE):
             job = _prepare(run, rank_info, watchdog, make_engine(config, dist_context))
             return _train(job, rank_info)

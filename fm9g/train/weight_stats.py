@@ -6,6 +6,7 @@ import math
 import re
 
 from fm9g.engine.tensor_stats import TensorStats
+from fm9g.text_table import text_table
 from fm9g.train.trackers import Histogram
 
 Stats = dict[str, tuple[TensorStats, TensorStats]]  # weight name -> statistics of the weight and of its gradient
@@ -25,15 +26,14 @@ def weight_table(stats: Stats) -> str:
     for name, pair in stats.items():
         layer = re.match(r"encoder\.layers\.(\d+)\.", name)
         groups.setdefault(f"layer {layer[1]}" if layer else name, []).append(pair)
-    lines = [f"  {'':<34}{'weight rms':>12}{'largest':>12}{'gradient rms':>14}{'largest':>12}{'not finite':>12}"]
+    rows = [["", "weight rms", "largest", "gradient rms", "largest", "not finite"]]
     for name, pairs in groups.items():
         weights, grads = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         max_weight, max_grad = (max(item.max_abs for item in items) for items in (weights, grads))
         nonfinite = sum(item.num_nonfinite for item in [*weights, *grads])
-        lines.append(
-            f"  {name:<34}{_rms(weights):>12.4g}{max_weight:>12.4g}{_rms(grads):>14.4g}{max_grad:>12.4g}{nonfinite:>12}"
-        )
-    return "\n".join(lines)
+        values = (_rms(weights), max_weight, _rms(grads), max_grad)
+        rows.append([name, *(f"{value:.4g}" for value in values), str(nonfinite)])
+    return "\n".join(f"  {line}" for line in text_table(rows, right=range(1, 6)))
 
 
 def _histogram(stats: TensorStats) -> Histogram:

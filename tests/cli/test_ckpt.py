@@ -65,15 +65,15 @@ def test_ls_shows_what_each_checkpoint_holds_and_which_are_next_and_best(capsys:
 
 
 def test_ls_never_offers_a_damaged_checkpoint(capsys: pytest.CaptureFixture) -> None:
-    whole, cut, bare, odd = (save("m", step, val_loss=1 / step) for step in (1, 2, 3, 4))
-    with file_of(cut).open("r+b") as file:
+    full, truncated, bare, mismatched = (save("m", step, val_loss=1 / step) for step in (1, 2, 3, 4))
+    with file_of(truncated).open("r+b") as file:
         file.truncate(100)
     (bare / MANIFEST).unlink()
-    (odd / MANIFEST).write_text("[]")
-    found = inspect_run(whole.parent)
-    assert (found.newest, found.best) == (whole, whole)
+    (mismatched / MANIFEST).write_text("[]")
+    found = inspect_run(full.parent)
+    assert (found.newest, found.best) == (full, full)
     reasons = [item.problem.partition(":")[0] for item in found.checkpoints]
-    assert reasons == ["", file_of(cut).name, MANIFEST, MANIFEST]
+    assert reasons == ["", file_of(truncated).name, MANIFEST, MANIFEST]
     out = run(capsys, "ls", "m")[1].splitlines()
     assert "damaged: fm9g_live_checkpoint-2.pt: has 100 of" in out[2]
     assert out[3].endswith("damaged: manifest.json: is missing")
@@ -118,7 +118,7 @@ def test_verify_says_that_a_checkpoint_is_whole(capsys: pytest.CaptureFixture) -
 
 
 def test_verify_names_every_damage_of_every_checkpoint_of_a_run(capsys: pytest.CaptureFixture) -> None:
-    whole, broken, last = (save("m", step) for step in (1, 2, 3))
+    full, broken, last = (save("m", step) for step in (1, 2, 3))
     with file_of(broken).open("r+b") as file:
         file.seek(file_of(broken).stat().st_size // 2)
         byte = file.read(1)[0]
@@ -140,7 +140,7 @@ def test_verify_names_every_damage_of_every_checkpoint_of_a_run(capsys: pytest.C
         in out
     )
     assert len(out.splitlines()) == 7
-    assert run(capsys, "verify", whole)[0] == 0
+    assert run(capsys, "verify", full)[0] == 0
 
 
 def test_show_tells_what_a_checkpoint_is(capsys: pytest.CaptureFixture) -> None:
@@ -308,8 +308,8 @@ def test_a_checkpoint_and_a_file_can_be_compared(capsys: pytest.CaptureFixture) 
 
 def test_nothing_is_ever_written(here: Path, capsys: pytest.CaptureFixture) -> None:
     save("m", 1)
-    cut = save("m", 2)
-    file_of(cut).write_bytes(b"")
+    truncated = save("m", 2)
+    file_of(truncated).write_bytes(b"")
     (CHECKPOINTS_DIR / "m" / ".3.4242.tmp").mkdir()
     (CHECKPOINTS_DIR / "m" / ".4.4242.old").mkdir()
 

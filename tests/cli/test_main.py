@@ -141,14 +141,6 @@ def test_what_the_system_says_of_a_name_is_short(
     assert len(message) < 1100
 
 
-def test_a_locale_with_names_of_its_own_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fm9g.io.utf8 import ensure_utf8_mode
-
-    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "gbk")
-    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("started anew"))
-    ensure_utf8_mode()
-
-
 @pytest.mark.slow
 def test_names_in_chinese_work_whatever_the_locale(tmp_path: Path, tokenizer_path: Path) -> None:
     folder = tmp_path / "数据"

@@ -62,15 +62,15 @@ def test_the_table_above_is_complete() -> None:
         assert not aliases_of(cls).keys() & keys_of(cls).keys()
 
 
-@pytest.mark.parametrize("place", [in_a_file, on_the_command_line, in_a_launch_script])
+@pytest.mark.parametrize("write_alias", [in_a_file, on_the_command_line, in_a_launch_script])
 @pytest.mark.parametrize("alias", TRAIN)
-def test_a_training_key_has_its_former_name(tmp_path: Path, alias: str, place: Callable) -> None:
+def test_a_training_key_has_its_former_name(tmp_path: Path, alias: str, write_alias: Callable) -> None:
     key, needed = aliases_of(TrainConfig)[alias], NEEDED.get(alias, {})
-    loaded = load_train_config(*place(tmp_path, {alias: TRAIN[alias], **needed}))[0]
+    loaded = load_train_config(*write_alias(tmp_path, {alias: TRAIN[alias], **needed}))[0]
     assert getattr(loaded.value, key) == VALUES.get(alias, TRAIN[alias]) != keys_of(TrainConfig)[key].default
-    assert loaded == load_train_config(*place(tmp_path, {key: TRAIN[alias], **needed}))[0]
+    assert loaded == load_train_config(*write_alias(tmp_path, {key: TRAIN[alias], **needed}))[0]
     with pytest.raises(UserError, match=f"({alias} and {key}|{key} and {alias}) are both given; they are the same"):
-        load_train_config(*place(tmp_path, {alias: TRAIN[alias], key: TRAIN[alias], **needed}))
+        load_train_config(*write_alias(tmp_path, {alias: TRAIN[alias], key: TRAIN[alias], **needed}))
 
 
 def test_the_later_source_wins_under_whichever_name(tmp_path: Path) -> None:

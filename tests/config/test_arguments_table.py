@@ -19,10 +19,10 @@ def script() -> dict[str, Any]:
 
 
 def test_the_committed_table_is_what_the_script_makes(script: dict[str, Any]) -> None:
-    made = script["table"]()
-    assert (ROOT / "docs" / "arguments.md").read_text(encoding="utf-8") == made, "run `make docs`"
+    table = script["table"]()
+    assert (ROOT / "docs" / "arguments.md").read_text(encoding="utf-8") == table, "run `make docs`"
     for name in [*keys_of(TrainConfig), *DEPRECATED_KEYS]:
-        assert made.count(f"\n| `{name}` |") == 1
+        assert table.count(f"\n| `{name}` |") == 1
 
 
 @pytest.mark.parametrize(

@@ -256,8 +256,8 @@ def test_what_is_exported_needs_no_code_of_a_tokenizer(tmp_path: Path, tokenizer
         out.mkdir()
         assert write_tokenizer(source, None, out).opener == "AutoTokenizer"
         assert "auto_map" not in json.loads((out / "tokenizer_config.json").read_text())
-        theirs = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
-        assert theirs(text, add_special_tokens=False)["input_ids"] == list(load_tokenizer(reading).encode(text))
+        reference = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
+        assert reference(text, add_special_tokens=False)["input_ids"] == list(load_tokenizer(reading).encode(text))
 
 
 def test_named_templates_travel_unless_the_checkpoint_was_trained_with_one(
@@ -323,8 +323,8 @@ def test_a_class_that_transformers_takes_for_a_kind_of_models_gets_a_warning(
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast" in card
     text = "in 1863"
-    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "hf")
-    assert theirs.encode(text, add_special_tokens=False) == load_tokenizer(tokenizer_path).encode(text)
+    reference = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "hf")
+    assert reference.encode(text, add_special_tokens=False) == load_tokenizer(tokenizer_path).encode(text)
 
 
 def test_named_templates_in_the_configuration_stay_unless_the_checkpoint_was_trained_with_one(

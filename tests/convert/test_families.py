@@ -81,8 +81,8 @@ def test_imported_models_have_the_logits_of_transformers(kind: str, tmp_path: Pa
     model = native_folder(kind, tmp_path / "hf")
     import_folder(tmp_path / "hf", tmp_path / "m.pt")
     config = load_model_config(tmp_path / "m.json")
-    ours = our_logits(config, read_weights(tmp_path / "m.pt"))
-    torch.testing.assert_close(ours, their_logits(model), rtol=0, atol=1e-5)
+    actual = our_logits(config, read_weights(tmp_path / "m.pt"))
+    torch.testing.assert_close(actual, their_logits(model), rtol=0, atol=1e-5)
 
     export_folder(tmp_path / "m.pt", tmp_path / "out", tmp_path / "hf")
     assert_equal_files(tmp_path / "hf", tmp_path / "out")
@@ -103,46 +103,50 @@ def qkv(source: dict[str, torch.Tensor], n: int, part: str) -> list[torch.Tensor
 
 
 def qwen(source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    made = {
+    created = {
         "transformer.wte.weight": source["model.embed_tokens.weight"],
         "transformer.ln_f.weight": source["model.norm.weight"],
         "lm_head.weight": source["lm_head.weight"],
     }
     for n in range(2):
-        theirs, ours = f"model.layers.{n}.", f"transformer.h.{n}."
-        made[ours + "ln_1.weight"] = source[theirs + "input_layernorm.weight"]
-        made[ours + "ln_2.weight"] = source[theirs + "post_attention_layernorm.weight"]
+        reference, actual = f"model.layers.{n}.", f"transformer.h.{n}."
+        created[actual + "ln_1.weight"] = source[reference + "input_layernorm.weight"]
+        created[actual + "ln_2.weight"] = source[reference + "post_attention_layernorm.weight"]
         for part in ("weight", "bias"):
-            made[f"{ours}attn.c_attn.{part}"] = torch.cat(qkv(source, n, part))
-        made[ours + "attn.c_proj.weight"] = source[theirs + "self_attn.o_proj.weight"]
-        made[ours + "mlp.w2.weight"] = source[theirs + "mlp.gate_proj.weight"]
-        made[ours + "mlp.w1.weight"] = source[theirs + "mlp.up_proj.weight"]
-        made[ours + "mlp.c_proj.weight"] = source[theirs + "mlp.down_proj.weight"]
-    return made
+            created[f"{actual}attn.c_attn.{part}"] = torch.cat(qkv(source, n, part))
+        created[actual + "attn.c_proj.weight"] = source[reference + "self_attn.o_proj.weight"]
+        created[actual + "mlp.w2.weight"] = source[reference + "mlp.gate_proj.weight"]
+        created[actual + "mlp.w1.weight"] = source[reference + "mlp.up_proj.weight"]
+        created[actual + "mlp.c_proj.weight"] = source[reference + "mlp.down_proj.weight"]
+    return created
 
 
 def baichuan(source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    made = {name: tensor for name, tensor in source.items() if "_proj" not in name or "mlp" in name or "o_proj" in name}
-    return made | {f"model.layers.{n}.self_attn.W_pack.weight": torch.cat(qkv(source, n, "weight")) for n in range(2)}
+    created = {
+        name: tensor for name, tensor in source.items() if "_proj" not in name or "mlp" in name or "o_proj" in name
+    }
+    return created | {
+        f"model.layers.{n}.self_attn.W_pack.weight": torch.cat(qkv(source, n, "weight")) for n in range(2)
+    }
 
 
 def internlm2(source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    made = {
+    created = {
         "model.tok_embeddings.weight": source["model.embed_tokens.weight"],
         "model.norm.weight": source["model.norm.weight"],
         "output.weight": source["lm_head.weight"],
     }
     for n in range(2):
-        theirs = f"model.layers.{n}."
+        reference = f"model.layers.{n}."
         q, k, v = qkv(source, n, "weight")
         # 4 query heads and 2 key heads of width 8: a key head's two query heads, itself, its values.
-        made[theirs + "attention.wqkv.weight"] = torch.cat([q[:16], k[:8], v[:8], q[16:], k[8:], v[8:]])
-        made[theirs + "attention.wo.weight"] = source[theirs + "self_attn.o_proj.weight"]
-        made[theirs + "attention_norm.weight"] = source[theirs + "input_layernorm.weight"]
-        made[theirs + "ffn_norm.weight"] = source[theirs + "post_attention_layernorm.weight"]
-        for ours, name in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
-            made[f"{theirs}feed_forward.{ours}.weight"] = source[f"{theirs}mlp.{name}_proj.weight"]
-    return made
+        created[reference + "attention.wqkv.weight"] = torch.cat([q[:16], k[:8], v[:8], q[16:], k[8:], v[8:]])
+        created[reference + "attention.wo.weight"] = source[reference + "self_attn.o_proj.weight"]
+        created[reference + "attention_norm.weight"] = source[reference + "input_layernorm.weight"]
+        created[reference + "ffn_norm.weight"] = source[reference + "post_attention_layernorm.weight"]
+        for actual, name in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
+            created[f"{reference}feed_forward.{actual}.weight"] = source[f"{reference}mlp.{name}_proj.weight"]
+    return created
 
 
 def yi(source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -293,32 +297,32 @@ def test_keys_that_are_not_given_are_as_in_the_class_of_transformers(kind: str) 
     from transformers import AutoConfig
 
     for given in ({}, {"hidden_size": 2048, "num_attention_heads": 64}):
-        theirs = AutoConfig.for_model(kind, **given)
-        ours = from_hf_config({"model_type": kind, **given}, "config.json")
-        heads = theirs.num_attention_heads
+        reference = AutoConfig.for_model(kind, **given)
+        actual = from_hf_config({"model_type": kind, **given}, "config.json")
+        heads = reference.num_attention_heads
         expected = {
-            "vocab_size": theirs.vocab_size,
-            "hidden_size": theirs.hidden_size,
-            "intermediate_size": theirs.intermediate_size,
-            "num_layers": theirs.num_hidden_layers,
+            "vocab_size": reference.vocab_size,
+            "hidden_size": reference.hidden_size,
+            "intermediate_size": reference.intermediate_size,
+            "num_layers": reference.num_hidden_layers,
             "num_heads": heads,
-            "num_kv_heads": theirs.num_key_value_heads,
-            "head_dim": getattr(theirs, "head_dim", theirs.hidden_size // heads),
-            "activation": theirs.hidden_act,
-            "norm_eps": theirs.rms_norm_eps,
-            "init_std": theirs.initializer_range,
-            "max_length": theirs.max_position_embeddings,
-            "rope_theta": theirs.rope_parameters["rope_theta"],
-            "tie_word_embeddings": theirs.tie_word_embeddings,
-            "sliding_window": theirs.sliding_window if kind == "mistral" else 0,
+            "num_kv_heads": reference.num_key_value_heads,
+            "head_dim": getattr(reference, "head_dim", reference.hidden_size // heads),
+            "activation": reference.hidden_act,
+            "norm_eps": reference.rms_norm_eps,
+            "init_std": reference.initializer_range,
+            "max_length": reference.max_position_embeddings,
+            "rope_theta": reference.rope_parameters["rope_theta"],
+            "tie_word_embeddings": reference.tie_word_embeddings,
+            "sliding_window": reference.sliding_window if kind == "mistral" else 0,
             "qkv_bias": kind == "qwen2",
             "qk_norm": kind == "qwen3",
         }
-        assert {key: getattr(ours, key) for key in expected} == expected
+        assert {key: getattr(actual, key) for key in expected} == expected
         if kind == "granite":
-            scales = (theirs.embedding_multiplier, theirs.attention_multiplier, theirs.logits_scaling)
-            assert (ours.embedding_multiplier, ours.attention_multiplier, ours.mup_width) == scales
-            assert ours.residual_multiplier == pytest.approx(theirs.residual_multiplier)
+            scales = (reference.embedding_multiplier, reference.attention_multiplier, reference.logits_scaling)
+            assert (actual.embedding_multiplier, actual.attention_multiplier, actual.mup_width) == scales
+            assert actual.residual_multiplier == pytest.approx(reference.residual_multiplier)
 
 
 def test_keys_that_are_not_given_are_as_in_the_published_classes() -> None:
@@ -416,8 +420,8 @@ def test_tied_weights_are_read_as_transformers_reads_them(case: str, tmp_path: P
     import_folder(tmp_path / "hf", tmp_path / "m.pt")
     config = load_model_config(tmp_path / "m.json")
     assert config.tie_word_embeddings == (case != "both differ")
-    theirs = their_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval())
-    torch.testing.assert_close(our_logits(config, read_weights(tmp_path / "m.pt")), theirs, rtol=1e-5, atol=1e-5)
+    reference = their_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval())
+    torch.testing.assert_close(our_logits(config, read_weights(tmp_path / "m.pt")), reference, rtol=1e-5, atol=1e-5)
     if case == "both differ":
         return
     for name in list(weights):

@@ -38,9 +38,9 @@ def test_weights_of_other_types_say_what_to_do(dtype: torch.dtype, folder: Path,
     save_file(weights | more, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=found):
         import_folder(folder, tmp_path / "no.pt")
-    ours = dict(read_weights(tmp_path / "m.pt"))
-    name = min(ours)
-    torch.save(ours | {name: ours[name].to(dtype)}, tmp_path / "q.pt")
+    actual = dict(read_weights(tmp_path / "m.pt"))
+    name = min(actual)
+    torch.save(actual | {name: actual[name].to(dtype)}, tmp_path / "q.pt")
     shutil.copy(tmp_path / "m.json", tmp_path / "q.json")
     with pytest.raises(UserError, match=found.replace(found.partition(":")[0], name)):
         export_folder(tmp_path / "q.pt", tmp_path / "out")

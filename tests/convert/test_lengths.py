@@ -76,7 +76,7 @@ WINDOWS: dict[str, tuple[str, dict, list[int]]] = {  # the class, its configurat
 }
 
 
-def assert_same_logits(folder: Path, theirs: torch.nn.Module) -> ModelConfig:
+def assert_same_logits(folder: Path, reference: torch.nn.Module) -> ModelConfig:
     """Compares documents of all lengths: one at a time in transformers, packed into one row in ours."""
     config, weights = open_hf_folder(folder)
     model = FM9G(config)
@@ -84,7 +84,7 @@ def assert_same_logits(folder: Path, theirs: torch.nn.Module) -> ModelConfig:
     batch = make_batch(LENGTHS)
     with torch.no_grad():
         found = model.logits(batch).split(LENGTHS)
-        expected = [theirs(ids[None]).logits[0] for ids in batch.input_ids.split(LENGTHS)]
+        expected = [reference(ids[None]).logits[0] for ids in batch.input_ids.split(LENGTHS)]
     for length, one, other in zip(LENGTHS, found, expected):
         torch.testing.assert_close(one, other, rtol=0, atol=2e-5, msg=lambda text, n=length: f"{n} tokens: {text}")
     return config
@@ -92,13 +92,13 @@ def assert_same_logits(folder: Path, theirs: torch.nn.Module) -> ModelConfig:
 
 @pytest.mark.parametrize("case", ROPES)
 def test_positions_turn_as_in_transformers_at_every_length(case: str, tmp_path: Path) -> None:
-    theirs = make_hf_model("llama", ROPES[case], tmp_path / "hf")
-    config = assert_same_logits(tmp_path / "hf", theirs)
+    reference = make_hf_model("llama", ROPES[case], tmp_path / "hf")
+    config = assert_same_logits(tmp_path / "hf", reference)
     out = to_hf_config(config, "float32", None, None)
     assert from_hf_config(out, "out") == config
     import_folder(tmp_path / "hf", tmp_path / "m.pt")
     export_folder(tmp_path / "m.pt", tmp_path / "out")
-    assert_same_logits(tmp_path / "out", theirs)
+    assert_same_logits(tmp_path / "out", reference)
 
 
 def test_the_stretch_of_every_kind_does_something(tmp_path: Path) -> None:
@@ -133,15 +133,15 @@ def test_windows_slide_as_in_transformers_at_every_length(
     by_document = functools.partial(attention.attention_by_document, query_chunk=block)
     monkeypatch.setattr(attention, "attention_by_document", by_document)
     kind, changes, windows = WINDOWS[case]
-    theirs = make_hf_model(kind, changes, tmp_path / "hf")
-    config = assert_same_logits(tmp_path / "hf", theirs)
+    reference = make_hf_model(kind, changes, tmp_path / "hf")
+    config = assert_same_logits(tmp_path / "hf", reference)
     assert list(config.windows) == windows
     import_folder(tmp_path / "hf", tmp_path / "m.pt")
     export_folder(tmp_path / "m.pt", tmp_path / "out", tmp_path / "hf")
     out = json.loads((tmp_path / "out" / "config.json").read_text())
     assert out["model_type"] == kind
     assert from_hf_config(out, "out") == config
-    assert_same_logits(tmp_path / "out", theirs)
+    assert_same_logits(tmp_path / "out", reference)
 
 
 def test_windows_that_no_class_has_are_not_exported() -> None:

@@ -46,12 +46,12 @@ def test_each_weight_is_read_once_and_a_layer_at_a_time() -> None:
         names.append(name)
         return weights[name].detach().bfloat16()
 
-    whole = set(map(id, model.encoder.layers))
+    full = set(map(id, model.encoder.layers))
     in_memory = []
 
     def change(layer: nn.Module, number: int) -> None:
         assert all(weight.dtype == torch.float32 for weight in layer.parameters())
-        layers = [other for other in gc.get_objects() if type(other) is type(layer) and id(other) not in whole]
+        layers = [other for other in gc.get_objects() if type(other) is type(layer) and id(other) not in full]
         in_memory.append([not all(weight.is_meta for weight in other.parameters()) for other in layers])
 
     streamed_logits(model.config, read, prompts, change)

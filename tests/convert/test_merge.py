@@ -45,8 +45,8 @@ def base(tmp_path: Path) -> Path:
 def adapter(base: Path, tmp_path: Path) -> Adapter:
     weights = read_weights(base)
     found = base_fingerprint(weights, weights.__getitem__)
-    made = make_adapter(make_model(qkv_bias=True), base=str(base), base_sha256=found)
-    save_adapter(made, tmp_path / "adapter")
+    created = make_adapter(make_model(qkv_bias=True), base=str(base), base_sha256=found)
+    save_adapter(created, tmp_path / "adapter")
     return open_adapter(tmp_path / "adapter")
 
 
@@ -86,25 +86,25 @@ def test_the_command_takes_what_there_is(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     ids = torch.arange(40)
     with torch.no_grad():
-        theirs = model(ids[None]).logits[0]
-    ours = make_model(qkv_bias=True)
-    load_adapter_into(ours, "", adapter.config, adapter.weights)
-    torch.testing.assert_close(logits(ours, ids), theirs, atol=2e-5, rtol=1e-5)
+        reference = model(ids[None]).logits[0]
+    actual = make_model(qkv_bias=True)
+    load_adapter_into(actual, "", adapter.config, adapter.weights)
+    torch.testing.assert_close(logits(actual, ids), reference, atol=2e-5, rtol=1e-5)
 
 
 def test_sums_are_computed_in_fp32_whatever_is_stored(base: Path, adapter: Adapter, tmp_path: Path) -> None:
-    narrow = {name: weight.bfloat16() for name, weight in read_weights(base).items()}
-    write_weights(base, narrow, narrow.items())
-    other = dataclasses.replace(adapter.config, base_sha256=base_fingerprint(narrow, narrow.__getitem__))
+    bf16_weights = {name: weight.bfloat16() for name, weight in read_weights(base).items()}
+    write_weights(base, bf16_weights, bf16_weights.items())
+    other = dataclasses.replace(adapter.config, base_sha256=base_fingerprint(bf16_weights, bf16_weights.__getitem__))
     adapter = dataclasses.replace(adapter, config=other)
     merge(base, adapter, tmp_path / "same.pt")
     merge(base, adapter, tmp_path / "wide.pt", dtype="fp32")
-    same, wide = read_weights(tmp_path / "same.pt"), read_weights(tmp_path / "wide.pt")
+    same, fp32_weights = read_weights(tmp_path / "same.pt"), read_weights(tmp_path / "wide.pt")
     layer = adapter.layers[0]
     a, b = adapter.weights[f"{layer}.lora.lora_A"], adapter.weights[f"{layer}.lora.lora_B"]
-    exact = narrow[f"{layer}.weight"].double() + 2.0 * b.double() @ a.double()
-    torch.testing.assert_close(wide[f"{layer}.weight"].double(), exact, atol=1e-6, rtol=1e-6)
-    assert torch.equal(same[f"{layer}.weight"], wide[f"{layer}.weight"].bfloat16())
+    exact = bf16_weights[f"{layer}.weight"].double() + 2.0 * b.double() @ a.double()
+    torch.testing.assert_close(fp32_weights[f"{layer}.weight"].double(), exact, atol=1e-6, rtol=1e-6)
+    assert torch.equal(same[f"{layer}.weight"], fp32_weights[f"{layer}.weight"].bfloat16())
     assert same["input_embedding.weight"].dtype == torch.bfloat16
 
 
@@ -233,9 +233,9 @@ def test_the_guides_tool_merges(
     assert tool() == 2
     assert "r and alpha are unknown" in capsys.readouterr().err
     assert tool("--lora-config-path", str(train_config)) == 0
-    theirs = load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    reference = load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
     layer = "encoder.layers.1.ffn.ffn.w_out"
-    assert torch.allclose(theirs, adapter.apply(layer, read_weights(base)[f"{layer}.weight"]))
+    assert torch.allclose(reference, adapter.apply(layer, read_weights(base)[f"{layer}.weight"]))
     # An editable file is not what decides: an adapter that says what it is must agree with it.
     (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(adapter.config.to_json()))
     train_config.write_text(json.dumps({"finetune": {**settings, "lora_alpha": 32}}))
@@ -261,8 +261,8 @@ def test_a_base_with_sliding_windows_is_merged(tmp_path: Path) -> None:
     weights = dict(make_model(**changes).named_parameters())
     write_weights(tmp_path / "m.pt", weights, weights.items())
     (tmp_path / "m.json").write_text(json.dumps(small_model(**changes).to_json()))
-    made = make_adapter(make_model(**changes), base_sha256="")
-    save_adapter(made, tmp_path / "adapter")
+    created = make_adapter(make_model(**changes), base_sha256="")
+    save_adapter(created, tmp_path / "adapter")
     found = merge(tmp_path / "m.pt", open_adapter(tmp_path / "adapter"), tmp_path / "merged")
     assert found.written == "MistralForCausalLM"
     assert found.max_change > 0.05

@@ -51,16 +51,16 @@ def test_the_exported_adapter_gives_equal_logits_on_the_exported_base(tmp_path: 
     loaded = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "peft"
     )
-    ours = make_model(**changes)
-    load_adapter_into(ours, "", adapter.config, adapter.weights)
+    actual = make_model(**changes)
+    load_adapter_into(actual, "", adapter.config, adapter.weights)
     ids = torch.randint(0, 320, (1, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        theirs = loaded.eval()(ids).logits[0]
+        reference = loaded.eval()(ids).logits[0]
         plain = loaded.get_base_model()
         with loaded.disable_adapter():
             unchanged = plain(ids).logits[0]
-    torch.testing.assert_close(logits(ours, ids[0]), theirs, atol=1e-5, rtol=1e-5)
-    assert (theirs - unchanged).abs().max() > 0.01
+    torch.testing.assert_close(logits(actual, ids[0]), reference, atol=1e-5, rtol=1e-5)
+    assert (reference - unchanged).abs().max() > 0.01
 
     again = read_peft(tmp_path / "peft")
     assert all(torch.equal(weight, again.weights[name]) for name, weight in adapter.weights.items())
@@ -81,12 +81,12 @@ def test_an_adapter_that_peft_trained_is_read(tmp_path: Path) -> None:
     config = import_peft(tmp_path / "peft", tmp_path / "ours", base, overwrite=False)
     assert (config.r, config.scaling, len(config.base_sha256)) == (4, 2.0, 64)
     adapter = open_adapter(tmp_path / "ours")
-    ours = make_model()
-    load_adapter_into(ours, "", adapter.config, adapter.weights)
+    actual = make_model()
+    load_adapter_into(actual, "", adapter.config, adapter.weights)
     ids = torch.arange(5, 45)
     with torch.no_grad():
-        theirs = model.eval()(ids[None]).logits[0]
-    torch.testing.assert_close(logits(ours, ids), theirs, atol=1e-5, rtol=1e-5)
+        reference = model.eval()(ids[None]).logits[0]
+    torch.testing.assert_close(logits(actual, ids), reference, atol=1e-5, rtol=1e-5)
 
 
 def test_what_our_adapters_cannot_say_is_refused(tmp_path: Path) -> None:
@@ -124,8 +124,12 @@ def test_what_our_adapters_cannot_say_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             read_adapter(tmp_path / "p")
     names = sorted({name.rpartition(".")[2] for name in plain["target_modules"]})
-    for said in ({"target_modules": [*names, "W_pack"]}, {"target_modules": ".*proj"}, {"layers_to_transform": [0, 1]}):
-        file.write_text(json.dumps({**plain, **said}))
+    for selection in (
+        {"target_modules": [*names, "W_pack"]},
+        {"target_modules": ".*proj"},
+        {"layers_to_transform": [0, 1]},
+    ):
+        file.write_text(json.dumps({**plain, **selection}))
         assert set(read_adapter(tmp_path / "p").layers) == set(adapter.layers)
     file.write_text(json.dumps(plain))
     tensors = load_file(tmp_path / "p" / "adapter_model.safetensors")

@@ -129,7 +129,7 @@ def test_the_same_call_resumes_where_it_was_interrupted(
 ) -> None:
     counter.stop_after(float("inf"))
     way(folder, tmp_path / "a" / "whole")
-    total, whole = counter.bytes, content(tmp_path / "a" / "whole")
+    total, full = counter.bytes, content(tmp_path / "a" / "whole")
 
     target = tmp_path / "b" / "whole"
     counter.stop_after(total * share)
@@ -141,7 +141,7 @@ def test_the_same_call_resumes_where_it_was_interrupted(
     assert not target.with_suffix(".pt").exists()
     counter.stop_after(float("inf"))
     way(folder, target)
-    assert content(target) == whole
+    assert content(target) == full
     assert leftovers(tmp_path / "b") == []
     assert total - written <= counter.bytes <= total - written + SYNC_BYTES + BUFFER_BYTES  # not in the journal yet
 
@@ -180,9 +180,9 @@ def test_a_changed_source_starts_over(folder: Path, tmp_path: Path, counter: Cou
     counter.stop_after(float("inf"))
     to_pt(folder, tmp_path / "x")
     assert counter.bytes == (tmp_path / "x.pt").stat().st_size
-    made = read_weights(tmp_path / "x.pt")
-    assert torch.equal(made["input_embedding.weight"], changed["model.embed_tokens.weight"])
-    assert made["input_embedding.weight"][-1, -1] == 0
+    created = read_weights(tmp_path / "x.pt")
+    assert torch.equal(created["input_embedding.weight"], changed["model.embed_tokens.weight"])
+    assert created["input_embedding.weight"][-1, -1] == 0
 
 
 def test_other_options_start_over(folder: Path, tmp_path: Path, counter: Counter) -> None:
@@ -201,8 +201,8 @@ def test_a_damaged_partial_starts_over(damage: str, folder: Path, tmp_path: Path
     counter.stop_after(60_000)
     with pytest.raises(KeyboardInterrupt):
         to_pt(folder, tmp_path / "x")
-    kept = tmp_path / ".x.pt.partial"
-    file, journal = kept / "x.pt", kept / resumable_writer.JOURNAL
+    partial = tmp_path / ".x.pt.partial"
+    file, journal = partial / "x.pt", partial / resumable_writer.JOURNAL
     noted = json.loads(journal.read_text())["files"]["x.pt"][0]
     assert noted > 50_000
     if damage == "cut":
@@ -252,9 +252,9 @@ def test_the_command_says_that_it_can_resume(
     assert "the same command resumes from there" in capsys.readouterr().err
     counter.stop_after(float("inf"))
     assert main(["convert", str(folder), str(tmp_path / "x.pt"), "--verify"]) == 0
-    said = capsys.readouterr()
-    assert "resumes at" in said.err
-    assert "within the tolerance" in said.out
+    captured = capsys.readouterr()
+    assert "resumes at" in captured.err
+    assert "within the tolerance" in captured.out
 
 
 def test_numbers_beyond_fp16_are_refused_and_the_partial_goes(folder: Path, tmp_path: Path) -> None:

@@ -48,9 +48,9 @@ def test_verification_looks_beyond_the_lengths_at_which_the_arithmetic_changes(
     make_hf_model(kind, {**changes, "max_position_embeddings": 40}, tmp_path / "hf")
     assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "m.pt"), "--verify"]) == 0
     beyond = "the window of 40" if what == "window" else "the original length of 40"
-    said = capsys.readouterr().out
-    assert f"104 (beyond {beyond})" in said
-    assert "within the tolerance" in said
+    stdout = capsys.readouterr().out
+    assert f"104 (beyond {beyond})" in stdout
+    assert "within the tolerance" in stdout
     values = json.loads((tmp_path / "m.json").read_text())
     wrong = {"sliding_window": 41} if what == "window" else {"rope_scaling_factor": 1.5}
     (tmp_path / "m.json").write_text(json.dumps(values | wrong))

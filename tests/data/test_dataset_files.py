@@ -1,6 +1,7 @@
 """Whether a dataset states that its records are canonical."""
 
 import json
+import os
 from pathlib import Path
 
 from helpers.common import index_dataset, make_records, write_jsonl
@@ -22,6 +23,9 @@ def test_only_a_dataset_that_was_checked_is_canonical(tmp_path: Path) -> None:
         assert not has_canonical_records(folder), other
     (folder / "meta.json").unlink()
     assert not has_canonical_records(folder)
+    os.mkfifo(folder / "meta.json")  # which would be waited for
+    assert not has_canonical_records(folder)
+    (folder / "meta.json").unlink()
     (folder / "meta.json").write_text(content)
     with (folder / "data.jsonl").open("ab") as file:
         file.write(b'{"text": "a"}\n')

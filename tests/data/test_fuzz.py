@@ -149,7 +149,7 @@ chats = st.fixed_dictionaries(
 
 
 def test_what_is_canonical_stays_as_it_is_also_when_it_was_stored() -> None:
-    kept: list[dict] = []
+    records: list[dict] = []
 
     @settings(QUICK, max_examples=800)
     @given(chats | st.dictionaries(keys, values, max_size=5))
@@ -160,11 +160,11 @@ def test_what_is_canonical_stays_as_it_is_also_when_it_was_stored() -> None:
             read = json.loads(to_line(result))
             assert read == result
             assert canonicalize(read)[1] is read
-            kept.append(result)
+            records.append(result)
 
     check()
-    said = {key for record in kept for turn in record.get("messages", []) for key in turn}
-    assert said >= {"weight", "content_weights", "reasoning_content", "tool_calls", "name"}  # else it says nothing
+    keys_seen = {key for record in records for turn in record.get("messages", []) for key in turn}
+    assert keys_seen >= {"weight", "content_weights", "reasoning_content", "tool_calls", "name"}  # else it says nothing
 
 
 @QUICK

@@ -93,13 +93,13 @@ def test_gpus(torch: dict, driver: str, statuses: list[str], words: str) -> None
 
 
 def test_imports_run_a_few_at_a_time_and_a_slow_one_is_no_broken_one() -> None:
-    running, most = 0, 0
+    running, max_running = 0, 0
     lock = threading.Lock()
 
     def slow(code: str) -> Probe:
-        nonlocal running, most
+        nonlocal running, max_running
         with lock:
-            running, most = running + 1, max(most, running + 1)
+            running, max_running = running + 1, max(max_running, running + 1)
         time.sleep(0.05)
         with lock:
             running -= 1
@@ -107,7 +107,7 @@ def test_imports_run_a_few_at_a_time_and_a_slow_one_is_no_broken_one() -> None:
 
     names = ("torch", "numpy", "transformers", "bmtrain", "flash-attn", "opendelta", "bitsandbytes")
     lines, torch = check_packages(slow, dict.fromkeys(names, "99.1"), cores=2)
-    assert most == 2
+    assert max_running == 2
     assert IMPORT_TIMEOUT >= 60
     found = {line.name: line for line in lines}
     for name in ("torch", "transformers", "bitsandbytes", "GPU"):

@@ -30,8 +30,8 @@ class AttemptResults:
         self.outcomes[outcome] += 1
 
     def add_problem(self, problem: str, ended: EndedCommand | None = None) -> None:
-        said = f"\n{ended.stdout[-500:]}\n{ended.stderr[-3000:]}" if ended else ""
-        self.problems.append(f"{self.title}: {problem}{said}")
+        output = f"\n{ended.stdout[-500:]}\n{ended.stderr[-3000:]}" if ended else ""
+        self.problems.append(f"{self.title}: {problem}{output}")
 
 
 def state(folder: Path) -> State:
@@ -58,10 +58,10 @@ def without_temporary(found: State) -> State:
 
 def differences(found: State, wanted: State) -> str:
     """The paths in which two states differ, or that one of them has alone."""
-    odd = sorted(path for path in {*found, *wanted} if found.get(path) != wanted.get(path))
+    differing = sorted(path for path in {*found, *wanted} if found.get(path) != wanted.get(path))
     return ", ".join(
         f"{path} ({'missing' if path not in found else 'too many' if path not in wanted else 'other content'})"
-        for path in odd
+        for path in differing
     )
 
 
@@ -76,5 +76,5 @@ def clear(folder: Path, content: Path | None = None) -> None:
 
 def is_plain_refusal(ended: EndedCommand) -> bool:
     """Whether a command ended as it does for a user's mistake: with 2 and one message, and no traceback."""
-    said = [line for line in ended.stderr.splitlines() if line.startswith("fm9g: ")]
-    return ended.returncode == 2 and len(said) == 1 and "Traceback" not in ended.stderr and not ended.timed_out
+    messages = [line for line in ended.stderr.splitlines() if line.startswith("fm9g: ")]
+    return ended.returncode == 2 and len(messages) == 1 and "Traceback" not in ended.stderr and not ended.timed_out

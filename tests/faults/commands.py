@@ -290,8 +290,8 @@ def _what_is_left(left: State, before: State, after: State) -> str:
     if not found and _names_back(left) == before:
         return ASIDE
     # Two files, each whole, get their names one after the other.
-    whole = set(found) <= set(after) and all(found.get(name) in (before.get(name), after[name]) for name in after)
-    return HALF if set(after) == PAIR and whole else ""
+    full = set(found) <= set(after) and all(found.get(name) in (before.get(name), after[name]) for name in after)
+    return HALF if set(after) == PAIR and full else ""
 
 
 def _names_back(left: State) -> State:
@@ -333,8 +333,8 @@ _FOLDERS = ("datasets/sources", "datasets/docstrings", "tokenizer", "hf")  # eac
 
 def few_sources() -> None:
     """Has quickstart read the first files of the standard library alone."""
-    whole = quickstart.library_sources
-    mock.patch("fm9g.quickstart.library_sources", return_value=whole()[:40]).start()
+    full = quickstart.library_sources
+    mock.patch("fm9g.quickstart.library_sources", return_value=full()[:40]).start()
     mock.patch("fm9g.quickstart.generate", return_value="").start()
 
 
@@ -343,13 +343,13 @@ def kill_quickstart(fixture: CommandFixture, kills: int, seed: int) -> AttemptRe
     results = AttemptResults("quickstart: killed at a random moment")
     rng = random.Random(f"{seed} quickstart")
     clear(fixture.work)
-    whole = fixture.run(QUICKSTART, few_sources)
-    assert whole.returncode == 0, whole
+    full = fixture.run(QUICKSTART, few_sources)
+    assert full.returncode == 0, full
     wanted = {folder: set(state(fixture.work / "out" / folder)) for folder in _FOLDERS}
     clear(fixture.work)
     while results.kills < kills and results.count < 3 * kills:
         running = fixture.start(QUICKSTART, few_sources)
-        running.kill_after(rng.uniform(0, whole.seconds))
+        running.kill_after(rng.uniform(0, full.seconds))
         ended = running.wait()
         results.kills += ended.returncode == -signal.SIGKILL
         there = [folder for folder in _FOLDERS if (fixture.work / "out" / folder).exists()]

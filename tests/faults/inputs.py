@@ -285,15 +285,15 @@ def _problems_of_message(attempt: Attempt, ended: EndedCommand) -> list[str]:
     lines = ended.stderr.split("\n")
     start = next((number for number, line in enumerate(lines) if line.startswith("fm9g")), 0)  # below what it logs
     lines = [line for line in lines[start:] if not _SAID_BESIDE.search(line)]
-    told = "\n".join([*lines, ended.stdout]).lower()  # ckpt verify names a damage on stdout
+    message = "\n".join([*lines, ended.stdout]).lower()  # ckpt verify names a damage on stdout
     problems = []
-    if not told.strip():
+    if not message.strip():
         problems.append("no message")
     if len(lines) > MAX_LINES:
         problems.append(f"{len(lines)} lines of message")
     if max(map(len, lines), default=0) > MAX_CHARACTERS + 2 * max(map(len, attempt.argv)):
         problems.append(f"a message of more than {MAX_CHARACTERS} characters")
-    if not any(name and name[:60].lower() in told for name in attempt.names):
+    if not any(name and name[:60].lower() in message for name in attempt.names):
         problems.append(f"names none of {attempt.names}")
     return problems
 
@@ -318,11 +318,11 @@ def _keys_of(path: Path) -> list[str]:
 
 
 def _answer(ended: EndedCommand, command: Command, work: Path) -> str:
-    made = {name: value for name, value in tree(work).items() if name.startswith(command.writes)}
-    made = {name: value for name, value in made.items() if not name.startswith("data/")}
+    outputs = {name: value for name, value in tree(work).items() if name.startswith(command.writes)}
+    outputs = {name: value for name, value in outputs.items() if not name.startswith("data/")}
     printed = re.sub(r"\d+(?:\.\d+)? (?:s|tokens/s|ms)\b|\d{4}-\d\d-\d\d.\d\d:\d\d(?::\d\d)?", "", ended.stdout)
     is_run = command.subcommand in ("train", "report")
-    return f"{ended.returncode} {printed} {'' if is_run else made}"
+    return f"{ended.returncode} {printed} {'' if is_run else outputs}"
 
 
 def tree(folder: Path) -> dict[str, str]:

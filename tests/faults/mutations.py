@@ -207,8 +207,8 @@ def _with_value(content: Any, rng: random.Random) -> Damage | None:
     old, container[key] = container[key], (new := rng.choice(VALUES))
     if old == new and type(old) is type(new):
         return None
-    said = new[:60] if isinstance(new, str) and len(new) > 2 else ""
-    return Damage(f"{key}: {new!r:.60}", (str(key), said))
+    quoted = new[:60] if isinstance(new, str) and len(new) > 2 else ""
+    return Damage(f"{key}: {new!r:.60}", (str(key), quoted))
 
 
 def _without_key(content: Any, rng: random.Random) -> Damage | None:
@@ -267,11 +267,11 @@ def _written(kind: str, change: Callable[[Any, random.Random], str]) -> Mutation
 
 
 def _twice(content: Any, rng: random.Random) -> str:
-    said = json.dumps(content)
+    text = json.dumps(content)
     if not isinstance(content, dict) or not content:
-        return said + said
+        return text + text
     key = rng.choice(list(content))
-    return f"{{{json.dumps(key)}: {json.dumps(rng.choice(VALUES[:8]))}, {said[1:]}"
+    return f"{{{json.dumps(key)}: {json.dumps(rng.choice(VALUES[:8]))}, {text[1:]}"
 
 
 JSON_MUTATIONS = [
@@ -308,8 +308,8 @@ def _tensors(kind: str, change: Callable[[dict[str, Any], random.Random], Any]) 
             save_file(new, path, {"format": "pt"}) if path.suffix == ".safetensors" else torch.save(new, path)
         except (AttributeError, TypeError, ValueError, RuntimeError):
             return None
-        told = tuple(str(name) for name in (names ^ set(new) if isinstance(new, dict) else ()))
-        return Damage(kind, told)
+        names_in_message = tuple(str(name) for name in (names ^ set(new) if isinstance(new, dict) else ()))
+        return Damage(kind, names_in_message)
 
     return Mutation(kind, apply, _is_tensors)
 

@@ -164,8 +164,8 @@ class RunFixture:
             codes = launch.wait()
             assert codes == [0] * ranks, f"the undisturbed run ended with {codes}:\n{launch.log_tail()}"
             root = _root(out)
-            made = {step: _checksums(root / str(step)) for step in list_steps(root)}
-            self._references[ranks] = Reference(time.monotonic() - began, made, _deterministic_metrics(out))
+            checksums = {step: _checksums(root / str(step)) for step in list_steps(root)}
+            self._references[ranks] = Reference(time.monotonic() - began, checksums, _deterministic_metrics(out))
         return self._references[ranks]
 
 
@@ -399,16 +399,16 @@ class RestartedRun:
         return killed
 
     def _look_at_checkpoints(self, killed: bool) -> None:
-        whole = [0]
+        complete = [0]
         for folder in self.root.iterdir() if self.root.is_dir() else ():
             if folder.name.isdecimal():
                 try:
-                    whole.append(Checkpoint(folder).step)
+                    complete.append(Checkpoint(folder).step)
                 except UserError as error:
                     self._add_problem(f"a damaged checkpoint: {error}")
-        if max(whole) < self._newest:
-            self._add_problem(f"the newest checkpoint was that of step {self._newest}, and is that of {max(whole)}")
-        self._newest = max(whole)
+        if max(complete) < self._newest:
+            self._add_problem(f"the newest checkpoint was that of step {self._newest}, and is that of {max(complete)}")
+        self._newest = max(complete)
         if killed and not self._kind:
             lost = max([line["step"] for line in _lines(self._log(METRICS_FILE))] or [0]) - self._newest
             self._stats.max_lost_steps = max(self._stats.max_lost_steps, lost)
@@ -424,11 +424,11 @@ class RestartedRun:
             self._add_problem(f"ended with the checkpoints {steps}")
         for step in steps:
             found, wanted = _checksums(self.root / str(step)), reference.checkpoints[step]
-            if odd := sorted(name for name in wanted if found.get(name) != wanted[name]):
-                self._add_problem(f"step {step} is not that of the undisturbed run: {', '.join(odd)}")
+            if differing := sorted(name for name in wanted if found.get(name) != wanted[name]):
+                self._add_problem(f"step {step} is not that of the undisturbed run: {', '.join(differing)}")
         if (metrics := _deterministic_metrics(self._out)) != reference.metrics:
-            odd = [line["step"] for line, other in zip(metrics, reference.metrics) if line != other]
-            self._add_problem(f"{len(metrics)} lines of figures; steps that differ: {odd}")
+            differing = [line["step"] for line, other in zip(metrics, reference.metrics) if line != other]
+            self._add_problem(f"{len(metrics)} lines of figures; steps that differ: {differing}")
         if left := _temporary(self._out):
             self._add_problem(f"left behind: {left}")
         if len(self._stats.problems) == self._before:
@@ -523,7 +523,7 @@ class WriteFault:
         return act
 
 
-def _failing_open(whole: Callable[..., Any], fault: WriteFault, rng: random.Random) -> Callable[..., Any]:
+def _failing_open(real_open: Callable[..., Any], fault: WriteFault, rng: random.Random) -> Callable[..., Any]:
     class Raw(io.FileIO):
         def write(self, data: Any) -> int:
             if fault.strikes(rng, self.name):
@@ -535,7 +535,7 @@ def _failing_open(whole: Callable[..., Any], fault: WriteFault, rng: random.Rand
     def failing(file: Any, mode: str = "r", *arguments: Any, **named: Any) -> Any:
         below = isinstance(file, (str, os.PathLike)) and os.fspath(file).startswith(fault.folder)  # type: ignore[arg-type]
         if not below or not set(mode) & set("wa+x"):
-            return whole(file, mode, *arguments, **named)
+            return real_open(file, mode, *arguments, **named)
         if fault.strikes(rng, file):
             raise fault.error(file)
         raw = Raw(file, mode.replace("b", "").replace("t", ""))

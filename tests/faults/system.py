@@ -58,9 +58,9 @@ def _check_outcome(
             results.add_problem(f"{where}: done, but {differences(left, after)}", ended)
     elif is_plain_refusal(ended) and re.search(words, ended.stderr):
         results.add_outcome("refused")
-        kept = {path for path in left if ".partial" in path} if "is kept in" in ended.stderr else set()
+        partials = {path for path in left if ".partial" in path} if "is kept in" in ended.stderr else set()
         # An empty folder may be there for what could not be written.
-        found = {path: checksum for path, checksum in left.items() if path not in kept and not path.endswith("/")}
+        found = {path: checksum for path, checksum in left.items() if path not in partials and not path.endswith("/")}
         if found != before:
             results.add_problem(f"{where}: refused, but {differences(found, before)}", ended)
     else:
@@ -172,8 +172,8 @@ class SteppingClock:
     most: float = 26 * HOUR
 
     def __call__(self) -> None:
-        rng, whole = random.Random(self.seed), time.time
-        time.time = lambda: whole() + rng.choice((0.0, rng.uniform(-self.most, self.most)))
+        rng, real_time = random.Random(self.seed), time.time
+        time.time = lambda: real_time() + rng.choice((0.0, rng.uniform(-self.most, self.most)))
 
 
 def stepping_clocks(fixture: CommandFixture, name: str, number: int, seed: int) -> AttemptResults:

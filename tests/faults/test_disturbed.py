@@ -60,9 +60,9 @@ def runs(full_fixture: CommandFixture) -> Runs:
     return Runs(full_fixture)
 
 
-def assert_nothing_lost(results: AttemptResults, least: int = 1) -> None:
+def assert_nothing_lost(results: AttemptResults, min_attempts: int = 1) -> None:
     assert not results.problems, "\n\n".join(results.problems)
-    assert results.count >= least
+    assert results.count >= min_attempts
 
 
 def test_a_killed_command_leaves_the_old_or_the_new(command_fixture: CommandFixture) -> None:
@@ -154,8 +154,8 @@ def test_a_line_of_figures_that_was_cut_off_does_not_take_the_next_one_along(tmp
         (tmp_path / file).write_text('{"step": 1, "kind": "save", "text": ""}\n')
     with MetricsLogger(tmp_path, [], first_step=1, last_step=9) as metrics_logger:
         for file in ("metrics.jsonl", "events.jsonl"):
-            with (tmp_path / file).open("a") as cut:
-                cut.write('{"step": 2, "Lo')
+            with (tmp_path / file).open("a") as truncated:
+                truncated.write('{"step": 2, "Lo')
         metrics_logger.log_metrics(3, {"Loss/train": 1.0})
         metrics_logger.log_event(3, "save", "written")
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 3]

@@ -141,8 +141,8 @@ def test_a_run_resumes_under_another_engine(gpus: int, one: str, other: str, req
     count = min(gpus, 2)
     half = train(1, [replace(make_cases(one, {})[0], stop=STEPS // 2)])[0]
     (rest,) = train(count, make_cases(other, {"zero_level": 2}), first=STEPS // 2, before=half)
-    whole = replace(on_cpu(), losses=on_cpu().losses[STEPS // 2 :], norms=on_cpu().norms[STEPS // 2 :])
-    assert_same(rest, whole, (one, other))
+    full = replace(on_cpu(), losses=on_cpu().losses[STEPS // 2 :], norms=on_cpu().norms[STEPS // 2 :])
+    assert_same(rest, full, (one, other))
 
 
 @pytest.mark.parametrize("engine", ["torch", "bmtrain"])
@@ -150,12 +150,12 @@ def test_a_resumed_run_is_the_same_bit_for_bit(gpus: int, engine: str, request: 
     if engine == "bmtrain":
         request.getfixturevalue("bmtrain")
     cases = make_cases(engine, {})
-    whole = train(1, cases)[0]
+    full = train(1, cases)[0]
     half = train(1, [replace(cases[0], stop=STEPS // 2)])[0]
     rest = train(1, cases, first=STEPS // 2, before=half)[0]
-    assert rest.norms == whole.norms[STEPS // 2 :]
-    assert rest.losses == whole.losses[STEPS // 2 :]
-    assert all(torch.equal(weight, whole.weights[name]) for name, weight in rest.weights.items())
+    assert rest.norms == full.norms[STEPS // 2 :]
+    assert rest.losses == full.losses[STEPS // 2 :]
+    assert all(torch.equal(weight, full.weights[name]) for name, weight in rest.weights.items())
 
 
 def step_without_waiting(dist_context: DistContext, case: EngineCase) -> None:

@@ -35,6 +35,12 @@ def write_jsonl(path: Path, records: list[dict]) -> Path:
     return path
 
 
+def write_json(path: Path, content: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
 def make_records(count: int, seed: int = 0, longest: int = 40) -> list[dict]:
     """Records of unequal length, two thirds of them with an input."""
     source = random.Random(seed)
@@ -97,12 +103,12 @@ def load_steps(mixture: Mixture, count: int, ranks: int = 1, workers: int = 0, s
         )
         for rank in range(ranks)
     ]
-    made = []
+    configs = []
     try:
         for _ in range(count):
             by_rank = [loader.next_batch() for loader in loaders]
-            made.append([by_rank[s % ranks][s // ranks] for s in range(streams)])
-        return made, json.loads(json.dumps(merge_states([loader.state_dict() for loader in loaders])))
+            configs.append([by_rank[s % ranks][s // ranks] for s in range(streams)])
+        return configs, json.loads(json.dumps(merge_states([loader.state_dict() for loader in loaders])))
     finally:
         for loader in loaders:
             loader.close()

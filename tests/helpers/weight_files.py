@@ -26,13 +26,13 @@ def some_tensors() -> dict[str, torch.Tensor]:
 
 def refused(file: Path | str) -> str:
     """The one message that every reader gives."""
-    said = set()
+    reported = set()
     for reader in (read_weights, open_pt):
         with pytest.raises(UserError) as raised:
             reader(Path(file))
-        said.add(str(raised.value))
-    assert len(said) == 1
-    message = said.pop()
+        reported.add(str(raised.value))
+    assert len(reported) == 1
+    message = reported.pop()
     assert len(message.splitlines()) == 1
     assert message.startswith(f"{file}: ")
     assert "weights_only" not in message

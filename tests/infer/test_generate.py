@@ -154,10 +154,10 @@ def test_what_is_no_hugging_face_folder_says_how_to_make_one(folder: Path, tmp_p
 
 def test_text_comes_in_pieces_as_it_is_made(folder: Path) -> None:
     pieces: list[str] = []
-    whole = generate(folder, "the", GenerationOptions(max_new_tokens=12, temperature=1.0), pieces.append)
+    full = generate(folder, "the", GenerationOptions(max_new_tokens=12, temperature=1.0), pieces.append)
     assert pieces[0] == ""
     assert len(pieces) > 5
-    assert "".join(pieces) == whole
+    assert "".join(pieces) == full
 
 
 def test_weights_of_half_precision_are_computed_in_what_is_fast_here(
@@ -241,8 +241,8 @@ assert "bitsandbytes" not in sys.modules
 
 def test_generation_refuses_broken_folders_and_options_out_of_range(folder: Path) -> None:
     assert isinstance(generate(folder, "the", GenerationOptions(max_new_tokens=2)), str)
-    odd = {"max_new_tokens": 0, "temperature": -1.0, "top_p": 5.0, "repetition_penalty": 0.0, "seed": -1}
-    for option in ({key: value} for key, value in odd.items()):
+    out_of_range = {"max_new_tokens": 0, "temperature": -1.0, "top_p": 5.0, "repetition_penalty": 0.0, "seed": -1}
+    for option in ({key: value} for key, value in out_of_range.items()):
         with pytest.raises(UserError, match="out of range"):
             generate(folder, "the", GenerationOptions(**option))
     change(folder / "config.json", num_hidden_layers=3)

@@ -71,7 +71,7 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def make_bed(folder: Path) -> None:
+def make_inputs(folder: Path) -> None:
     """Small inputs of every command."""
     source = random.Random(0)
     train_tokenizer((random_text(source, 30) for _ in range(200)), 320, folder / "tokenizer")
@@ -105,17 +105,17 @@ def make_bed(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def bed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bed")
-    make_bed(folder)
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    make_inputs(folder)
     return folder
 
 
 @pytest.mark.xdist_group("inputs")
-def test_no_command_forgets_a_file_that_it_reads(bed: Path) -> None:
+def test_no_command_forgets_a_file_that_it_reads(inputs: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM, json.dumps([shlex.split(words) for words in WRITING])],
-        cwd=bed,
+        cwd=inputs,
         capture_output=True,
         encoding="utf-8",
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -158,15 +158,20 @@ LOST = [
 
 
 @pytest.mark.xdist_group("inputs")
-@pytest.mark.parametrize(("words", "kept", "message"), LOST)
+@pytest.mark.parametrize(("words", "remaining", "message"), LOST)
 def test_no_command_replaces_what_it_reads(
-    bed: Path, words: str, kept: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    inputs: Path,
+    words: str,
+    remaining: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
-    monkeypatch.chdir(bed)
-    before = contents(bed / kept)
+    monkeypatch.chdir(inputs)
+    before = contents(inputs / remaining)
     assert main(shlex.split(words)) == (2 if message else 0)
     assert message in capsys.readouterr().err
-    assert contents(bed / kept) == before or not kept
+    assert contents(inputs / remaining) == before or not remaining
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -176,16 +181,16 @@ def contents(path: Path) -> dict[str, bytes]:
 
 @pytest.mark.xdist_group("inputs")
 def test_a_new_run_does_not_delete_the_checkpoint_that_it_starts_from(
-    bed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.chdir(bed)
+    monkeypatch.chdir(inputs)
     words = [word.replace("run", "once") for word in shlex.split(_TRAIN)]
     assert main(words) == 0
     again = [*words[: words.index("m.pt")], "data/checkpoints/once/1", *words[words.index("m.pt") + 1 :]]
-    before = contents(bed / "data/checkpoints/once/1")
+    before = contents(inputs / "data/checkpoints/once/1")
     assert main([*again, "--overwrite", "true"]) == 2
     assert "once/1: contains" in capsys.readouterr().err
-    assert contents(bed / "data/checkpoints/once/1") == before
+    assert contents(inputs / "data/checkpoints/once/1") == before
 
 
 @pytest.mark.parametrize("inside", ["source", "deep/er/source", "."])

@@ -1,4 +1,4 @@
-"""Locks on the folders of runs."""
+"""Locks on folders."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from fm9g.io.lock import exclusive_lock
 
 
 def test_a_folder_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
-    code = "import sys, pathlib, fm9g.io.lock as f\nwith f.exclusive_lock(pathlib.Path(sys.argv[1]), 0): print('held')"
-    with exclusive_lock(tmp_path / "run", timeout=0):
+    code = (
+        "import pathlib, sys\nfrom fm9g.io.lock import exclusive_lock\n"
+        "with exclusive_lock(pathlib.Path(sys.argv[1]), 0, 'busy'): print('held')"
+    )
+    with exclusive_lock(tmp_path / "run", 0, "busy"):
         other = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True)
-        assert "another run of this name is writing there" in other.stderr
+        assert f"{tmp_path / 'run'}: busy" in other.stderr
     other = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True)
     assert other.stdout == "held\n"
 
 
-def test_without_locks_a_run_starts_with_a_warning(
+def test_without_locks_there_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def flock(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with exclusive_lock(tmp_path / "run", timeout=0):
-        assert "this file system has no locks: start no second run of this name" in caplog.text
+    with exclusive_lock(tmp_path / "run", 0, "busy"):
+        assert "this file system has no locks: nothing stops a second process here" in caplog.text

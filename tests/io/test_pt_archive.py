@@ -50,10 +50,11 @@ def test_small_records_are_small(record: str, compression: int) -> None:
 
 def test_a_pickle_is_bounded_by_the_number_of_storages() -> None:
     records = save()
-    most = (1 << 22) + 2 * (1 << 12)
-    write({**records, "a/data.pkl": records["a/data.pkl"] + bytes(most)}, zipfile.ZIP_DEFLATED)
-    assert f"a/data.pkl claims {most + len(records['a/data.pkl'])} bytes, more than the limit of {most}" in refused(
-        "a.pt"
+    max_bytes = (1 << 22) + 2 * (1 << 12)
+    write({**records, "a/data.pkl": records["a/data.pkl"] + bytes(max_bytes)}, zipfile.ZIP_DEFLATED)
+    assert (
+        f"a/data.pkl claims {max_bytes + len(records['a/data.pkl'])} bytes, more than the limit of {max_bytes}"
+        in refused("a.pt")
     )
     write(records)
     assert check_archive(Path("a.pt"), max_pickle_bytes=len(records["a/data.pkl"]) - 2 * (1 << 12))
@@ -130,8 +131,8 @@ def test_a_pickle_that_is_damaged_is_no_whole_file(method: int) -> None:
         (record,) = (each for each in packed.infolist() if each.filename.endswith("/data.pkl"))
     content = bytearray(Path("packed.pt").read_bytes())
     begin = record.header_offset + 30 + len(record.filename)
-    for place in range(begin, begin + min(12, record.compress_size)):
-        content[place] ^= 0xFF
+    for offset in range(begin, begin + min(12, record.compress_size)):
+        content[offset] ^= 0xFF
     Path("a.pt").write_bytes(content)
     assert "not a complete weight file" in refused("a.pt")
 

@@ -24,9 +24,9 @@ def test_every_kind_of_tensor_of_a_pt_file_is_read(zipped: bool, tmp_path: Path)
         assert torch.equal(found, tensor.detach())
         assert (found.dtype, found.is_contiguous()) == (tensor.dtype, True)
         if stored[name].is_contiguous:
-            place = slice(stored[name].offset, stored[name].offset + stored[name].nbytes)
+            byte_range = slice(stored[name].offset, stored[name].offset + stored[name].nbytes)
             values = bytes(tensor.detach().contiguous().flatten().view(torch.uint8))
-            assert (tmp_path / "a.pt").read_bytes()[place] == values
+            assert (tmp_path / "a.pt").read_bytes()[byte_range] == values
         if tensor.dim():
             half = stored[name].rows(1, 2).read() if tensor.shape[0] else None
             assert half is None or torch.equal(half, tensor[1:2].detach())
@@ -72,8 +72,9 @@ def test_a_file_that_is_no_weights_is_not_to_be_trusted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["meta", "sparse"])
-def test_a_tensor_that_has_not_all_its_values_is_no_weight(kind: str) -> None:
+def test_a_tensor_that_has_not_all_its_values_is_no_weight(kind: str, tmp_path: Path) -> None:
     tensor = torch.ones(2, 3)
-    torch.save({"a": torch.ones(1), "b": tensor.to("meta") if kind == "meta" else tensor.to_sparse()}, "a.pt")
+    incomplete = tensor.to("meta") if kind == "meta" else tensor.to_sparse()
+    torch.save({"a": torch.ones(1), "b": incomplete}, tmp_path / "a.pt")
     with pytest.raises(UserError, match=f"a.pt: b: found a {kind} tensor"):
-        read_weights(Path("a.pt"))
+        read_weights(tmp_path / "a.pt")

@@ -139,18 +139,18 @@ def test_a_file_is_refused_exactly_when_the_library_refuses_it(case: str, tmp_pa
     try:
         with safe_open(file, "pt") as opened:
             names = opened.offset_keys()
-            theirs = {name: (opened.get_slice(name).get_shape(), opened.get_tensor(name)) for name in names}
+            reference = {name: (opened.get_slice(name).get_shape(), opened.get_tensor(name)) for name in names}
     except SafetensorError:
         with pytest.raises(UserError) as raised:
             open_safetensors(file)
         assert str(raised.value).startswith(f"{file}: not a complete safetensors file: ")
         assert len(str(raised.value).splitlines()) == 1
         return
-    ours = open_safetensors(file)
-    assert {name: (list(tensor.shape), tensor.dtype) for name, tensor in ours.items()} == {
-        name: (shape, tensor.dtype) for name, (shape, tensor) in theirs.items()
+    actual = open_safetensors(file)
+    assert {name: (list(tensor.shape), tensor.dtype) for name, tensor in actual.items()} == {
+        name: (shape, tensor.dtype) for name, (shape, tensor) in reference.items()
     }
-    assert all(0 <= tensor.offset <= file.stat().st_size - tensor.nbytes for tensor in ours.values())
+    assert all(0 <= tensor.offset <= file.stat().st_size - tensor.nbytes for tensor in actual.values())
 
 
 @pytest.mark.parametrize(

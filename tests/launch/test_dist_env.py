@@ -64,8 +64,8 @@ def test_torchrun():
 
 
 def test_our_agent():
-    ours = {**TORCHRUN, "FM9G_AGENT": "1", "FM9G_ATTEMPT": "1", "FM9G_STARTED": "17.5", "FM9G_STEP_TIMEOUT": "9"}
-    rank_info = read_dist_env(ours)
+    actual = {**TORCHRUN, "FM9G_AGENT": "1", "FM9G_ATTEMPT": "1", "FM9G_STARTED": "17.5", "FM9G_STEP_TIMEOUT": "9"}
+    rank_info = read_dist_env(actual)
     assert (rank_info.has_agent, rank_info.attempt, rank_info.start_time, rank_info.step_timeout) == (
         True,
         1,
@@ -198,6 +198,6 @@ def test_a_secret_is_long_and_is_shown_nowhere() -> None:
         read_secret({"FM9G_SECRET": "short"})
     secret = "the secret of a run"
     assert secret not in repr(read_dist_env({"FM9G_SECRET": secret}))
-    made = subprocess.run([sys.executable, "-m", "fm9g", "train", "--print-secret"], capture_output=True, text=True)
-    assert len(made.stdout.strip()) == 32
-    assert read_secret({"FM9G_SECRET": made.stdout})
+    created = subprocess.run([sys.executable, "-m", "fm9g", "train", "--print-secret"], capture_output=True, text=True)
+    assert len(created.stdout.strip()) == 32
+    assert read_secret({"FM9G_SECRET": created.stdout})

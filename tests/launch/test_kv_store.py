@@ -19,10 +19,11 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture
-def kv_server() -> Iterator[KVServer]:
-    made = KVServer(0, SECRET, loopback_only=True)
-    yield made
-    made.close()
+def kv_server(request: pytest.FixtureRequest) -> Iterator[KVServer]:
+    """Parameters, if any, are further arguments."""
+    created = KVServer(0, SECRET, loopback_only=True, **getattr(request, "param", {}))
+    yield created
+    created.close()
 
 
 def new_client(kv_server: KVServer, secret: str = SECRET) -> KVClient:
@@ -78,9 +79,9 @@ def recorded(port: int) -> bytes:
     """What a process of the run sends that sets an entry."""
     wire, sent = socket.create_server((LOOPBACK, 0)), bytearray()
 
-    def copy(source: socket.socket, target: socket.socket, kept: bytearray) -> None:
+    def copy(source: socket.socket, target: socket.socket, recorded: bytearray) -> None:
         while data := source.recv(1 << 16):
-            kept += data
+            recorded += data
             target.sendall(data)
 
     def carry() -> None:
@@ -129,11 +130,11 @@ def test_a_changed_frame_is_refused(kv_server: KVServer) -> None:
     assert new_client(kv_server).transact(["done"]) == {"done": True}
 
 
-def test_many_slow_connections_keep_nobody_out(kv_server: KVServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fm9g.launch.kv_store._HANDSHAKE_TIMEOUT", 1000.0)
+@pytest.mark.parametrize("kv_server", [{"handshake_timeout": 1000.0}], indirect=True)
+def test_many_slow_connections_keep_nobody_out(kv_server: KVServer) -> None:
     kv_client = new_client(kv_server)
-    most = kv_server._max_unauthenticated
-    idle = [stranger(kv_server.port) for _ in range(most + 50)]
+    max_clients = kv_server.max_unauthenticated
+    idle = [stranger(kv_server.port) for _ in range(max_clients + 50)]
     new_client(kv_server).transact(set={"late": True})
     assert kv_client.transact(["late"]) == {"late": True}
     for connection in idle[:50]:  # the oldest ones had to go
@@ -161,8 +162,8 @@ def test_signed_nonsense_closes_the_connection_and_nothing_else(kv_server: KVSer
     assert kv_client.transact(["a"]) == {"a": None}
 
 
-def test_the_store_holds_so_much_and_no_more(kv_server: KVServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fm9g.launch.kv_store._MAX_STORE_BYTES", 10_000)
+@pytest.mark.parametrize("kv_server", [{"max_bytes": 10_000}], indirect=True)
+def test_the_store_holds_so_much_and_no_more(kv_server: KVServer) -> None:
     kv_client = new_client(kv_server)
     for i in range(20):  # one entry may be written again and again
         kv_client.transact(set={"a": "x" * 5000 + str(i)})

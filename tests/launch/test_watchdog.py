@@ -107,11 +107,11 @@ def test_a_watching_thread_that_fails_ends_the_run_with_a_message(start, tmp_pat
 
 
 def test_a_mistake_ends_all_and_is_told_once(start):
-    told = "rank 1 on host"
+    expected = "rank 1 on host"
     (code, err), (other, nothing) = ends(start("error"))
     assert (code, other, nothing) == (2, 2, "")
     assert err.count("fm9g: ") == 1
-    assert told in err
+    assert expected in err
     assert "data.jsonl:7" in err
 
 

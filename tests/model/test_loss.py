@@ -28,10 +28,10 @@ def test_loss_and_gradients_equal_those_by_hand(loss_config: LossConfig, chunk_r
     by_hand = (rows_by_hand if target_weights is None else rows_by_hand * target_weights).sum()
     torch.testing.assert_close(total, by_hand, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(plain, F.cross_entropy(logits, targets, reduction="none").detach())
-    for ours, theirs in zip(
+    for actual, reference in zip(
         torch.autograd.grad(total, (hidden, weight)), torch.autograd.grad(by_hand, (hidden, weight))
     ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual, reference, rtol=1e-4, atol=1e-5)
 
 
 def test_the_loss_works_in_chunks_and_without_any_row() -> None:

@@ -17,6 +17,6 @@ def test_rope_scalings_equal_those_of_transformers(kind: str, tmp_path: Path) ->
     model, batch = make_model(config), make_batch()
     plain = make_model(dataclasses.replace(config, rope_scaling=""))
     with torch.no_grad():
-        ours = model.logits(batch)
-        assert (ours - plain.logits(batch)).abs().max() > 1e-3  # the stretch does something
-    torch.testing.assert_close(ours, hf_logits(exported(model, tmp_path), batch), rtol=0, atol=1e-5)
+        actual = model.logits(batch)
+        assert (actual - plain.logits(batch)).abs().max() > 1e-3  # the stretch does something
+    torch.testing.assert_close(actual, hf_logits(exported(model, tmp_path), batch), rtol=0, atol=1e-5)

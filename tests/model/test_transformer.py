@@ -41,8 +41,8 @@ def test_logits_equal_those_of_transformers_and_the_way_back_is_exact(kind: str,
     folder = exported(model, tmp_path)
     assert json.loads((folder / "config.json").read_text())["model_type"] == kind.split("-")[0]
     with torch.no_grad():
-        ours = model.logits(batch)
-    torch.testing.assert_close(ours, hf_logits(folder, batch), rtol=0, atol=1e-5)
+        actual = model.logits(batch)
+    torch.testing.assert_close(actual, hf_logits(folder, batch), rtol=0, atol=1e-5)
 
     import_folder(folder, tmp_path / "back.pt")
     before, after = read_weights(tmp_path / "m.pt"), read_weights(tmp_path / "back.pt")
@@ -89,14 +89,14 @@ def test_loss_and_gradients_equal_those_of_plain_cross_entropy(tied: bool) -> No
     model, batch = make_model(small_model(tie_word_embeddings=tied)), make_batch()
     total, rows = model(batch)
     (total / 7).backward()
-    ours = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    actual = {name: weight.grad.clone() for name, weight in model.named_parameters()}
     model.zero_grad()
     expected = F.cross_entropy(model.logits(batch)[batch.target_positions], batch.targets, reduction="none")
     (expected.sum() / 7).backward()
     torch.testing.assert_close(rows, expected.detach())
     torch.testing.assert_close(total, expected.sum())
     for name, weight in model.named_parameters():
-        torch.testing.assert_close(ours[name], weight.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(actual[name], weight.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_bf16_compute_stays_near_fp32() -> None:

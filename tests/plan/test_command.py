@@ -41,13 +41,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert f"{12 * 80_814_546_944 / GIB:.1f} GiB" in text
     picture = tmp_path / "memory.png"
     assert command("--config", SEVEN, "--json", "--plot", str(picture), batch_size="8", engine="torch") == 1
-    figures = json.loads(capsys.readouterr().out)
+    report = json.loads(capsys.readouterr().out)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert not figures["fits"]
-    assert sum(figures["memory"].values()) == pytest.approx(figures["tensors"], abs=10)
-    assert figures["suggestions"][0]["fits"]
+    assert not report["fits"]
+    assert sum(report["memory"].values()) == pytest.approx(report["tensors"], abs=10)
+    assert report["suggestions"][0]["fits"]
     assert command("--config", SEVEN, batch_size="8", engine="torch") == 1
-    assert figures["suggestions"][0]["changes"] in capsys.readouterr().out
+    assert report["suggestions"][0]["changes"] in capsys.readouterr().out
     assert command("--config", SEVEN, "--json", batch_size="8", engine="torch", global_batch_size="64") == 1
     changes = [other["changes"] for other in json.loads(capsys.readouterr().out)["suggestions"]]
     assert any("--global_batch_size" in text for text in changes)
@@ -88,9 +88,9 @@ def test_the_last_line_says_whether_it_fits_and_how_long_it_takes(
     assert " of the 80 GiB of each A100 (assumed, not measured). " in last
     assert words in last
     assert command("--config", "7b", "--gpus", "8", "--json", **keys) == 0
-    figures = json.loads(capsys.readouterr().out)
-    assert figures["steps"] == steps
-    assert (figures["days"] is None) == (steps is None)
+    report = json.loads(capsys.readouterr().out)
+    assert report["steps"] == steps
+    assert (report["days"] is None) == (steps is None)
 
 
 def test_epochs_are_as_long_as_the_data(make_mixture, tokenizer_path: Path, capsys: pytest.CaptureFixture) -> None:

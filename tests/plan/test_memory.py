@@ -56,8 +56,8 @@ def test_what_lasts_is_shared_by_the_ranks_and_offloaded() -> None:
     weights = count_weights(model)
     last = list(step_phases(model, job))[-1]
     assert (last.weights, last.gradients, last.optimizer) == pytest.approx([w * weights / 16 for w in (4, 4, 8)])
-    whole = list(step_phases(model, replace(job, zero_level=0)))[-1]
-    assert whole.optimizer == pytest.approx(8 * weights)
+    full = list(step_phases(model, replace(job, zero_level=0)))[-1]
+    assert full.optimizer == pytest.approx(8 * weights)
     assert peak_memory(model, replace(job, offload_optimizer=True)).optimizer == 0
     bmtrain = list(step_phases(model, replace(job, engine="bmtrain")))[-1]
     assert (bmtrain.weights, bmtrain.gradients, bmtrain.optimizer) == pytest.approx(
@@ -88,13 +88,13 @@ def test_each_setting_saves_what_it_is_for() -> None:
 
 def test_what_optimizers_keep(tmp_path: Path) -> None:
     model = shipped("7b")
-    kept = {
+    saved = {
         (name, ema): peak_memory(model, JobConfig(optimizer=name, ema_decay=ema)).optimizer / count_weights(model)
         for name in ("adamw", "adamw8bit", "adafactor", "muon")
         for ema in (0.0, 0.99)
     }
-    assert kept["adamw", 0.0] == 8
-    assert kept["adamw8bit", 0.0] == pytest.approx(2.03, abs=0.01)
-    assert kept["adafactor", 0.0] == 0
-    assert 4 < kept["muon", 0.0] < 4.5
-    assert all(kept[name, 0.99] - kept[name, 0.0] == pytest.approx(4) for name, _ in kept)
+    assert saved["adamw", 0.0] == 8
+    assert saved["adamw8bit", 0.0] == pytest.approx(2.03, abs=0.01)
+    assert saved["adafactor", 0.0] == 0
+    assert 4 < saved["muon", 0.0] < 4.5
+    assert all(saved[name, 0.99] - saved[name, 0.0] == pytest.approx(4) for name, _ in saved)

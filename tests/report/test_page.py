@@ -73,18 +73,18 @@ def test_what_a_user_wrote_is_text(make_run, settings) -> None:
 
 
 def test_control_characters_do_not_reach_the_page(make_run, line, settings) -> None:
-    odd = "a\x1b[2J\u202eb"
-    run = run_json(settings) | {"versions": {odd: odd}, "summary": odd}
-    events = [{"step": 3, "time": 1, "kind": odd, "text": odd}]
-    make_run(odd, [line(step, **{f"Loss/train/{odd}": 1.0}) for step in (1, 2, 3)], events, run)
-    text = render(open_runs([odd]))
+    unusual = "a\x1b[2J\u202eb"
+    run = run_json(settings) | {"versions": {unusual: unusual}, "summary": unusual}
+    events = [{"step": 3, "time": 1, "kind": unusual, "text": unusual}]
+    make_run(unusual, [line(step, **{f"Loss/train/{unusual}": 1.0}) for step in (1, 2, 3)], events, run)
+    text = render(open_runs([unusual]))
     assert not set(text) & {"\x1b", "\u202e"}
     assert text.count("a␛[2J\\u202eb") > 6
 
 
 def test_numbers_beyond_all_reason_are_drawn_without_a_warning(make_run, line) -> None:
-    odd = {"Optimizer/grad_norm": 1e99, "Loss/val": -1e99, "Time/compute": -1e99, "Time/data": 10**60}
-    make_run("tiny", [line(step, **(odd if step % 2 else {})) for step in (1, 2, 2**53 - 1)])
+    unusual = {"Optimizer/grad_norm": 1e99, "Loss/val": -1e99, "Time/compute": -1e99, "Time/data": 10**60}
+    make_run("tiny", [line(step, **(unusual if step % 2 else {})) for step in (1, 2, 2**53 - 1)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "<svg" in render(open_runs(["tiny"]))
@@ -125,10 +125,10 @@ def test_nothing_on_the_page_is_wider_than_a_phone(make_run, settings) -> None:
     """Explanations wrap: no rule but those of numbers and times keeps text in one line."""
     make_run("tiny", run=run_json(settings))
     page, _ = page_of("tiny")
-    styles, narrow = page.styles.split("@media (max-width: 640px)")
-    kept = [line for line in styles.splitlines() if "nowrap" in line]
-    assert kept == [".time, .kind { white-space: nowrap; }"]
-    assert ".time, .kind { white-space: normal; }" in narrow
+    styles, narrow_styles = page.styles.split("@media (max-width: 640px)")
+    nowrap_lines = [line for line in styles.splitlines() if "nowrap" in line]
+    assert nowrap_lines == [".time, .kind { white-space: nowrap; }"]
+    assert ".time, .kind { white-space: normal; }" in narrow_styles
     assert page.row("Tokens")[1] == ["Tokens\npieces of text it was trained on", "1,000"]  # below, not beside
     wide = [line for line in styles.splitlines() if re.search(r"min-width: (?!0)\d", line)]
     assert [line.split()[0] for line in wide] == [".wide", ".settings"]  # figures, and runs side by side, which scroll

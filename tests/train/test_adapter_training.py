@@ -76,15 +76,15 @@ def weight_file(result: TrainResult) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_resume_exactly(tune: Callable[..., TrainResult], tmp_path: Path, kind: str) -> None:
-    whole = tune("whole", **KINDS[kind])
-    assert losses(whole)[-1] < losses(whole)[0]
+    full = tune("whole", **KINDS[kind])
+    assert losses(full)[-1] < losses(full)[0]
     tune("parts", **KINDS[kind], stop_iters=5)
     # The base is found where it was: the guide's resume block empties pretrained_model.
     parts = tune("parts", **KINDS[kind], resume_ckpt="auto", pretrained_model="")
-    assert losses(parts) == losses(whole)
-    assert weight_file(parts).read_bytes() == weight_file(whole).read_bytes()
+    assert losses(parts) == losses(full)
+    assert weight_file(parts).read_bytes() == weight_file(full).read_bytes()
     for suffix in (".rank-0.opt", ".ema.pt"):
-        files = [next(r.checkpoint.glob(f"*{suffix}"), None) for r in (whole, parts)]  # type: ignore[union-attr]
+        files = [next(r.checkpoint.glob(f"*{suffix}"), None) for r in (full, parts)]  # type: ignore[union-attr]
         assert (files[0] is None) == (suffix == ".ema.pt" and "ema_decay" not in KINDS[kind])
         if files[0] and files[1]:
             one, other = read_weights(files[0]), read_weights(files[1])

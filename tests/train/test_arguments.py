@@ -333,9 +333,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_dumped_and_counted(
     assert run.norms[2] is None
     assert all(torch.isfinite(weight).all() for weight in run.weights.values())
     assert run.moments["numbers"][0] == 4
-    kept = sorted((tmp_path / "run" / "logs" / "m" / "bad_batches").iterdir())
-    assert [file.name for file in kept] == ["step-3.rank-0.jsonl", "step-4.rank-0.jsonl"]
-    assert '"text": ' in kept[0].read_text()
+    batches = sorted((tmp_path / "run" / "logs" / "m" / "bad_batches").iterdir())
+    assert [file.name for file in batches] == ["step-3.rank-0.jsonl", "step-4.rank-0.jsonl"]
+    assert '"text": ' in batches[0].read_text()
     calls = iter(range(100))
     with pytest.raises(
         UserError, match="2 steps in a row were skipped, the last because the norm of the gradients is nan"

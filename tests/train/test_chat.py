@@ -46,9 +46,9 @@ def test_the_loss_is_on_the_turns_of_the_assistant(tokenizer_path: Path, loss: s
     tokenizer = load_tokenizer(tokenizer_path)
     encoder = Encoder(tokenizer, load_template("chatml", tokenizer), loss)
     tokens = encoder.tokenize([encoder.render({"messages": CHAT})])[0]
-    learnt = tokens[tokens >= 0].tolist()
-    assert learnt[-1] == tokenizer.eos_id
-    assert tokenizer.decode(learnt[:-1]) == (expected or tokenizer.decode(ids_of(tokens)[:-1]))
+    trained = tokens[tokens >= 0].tolist()
+    assert trained[-1] == tokenizer.eos_id
+    assert tokenizer.decode(trained[:-1]) == (expected or tokenizer.decode(ids_of(tokens)[:-1]))
 
 
 def test_a_pair_is_a_conversation_where_there_is_a_template_and_text_stays_text(tokenizer_path: Path) -> None:
@@ -70,8 +70,8 @@ def test_the_2b_tokenizer_encodes_a_chat_with_its_special_tokens(shared: Path) -
         ids = ids_of(tokens)
         assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
         assert tokenizer.bos_id not in ids[1:]
-        learnt = tokens[tokens >= 0].tolist()[:-1]
-        assert "".join(tokenizer.decode(learnt).split()) == "jumpsover<|im_end|>lazydogs<|im_end|>"
+        trained = tokens[tokens >= 0].tolist()[:-1]
+        assert "".join(tokenizer.decode(trained).split()) == "jumpsover<|im_end|>lazydogs<|im_end|>"
 
 
 def test_what_is_trained_with_is_exported_and_generated_from(
@@ -103,9 +103,9 @@ def test_what_is_trained_with_is_exported_and_generated_from(
         export_folder(source, tmp_path / f"with-reference-{number}", reference)
         exported = (tmp_path / f"with-reference-{number}" / "chat_template.jinja").read_text()
         assert exported == (tmp_path / "mine.jinja").read_text()
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert theirs.chat_template == (tmp_path / "mine.jinja").read_text()
-    text = theirs.apply_chat_template(CHAT[:2], add_generation_prompt=True, tokenize=False)
+    expected = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert expected.chat_template == (tmp_path / "mine.jinja").read_text()
+    text = expected.apply_chat_template(CHAT[:2], add_generation_prompt=True, tokenize=False)
     assert text == "<s>[system] seven wizards\n[user] the quick brown fox\n[assistant] "
     generate = ["generate", str(tmp_path / "hf"), "--max_new_tokens", "5"]
     capsys.readouterr()
@@ -159,18 +159,18 @@ def test_a_run_keeps_the_date_of_its_first_day(
         monkeypatch.setattr("fm9g.data.load.mixture.datetime.date", Day)
         return Checkpoint(train(out, **given, **changes).checkpoint)
 
-    whole = on(1, "whole", train_iters=4)
-    assert whole.loader_state()["fingerprint"]["template_date"] == "2026-07-01"
+    full = on(1, "whole", train_iters=4)
+    assert full.loader_state()["fingerprint"]["template_date"] == "2026-07-01"
     on(1, "parts", train_iters=4, stop_iters=2)
     with pytest.raises(UserError, match=r"chats: chat_template: was .* of 2026-07-01, is .* of 2026-07-02"):
         on(2, "parts", train_iters=4, resume="auto", chat_template_date="2026-07-02")
     parts = on(2, "parts", train_iters=4, resume="auto")
-    assert parts.loader_state() == whole.loader_state()
-    assert parts.weight_file.read_bytes() == whole.weight_file.read_bytes()
+    assert parts.loader_state() == full.loader_state()
+    assert parts.weight_file.read_bytes() == full.weight_file.read_bytes()
     other = on(2, "other", train_iters=4)
-    assert other.weight_file.read_bytes() != whole.weight_file.read_bytes()
+    assert other.weight_file.read_bytes() != full.weight_file.read_bytes()
     given_date = on(2, "given", train_iters=4, chat_template_date="2026-07-01")
-    assert given_date.weight_file.read_bytes() == whole.weight_file.read_bytes()
+    assert given_date.weight_file.read_bytes() == full.weight_file.read_bytes()
     with pytest.raises(UserError, match=r"chat_template_date: found '1.7.2026', expected a date such as"):
         on(1, "wrong", chat_template_date="1.7.2026")
 

@@ -154,14 +154,14 @@ def test_it_resumes_exactly_without_the_adapter(
 ) -> None:
     checkpoint = first()
     write_peft(read_adapter(checkpoint), tmp_path / "peft")
-    whole = go_on("whole", tmp_path / "peft", **changes)
+    full = go_on("whole", tmp_path / "peft", **changes)
     go_on("parts", tmp_path / "peft", stop_iters=2, **changes)
     shutil.rmtree(tmp_path / "peft")
     # Neither the adapter, nor its base, nor what it is like need be given.
     settings = {"lr": 0.02, "train_iters": 4, "seed": 9, "resume_ckpt": "auto"}
     parts = train("parts", **settings)
-    assert losses(parts) == losses(whole)
-    assert content(parts) == content(whole)
+    assert losses(parts) == losses(full)
+    assert content(parts) == content(full)
     again = json.loads((parts.checkpoint / "run_config.json").read_text())["train"]  # type: ignore[operator]
     assert again["adapter"]["value"] == str(tmp_path / "peft")
     assert again["lora_r"] == {"value": 3, "from": str(parts.checkpoint.parent / "2")}  # type: ignore[union-attr]
@@ -215,9 +215,9 @@ def test_layers_that_an_adapter_leaves_out_get_none(
     first: Callable[..., Path], go_on: Callable[..., TrainResult], tmp_path: Path
 ) -> None:
     """As PEFT's layers_to_transform makes one."""
-    whole = read_adapter(first())
-    weights = {name: weight for name, weight in whole.weights.items() if ".layers.1." in name or "project_q" in name}
-    write_peft(Adapter(whole.config, weights, whole.path), tmp_path / "peft")
+    full = read_adapter(first())
+    weights = {name: weight for name, weight in full.weights.items() if ".layers.1." in name or "project_q" in name}
+    write_peft(Adapter(full.config, weights, full.path), tmp_path / "peft")
     result = go_on("out", tmp_path / "peft")
     assert read_adapter(result.checkpoint).weights.keys() == weights.keys()  # type: ignore[arg-type]
 

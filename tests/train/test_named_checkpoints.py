@@ -13,7 +13,7 @@ from fm9g.checkpoint.checkpoint import Checkpoint
 from fm9g.checkpoint.find import find_path, resolve_checkpoint_path
 from fm9g.checkpoint.layout import file_name
 from fm9g.cli import main
-from fm9g.cli.run import _print_result
+from fm9g.cli.run import print_result
 from fm9g.errors import UserError
 from fm9g.train.runner import TrainResult
 
@@ -36,7 +36,7 @@ def test_the_last_lines_of_a_run_that_stopped_early_name_the_best_checkpoint(
     root = stopped.metrics_file.parents[2] / "checkpoints" / "m"
     assert (stopped.checkpoint, stopped.best_checkpoint) == (root / "8", root / "2")
     assert sorted(int(step.name) for step in root.iterdir()) == [2, 8]
-    _print_result(stopped)
+    print_result(stopped)
     lines = capsys.readouterr().out.splitlines()
     assert f"checkpoint: {root / '8'}" in lines
     assert f"best checkpoint, by validation loss: {root / '2'}" in lines

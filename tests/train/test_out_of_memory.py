@@ -34,7 +34,7 @@ def test_running_out_of_memory_is_one_message_that_says_what_to_lower(
         raise error
 
     if where == "prepare":
-        monkeypatch.setattr("fm9g.engine.fsdp.FSDPEngine._shard_model", fail)
+        monkeypatch.setattr("fm9g.model.transformer.FM9G.init_weight", fail)
     else:
         monkeypatch.setattr(f"fm9g.engine.base.Engine.{where}", fail)
     expected = "fm9g plan" if where == "prepare" else "lower batch_size or max_length .*activation_checkpoint full"

@@ -67,7 +67,7 @@ def _optimizer(result: TrainResult) -> dict:
 
 
 @pytest.fixture
-def whole(train: Train) -> TrainResult:
+def full_run(train: Train) -> TrainResult:
     return train("whole")
 
 
@@ -76,27 +76,27 @@ def whole(train: Train) -> TrainResult:
 def test_resume_equals_never_having_stopped(train: Train, stop: int, scheduler: str) -> None:
     """Step 1 lies in the middle of the first epoch; at step 7 an epoch of `few` has ended."""
     first = train("parts", stop_iters=stop, lr_scheduler=scheduler, drop_iters=4)
-    begun = sum(state["begun"][0] for state in _position(first)["streams"].values())
-    assert (begun < 50) == (stop == 1)
+    num_started = sum(state["begun"][0] for state in _position(first)["streams"].values())
+    assert (num_started < 50) == (stop == 1)
     assert any(state["waiting"] for state in _position(first)["streams"].values())
     second = train("parts", resume_ckpt=first.step, lr_scheduler=scheduler, drop_iters=4)
     assert_same_run(train("whole", lr_scheduler=scheduler, drop_iters=4), second)
 
 
-def test_resume_with_workers_and_recomputed_activations_is_the_same_run(train: Train, whole: TrainResult) -> None:
+def test_resume_with_workers_and_recomputed_activations_is_the_same_run(train: Train, full_run: TrainResult) -> None:
     first = train("parts", stop_iters=5, dataloader_num_workers=2)
-    assert_same_run(whole, train("parts", resume_ckpt=first.step, dataloader_num_workers=1, use_checkpoint=1))
+    assert_same_run(full_run, train("parts", resume_ckpt=first.step, dataloader_num_workers=1, use_checkpoint=1))
 
 
-def test_the_test_of_resuming_can_fail(train: Train, whole: TrainResult) -> None:
+def test_the_test_of_resuming_can_fail(train: Train, full_run: TrainResult) -> None:
     first = train("parts", stop_iters=5)
     second = train("parts", resume_ckpt=first.step, resume_no_optimze=1)
-    assert deterministic_metrics(whole)[:5] == deterministic_metrics(second)[:5]
-    assert deterministic_metrics(whole)[-1]["Loss/train"] != deterministic_metrics(second)[-1]["Loss/train"]
+    assert deterministic_metrics(full_run)[:5] == deterministic_metrics(second)[:5]
+    assert deterministic_metrics(full_run)[-1]["Loss/train"] != deterministic_metrics(second)[-1]["Loss/train"]
 
 
-def test_recomputing_activations_changes_no_figure(train: Train, whole: TrainResult) -> None:
-    assert_same_run(whole, train("other", use_checkpoint="1", grad_ckpt_num=1))
+def test_recomputing_activations_changes_no_figure(train: Train, full_run: TrainResult) -> None:
+    assert_same_run(full_run, train("other", use_checkpoint="1", grad_ckpt_num=1))
 
 
 def test_the_loss_falls_and_every_sink_has_the_same_figures(train: Train) -> None:
@@ -116,9 +116,11 @@ def test_the_loss_falls_and_every_sink_has_the_same_figures(train: Train) -> Non
         )
 
 
-def test_a_checkpoint_holds_what_the_format_says(train: Train, whole: TrainResult, tokenizer_path: Path) -> None:
-    assert whole.checkpoint is not None
-    assert {str(file.relative_to(whole.checkpoint)) for file in whole.checkpoint.rglob("*") if file.is_file()} == {
+def test_a_checkpoint_holds_what_the_format_says(train: Train, full_run: TrainResult, tokenizer_path: Path) -> None:
+    assert full_run.checkpoint is not None
+    assert {
+        str(file.relative_to(full_run.checkpoint)) for file in full_run.checkpoint.rglob("*") if file.is_file()
+    } == {
         f"fm9g_live_checkpoint-{STEPS}.pt",
         f"fm9g_live_checkpoint-{STEPS}.rank-0.opt",
         f"fm9g_live_checkpoint-{STEPS}.log_ckpt",
@@ -129,21 +131,21 @@ def test_a_checkpoint_holds_what_the_format_says(train: Train, whole: TrainResul
         "tokenizer/tokenizer.json",
         "tokenizer/tokenizer_config.json",
     }
-    counts = Checkpoint(whole.checkpoint).trainer_state()
+    counts = Checkpoint(full_run.checkpoint).trainer_state()
     assert counts["iteration"] == STEPS
-    assert counts["global_token_pass"] == sum(counts["global_total_task_token"].values()) == whole.tokens
-    assert 0.9 * STEPS * 2 * 2 * 64 < whole.tokens <= STEPS * 2 * 2 * 64
-    few = counts["global_total_task_token"]["few"] / whole.tokens
+    assert counts["global_token_pass"] == sum(counts["global_total_task_token"].values()) == full_run.tokens
+    assert 0.9 * STEPS * 2 * 2 * 64 < full_run.tokens <= STEPS * 2 * 2 * 64
+    few = counts["global_total_task_token"]["few"] / full_run.tokens
     assert few == pytest.approx(0.5 / 1.5, abs=0.06)
 
 
-def test_counts_go_on_after_a_resume(train: Train, whole: TrainResult) -> None:
+def test_counts_go_on_after_a_resume(train: Train, full_run: TrainResult) -> None:
     first = train("parts", stop_iters=5)
     second = train("parts", resume_ckpt=5)
-    assert first.tokens + second.tokens == whole.tokens
-    assert whole.checkpoint is not None
+    assert first.tokens + second.tokens == full_run.tokens
+    assert full_run.checkpoint is not None
     assert second.checkpoint is not None
-    assert Checkpoint(second.checkpoint).trainer_state() == Checkpoint(whole.checkpoint).trainer_state()
+    assert Checkpoint(second.checkpoint).trainer_state() == Checkpoint(full_run.checkpoint).trainer_state()
 
 
 def test_datasets_without_repeat_end_the_run_with_a_checkpoint(train: Train, make_mixture: Callable[..., Path]) -> None:
@@ -161,10 +163,10 @@ def test_datasets_without_repeat_end_the_run_with_a_checkpoint(train: Train, mak
 
 
 def test_pretrained_weights_are_the_start(
-    train: Train, whole: TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture
+    train: Train, full_run: TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert whole.checkpoint is not None
-    source = Checkpoint(whole.checkpoint).weight_file
+    assert full_run.checkpoint is not None
+    source = Checkpoint(full_run.checkpoint).weight_file
     capsys.readouterr()
     result = train("tuned", pretrained_model=source, train_iters=1, lr=0)
     assert f"weights: {source}\n" in capsys.readouterr().err
@@ -172,13 +174,13 @@ def test_pretrained_weights_are_the_start(
     assert "weights: random, since pretrained_model is empty" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"none.pt: no such file or folder; `python hgface_2_bmtrain.py` or"):
         train("none", pretrained_model=tmp_path / "none.pt")
-    wide = {**torch.load(source), "lm_head.weight": torch.ones(3, 3)}
-    torch.save(wide, tmp_path / "wide.pt")
+    padded = {**torch.load(source), "lm_head.weight": torch.ones(3, 3)}
+    torch.save(padded, tmp_path / "wide.pt")
     (tmp_path / "wide.json").write_text("{}")
     with pytest.raises(UserError, match=r"shape \[3, 3\](.|\n)*wide.json describes the model: --config .*wide.json"):
         train("none", pretrained_model=tmp_path / "wide.pt")
-    given, kept = read_weights(source), weights(result)
-    assert all(torch.equal(given[name], kept[name]) for name in given)
+    given, saved = read_weights(source), weights(result)
+    assert all(torch.equal(given[name], saved[name]) for name in given)
     part = {name: tensor for name, tensor in given.items() if name != "lm_head.weight"} | {"odd": torch.ones(1)}
     torch.save(part, tmp_path / "part.pt")
     with pytest.raises(UserError, match=r"lm_head.weight is missing"):
@@ -189,7 +191,7 @@ def test_pretrained_weights_are_the_start(
         with pytest.raises(UserError, match=message):
             train("none", pretrained_model=tmp_path / name, strict_state_dict=0)
     with pytest.raises(UserError, match=r"found the checkpoints of a run, .*Give one of them: .*/m/12"):
-        train("none", pretrained_model=whole.checkpoint.parent)
+        train("none", pretrained_model=full_run.checkpoint.parent)
     train("lenient", pretrained_model=tmp_path / "part.pt", strict_state_dict=0, train_iters=1)
     assert "odd is not part of the model" in capsys.readouterr().err
 
@@ -206,7 +208,7 @@ def test_log_lines_come_every_log_iters_and_at_the_end(train: Train) -> None:
 
 
 def test_a_run_that_has_checkpoints_is_not_started_anew_unasked(
-    train: Train, whole: TrainResult, tmp_path: Path
+    train: Train, full_run: TrainResult, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"has checkpoints of steps 12; resume with --resume auto"):
         train("whole")
@@ -254,7 +256,7 @@ def test_sigusr1_saves_and_goes_on(train: Train, tmp_path: Path) -> None:
 
 
 def test_auto_starts_anew_goes_on_and_passes_over_what_is_damaged(
-    train: Train, whole: TrainResult, capsys: pytest.CaptureFixture
+    train: Train, full_run: TrainResult, capsys: pytest.CaptureFixture
 ) -> None:
     first = train("parts", resume_ckpt="auto", save_iters=4, stop_iters=8)
     assert first.checkpoint is not None
@@ -266,7 +268,7 @@ def test_auto_starts_anew_goes_on_and_passes_over_what_is_damaged(
     assert "the checkpoint is damaged" in output
     assert "resuming from" in output
     assert f"{first.checkpoint.parent / '4'}" in output
-    assert_same_run(whole, second)
+    assert_same_run(full_run, second)
 
 
 def test_the_mean_of_the_weights_can_be_exported(train: Train, tmp_path: Path) -> None:
@@ -281,11 +283,11 @@ def test_the_mean_of_the_weights_can_be_exported(train: Train, tmp_path: Path) -
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
 
 
-def test_a_hugging_face_folder_is_a_start(train: Train, whole: TrainResult, tmp_path: Path) -> None:
-    assert whole.checkpoint is not None
-    export_folder(whole.checkpoint, tmp_path / "hf")
+def test_a_hugging_face_folder_is_a_start(train: Train, full_run: TrainResult, tmp_path: Path) -> None:
+    assert full_run.checkpoint is not None
+    export_folder(full_run.checkpoint, tmp_path / "hf")
     start = {"train_iters": 2, "warmup_iters": 0}
-    expected = train("pt", pretrained_model=Checkpoint(whole.checkpoint).weight_file, **start)
+    expected = train("pt", pretrained_model=Checkpoint(full_run.checkpoint).weight_file, **start)
     assert deterministic_metrics(train("hf_run", pretrained_model=tmp_path / "hf", **start)) == deterministic_metrics(
         expected
     )
@@ -296,9 +298,9 @@ def test_a_hugging_face_folder_is_a_start(train: Train, whole: TrainResult, tmp_
 @pytest.mark.parametrize(
     "name", ["fm9g_live_checkpoint-12.pt", "fm9g_live_checkpoint-12.rank-0.opt", "data_position.json"]
 )
-def test_a_checkpoint_cut_in_half_is_refused(train: Train, whole: TrainResult, name: str) -> None:
-    assert whole.checkpoint is not None
-    file = whole.checkpoint / name
+def test_a_checkpoint_cut_in_half_is_refused(train: Train, full_run: TrainResult, name: str) -> None:
+    assert full_run.checkpoint is not None
+    file = full_run.checkpoint / name
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(UserError, match=rf"{name}: has \d+ of \d+ bytes; the checkpoint is damaged"):
         train("whole", resume_ckpt=12)
@@ -307,7 +309,7 @@ def test_a_checkpoint_cut_in_half_is_refused(train: Train, whole: TrainResult, n
         train("whole", resume_ckpt=12)
 
 
-def test_a_missing_step_lists_those_that_are_there(train: Train, whole: TrainResult) -> None:
+def test_a_missing_step_lists_those_that_are_there(train: Train, full_run: TrainResult) -> None:
     with pytest.raises(UserError, match=r"no checkpoint of step 7; there are: 12"):
         train("whole", resume_ckpt=7)
 
@@ -344,7 +346,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(train: Train, tmp_path: Path, m
         ({"dataset_config": "nowhere"}, "'nowhere' is neither a file nor a name in dataset_configs/"),
     ],
 )
-def test_what_does_not_fit_is_refused(train: Train, whole: TrainResult, changes: dict, expected: str) -> None:
+def test_what_does_not_fit_is_refused(train: Train, full_run: TrainResult, changes: dict, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         train("whole" if "resume_ckpt" in changes else "other", **changes)
 
@@ -369,25 +371,25 @@ def test_overwrite_deletes_only_checkpoints_and_only_when_there_is_a_new_one(tra
     assert (root / "notes.txt").exists()
 
 
-def test_the_figures_of_an_earlier_run_of_that_name_are_kept(train: Train, whole: TrainResult) -> None:
-    before = whole.metrics_file.read_text()
+def test_the_figures_of_an_earlier_run_of_that_name_are_kept(train: Train, full_run: TrainResult) -> None:
+    before = full_run.metrics_file.read_text()
     train("whole", save=False, train_iters=1)
-    assert whole.metrics_file.with_name("metrics.jsonl.old").read_text() == before
+    assert full_run.metrics_file.with_name("metrics.jsonl.old").read_text() == before
 
 
 @pytest.mark.parametrize("name", ["fm9g_live_checkpoint-12.pt", "config.json"])
-def test_a_changed_byte_in_a_checkpoint_is_noticed(train: Train, whole: TrainResult, name: str) -> None:
-    assert whole.checkpoint is not None
-    content = bytearray((whole.checkpoint / name).read_bytes())
+def test_a_changed_byte_in_a_checkpoint_is_noticed(train: Train, full_run: TrainResult, name: str) -> None:
+    assert full_run.checkpoint is not None
+    content = bytearray((full_run.checkpoint / name).read_bytes())
     content[len(content) // 2] ^= 1
-    (whole.checkpoint / name).write_bytes(content)
+    (full_run.checkpoint / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{name}: its content has changed"):
         train("whole", resume_ckpt=12, train_iters=14)
 
 
-def test_a_renamed_checkpoint_and_a_broken_manifest_are_refused(whole: TrainResult) -> None:
-    assert whole.checkpoint is not None
-    moved = whole.checkpoint.rename(whole.checkpoint.with_name("7"))
+def test_a_renamed_checkpoint_and_a_broken_manifest_are_refused(full_run: TrainResult) -> None:
+    assert full_run.checkpoint is not None
+    moved = full_run.checkpoint.rename(full_run.checkpoint.with_name("7"))
     with pytest.raises(UserError, match="is the checkpoint of step 12; rename the folder to 12"):
         Checkpoint(moved)
     for content in ("{}", "[]", '{"step": 7, "files": null}'):

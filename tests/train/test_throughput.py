@@ -23,9 +23,9 @@ def test_the_slowest_rank_gives_the_rate_and_phases_are_means_per_step() -> None
 
 def test_ranks_of_one_replica_count_their_tokens_once() -> None:
     both = [timings(10.0), timings(10.0)]
-    whole, half = (throughput_metrics(both, n, FlopsModel(small_model(), 0, 1e9)) for n in (1, 2))
-    assert whole["Throughput/tokens_per_second"] == 2 * half["Throughput/tokens_per_second"] == 20.0
-    assert whole["Throughput/mfu"] == pytest.approx(2 * half["Throughput/mfu"])
+    full, half = (throughput_metrics(both, n, FlopsModel(small_model(), 0, 1e9)) for n in (1, 2))
+    assert full["Throughput/tokens_per_second"] == 2 * half["Throughput/tokens_per_second"] == 20.0
+    assert full["Throughput/mfu"] == pytest.approx(2 * half["Throughput/mfu"])
 
 
 @pytest.mark.parametrize("adapter_params", [0, 500])

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
-from fm9g.config.mixture import LOSSES, TURNS
+from fm9g.config.mixture import LOSS_MODES, TURNS
 from fm9g.data.encode.escaping import Span
 from fm9g.data.encode.jinja_environment import MARK_END, MARK_START
 from fm9g.data.encode.template import Messages, Template
@@ -35,7 +35,7 @@ class RenderedSample:
         weights: of each target in the loss.
         starts: the offsets at which generation begins.
         ends: the ends of trained turns, unless the template's generation blocks mark them.
-        content_spans: what comes from the messages' contents; the template writes the rest.
+        content_spans: spans of the messages' contents; the template writes the rest.
     """
 
     text: str
@@ -56,8 +56,8 @@ def render_samples(
 ) -> list[RenderedSample]:
     """Renders the samples of a conversation; each answer is trained on in exactly one of them.
 
-    A turn is what the template's generation blocks enclose; without any, what follows the prompt for the turn, up to
-    the turn's end marker. A turn's weight and content_weights are its weights in the loss; 0 is not trained on.
+    A turn is the text inside the template's generation blocks. Without such blocks, it is the text from the end of its
+    prompt to its end marker. A turn's weight and content_weights are its weights in the loss; 0 is not trained on.
 
     Args:
         loss: `assistant` trains on every turn of the assistant, `last` only on its last one, `all` on the full text.
@@ -65,11 +65,11 @@ def render_samples(
 
     Raises UserError if the template raises, or its turns cannot be located.
     """
-    assert loss in LOSSES, loss
+    assert loss in LOSS_MODES, loss
     assert turns in TURNS, turns
     chat = _ConversationRenderer(template, messages, tools)
     if loss == "all":
-        return [chat.render_whole(with_content_spans)]
+        return [chat.render_full(with_content_spans)]
     trained = [number for number, message in enumerate(messages) if message.get("role") == "assistant"]
     trained = [n for n in (trained[-1:] if loss == "last" else trained) if messages[n].get("weight", 1) != 0]
     if not trained:
@@ -101,8 +101,8 @@ class _ConversationRenderer:
         """The text of the first `end` messages."""
         return self._template.render(self._messages[:end], self._tools, prompt, with_marks)
 
-    def render_whole(self, with_content_spans: bool) -> RenderedSample:
-        """A sample that is trained on as a whole, except for turns with weights of their own."""
+    def render_full(self, with_content_spans: bool) -> RenderedSample:
+        """A sample whose full text is trained on, with the loss weights of turns that have some."""
         text = self.text(len(self._messages))
         weighted = [
             n for n, message in enumerate(self._messages) if "weight" in message or "content_weights" in message
@@ -112,8 +112,8 @@ class _ConversationRenderer:
             _, located = self.locate(len(self._messages), weighted)
             if missing := [n + 1 for n in weighted if n not in located]:
                 raise UserError(
-                    f"chat template {self._template.name}: it rewrites message {missing[0]}, whose weight therefore "
-                    "has no place in the full text; use --train_on assistant"
+                    f"chat template {self._template.name}: it rewrites message {missing[0]}, so its weight "
+                    "cannot be applied to the full text; use --train_on assistant"
                 )
             for number in weighted:
                 for (start, stop), weight in self._weighted_spans(text, number, located[number]):
@@ -121,10 +121,10 @@ class _ConversationRenderer:
                     weights += [1.0, weight]
                     offset = stop
         pairs = zip([*targets, (offset, len(text))], [*weights, 1.0])
-        kept = [(span, weight) for span, weight in pairs if weight and span[0] < span[1]]
+        trained = [(span, weight) for span, weight in pairs if weight and span[0] < span[1]]
         content_spans = self._content_spans(text, len(self._messages)) if with_content_spans else []
         return RenderedSample(
-            text, [span for span, _ in kept], [weight for _, weight in kept], content_spans=content_spans
+            text, [span for span, _ in trained], [weight for _, weight in trained], content_spans=content_spans
         )
 
     def locate(self, end: int, candidates: list[int]) -> tuple[str, dict[int, Span]]:
@@ -154,7 +154,7 @@ class _ConversationRenderer:
     def render_generation_blocks(
         self, trained: list[int], turns: str, last: bool, with_content_spans: bool
     ) -> list[RenderedSample]:
-        """The samples whose trained spans are what the template's generation blocks enclose."""
+        """The samples; their trained spans are the insides of the template's generation blocks."""
         if turns == "split" and len(trained) > 1:
             chats = [_ConversationRenderer(self._template, self._messages[: n + 1], self._tools) for n in trained]
             return [
@@ -175,7 +175,7 @@ class _ConversationRenderer:
         if any("weight" in message or "content_weights" in message for message in self._messages):
             raise UserError(
                 f"chat template {self._template.name}: it has {len(spans)} generation blocks for {len(answers)} turns "
-                "of the assistant, so their weights have no place; let it write one block for each turn"
+                "of the assistant, so their weights cannot be applied; let it write one block for each turn"
             )
         spans = [span for span in (spans[-1:] if last else spans) if span[0] < span[1]]
         content_spans = self._content_spans(text, len(self._messages)) if with_content_spans else []
@@ -234,7 +234,7 @@ class _ConversationRenderer:
             return ""
         written, message = text[len(before) :], self._messages[number]
         content = message.get("content") or ""
-        if written.lstrip().startswith(_THINK_START):  # it is there, with other white space around it
+        if written.lstrip().startswith(_THINK_START):  # present, but with other white space around it
             written = written.lstrip().removeprefix(_THINK_START)
             return prompt + (written.removeprefix("\n") if prompt.endswith("\n") else written)
         if written.lstrip().startswith(_THINK_END):
@@ -259,12 +259,12 @@ class _ConversationRenderer:
             return ""
         other = [*self._messages[:number], {"role": "assistant", "content": "qxother"}]
         try:
-            beside = self._template.render(other, self._tools)
+            other_text = self._template.render(other, self._tools)
         except UserError:
             return ""
-        same = next((i for i, (a, b) in enumerate(zip(text, beside)) if a != b), min(len(text), len(beside)))
-        begin = text.rfind(header, 0, same)
-        return prompt + text[begin + len(header) :] if begin >= 0 else ""
+        same = next((i for i, (a, b) in enumerate(zip(text, other_text)) if a != b), min(len(text), len(other_text)))
+        start = text.rfind(header, 0, same)
+        return prompt + text[start + len(header) :] if start >= 0 else ""
 
     def _weighted_spans(self, text: str, number: int, span: Span) -> list[tuple[Span, float]]:
         """The parts of a turn's span, with the weight of each."""
@@ -296,7 +296,7 @@ class _ConversationRenderer:
         else:
             raise UserError(
                 f"chat template {self._template.name}: it changes the content of message {number + 1}, so the weights "
-                "of its parts have no place"
+                "of its parts cannot be applied"
             )
         return offset - (len(content) - len(content.lstrip()))
 

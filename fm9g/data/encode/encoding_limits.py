@@ -65,7 +65,7 @@ def _raise_panic(where: object, error: BaseException | None) -> None:
 
 
 _REMEDY = (
-    "A regular expression of its tokenizer.json is not made for such a text: use the tokenizer of its publisher, or "
+    "A regular expression in its tokenizer.json cannot handle this text: use the tokenizer of its publisher, or "
     "leave the record out"
 )
 

@@ -27,7 +27,7 @@ def escape_special_tokens(value: Any, pattern: re.Pattern[str], is_raw: bool = T
     """
     if isinstance(value, str):
         if is_raw and _ESCAPE in value:
-            raise BadRecord("holds the noncharacter U+FDD4, which stands for something else here; remove it")
+            raise BadRecord("holds the noncharacter U+FDD4, which fm9g uses internally as an escape; remove it")
         if not pattern.search(value):
             return value
         return pattern.sub(_escape_match, value)

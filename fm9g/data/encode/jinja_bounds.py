@@ -15,8 +15,6 @@ from typing import Any
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from fm9g.data.encode.jinja_environment import TooLargeError
-
 MAX_SIZE = 1 << 28  # characters or items; a rendered conversation of a million tokens has some 2**22 characters
 _MAX_BITS = 1 << 16  # of an integer
 _NUMBER = re.compile(r"\d+")
@@ -31,6 +29,10 @@ _UNCHECKED_METHODS = """
 count endswith find index lstrip partition removeprefix removesuffix rfind rindex rpartition rsplit rstrip split
 startswith strip
 """.split()  # noqa: SIM905
+
+
+class TooLargeError(ValueError):
+    """A template would build a larger value than MAX_SIZE or _MAX_BITS allow."""
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
@@ -74,10 +76,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().call(__context, __obj, *args, **kwargs)
 
 
-def _bounded_join(pieces: Iterable[str]) -> str:
-    pieces = list(pieces)
-    _check(sum(map(len, pieces)))
-    return "".join(pieces)
+def _bounded_join(parts: Iterable[str]) -> str:
+    parts = list(parts)
+    _check(sum(map(len, parts)))
+    return "".join(parts)
 
 
 def _bound_filter(call: Callable[..., Any], check: Callable[[Any, tuple[Any, ...]], None]) -> Callable[..., Any]:

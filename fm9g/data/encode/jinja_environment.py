@@ -17,10 +17,6 @@ if TYPE_CHECKING:
 MARK_START, MARK_END = "\ufdd0\ufdd2", "\ufdd1\ufdd2"
 
 
-class TooLargeError(ValueError):
-    """A template would build a larger value than fm9g.data.encode.jinja_bounds allows."""
-
-
 @lru_cache(maxsize=64)  # cached here, not in Template, so that a Template can be pickled
 def compile_template(name: str, text: str, with_marks: bool) -> tuple[jinja2.Template, bool]:
     """Compiles a template; returns it, and whether it has generation blocks.

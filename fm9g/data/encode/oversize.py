@@ -1,4 +1,4 @@
-"""What becomes of records that give no sample, or a sample longer than max_length."""
+"""Handling of records that give no sample, or a sample longer than max_length."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fm9g.data.encode.token_array import split_samples
 # Why a record gives no sample.
 EMPTY, LONG_INPUT, OVERSIZE = "no output", "input longer than max_length", "longer than max_length"
 REMEDIES = {  # for a run in which no record gives a sample
-    EMPTY: "look at them with `fm9g data show`; what names their answers, a transform, or loss?",
+    EMPTY: "inspect them with `fm9g data show`; check the columns, the transform and train_on",
     LONG_INPUT: "raise max_length, or leave these records out; `fm9g data check` shows their lengths",
     OVERSIZE: "raise max_length, or set the dataset's oversize_rule to head or segment",
 }
@@ -30,7 +30,7 @@ def split_or_truncate(tokens: np.ndarray, max_length: int, oversize_rule: str, r
 
     Args:
         max_length: positions of a sample, at most. A sample of n + 1 tokens fills n positions.
-        oversize_rule: what becomes of a longer one. `drop` discards it. `head` keeps its first max_length tokens.
+        oversize_rule: how a longer sample is handled. `drop` discards it. `head` keeps its first max_length tokens.
             `segment` cuts plain text, which is trained on from its first token, into consecutive samples, and treats
             other records as `head`. `whole` keeps up to row_length tokens as one sample and discards longer ones.
         row_length: positions of a row.

@@ -51,7 +51,7 @@ def find_issues(encoder: Encoder, record: dict[str, Any], rendered: RenderedReco
 
 
 def _lost_parts(template: Template, messages: list[dict[str, Any]], tools: Any, rendered: RenderedChat) -> list[str]:
-    """What the template does not write of a conversation."""
+    """The issues of a conversation whose parts the template leaves out."""
     issues = []
     written = "\0".join(sample.text for sample in rendered.samples)
     reasoning_texts = [message.get("reasoning_content", "") for message in messages]

@@ -1,4 +1,4 @@
-"""The tokens that end what a model generates."""
+"""The tokens at which generation stops."""
 
 from __future__ import annotations
 

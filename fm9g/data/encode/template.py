@@ -16,8 +16,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fm9g.config.mixture import BUILT_IN, NO_TEMPLATE, TEMPLATE_FOLDER, TOKENIZER_TEMPLATE, check_template
-from fm9g.data.encode.jinja_environment import TooLargeError, compile_template, literal_text, make_strftime_now
+from fm9g.config.mixture import BUILTIN_TEMPLATES, NO_TEMPLATE, TEMPLATE_FOLDER, TOKENIZER_TEMPLATE, check_template
+from fm9g.data.encode.jinja_environment import compile_template, literal_text, make_strftime_now
 from fm9g.data.encode.transform import GuardError, guard_user_code
 from fm9g.errors import UserError
 from fm9g.io.inputs import register_input
@@ -104,7 +104,7 @@ class Template:
         where = f"chat template {self._title(kind)}"
         template, _ = compile_template(self._title(kind), self.sources[kind], with_marks)
         try:
-            with guard_user_code(where, MAX_SECONDS, "has it a loop without an end?", MAX_MEMORY):
+            with guard_user_code(where, MAX_SECONDS, "does it loop forever?", MAX_MEMORY):
                 return template.render(
                     messages=[_template_message(message) for message in messages],
                     tools=tools,
@@ -114,6 +114,8 @@ class Template:
                     **self._special_tokens,
                 )
         except UserError as error:  # a template is a program and can raise anything
+            from fm9g.data.encode.jinja_bounds import TooLargeError
+
             cause = error.__cause__ or error
             lines = [step.lineno for step in traceback.extract_tb(cause.__traceback__) if step.filename == "<template>"]
             if isinstance(cause, GuardError):  # for other errors, Jinja itself translates the lines of its code
@@ -221,7 +223,7 @@ def _with_json_arguments(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_template(spec: str, tokenizer: Any, date: str = "") -> Template:
-    """Loads the template that `spec` names: one of BUILT_IN, `tokenizer` for the tokenizer's own, or a Jinja file.
+    """Loads the template that `spec` names: a built-in one, `tokenizer` for the tokenizer's own, or a Jinja file.
 
     tokenizer: an object with special_tokens and chat_template (a text, several by name, or None). Raises UserError if
     there is no such template.
@@ -232,14 +234,14 @@ def load_template(spec: str, tokenizer: Any, date: str = "") -> Template:
                 "the tokenizer has no chat template of its own; choose another, for example --chat_template chatml"
             )
         return Template(spec, tokenizer.chat_template, tokenizer.special_tokens, date)
-    file = TEMPLATE_FOLDER / f"{spec}.jinja" if spec in BUILT_IN else Path(spec)
+    file = TEMPLATE_FOLDER / f"{spec}.jinja" if spec in BUILTIN_TEMPLATES else Path(spec)
     if not file.is_dir():
         check_regular(file, _MAX_FILE_BYTES)
     if not file.is_file():
         check_template(spec)
         raise UserError(
             f"chat_template: {spec}: no such file; give a file, or one of "
-            f"{', '.join([*BUILT_IN, TOKENIZER_TEMPLATE, NO_TEMPLATE])}"
+            f"{', '.join([*BUILTIN_TEMPLATES, TOKENIZER_TEMPLATE, NO_TEMPLATE])}"
         )
     register_input(file)
     try:

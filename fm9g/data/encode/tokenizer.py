@@ -21,7 +21,7 @@ class Tokenizer(ABC):
     """Text to token ids and back.
 
     Args:
-        prefix_ids, suffix_ids: what stands around a plain text; a text always ends with a token.
+        prefix_ids, suffix_ids: tokens before and after a plain text, such as bos and eos; a suffix is required.
         special_ids: spelling of a special token -> its id.
         special_tokens: bos_token, eos_token, ... as a chat template sees them.
         chat_template: the tokenizer's own, or several by name.
@@ -128,7 +128,7 @@ class Tokenizer(ABC):
     def _encode_part(
         self, text: str, start: int, end: int, escaped: Sequence[Span], continues: bool
     ) -> tuple[list[int], list[int]]:
-        """The ids of text[start:end], and the characters that they start at there. continues: text comes before it."""
+        """The ids of text[start:end], and the character in it that each starts at. continues: text precedes it."""
         anchor, anchor_ids = self._anchor if continues else ("", [])
         part = anchor + text[start:end]
         shift = len(anchor) - start

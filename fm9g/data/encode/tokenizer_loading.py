@@ -1,6 +1,6 @@
 """Opening a tokenizer: a word list, a bare SentencePiece model, or any folder that transformers opens.
 
-The last is the way of the 4b, 7b and 70b models, of other families, and of what `fm9g data tokenizer` trains.
+Folders are used by the 4b, 7b and 70b models, other model families, and tokenizers of `fm9g data tokenizer`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from fm9g.data.encode.tokenizer_files import CHAT_TEMPLATE, TOKENIZER_CONFIG, TO
 from fm9g.data.encode.vocab_tokenizer import VocabTokenizer
 from fm9g.errors import UserError
 from fm9g.io.inputs import register_input
-from fm9g.io.path_kind import TOKENIZER, check_kind
 from fm9g.io.regular_file import check_regular
+from fm9g.path_kind import TOKENIZER, check_kind
 
 _MAX_FILE_BYTES = 512 << 20  # bytes of a file; the largest published ones have some 35 MB
 

@@ -17,7 +17,7 @@ from fm9g.io.atomic import atomic_dir
 _LONG_RUN = re.compile(r"[^\W\d_]{4096}|(?:[^\w\s]|_){4096}|\s{4096}|\d{4096}")
 
 
-def _split_long_runs(text: str) -> Iterator[str]:
+def split_long_runs(text: str) -> Iterator[str]:
     """Splits a text inside overlong words."""
     start = 0
     for match in _LONG_RUN.finditer(text):
@@ -30,8 +30,8 @@ def _split_long_runs(text: str) -> Iterator[str]:
 def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, overwrite: bool = False) -> int:
     """Trains a byte-level BPE tokenizer (bos <s>, eos </s>) and writes it as a Hugging Face folder.
 
-    Returns the number of tokens: vocab_size, or fewer if the texts do not give so many. Raises UserError if vocab_size
-    is too small for the 256 bytes, there is no text, or the output folder is not empty (unless overwrite).
+    Returns the number of tokens: vocab_size, or fewer if the texts are too short for more. Raises UserError if
+    vocab_size is too small for the 256 bytes, there is no text, or the output folder is not empty (unless overwrite).
     """
     from tokenizers import Tokenizer as Model
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -39,7 +39,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, overwri
     min_size = 2 + 256
     if not min_size <= vocab_size < 2**31:
         raise UserError(f"vocab_size: found {vocab_size}, expected at least {min_size}: <s>, </s> and the 256 bytes")
-    first = next(texts := (part for text in texts for part in _split_long_runs(text)), None)
+    first = next(texts := (part for text in texts for part in split_long_runs(text)), None)
     if first is None:
         raise UserError("there is no text to train a tokenizer on")
     model = Model(models.BPE())

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -43,6 +44,8 @@ def load_transform(path: Path, where: str, seconds: float) -> Transform:
     spec = importlib.util.spec_from_file_location(f"fm9g_transform_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"{where}: not a Python file (.py)")
+    if isinstance(spec.loader, SourceFileLoader):
+        spec.loader = _UncachedLoader(spec.loader.name, spec.loader.path)
     module = importlib.util.module_from_spec(spec)
     with guard_user_code(where, seconds):
         spec.loader.exec_module(module)
@@ -50,6 +53,12 @@ def load_transform(path: Path, where: str, seconds: float) -> Transform:
         raise UserError(f"{where}: it defines no function transform(data, num_sample, r)")
     transform: Transform = module.transform
     return transform
+
+
+class _UncachedLoader(SourceFileLoader):
+    """Leaves no __pycache__ in the folder of the user's file."""
+
+    def set_data(self, *_: object, **__: object) -> None: ...
 
 
 class guard_user_code:  # noqa: N801 - used like a function of contextlib

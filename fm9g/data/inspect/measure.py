@@ -119,7 +119,7 @@ class _ArrayFiles:
 
 
 class _SampleCounts:
-    """Counts what becomes of samples."""
+    """Counts samples by how they are handled: kept, truncated, segmented, dropped."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()

@@ -136,7 +136,7 @@ class EncodingPool:
         )
 
     def close(self) -> None:
-        """Ends the workers, whatever they are doing."""
+        """Kills the workers, even busy ones."""
         if self._pool is not None:
             stop_workers(self._pool)
 

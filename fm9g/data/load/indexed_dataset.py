@@ -9,6 +9,7 @@ with a 0.
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,19 +19,19 @@ import h5py
 import numpy as np
 
 from fm9g.config.fields import did_you_mean
-from fm9g.data.dataset_files import DATA_FILE, INDEX_FILE, INDEX_H5_FILE, has_canonical_records
+from fm9g.data.dataset_files import DATA_FILE, INDEX_FILE, INDEX_H5_FILE, SPLITS, has_canonical_records
 from fm9g.data.prepare.record_size import MAX_RECORD_BYTES
 from fm9g.data.prepare.records import parse_object, quote
 from fm9g.data.prepare.values import BadRecord
 from fm9g.errors import UserError
 from fm9g.io.inputs import register_input
 from fm9g.io.open_files import is_too_many_open_files, too_many_open_files
-from fm9g.io.path_kind import DATASET, check_kind
 from fm9g.io.random_access import RandomAccessFile
+from fm9g.path_kind import DATASET, check_kind
 
 _PAGE_BYTES, _NUM_PAGES = 4096, 64  # of a checksum
 
-ReadOffsets = Callable[[int, int], np.ndarray]  # (first, count) -> so many stored offsets
+ReadOffsets = Callable[[int, int], np.ndarray]  # (first, count) -> `count` stored offsets
 
 
 class IndexedDataset:
@@ -40,7 +41,7 @@ class IndexedDataset:
         """Opens the folder.
 
         Args:
-            max_records: use only the first so many records; 0: all.
+            max_records: number of records to use, from the first; 0: all.
             max_record_bytes: refuse a longer record.
 
         Raises UserError if a file is missing or the index belongs to other data.
@@ -49,6 +50,10 @@ class IndexedDataset:
         self._data, self._max_record_bytes = self.folder / DATA_FILE, max_record_bytes
         check_kind(self.folder, DATASET)
         if not self._data.is_file():
+            if found := [split for split in SPLITS if (self.folder / split / DATA_FILE).is_file()]:
+                raise UserError(
+                    f"{self.folder}: contains the datasets {' and '.join(found)}; give {self.folder / found[0]}"
+                )
             raise UserError(
                 f"{self.folder}: no indexed dataset here ({DATA_FILE} is missing); make one with `fm9g data index`"
                 f"{did_you_mean(self.folder.name, _sibling_datasets(self.folder))}"
@@ -79,7 +84,7 @@ class IndexedDataset:
         h5, text = self.folder / INDEX_H5_FILE, self.folder / INDEX_FILE
         if not (h5.is_file() or text.is_file()):
             raise UserError(
-                f"{self.folder}: neither {INDEX_H5_FILE} nor {INDEX_FILE} is there; index it with `fm9g data index`"
+                f"{self.folder}: found neither {INDEX_H5_FILE} nor {INDEX_FILE}; index it with `fm9g data index`"
             )
         try:
             register_input(h5 if h5.is_file() else text)
@@ -144,9 +149,10 @@ class IndexedDataset:
             raise UserError(f"{where}: the index does not match the data; index it again with `fm9g data index`")
         return line
 
-    def __del__(self) -> None:
-        for file in getattr(self, "_files", ()):
-            file.close()
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_finalizing():  # then modules that `close` needs may be gone
+            for file in getattr(self, "_files", ()):
+                file.close()
 
 
 def _sibling_datasets(folder: Path) -> list[str]:

@@ -8,7 +8,7 @@ A run with G packs per step has G streams; rank r of R owns those with s mod R =
 
 Pack s of a step comes from stream s. So another number of ranks that divides G gives the same packs, and so does any
 number of workers: these only compute a pure function, from (dataset, sample index) to tokens, while the training
-process draws and packs. The state of the streams is therefore the whole state of the loader.
+process draws and packs. The state of the streams is therefore the complete state of the loader.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The state of a loader: what it was saved with, and how a run with other data resumes from it."""
+"""The state of a loader: a fingerprint of its data and settings, and how a run with changed data resumes from it."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def _migrate(
     """
     old, new = before["datasets"], now["datasets"]
     old_indices = {name: number for number, name in enumerate(old)}
-    # The virtual time of a dataset that is not drawn from stands still, so only the others tell how far the stream is.
+    # A dataset that is not drawn from keeps its virtual time, so only the others show how far the stream is.
     active = {
         name
         for number, name in enumerate(old)

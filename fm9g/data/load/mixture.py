@@ -187,6 +187,11 @@ class Mixture:
             return self.encoders[dataset].render(record, is_transformed, with_content_spans)
         except BadRecord as error:
             raise UserError(f"{self._location(dataset, record_index)}: {error}") from None
+        except (AttributeError, KeyError, TypeError) as error:
+            if is_transformed or not self.datasets[dataset].is_canonical:
+                raise
+            where = self._location(dataset, record_index)
+            raise UserError(f"{where}: was changed after indexing; index the dataset again ({error!r})") from error
 
     def read_record(self, dataset: int, record_index: int, sample_index: int) -> Record:
         """A record in canonical form, as its dataset's transform returns it. Raises UserError that names its line.
@@ -207,7 +212,7 @@ class Mixture:
     def _apply_transform(
         self, record: Record, transform: Transform, dataset: int, record_index: int, sample_index: int
     ) -> Record:
-        """What the user's transform returns of a record whose special tokens are escaped; so they are in the result."""
+        """The record that the user's transform returns; special tokens are escaped in its input and in the result."""
         config, where = self.configs[dataset], self._location(dataset, record_index)
         rng = TrackedRandom(splitmix64(self.seed, _TRANSFORM_SALT, self.keys[dataset], sample_index))
         weights = config.incontext_weight
@@ -220,7 +225,7 @@ class Mixture:
         return record
 
     def _location(self, dataset: int, record_index: int) -> str:
-        """What messages call a record."""
+        """Names a record for messages."""
         config = self.configs[dataset]
         script = f", {config.transforms}" if self.transforms[dataset] else ""
         return f"{config.task_name}, line {record_index + 1} of {config.path}{script}"

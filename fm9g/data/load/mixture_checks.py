@@ -1,4 +1,4 @@
-"""What a user should know of a mixture before a run: settings that contradict the data, and records that lose text."""
+"""Warnings about a mixture before a run: settings that contradict the data, and records that lose text."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def template_warnings(mixture: Mixture) -> list[str]:
 
 
 def issue_warnings(task: str, issues: Counter[str], num_records: int) -> list[str]:
-    """The issues of so many records of a dataset (see fm9g.data.encode.record_issues), one line each."""
+    """The issues of `num_records` records of a dataset (see fm9g.data.encode.record_issues), one line each."""
     return [
         f"{task}: {count} of {num_records} records ({count / num_records:.1%}) have {issue}"
         for issue, count in issues.most_common()

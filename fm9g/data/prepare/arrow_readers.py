@@ -12,7 +12,7 @@ from fm9g.data.prepare.values import LocatedRecord
 from fm9g.errors import UserError
 
 _MAX_BATCH_ROWS = 64
-BATCH_BYTES = 32 << 20  # about so many bytes of a parquet file are in memory at a time
+BATCH_BYTES = 32 << 20  # approximate bytes of a parquet file in memory at a time
 
 
 def read_parquet(source: DataSource) -> Iterator[LocatedRecord]:

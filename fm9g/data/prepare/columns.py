@@ -7,14 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fm9g.config.fields import did_you_mean
-from fm9g.data.prepare.record_formats import (
-    COLUMN_NAMES,
-    RECORD_FORMATS,
-    ROLE_TAGS,
-    ColumnMapping,
-    ColumnNames,
-    parse_mapping,
-)
+from fm9g.data.prepare.column_mapping import COLUMN_NAMES, ROLE_TAGS, ColumnMapping, ColumnNames, parse_mapping
+from fm9g.data.prepare.record_formats import RECORD_FORMATS
 from fm9g.errors import UserError
 from fm9g.io.json_file import read_object
 
@@ -71,13 +65,13 @@ def dataset_info_entry(path: Path, name: str) -> tuple[Path, ColumnMapping, int 
         names = {"text": names["prompt"]}
     columns = _make_mapping(names, entry.get("tags", {}), f"{where}: columns", f"{where}: tags")
     formats = ("sharegpt", "openai") if "messages" in columns.names else ("alpaca",)
-    for key, good, expected in (
+    for key, is_valid, expected in (
         ("file_name", isinstance(file, str) and (path.parent / file).exists(), f"a file or folder in {path.parent}"),
         ("formatting", formatting in formats, f"{' or '.join(formats)} with these columns"),
         ("ranking", ranking is ("chosen" in columns.names), "true with the columns chosen and rejected, else false"),
         ("num_samples", samples is None or (type(samples) is int and samples > 0), "an integer from 1"),
     ):
-        if not good:
+        if not is_valid:
             raise UserError(f"{where}: {key}: found {entry.get(key)!r}, expected {expected}")
     return path.parent / str(file), columns, samples
 

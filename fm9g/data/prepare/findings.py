@@ -11,7 +11,7 @@ from typing import Any
 
 PLACEHOLDERS = re.compile(r"\{\{\s*[^\W\d]\w*\s*\}\}")
 _MAX_SHOWN = 10  # names in a message
-_MAX_NAMES = 10_000  # distinct names that are counted; records whose keys are data have any number of them
+_MAX_NAMES = 10_000  # distinct names that are counted; if keys are data (ids), their number has no limit
 
 REASONING, TOOLS, UNTRAINED = "reasoning", "tools or calls", "nothing to train on"  # counts of records
 MASKED, WEIGHTED = "masked", "weighted"  # counts of turns

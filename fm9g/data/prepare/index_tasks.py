@@ -21,7 +21,7 @@ from fm9g.errors import UserError
 
 CHUNK_BYTES = 8 << 20  # bytes of a file in one task
 _CHUNK_RECORDS = 256  # records in one task, for formats that are not read line by line
-_PREFETCH = 2  # chunks per worker that are in work or wait to be written
+_PREFETCH = 2  # chunks per worker that are being converted or wait to be written
 
 
 class _Task(NamedTuple):

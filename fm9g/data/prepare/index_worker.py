@@ -12,12 +12,13 @@ import numpy as np
 
 from fm9g.data.dataset_files import AS_IS
 from fm9g.data.prepare import record_size
+from fm9g.data.prepare.column_mapping import ColumnMapping
 from fm9g.data.prepare.fast_scan import MARGIN, scan_pairs
 from fm9g.data.prepare.findings import has_tools
 from fm9g.data.prepare.language import is_in_language, prompt_of
 from fm9g.data.prepare.line_batch import ChunkResult, LineBatch, RejectedRecord
 from fm9g.data.prepare.line_blocks import new_block, next_line_start, read_lines
-from fm9g.data.prepare.record_formats import PAIR_FORMAT, ColumnMapping, canonicalize
+from fm9g.data.prepare.record_formats import PAIR_FORMAT, canonicalize
 from fm9g.data.prepare.records import parse_record, to_line
 from fm9g.data.prepare.values import NUL_FOUND, TOO_DEEP, BadRecord, LocatedRecord, check_storable
 from fm9g.data.shuffle import splitmix64

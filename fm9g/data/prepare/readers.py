@@ -37,17 +37,17 @@ def _read_text(source: DataSource, stream: IO[bytes]) -> Iterator[LocatedRecord]
     """Yields the paragraphs, which are separated by blank lines, or the complete file."""
     is_whole_file = source.text_unit == "file"
     paragraph: list[str] = []
-    first = size = 0  # number of the paragraph's first line, and its characters
+    first_line = size = 0  # number of the paragraph's first line, and its characters
     try:
         for number, line in enumerate(bounded_lines(io.TextIOWrapper(stream, "utf-8-sig"), source), 1):
             if is_whole_file or line.strip():
                 if not paragraph:
-                    first, size = number, 0
+                    first_line, size = number, 0
                 size += len(line)
                 check_record_size(size, source)
                 paragraph.append(line)
             elif paragraph:
-                yield f"line {first}", _text_record(paragraph)
+                yield f"line {first_line}", _text_record(paragraph)
                 paragraph = []
     except UnicodeDecodeError as error:
         problem = f"not UTF-8 ({error.reason}); convert it, with iconv for example"
@@ -56,7 +56,7 @@ def _read_text(source: DataSource, stream: IO[bytes]) -> Iterator[LocatedRecord]
         yield _WHOLE_FILE, BadRecord(problem)
         return
     if any(line.strip() for line in paragraph):
-        yield _WHOLE_FILE if is_whole_file else f"line {first}", _text_record(paragraph)
+        yield _WHOLE_FILE if is_whole_file else f"line {first_line}", _text_record(paragraph)
 
 
 def _text_record(lines: list[str]) -> dict[str, str] | BadRecord:

@@ -23,11 +23,10 @@ A pair may have a weight, too. A weight of 1 is left out. Preferences and KTO ha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
+from fm9g.data.prepare.column_mapping import ColumnMapping, ColumnNames, parse_mapping
 from fm9g.data.prepare.loss_weights import (
     combine_weights,
     per_turn_weights,
@@ -38,8 +37,6 @@ from fm9g.data.prepare.loss_weights import (
 )
 from fm9g.data.prepare.tools import read_tools
 from fm9g.data.prepare.turns import (
-    OPENAI_KEYS,
-    SHAREGPT_KEYS,
     TurnContext,
     canonical_turn,
     canonical_turns,
@@ -50,35 +47,6 @@ from fm9g.data.prepare.turns import (
 from fm9g.data.prepare.values import BadRecord, decode_json, found_keys, is_blank, json_equal, wrong_type
 
 Record = dict[str, Any]
-ColumnNames = dict[str, str]  # our name -> the user's key
-
-
-def parse_mapping(text: str, keys: Iterable[str] | None = None) -> dict[str, str]:
-    """Parses `a=b c` to {"a": "b", "c": "c"}. keys: leave out values that are not among them."""
-    pairs = [(word.partition("=")[0], word.rpartition("=")[2]) for word in text.split()]
-    return {name: key for name, key in pairs if keys is None or key in keys}
-
-
-ROLES = parse_mapping(
-    "system developer=system user human=user assistant gpt=assistant chatgpt=assistant bard=assistant bing=assistant "
-    "tool observation=tool function=tool tool_response=tool function_call tool_call=function_call"
-)
-ROLE_TAGS = parse_mapping(
-    "system_tag=system user_tag=user assistant_tag=assistant observation_tag=tool function_tag=function_call"
-)
-COLUMN_NAMES = (
-    "prompt",
-    "query",
-    "response",
-    "system",
-    "history",
-    "text",
-    "messages",
-    "tools",
-    "chosen",
-    "rejected",
-    "label",
-)
 
 PAIR_FORMAT = "input/output"  # the format of most datasets
 # (format, required keys, optional keys), written our_name=key if the two differ. The first format whose required keys
@@ -96,39 +64,6 @@ RECORD_FORMATS = [
     (PAIR_FORMAT, "response=output", "query=input"),
     ("text", "text", ""),
 ]
-
-
-@dataclass(frozen=True)
-class ColumnMapping:
-    """Which keys of the user's records hold what.
-
-    Args:
-        names: one of COLUMN_NAMES -> the user's key.
-        tags: as in LLaMA-Factory's dataset_info.json: role_tag and content_tag -> the user's key in a turn; user_tag,
-            assistant_tag, observation_tag, function_tag, system_tag -> the user's spelling of a role, in addition to
-            those in ROLES.
-    """
-
-    names: ColumnNames
-    tags: dict[str, str] = field(default_factory=dict)
-
-    @cached_property
-    def roles(self) -> dict[str, str]:
-        """Spelling of a role -> our role."""
-        return ROLES | {self.tags[tag]: role for tag, role in ROLE_TAGS.items() if tag in self.tags}
-
-    @cached_property
-    def turn_keys(self) -> tuple[str, str] | None:
-        """The user's keys of a turn's role and content; None: recognized in each turn."""
-        role, content = self.tags.get("role_tag"), self.tags.get("content_tag")
-        if not (role or content):
-            return None
-        other = SHAREGPT_KEYS if role == "from" or content == "value" else OPENAI_KEYS
-        return role or other[0], content or other[1]
-
-    @cached_property
-    def is_pair(self) -> bool:
-        return self.names.keys() <= {"prompt", "query", "response"}
 
 
 def canonicalize(

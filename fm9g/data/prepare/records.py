@@ -73,7 +73,7 @@ def parse_record(line: bytes) -> dict[str, Any]:
         return content
     except DuplicateKeyError as error:
         raise BadRecord(given_twice(error)) from None
-    except RecursionError:  # json goes less deep than orjson
+    except RecursionError:  # json allows fewer levels than orjson
         raise BadRecord(TOO_DEEP) from None
 
 

@@ -15,8 +15,8 @@ from fm9g.data.dataset_files import DATA_FILE, META_FILE, REJECTS_FILE, SPLITS
 from fm9g.data.prepare.decompress import CHUNK_BYTES, COMPRESSIONS, STDIN, open_decompressed
 from fm9g.errors import UserError
 from fm9g.io.inputs import register_input
-from fm9g.io.path_kind import DATA, DATASET, DATASET_PART, TOKENIZER, check_kind, kind_of
 from fm9g.io.regular_file import check_regular
+from fm9g.path_kind import DATA, DATASET, DATASET_PART, TOKENIZER, check_kind, kind_of
 
 FORMATS = ("jsonl", "json", "txt", "md", "csv", "tsv", "parquet", "datasets")
 TEXT_UNITS = ("line", "paragraph", "file")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from fm9g.config.fields import did_you_mean
+from fm9g.data.prepare.column_mapping import OPENAI_KEYS, SHAREGPT_KEYS, ColumnMapping
 from fm9g.data.prepare.loss_weights import (
     CONTENT_WEIGHTS,
     LOSS_KEYS,
@@ -26,13 +27,9 @@ from fm9g.data.prepare.values import (
     wrong_type,
 )
 
-if TYPE_CHECKING:
-    from fm9g.data.prepare.record_formats import ColumnMapping
-
 Turn = dict[str, Any]
 
 FUNCTION_CALL = "function_call"  # ShareGPT's role of an assistant's turn whose content is the JSON of its calls
-OPENAI_KEYS, SHAREGPT_KEYS = ("role", "content"), ("from", "value")  # the keys of a turn
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 # Types of the parts of a content, and the keys of their texts.
 _PART_TEXT_KEYS = {"text": ("text",), "thinking": ("thinking",), "reasoning": ("reasoning", "text")}

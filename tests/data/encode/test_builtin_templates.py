@@ -81,8 +81,8 @@ def result(content: str, identity: str = "") -> dict[str, Any]:
     return {**message, "tool_call_id": identity} if identity else message
 
 
-def thinking(thought: str, content: str, key: str = "reasoning_content") -> dict[str, Any]:
-    return {"role": "assistant", key: thought, "content": content}
+def thinking(reasoning: str, content: str, key: str = "reasoning_content") -> dict[str, Any]:
+    return {"role": "assistant", key: reasoning, "content": content}
 
 
 WEATHER = {

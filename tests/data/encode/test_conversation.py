@@ -134,12 +134,12 @@ def test_a_prompt_that_opens_a_thought_is_followed_by_the_records_own() -> None:
     assert second.text.startswith("<user>q</s><assistant>4</s><user>q</s><assistant><think>\n")
     # One that keeps the thought, with other space, and one that closes it by itself.
     for written, expected in (("<think>hm</think>4", "hm</think>4</>"), ("</think>4", "\n</think>4</>")):
-        kept = Template(
+        with_thoughts = Template(
             "kept",
             f"{{% for m in messages %}}<{{{{ m.role }}}}>{{{{ m.content if m.role == 'user' else '{written}' }}}}</>"
             "{% endfor %}{% if add_generation_prompt %}{{ '<assistant><think>\n' }}{% endif %}",
         )
-        assert cut(one(kept, [question, {"role": "assistant", "content": "4"}])) == [expected]
+        assert cut(one(with_thoughts, [question, {"role": "assistant", "content": "4"}])) == [expected]
 
 
 def test_a_turn_that_no_generation_from_its_prompt_gives_is_refused() -> None:
@@ -148,9 +148,9 @@ def test_a_turn_that_no_generation_from_its_prompt_gives_is_refused() -> None:
         with pytest.raises(UserError, match=r"prompt for message 4 ends with 'Answer:', but .*{% generation %}"):
             one(prompt, TWO_TURNS, loss=loss)
     # One that raises on a part.
-    whole = Template("whole", "{% if messages | length == 2 %}{{ raise_exception('two') }}{% endif %}" + PLAIN)
+    full = Template("whole", "{% if messages | length == 2 %}{{ raise_exception('two') }}{% endif %}" + PLAIN)
     with pytest.raises(UserError, match="two"):
-        one(whole, TWO_TURNS)
+        one(full, TWO_TURNS)
 
 
 def weighted(rendered: RenderedSample) -> list[tuple[str, float]]:

@@ -72,8 +72,8 @@ def test_the_guides_transform_writes_special_tokens_and_its_data_does_not(
     marker = mixture.tokenizer.special_ids["<|im_end|>"]
     counts = [Counter(token_ids(mixture.tokenize_records(0, [n], [n])[0]).tolist())[marker] for n in (0, 1)]
     assert counts == [3, 3]
-    whole, trained = text_of(mixture, 1)
-    assert whole == f"{prompt % records[1]['input']}{records[1]['output']}<|im_end|><|endoftext|>"
+    full, trained = text_of(mixture, 1)
+    assert full == f"{prompt % records[1]['input']}{records[1]['output']}<|im_end|><|endoftext|>"
     assert trained == "<|im_end|> ends<|im_end|><|endoftext|>"
 
 
@@ -116,10 +116,10 @@ def test_a_conversation_of_several_texts_is_cached_and_checked(
         for one, other in zip(cached.encode(0, [number])[0].segments, plain.segments, strict=True):
             np.testing.assert_array_equal(one, other)
     options = {"tokenizer_path": str(chat_tokenizer), "turns": "split", "steps": 3, "packs": 1, "max_length": 256}
-    figures = check_mixture(str(path), tmp_path / "out", **options)["datasets"]["a"]
-    assert (figures["records"], figures["samples"], figures["empty"]) == (3, 4, 1)
+    stats = check_mixture(str(path), tmp_path / "out", **options)["datasets"]["a"]
+    assert (stats["records"], stats["samples"], stats["empty"]) == (3, 4, 1)
     pieces = [piece for number in range(3) for piece in mixture.encode(0, [number])[0].segments]
-    assert figures["kept_tokens"] == sum(len(piece) - 1 for piece in pieces)
+    assert stats["kept_tokens"] == sum(len(piece) - 1 for piece in pieces)
     shown = "\n".join(show_samples(mixture, count=3, task="", record=1, packs=False, color=False, full=True))
     assert "sample 1 of 2 of this record" in shown
     assert "sample 2 of 2 of this record" in shown

@@ -55,17 +55,17 @@ CHATS = {
 def test_texts_and_token_ids_are_those_of_transformers(tokenizer_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    theirs, ours = AutoTokenizer.from_pretrained(tokenizer_path), load_tokenizer(tokenizer_path)
+    reference, actual = AutoTokenizer.from_pretrained(tokenizer_path), load_tokenizer(tokenizer_path)
     filters = """{% for m in messages %}{{ m | tojson }}{{ m | tojson(indent=1, sort_keys=True) }}{% endfor %}
         {{ tools | tojson(True, 2, (',', ':')) }} {{ strftime_now('%Y') }} {{ nothing }}
         {% for x in [1, 2, 3] %}{% if x == 2 %}{% break %}{% endif %}{{ x }}{% endfor %}
         {{ documents is defined }}{{ pad is defined }}{{ bos_token }}{{ add_generation_prompt }}
     """
-    made = {"filters": filters, "tagged": TAGGED, "forgetful": FORGETFUL}
+    created = {"filters": filters, "tagged": TAGGED, "forgetful": FORGETFUL}
     templates = [load_template(name, TOKENIZER) for name in BUILT_IN]
-    templates += [Template(name, text, TOKENS) for name, text in made.items()]
+    templates += [Template(name, text, TOKENS) for name, text in created.items()]
     for template in templates:
-        theirs.chat_template = template.sources["default"]
+        reference.chat_template = template.sources["default"]
         cases = [(name, messages, None) for name, messages in CHATS.items()]
         if template.name == "filters":
             cases += [("tools", CHATS["system"], TOOLS)]
@@ -75,22 +75,22 @@ def test_texts_and_token_ids_are_those_of_transformers(tokenizer_path: Path) -> 
             for prompt in (False, True):
                 text = template.render(messages, tools, prompt)
                 options = {"tools": tools, "add_generation_prompt": prompt}
-                assert text == theirs.apply_chat_template(messages, tokenize=False, **options), (template.name, name)
-                ids = theirs.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
-                assert ours.encode_chat(text)[0] == ids, (template.name, name)
+                assert text == reference.apply_chat_template(messages, tokenize=False, **options), (template.name, name)
+                ids = reference.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
+                assert actual.encode_chat(text)[0] == ids, (template.name, name)
 
 
 def test_generation_tags_select_what_they_select_in_transformers(tokenizer_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(tokenizer_path)
+    reference = AutoTokenizer.from_pretrained(tokenizer_path)
     for messages in (CHATS["system"], CHATS["two turns"], CHATS["one question"]):
         rendered = one(Template("tagged", TAGGED), messages)
-        out = theirs.apply_chat_template(
+        out = reference.apply_chat_template(
             messages, chat_template=TAGGED, return_dict=True, return_assistant_tokens_mask=True
         )
-        learnt = [i for i, mask in zip(out["input_ids"], out["assistant_masks"]) if mask]
-        assert theirs.decode(learnt, clean_up_tokenization_spaces=False) == "".join(cut(rendered))
+        trained = [i for i, mask in zip(out["input_ids"], out["assistant_masks"]) if mask]
+        assert reference.decode(trained, clean_up_tokenization_spaces=False) == "".join(cut(rendered))
 
 
 def test_the_built_in_templates_write_what_they_are_known_for() -> None:
@@ -154,12 +154,12 @@ def test_the_date_is_fixed_where_it_is_given() -> None:
 def test_of_several_templates_tool_use_is_taken_for_tools(tokenizer_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(tokenizer_path)
-    theirs.chat_template = {"default": PLAIN, "tool_use": "{{ tools | tojson }}" + PLAIN}
-    own = SimpleNamespace(special_tokens=TOKENS, chat_template=theirs.chat_template)
+    reference = AutoTokenizer.from_pretrained(tokenizer_path)
+    reference.chat_template = {"default": PLAIN, "tool_use": "{{ tools | tojson }}" + PLAIN}
+    own = SimpleNamespace(special_tokens=TOKENS, chat_template=reference.chat_template)
     template = load_template("tokenizer", own)
     for tools in (None, TOOLS):
-        expected = theirs.apply_chat_template(TWO_TURNS, tools=tools, tokenize=False)
+        expected = reference.apply_chat_template(TWO_TURNS, tools=tools, tokenize=False)
         assert template.render(TWO_TURNS, tools) == expected
     unnamed = Template("tokenizer", {"chat": PLAIN, "tool_use": PLAIN})
     assert unnamed.render(TWO_TURNS, TOOLS) == PLAIN_TEXT
@@ -289,7 +289,7 @@ NEST = "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x,
 def test_a_template_does_not_go_on_and_on(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setattr("fm9g.data.encode.template.MAX_SECONDS", 0.1)
     with pytest.raises(
-        TemplateLimitError, match=r"^chat template t, line 1: takes more than 0\.1 seconds \(has it a loop"
+        TemplateLimitError, match=r"^chat template t, line 1: takes more than 0\.1 seconds \(does it loop"
     ):
         Template("t", text).render(MESSAGES)
 

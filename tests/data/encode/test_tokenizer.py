@@ -49,33 +49,33 @@ def test_the_ids_before_a_border_are_those_of_the_text_before_it(tmp_path: Path,
     model.add_special_tokens(SPECIAL)
     model.save(str(folder / "tokenizer.json"))
     assert Model.from_file(str(folder / "tokenizer.json")).encode("Yes Yes").tokens[-1].endswith("Yes")
-    ours = load_tokenizer(folder)
+    actual = load_tokenizer(folder)
     text = "x  # code Yes<|im_end|># code Yes there"
     borders = [text.index("Yes"), text.rindex("Yes")]
-    in_one_go = ours.encode_chat(text)[0]
-    ids, starts, indices = ours.encode_chat(text, borders)
+    in_one_go = actual.encode_chat(text)[0]
+    ids, starts, indices = actual.encode_chat(text, borders)
     assert ids != in_one_go
     for border, index in zip(borders, indices):
         assert starts[index] == border
-    assert ids[: indices[0]] == ours.encode_chat(text[: borders[0]])[0]
-    assert ids[ids.index(ours.special_ids["<|im_end|>"]) : indices[1]] == ours.encode_chat("<|im_end|># code ")[0]
-    assert ours.decode(ids) == ours.decode(in_one_go)
+    assert ids[: indices[0]] == actual.encode_chat(text[: borders[0]])[0]
+    assert ids[ids.index(actual.special_ids["<|im_end|>"]) : indices[1]] == actual.encode_chat("<|im_end|># code ")[0]
+    assert actual.decode(ids) == actual.decode(in_one_go)
     # Where no token lies across it, nothing changes.
     text = "<|im_start|>assistant\nYes<|im_end|>"
     border = text.index("Yes")
-    ids, _, (index,) = ours.encode_chat(text, [border])
-    assert ids == ours.encode_chat(text)[0]
-    assert index == 1 + len(ours.encode("assistant\n"))
+    ids, _, (index,) = actual.encode_chat(text, [border])
+    assert ids == actual.encode_chat(text)[0]
+    assert index == 1 + len(actual.encode("assistant\n"))
 
 
 @pytest.mark.parametrize("kind", ["2b", "llama"])
 def test_an_answer_after_a_space_begins_without_another(shared: Path, tmp_path: Path, kind: str) -> None:
     """SentencePiece puts a space in front of a text; an answer goes on in a text, and has none."""
     folder = shared / "tokenizers" / "9g-2b" if kind == "2b" else llama(tmp_path / "tokenizer")
-    ours = load_tokenizer(folder)
+    actual = load_tokenizer(folder)
     text = "User: hi\nAssistant: Yes"
-    ids, _, (index,) = ours.encode_chat(text, [text.index("Yes")])
-    assert ids[:index] == ours.encode_chat("User: hi\nAssistant: ")[0]
-    assert ours.decode(ids) == ours.decode(ours.encode_chat(text)[0])
-    assert ours.decode(ids[index:]).strip() == "Yes"
-    assert not ours.decode([*ids[:1], *ids[index:]]).endswith(" Yes")
+    ids, _, (index,) = actual.encode_chat(text, [text.index("Yes")])
+    assert ids[:index] == actual.encode_chat("User: hi\nAssistant: ")[0]
+    assert actual.decode(ids) == actual.decode(actual.encode_chat(text)[0])
+    assert actual.decode(ids[index:]).strip() == "Yes"
+    assert not actual.decode([*ids[:1], *ids[index:]]).endswith(" Yes")

@@ -53,8 +53,8 @@ def test_a_tokenizer_is_trained_on_words_without_an_end(tmp_path: Path, word: st
 
 
 def test_ordinary_texts_train_the_tokenizer_that_they_did(tmp_path: Path, tokenizer_path: Path) -> None:
-    from fm9g.data.encode.tokenizer_training import _split_long_runs
+    from fm9g.data.encode.tokenizer_training import split_long_runs
 
-    assert list(_split_long_runs("")) == [""]
-    assert list(_split_long_runs("a b 汉字 __ 12\n" * 1000)) == ["a b 汉字 __ 12\n" * 1000]
-    assert "".join(_split_long_runs("x" * 10_000 + "y z")) == "x" * 10_000 + "y z"
+    assert list(split_long_runs("")) == [""]
+    assert list(split_long_runs("a b 汉字 __ 12\n" * 1000)) == ["a b 汉字 __ 12\n" * 1000]
+    assert "".join(split_long_runs("x" * 10_000 + "y z")) == "x" * 10_000 + "y z"

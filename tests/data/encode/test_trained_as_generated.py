@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fm9g.config.mixture import BUILT_IN, TEMPLATE_FOLDER
+from fm9g.config.mixture import BUILTIN_TEMPLATES, TEMPLATE_FOLDER
 from fm9g.data.encode.conversation import TURNS
 from fm9g.data.encode.encoder import Encoder
 from fm9g.data.encode.template import Template, load_template
@@ -201,7 +201,7 @@ def trained_runs(tokens: np.ndarray) -> Iterator[tuple[list[int], list[int]]]:
             yield ids[:start].tolist(), ids[start:end].tolist()
 
 
-def generated(theirs: Any, template: str, record: dict[str, Any]) -> list[tuple[list[int], list[int]]] | None:
+def generated(reference: Any, template: str, record: dict[str, Any]) -> list[tuple[list[int], list[int]]] | None:
     """For each turn of the assistant, by transformers: the ids of its prompt, and those that generation has to make.
 
     None where the prompt is no beginning of the turn: then there is no such generation.
@@ -210,39 +210,39 @@ def generated(theirs: Any, template: str, record: dict[str, Any]) -> list[tuple[
     options = {"chat_template": template, "tools": record.get("tools"), "tokenize": False}
     messages = record["messages"]
     try:
-        theirs.apply_chat_template(messages, **options)
+        reference.apply_chat_template(messages, **options)
     except TypeError:  # DeepSeek-V3's takes the arguments of calls as text alone
         messages = [with_json_arguments(message) for message in messages]
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         before, after = messages[:number], messages[: number + 1]
-        prompt = theirs.apply_chat_template(before, add_generation_prompt=True, **options)
-        whole = theirs.apply_chat_template(after, **options)
-        if not (message["content"] and whole.endswith(message["content"])):
-            whole = whole.rstrip()  # the space after an end marker
-        if not whole.startswith(prompt):
+        prompt = reference.apply_chat_template(before, add_generation_prompt=True, **options)
+        full = reference.apply_chat_template(after, **options)
+        if not (message["content"] and full.endswith(message["content"])):
+            full = full.rstrip()  # the space after an end marker
+        if not full.startswith(prompt):
             return None
         # A model makes its answer from the ids of the prompt; the ids of the answer continue them.
-        head, ids = (theirs(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole))
+        head, ids = (reference(text, add_special_tokens=False)["input_ids"] for text in (prompt, full))
         answer = ids[len(head) :]
         if ids[: len(head)] != head:
-            answer = theirs(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
-        if theirs.convert_ids_to_tokens(answer[-1:])[0] not in SPECIAL:
-            answer = [*answer, theirs.eos_token_id]
+            answer = reference(full[len(prompt) :], add_special_tokens=False)["input_ids"]
+        if reference.convert_ids_to_tokens(answer[-1:])[0] not in SPECIAL:
+            answer = [*answer, reference.eos_token_id]
         turns.append((head, answer))
     return turns
 
 
-def compare(ours: Any, theirs: Any, template: Template, record: dict[str, Any], turns: str) -> str:
+def compare(actual: Any, reference: Any, template: Template, record: dict[str, Any], turns: str) -> str:
     """Compares a record's trained runs with what generation has to make; what came of it."""
     text = template.sources["default"]
-    encoder = Encoder(ours, template, turns=turns)
+    encoder = Encoder(actual, template, turns=turns)
     try:
         texts = encoder.render(record)
     except BadRecord as error:
         return f"refused: {error}"
-    expected = generated(theirs, text, record)
+    expected = generated(reference, text, record)
     if expected is None:
         return "no generation"
     found = list(trained_runs(encoder.tokenize([texts])[0]))
@@ -251,23 +251,23 @@ def compare(ours: Any, theirs: Any, template: Template, record: dict[str, Any], 
         *most, last = answer
         if template.has_generation_blocks(record.get("tools")):
             # LFM2.5's own blocks enclose the line end, too, and leave out calls: what they say is what counts.
-            run = run if theirs.decode(run[-1:]).strip() else run[:-1]
+            run = run if reference.decode(run[-1:]).strip() else run[:-1]
             assert run == answer[-len(run) :]
             continue
         if turns == "split" or len(split_samples(encoder.tokenize([texts])[0])) == len(expected):
             assert before == head
         # The end of a turn that others follow may be the token that begins the next one (GLM-4).
         assert run[:-1] == most
-        assert run[-1] == last or ours.special_token(run[-1])
+        assert run[-1] == last or actual.special_token(run[-1])
     return "compared"
 
 
 @pytest.mark.parametrize("turns", TURNS)
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", BUILTIN_TEMPLATES)
 def test_built_in_templates_train_what_generation_has_to_make(tokenizer: tuple, name: str, turns: str) -> None:
-    ours, theirs = tokenizer
-    template = load_template(name, ours)
-    results = {title: compare(ours, theirs, template, record, turns) for title, record in RECORDS.items()}
+    actual, reference = tokenizer
+    template = load_template(name, actual)
+    results = {title: compare(actual, reference, template, record, turns) for title, record in RECORDS.items()}
     refused = {title for title, result in results.items() if result != "compared"}
     no_place = {"system", "thoughts", *(title for title, record in RECORDS.items() if "tools" in record)}
     assert refused <= no_place, results
@@ -276,9 +276,9 @@ def test_built_in_templates_train_what_generation_has_to_make(tokenizer: tuple, 
 @pytest.mark.parametrize("turns", TURNS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_templates_of_every_shape_train_what_generation_has_to_make(tokenizer: tuple, name: str, turns: str) -> None:
-    ours, theirs = tokenizer
-    template = Template(name, SHAPES[name], ours.special_tokens)
-    results = {title: compare(ours, theirs, template, record, turns) for title, record in RECORDS.items()}
+    actual, reference = tokenizer
+    template = Template(name, SHAPES[name], actual.special_tokens)
+    results = {title: compare(actual, reference, template, record, turns) for title, record in RECORDS.items()}
     refused = {title for title, result in results.items() if result != "compared"}
     assert refused <= {"a call and its result", "calls of two questions"}, results
 
@@ -287,9 +287,9 @@ def test_templates_of_every_shape_train_what_generation_has_to_make(tokenizer: t
 def test_published_templates_train_what_generation_has_to_make(tokenizer: tuple, name: str) -> None:
     if not PUBLISHED:
         pytest.skip("trl is not installed")
-    ours, theirs = tokenizer
-    template = Template(name, PUBLISHED[name], ours.special_tokens)
-    results = {title: compare(ours, theirs, template, record, "auto") for title, record in RECORDS.items()}
+    actual, reference = tokenizer
+    template = Template(name, PUBLISHED[name], actual.special_tokens)
+    results = {title: compare(actual, reference, template, record, "auto") for title, record in RECORDS.items()}
     print(name, {t: r for t, r in results.items() if r != "compared"})
     assert results["one question"] in ("compared", "no generation"), results
     assert results["two turns"] == results["one question"], results

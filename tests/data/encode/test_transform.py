@@ -42,6 +42,13 @@ def test_a_transform_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: 
         load_transform(tmp_path / "t.py", "a: transforms", 1.0)
 
 
+def test_a_transform_leaves_no_bytecode_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    (tmp_path / "t.py").write_text("def transform(data, num_sample, r): return data")
+    load_transform(tmp_path / "t.py", "a: transforms", 1.0)
+    assert [file.name for file in tmp_path.iterdir()] == ["t.py"]
+
+
 def test_a_program_has_its_own_alarm_before_and_after_a_transform() -> None:
     code = (
         "import signal\n"

@@ -42,51 +42,51 @@ def open_both(folder: Path) -> tuple[Tokenizer, Any]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ids_are_those_of_transformers(tmp_path: Path, layout: str) -> None:
     folder = LAYOUTS[layout](tmp_path / "tokenizer")
-    ours, theirs = open_both(folder)
-    assert ours.eos_id == theirs.eos_token_id
-    assert ours.special_tokens == theirs.special_tokens_map
-    assert ours.vocab_size == len(theirs)
+    actual, reference = open_both(folder)
+    assert actual.eos_id == reference.eos_token_id
+    assert actual.special_tokens == reference.special_tokens_map
+    assert actual.vocab_size == len(reference)
     for text in TEXTS:
-        ids = theirs(text, add_special_tokens=False)["input_ids"]
-        assert list(ours.encode(text)) == ids
-        assert [list(found) for found in ours.encode_batch([text, text])] == [ids, ids]
-        whole = theirs(text)["input_ids"]
-        assert [*ours.prefix_ids, *ids, *ours.suffix_ids] in (whole, [*whole, ours.eos_id])
-        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
-    template = load_template("tokenizer", ours)
-    text = theirs.apply_chat_template(CHAT, tokenize=False)
+        ids = reference(text, add_special_tokens=False)["input_ids"]
+        assert list(actual.encode(text)) == ids
+        assert [list(found) for found in actual.encode_batch([text, text])] == [ids, ids]
+        full = reference(text)["input_ids"]
+        assert [*actual.prefix_ids, *ids, *actual.suffix_ids] in (full, [*full, actual.eos_id])
+        assert actual.decode(ids) == reference.decode(ids, skip_special_tokens=True)
+    template = load_template("tokenizer", actual)
+    text = reference.apply_chat_template(CHAT, tokenize=False)
     assert template.render(CHAT) == text
-    assert ours.encode_chat(text)[0] == theirs.apply_chat_template(CHAT, return_dict=False)
-    copied = pickle.loads(pickle.dumps(ours))
-    assert copied.encode_chat(text) == ours.encode_chat(text)
+    assert actual.encode_chat(text)[0] == reference.apply_chat_template(CHAT, return_dict=False)
+    copied = pickle.loads(pickle.dumps(actual))
+    assert copied.encode_chat(text) == actual.encode_chat(text)
     # A copy of the files that it names is the same tokenizer.
     (tmp_path / "copy").mkdir()
-    for file in ours.files:
+    for file in actual.files:
         shutil.copyfile(file, tmp_path / "copy" / file.name)
-    assert load_tokenizer(tmp_path / "copy").encode_chat(text) == ours.encode_chat(text)
+    assert load_tokenizer(tmp_path / "copy").encode_chat(text) == actual.encode_chat(text)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_spelling_of_a_special_token_in_a_text_stays_text(tmp_path: Path, layout: str) -> None:
-    ours, theirs = open_both(LAYOUTS[layout](tmp_path / "tokenizer"))
-    special = [text for text in SPECIAL if text in ours.special_ids]
+    actual, reference = open_both(LAYOUTS[layout](tmp_path / "tokenizer"))
+    special = [text for text in SPECIAL if text in actual.special_ids]
     assert len(special) >= 1
     for text in special:
         plain = f"Price: {text}12 EUR{text}"
-        ids = list(ours.encode(plain))
-        if text in ours.unescapable_tokens:  # a unigram model has it as a word, whatever is done
+        ids = list(actual.encode(plain))
+        if text in actual.unescapable_tokens:  # a unigram model has it as a word, whatever is done
             assert "unigram" in layout
             continue
-        assert ours.special_ids[text] not in ids
-        assert ids == theirs(plain, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert actual.special_ids[text] not in ids
+        assert ids == reference(plain, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         # In a chat, where the others are tokens: the same letters in the same place.
         chat = f"{special[0]}user\na {text} b{special[0]}"
         start = chat.index(text, len(special[0]))
-        ids, starts, _ = ours.encode_chat(chat, escaped=[(start, start + len(text))])
-        kept = [i for i, token in enumerate(ids) if token in ours.special_ids.values()]
-        assert [ids[i] for i in kept] == [ours.special_ids[special[0]]] * 2
-        assert [starts[i] for i in kept] == [0, len(chat) - len(special[0])]
-        assert text in theirs.decode(ids[1:-1]).replace(" ", "")
+        ids, starts, _ = actual.encode_chat(chat, escaped=[(start, start + len(text))])
+        special_ids = [i for i, token in enumerate(ids) if token in actual.special_ids.values()]
+        assert [ids[i] for i in special_ids] == [actual.special_ids[special[0]]] * 2
+        assert [starts[i] for i in special_ids] == [0, len(chat) - len(special[0])]
+        assert text in reference.decode(ids[1:-1]).replace(" ", "")
 
 
 def test_chat_templates_are_found_where_transformers_looks(tmp_path: Path) -> None:
@@ -98,11 +98,11 @@ def test_chat_templates_are_found_where_transformers_looks(tmp_path: Path) -> No
     write(in_folder, chat_template__jinja="a")
     write(in_folder / "additional_chat_templates", tool_use__jinja="b{{ tools | length }}")
     for folder in (in_config, in_file, in_folder):
-        ours, theirs = open_both(folder)
-        template = load_template("tokenizer", ours)
+        actual, reference = open_both(folder)
+        template = load_template("tokenizer", actual)
         for tools in (None, [{"name": "x"}]):
-            assert template.render(CHAT, tools) == theirs.apply_chat_template(CHAT, tools=tools, tokenize=False)
-    assert {file.name for file in ours.files} >= {"chat_template.jinja", "tool_use.jinja"}
+            assert template.render(CHAT, tools) == reference.apply_chat_template(CHAT, tools=tools, tokenize=False)
+    assert {file.name for file in actual.files} >= {"chat_template.jinja", "tool_use.jinja"}
 
 
 def test_a_pad_token_that_a_class_adds_by_itself_is_no_part_of_the_vocabulary(tmp_path: Path) -> None:
@@ -113,13 +113,13 @@ def test_a_pad_token_that_a_class_adds_by_itself_is_no_part_of_the_vocabulary(tm
     del config["pad_token"]
     config["added_tokens_decoder"] = {str(int(first) + i): name for i, name in enumerate(names)}
     write(folder, tokenizer_config__json=config)
-    ours, theirs = open_both(folder)
-    assert theirs.pad_token == "<|endoftext|>"  # Qwen2Tokenizer's default, behind all others
-    assert ours.vocab_size == theirs.pad_token_id == len(theirs) - 1
-    assert max(ours.encode("a<|endoftext|>b")) < ours.vocab_size  # where a text spells it
+    actual, reference = open_both(folder)
+    assert reference.pad_token == "<|endoftext|>"  # Qwen2Tokenizer's default, behind all others
+    assert actual.vocab_size == reference.pad_token_id == len(reference) - 1
+    assert max(actual.encode("a<|endoftext|>b")) < actual.vocab_size  # where a text spells it
     chat = "<|im_start|>a<|endoftext|>b"
-    escaped = [match.span() for match in ours.special_pattern.finditer(chat)][1:]
-    assert max(ours.encode_chat(chat, escaped=escaped)[0]) < ours.vocab_size
+    escaped = [match.span() for match in actual.special_pattern.finditer(chat)][1:]
+    assert max(actual.encode_chat(chat, escaped=escaped)[0]) < actual.vocab_size
 
 
 def test_code_that_lies_in_a_folder_is_not_run(tmp_path: Path) -> None:
@@ -149,18 +149,18 @@ def test_a_tiktoken_file_opens_as_transformers_opens_it(tmp_path: Path) -> None:
     added = {"259": {"content": "<|im_end|>", "special": True}}
     folder = write(tmp_path / "t", tokenizer_config__json={**settings, "added_tokens_decoder": added})
     (folder / "tokenizer.model").write_text(lines)
-    ours, theirs = open_both(folder)
-    assert list(ours.encode("plain text")) == theirs("plain text", add_special_tokens=False)["input_ids"]
+    actual, reference = open_both(folder)
+    assert list(actual.encode("plain text")) == reference("plain text", add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_tokenizer_that_was_used_encodes_the_same_in_another_process(tmp_path: Path, layout: str) -> None:
     """What a text spells stays text there, too: workers get the tokenizer as it is after its first records."""
-    ours = load_tokenizer(LAYOUTS[layout](tmp_path / "tokenizer"))
-    spelling = ours.eos_token
+    actual = load_tokenizer(LAYOUTS[layout](tmp_path / "tokenizer"))
+    spelling = actual.eos_token
     text = f"{spelling}what is {spelling}?{spelling}"
     start = text.index(spelling, 1)
     escaped = [(start, start + len(spelling))]
-    before = ours.encode_chat(text, (), escaped)
-    assert before[0].count(ours.eos_id) == 2
-    assert pickle.loads(pickle.dumps(ours)).encode_chat(text, (), escaped) == before
+    before = actual.encode_chat(text, (), escaped)
+    assert before[0].count(actual.eos_id) == 2
+    assert pickle.loads(pickle.dumps(actual)).encode_chat(text, (), escaped) == before

@@ -40,10 +40,10 @@ def test_the_forecast_is_what_the_loader_does(
     with Loader(mixture, global_batch_size=4) as loader:
         packs = [pack for _ in range(30) for pack in loader.next_batch()]
     tokens = np.sum([np.bincount(pack.task_ids[pack.task_ids >= 0], minlength=3) for pack in packs], axis=0)
-    figures = list(report["datasets"].values())
-    assert [item["run_tokens"] for item in figures] == tokens.tolist()
+    forecasts = list(report["datasets"].values())
+    assert [item["run_tokens"] for item in forecasts] == tokens.tolist()
     assert report["packing"]["padding"] == pytest.approx(1 - tokens.sum() / (120 * 128))
-    assert figures[0]["share_realised"] / figures[1]["share_realised"] == pytest.approx(3.0, rel=0.05)
+    assert forecasts[0]["share_realised"] / forecasts[1]["share_realised"] == pytest.approx(3.0, rel=0.05)
 
 
 def test_a_dataset_that_is_used_up_leaves_its_tokens_to_the_others(

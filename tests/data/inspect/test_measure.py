@@ -10,10 +10,10 @@ from fm9g.data.encode.oversize import LONG_INPUT, OVERSIZE
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_every_rule_is_counted(make_mixture: Make, run_check: Callable[..., dict], workers: int) -> None:
-    cut = [z(0, 9), z(0, 39), z(4, 30), z(20, 1), z(3, 0), z(0, 9)]
-    whole = [z(0, 29), z(0, 39), z(15, 2)]
+    segments = [z(0, 9), z(0, 39), z(4, 30), z(20, 1), z(3, 0), z(0, 9)]
+    full = [z(0, 29), z(0, 39), z(15, 2)]
     path = make_mixture(
-        {"cut": cut, "drop": [z(0, 9), z(2, 37)], "whole": whole},
+        {"cut": segments, "drop": [z(0, 9), z(2, 37)], "whole": full},
         drop={"oversize_rule": "drop"},
         whole={"oversize_rule": "whole", "nlines": 4, "ave_tokens": 29.0, "total_tokens": 0.5},
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import h5py
 import pytest
-from helpers.common import index_dataset, write_jsonl
+from helpers.common import index_dataset, make_records, write_jsonl
 
 from fm9g.data.load.indexed_dataset import IndexedDataset
 from fm9g.errors import UserError
@@ -53,11 +53,11 @@ def test_either_index_file_and_both_kinds_of_bounds_are_read(
 
 def test_an_index_that_does_not_match_its_data_is_refused(dataset: Path) -> None:
     data = dataset / "data.jsonl"
-    whole = data.read_bytes()
-    data.write_bytes(whole + b'{"output": "more"}\n')
+    full = data.read_bytes()
+    data.write_bytes(full + b'{"output": "more"}\n')
     with pytest.raises(UserError, match="one of them was changed; index it again"):
         IndexedDataset(dataset)
-    data.write_bytes(whole.replace(b'"}\n{', b'"}{\n'))  # as long as before, other line ends
+    data.write_bytes(full.replace(b'"}\n{', b'"}{\n'))  # as long as before, other line ends
     opened = IndexedDataset(dataset)
     with pytest.raises(UserError, match=r"data.jsonl, line 1: the index does not match the data"):
         opened[0]
@@ -69,7 +69,7 @@ def test_a_broken_or_missing_index_is_reported(dataset: Path) -> None:
         IndexedDataset(dataset)
     os.remove(dataset / "index.h5")
     os.remove(dataset / "index")
-    with pytest.raises(UserError, match=r"neither index.h5 nor index is there"):
+    with pytest.raises(UserError, match=r"found neither index.h5 nor index"):
         IndexedDataset(dataset)
     with pytest.raises(UserError, match="no indexed dataset here"):
         IndexedDataset(dataset.parent)
@@ -134,3 +134,11 @@ def test_a_record_of_an_index_that_is_too_long_is_named(tmp_path: Path) -> None:
     assert dataset[0]["output"] == "a"
     with pytest.raises(UserError, match=r"data\.jsonl, line 2: has 0 MB, but a record at most"):
         dataset[1]
+
+
+def test_the_folder_of_a_split_is_named_with_its_parts(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", make_records(40))
+    for part in ("train", "validation"):
+        index_dataset(source, tmp_path / "out" / part, "en")
+    with pytest.raises(UserError, match=r"out: contains the datasets train and validation; give .*out/train"):
+        IndexedDataset(tmp_path / "out")

@@ -31,9 +31,9 @@ def test_packs_do_not_depend_on_the_number_of_workers(mixture: Mixture, workers:
 
 
 def test_another_number_of_ranks_and_workers_goes_on_with_the_same_packs(mixture: Mixture) -> None:
-    whole, _ = load_steps(mixture, 14)
+    full, _ = load_steps(mixture, 14)
     first, position = load_steps(mixture, 5, ranks=2, workers=3)
-    assert_same_packs(whole, first + load_steps(mixture, 9, ranks=4, state=position)[0])
+    assert_same_packs(full, first + load_steps(mixture, 9, ranks=4, state=position)[0])
 
 
 def test_ranks_that_do_not_divide_the_packs_are_refused(mixture: Mixture) -> None:
@@ -58,8 +58,8 @@ def test_shares_of_tokens_follow_abs_weight_whatever_the_lengths(make_mixture: M
     datasets = {"short": make_records(50, 1, longest=3), "long": make_records(50, 2, longest=300)}
     path = make_mixture(datasets, short={"abs_weight": 0.3}, long={"abs_weight": 0.7})
     mixture = open_mixture(path, tokenizer_path, max_length=512)
-    made, _ = load_steps(mixture, 60)
-    tasks = np.concatenate([pack.task_ids for step in made for pack in step])
+    created, _ = load_steps(mixture, 60)
+    tasks = np.concatenate([pack.task_ids for step in created for pack in step])
     assert (tasks == 0).sum() / (tasks >= 0).sum() == pytest.approx(0.3, abs=0.01)
 
 

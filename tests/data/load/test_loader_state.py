@@ -73,10 +73,10 @@ def test_an_epoch_goes_on_when_shares_change(
     """Every record is used once, although the share changed half-way."""
     caplog.set_level(logging.INFO)
     path = make_mixture({"a": make_records(200, 1, longest=10), "b": make_records(50, 2)}, a={"allow_repeat": False})
-    made, state = load_steps(open_mixture(path, tokenizer_path), 3)
+    created, state = load_steps(open_mixture(path, tokenizer_path), 3)
     more = loader(open_mixture(path, tokenizer_path, a={"abs_weight": 5.0, "allow_repeat": False}), state)
     assert sum("share" in note for note in caplog.messages) == 2
-    packs = [pack for step in made for pack in step]
+    packs = [pack for step in created for pack in step]
     for _ in range(60):
         packs += more.next_batch()
     tokenizer = open_mixture(path, tokenizer_path).tokenizer
@@ -93,11 +93,11 @@ def test_the_order_in_the_file_does_not_matter(
     path: Path, tokenizer_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    whole, _ = load_steps(open_mixture(path, tokenizer_path, "abc"), 12)
+    full, _ = load_steps(open_mixture(path, tokenizer_path, "abc"), 12)
     _, state = load_steps(open_mixture(path, tokenizer_path, "abc"), 6)
     turned = loader(open_mixture(path, tokenizer_path, "cab"), state)
     assert caplog.messages == []
-    for step in whole[6:]:
+    for step in full[6:]:
         for one, other in zip(step, turned.next_batch()):
             np.testing.assert_array_equal(one.input_ids, other.input_ids)
 

@@ -168,3 +168,13 @@ def test_records_that_indexing_converted_are_not_recognised_again(
 ) -> None:
     monkeypatch.setattr("fm9g.data.load.mixture.canonicalize", None)
     assert len(mixture.encode(1, range(20))) == 20
+
+
+def test_a_record_that_was_edited_after_indexing_is_named(
+    make_mixture: Make, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    path = make_mixture({"edited": make_records(3)})
+    data = tmp_path / "indexed" / "edited" / "data.jsonl"
+    data.write_bytes(data.read_bytes().replace(b'"output"', b'"answer"'))  # of equal size
+    with pytest.raises(UserError, match=r"edited, line \d of .*: was changed after indexing; index the dataset again"):
+        open_mixture(path, tokenizer_path).encode(0, range(3))

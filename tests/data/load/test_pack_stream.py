@@ -78,16 +78,16 @@ def test_streams_do_not_all_turn_to_a_dataset_in_the_same_step() -> None:
 @pytest.mark.parametrize("repeats", [[True, True], [False, True], [False, False]])
 def test_a_stream_goes_on_from_its_state_as_if_it_had_never_stopped(stop: int, repeats: list[bool]) -> None:
     of = make_plan([50, 300], 2, repeats, proportions=[0.7, 0.3])  # at 20 packs the first dataset is used up
-    whole, first = stream(1, of), stream(1, of)
+    full, first = stream(1, of), stream(1, of)
     for _ in range(stop):
-        next_pack(whole)
+        next_pack(full)
         next_pack(first)
     again = stream(1, of, first.state_dict())
     for _ in range(80):
-        one, other = next_pack(whole), next_pack(again)
+        one, other = next_pack(full), next_pack(again)
         np.testing.assert_array_equal(one.input_ids, other.input_ids)
         np.testing.assert_array_equal(one.cu_seqlens, other.cu_seqlens)
-    assert whole.state_dict() == again.state_dict()
+    assert full.state_dict() == again.state_dict()
 
 
 def test_the_state_is_a_few_integers() -> None:

@@ -47,22 +47,22 @@ def test_a_stale_cache_is_noticed_and_made_anew(
     build_token_cache(open_mixture(path, tokenizer_path, token_cache_dir=cache), 0)
     changed = open_mixture(path, tokenizer_path, token_cache_dir=cache, a={"chat_template": "chatml"})
     assert [bool(one) for one in changed.caches] == [False, True, True]
-    made = build_token_cache(changed, 0)
+    created = build_token_cache(changed, 0)
     (message,) = caplog.messages
     assert "is stale and built again: template: was , is" in message
     assert_same_packs(
-        load_steps(open_mixture(path, tokenizer_path, a={"chat_template": "chatml"}), 5)[0], load_steps(made, 5)[0]
+        load_steps(open_mixture(path, tokenizer_path, a={"chat_template": "chatml"}), 5)[0], load_steps(created, 5)[0]
     )
     data = tmp_path / "indexed" / "b" / "data.jsonl"
-    whole = data.read_bytes()
-    data.write_bytes(whole.replace(b"fox", b"cat"))  # as long as before
+    full = data.read_bytes()
+    data.write_bytes(full.replace(b"fox", b"cat"))  # as long as before
     stale = open_mixture(path, tokenizer_path, token_cache_dir=cache)
     assert not stale.caches[1]
-    (made.cache_folder(2) / "tokens").write_bytes(b"1234")
+    (created.cache_folder(2) / "tokens").write_bytes(b"1234")
     with pytest.raises(UserError, match="the token cache is incomplete; delete it"):
         open_mixture(path, tokenizer_path, token_cache_dir=cache)
     for content in ("[]", "5", "junk"):
-        (made.cache_folder(2) / "cache.json").write_text(content)
+        (created.cache_folder(2) / "cache.json").write_text(content)
         assert not open_mixture(path, tokenizer_path, token_cache_dir=cache).caches[2]
 
 

@@ -8,8 +8,9 @@ from helpers.common import write_jsonl
 from helpers.indexing import read_dataset
 
 from fm9g.cli import main
+from fm9g.data.prepare.column_mapping import ColumnMapping
 from fm9g.data.prepare.columns import columns_from_file, columns_from_text, dataset_info_entry
-from fm9g.data.prepare.record_formats import BadRecord, ColumnMapping, canonicalize
+from fm9g.data.prepare.record_formats import BadRecord, canonicalize
 from fm9g.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -23,8 +24,8 @@ RESULT = {"role": "tool", "content": "3"}
 PREFERENCE = {"messages": [USER], "chosen": ANSWER, "rejected": BAD}
 
 
-def chat(*turns: dict, **beside: object) -> dict:
-    return {"messages": list(turns), **beside}
+def chat(*turns: dict, **extra: object) -> dict:
+    return {"messages": list(turns), **extra}
 
 
 REAL = [

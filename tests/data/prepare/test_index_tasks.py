@@ -18,18 +18,16 @@ from fm9g.errors import UserError
 def test_any_number_of_processes_gives_the_same_files(tmp_path: Path, workers: int) -> None:
     """Ranges far shorter than the lines, so that their borders fall everywhere."""
     lines = [*make_records(300, 5, longest=60), {"input": "", "output": "长" * 5000}, *make_records(20, 6)]
-    whole = write_jsonl(tmp_path / "a.jsonl", lines)
-    index_dataset(whole, tmp_path / "whole", "zh")
+    full = write_jsonl(tmp_path / "a.jsonl", lines)
+    index_dataset(full, tmp_path / "whole", "zh")
 
     def index_in_small_chunks(output: Path) -> dict:
-        return build_index(find_sources([str(whole)]), output, IndexConfig("zh"), workers, chunk_bytes=101).metas[
-            output
-        ]
+        return build_index(find_sources([str(full)]), output, IndexConfig("zh"), workers, chunk_bytes=101).metas[output]
 
     assert index_in_small_chunks(tmp_path / "parts") == json.loads((tmp_path / "whole" / "meta.json").read_text())
     for name in ("data.jsonl", "index", "index.h5"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    with whole.open("ab") as file:
+    with full.open("ab") as file:
         file.write(b"bad\n")
     with pytest.raises(UserError, match=r"a.jsonl, line 322: not JSON.*'bad'"):
         index_in_small_chunks(tmp_path / "no")

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from fm9g.data.prepare.record_formats import BadRecord, ColumnMapping, canonicalize
+from fm9g.data.prepare.column_mapping import ColumnMapping
+from fm9g.data.prepare.record_formats import BadRecord, canonicalize
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -13,19 +14,19 @@ CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 THOUGHT = {"type": "thinking", "thinking": "t"}
 
 
-def stored(turn: dict, **beside: object) -> dict:
+def stored(turn: dict, **extra: object) -> dict:
     """What a turn becomes in a conversation, and again when it is read from where that is stored."""
     before = json.dumps(turn)
-    record = canonicalize({"messages": [USER, turn], **beside})[1]
+    record = canonicalize({"messages": [USER, turn], **extra})[1]
     assert json.dumps(turn) == before
     copy = json.loads(json.dumps(record))
     assert canonicalize(copy)[1] is copy
     return record["messages"][1]
 
 
-def complaint(turn: dict, **beside: object) -> str:
+def complaint(turn: dict, **extra: object) -> str:
     with pytest.raises(BadRecord) as error:
-        canonicalize({"messages": [USER, turn], **beside})
+        canonicalize({"messages": [USER, turn], **extra})
     return str(error.value)
 
 
@@ -83,8 +84,8 @@ def test_marks_multiply_over_record_turn_and_part() -> None:
     parts = [{"type": "text", "text": "ab", "weight": 3}, {"type": "text", "text": "cde", "loss": False}]
     turn = {"role": "assistant", "content": parts, "weight": 0.5}
     assert stored(turn) == {"role": "assistant", "content": "abcde", "content_weights": [[2, 1.5], [3, 0]]}
-    beside = {"loss_scale": 4, "loss_mask": [0, 0.25]}
-    assert stored(turn, **beside)["content_weights"] == [[2, 1.5], [3, 0]]
+    extra = {"loss_scale": 4, "loss_mask": [0, 0.25]}
+    assert stored(turn, **extra)["content_weights"] == [[2, 1.5], [3, 0]]
     assert stored(turn, loss_scale=4)["content_weights"] == [[2, 6.0], [3, 0]]
     assert stored({**ANSWER, "weight": 0.5}, weight=0.5) == {**ANSWER, "weight": 0.25}
     assert stored({**ANSWER, "weight": 0.5}, weight=2) == ANSWER
@@ -93,8 +94,8 @@ def test_marks_multiply_over_record_turn_and_part() -> None:
 
 def test_weights_of_parts_cover_the_whole_content() -> None:
     def parts(*weights: object, texts: str = "abcdef") -> dict:
-        made = [{"type": "text", "text": text} for text in texts]
-        return {"role": "assistant", "content": [part | {"weight": w} for part, w in zip(made, weights)]}
+        created = [{"type": "text", "text": text} for text in texts]
+        return {"role": "assistant", "content": [part | {"weight": w} for part, w in zip(created, weights)]}
 
     assert stored(parts(1, None, 0, 0, 1, 2))["content_weights"] == [[2, 1], [2, 0], [1, 1], [1, 2]]
     assert stored(parts(0, 0)) == {"role": "assistant", "content": "ab", "weight": 0}
@@ -120,7 +121,7 @@ def test_a_thought_has_the_weight_of_the_text_after_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("marks", "message"),
+    ("weights", "message"),
     [
         ({"weight": -1}, "weight: found -1, expected a number from 0, or true or false"),
         ({"weight": -0.5}, "weight: found -0.5, expected a number from 0, or true or false"),
@@ -136,15 +137,15 @@ def test_a_thought_has_the_weight_of_the_text_after_it() -> None:
         ({"weight": 0.5, "train": True, "loss": False}, "loss: False contradicts weight: 0.5; keep one of them"),
     ],
 )
-def test_a_mark_that_is_none_is_refused_by_its_name(marks: dict, message: str) -> None:
-    assert complaint({**ANSWER, **marks}) == f"messages[1].{message}"
-    assert complaint({**ANSWER, "content": [{"type": "text", "text": "a", **marks}]}) == (
+def test_a_mark_that_is_none_is_refused_by_its_name(weights: dict, message: str) -> None:
+    assert complaint({**ANSWER, **weights}) == f"messages[1].{message}"
+    assert complaint({**ANSWER, "content": [{"type": "text", "text": "a", **weights}]}) == (
         f"messages[1].content[0].{message}"
     )
-    assert complaint(ANSWER, **marks) == message
-    assert complaint(ANSWER, **{key: [None, value] for key, value in marks.items()}) == f"turn 1 of {message}"
+    assert complaint(ANSWER, **weights) == message
+    assert complaint(ANSWER, **{key: [None, value] for key, value in weights.items()}) == f"turn 1 of {message}"
     with pytest.raises(BadRecord, match=f"^{re.escape(message)}$"):
-        canonicalize({"input": "q", "output": "a", **marks})
+        canonicalize({"input": "q", "output": "a", **weights})
 
 
 @pytest.mark.parametrize(
@@ -202,10 +203,10 @@ def test_words_of_a_record_are_no_marks() -> None:
 
 
 def test_preferences_and_judged_answers_have_no_weights() -> None:
-    marks = {"weight": -1, "train_detail": 1, "loss": "x"}
-    record = {"messages": [{**USER, **marks}, {**ANSWER, **marks}], "label": True, "loss_mask": [1]}
+    weights = {"weight": -1, "train_detail": 1, "loss": "x"}
+    record = {"messages": [{**USER, **weights}, {**ANSWER, **weights}], "label": True, "loss_mask": [1]}
     assert canonicalize(record)[1] == {"messages": [USER, ANSWER], "label": True}
-    record = {"prompt": "q", "chosen": {**ANSWER, **marks}, "rejected": "b", **marks}
+    record = {"prompt": "q", "chosen": {**ANSWER, **weights}, "rejected": "b", **weights}
     assert canonicalize(record)[1]["chosen"] == ANSWER
 
 

@@ -25,12 +25,12 @@ from fm9g.errors import UserError
 def zst(data: bytes) -> bytes:
     import pyarrow
 
-    sink = io.BytesIO()
-    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+    buffer = io.BytesIO()
+    with pyarrow.CompressedOutputStream(buffer, "zstd") as stream:
         stream.write(data)
         stream.flush()
-        sink.close = lambda: None  # type: ignore[method-assign]
-    return sink.getvalue()
+        buffer.close = lambda: None  # type: ignore[method-assign]
+    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -48,12 +48,12 @@ def test_zst_parquet_and_a_datasets_folder_give_the_same_records(tmp_path: Path)
     (tmp_path / "a.jsonl.zst").write_bytes(zst(JSONL))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), tmp_path / "a.parquet")
     datasets.disable_progress_bars()
-    made = datasets.Dataset.from_list(RECORDS)
-    made.save_to_disk(str(tmp_path / "folder"))
+    created = datasets.Dataset.from_list(RECORDS)
+    created.save_to_disk(str(tmp_path / "folder"))
     for name in ("a.jsonl.zst", "a.parquet", "folder"):
         index_dataset(tmp_path / name, tmp_path / "out", "zh", overwrite=True)
         assert read_dataset(tmp_path / "out") == RECORDS, name
-    datasets.DatasetDict(train=made, test=made).save_to_disk(str(tmp_path / "splits"))
+    datasets.DatasetDict(train=created, test=created).save_to_disk(str(tmp_path / "splits"))
     with pytest.raises(UserError, match="holds several splits; name one of them: test, train"):
         find_sources([str(tmp_path / "splits")])
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nonsense PAR1")

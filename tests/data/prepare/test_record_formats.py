@@ -27,8 +27,8 @@ CALLS = (
 )
 
 
-def chat(*turns: dict, **beside: object) -> dict:
-    return {"messages": list(turns), **beside}
+def chat(*turns: dict, **extra: object) -> dict:
+    return {"messages": list(turns), **extra}
 
 
 SHAPES = [

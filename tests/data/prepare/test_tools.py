@@ -11,19 +11,19 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 
 
-def stored(turn: dict, **beside: object) -> dict:
+def stored(turn: dict, **extra: object) -> dict:
     """What a turn becomes in a conversation, and again when it is read from where that is stored."""
     before = json.dumps(turn)
-    record = canonicalize({"messages": [USER, turn], **beside})[1]
+    record = canonicalize({"messages": [USER, turn], **extra})[1]
     assert json.dumps(turn) == before
     copy = json.loads(json.dumps(record))
     assert canonicalize(copy)[1] is copy
     return record["messages"][1]
 
 
-def complaint(turn: dict, **beside: object) -> str:
+def complaint(turn: dict, **extra: object) -> str:
     with pytest.raises(BadRecord) as error:
-        canonicalize({"messages": [USER, turn], **beside})
+        canonicalize({"messages": [USER, turn], **extra})
     return str(error.value)
 
 

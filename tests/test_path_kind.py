@@ -11,7 +11,7 @@ import pytest
 from helpers.common import ROOT, index_dataset, make_records, small_model, write_jsonl
 
 from fm9g.cli import main
-from fm9g.io.path_kind import (
+from fm9g.path_kind import (
     ADAPTER,
     CHECKPOINT,
     DATA,

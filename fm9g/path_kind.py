@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fm9g.errors import UserError
+from fm9g.run_files import EVENTS_FILE, METRICS_FILE
 
 DATASET, DATASET_PART, DATA = "an indexed dataset", "a part of an indexed dataset", "data"
 MIXTURE, MODEL_CONFIG, TRAIN_CONFIG = "a mixture", "a model configuration", "a training configuration"
@@ -49,7 +50,7 @@ def _kind_of_folder(folder: Path) -> str:
         return ADAPTER
     if has("manifest.json"):
         return CHECKPOINT
-    if has("metrics.jsonl") and has("events.jsonl"):
+    if has(METRICS_FILE) and has(EVENTS_FILE):
         return LOG
     if any(file.parent.name.isdecimal() for file in folder.glob("*/manifest.json")):
         return RUN
