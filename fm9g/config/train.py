@@ -13,6 +13,7 @@ from fm9g.config.mixture import LOSS_MODES, TURNS
 from fm9g.errors import UserError
 from fm9g.run_files import RunFolders
 
+METHODS = ["", "full", "lora", "qlora", "freeze"]
 # Keys of the 9G guide that are accepted and ignored: key -> the reason.
 DEPRECATED_KEYS = {
     "dataloader": "indexed datasets are the only kind",
@@ -32,6 +33,36 @@ class TrainConfig:
 
     config: str = option(
         "", help="the model to train: a name in model_configs/ or train_configs/, or the path of such a file"
+    )
+    model: str = option(
+        "",
+        help="the model to train, in place of config, pretrained_model and tokenizer_path: a Hugging Face folder, a 9G "
+        ".pt file, a checkpoint or an adapter of fm9g, the name of a file in model_configs/, or a hub name "
+        "(org/name, ms://org/name)",
+    )
+    data: str = option(
+        "",
+        help="the data to train on, in place of dataset_config: files, folders, globs, indexed datasets, mixtures and "
+        "names in a dataset_info.json, several with commas; NAME#500 takes a sample, NAME:0.3 gives a share",
+    )
+    val_data: str = option("", help="the data to evaluate on, as for data; in place of val_dataset")
+    val_split: float = option(
+        0.0, help="share of the records of data that are evaluated on instead; 0: none", minimum=0, exclusiveMaximum=1
+    )
+    split_seed: int = option(
+        42, help="random seed of val_split, train_sample and val_sample", minimum=0, maximum=2**32 - 1
+    )
+    train_sample: int = option(0, help="number of records, drawn at random, to train on; 0: all of data", minimum=0)
+    val_sample: int = option(0, help="number of records, drawn at random, to evaluate on; 0: all", minimum=0)
+    data_cache_dir: str = option(
+        "", help="folder that stores the indexed files of data; empty: fm9g/data in the user's cache folder"
+    )
+    method: str = option(
+        "",
+        case_insensitive=True,
+        help="what is trained, with defaults for it: full, all weights; lora, adapters; qlora, adapters on a model in "
+        "4 bits; freeze, the last trainable_layers layers; empty: as the other keys say, full with model",
+        enum=METHODS,
     )
     dataset_config: str = option(
         "", help="the datasets to train on: a name in dataset_configs/, or the path of such a file"
@@ -176,6 +207,17 @@ class TrainConfig:
         "gradient_accumulation_steps; 0: gradient_accumulation_steps counts",
         minimum=0,
     )
+    packing: bool = option(
+        True,
+        help="fill each micro-batch with as many samples as fit; false: it has batch_size samples, and an epoch ends "
+        "with a step, as in the Trainer of transformers",
+    )
+    eval_batch_size: int = option(0, help="batch_size of evaluations, which need less memory; 0: batch_size", minimum=0)
+    test_oom_error: bool = option(
+        False,
+        help="instead of training, run steps on the longest samples, and say how much memory they take and which "
+        "batch_size fits",
+    )
     dataloader_num_workers: int = option(
         1,
         help="number of processes that tokenize data for each training process; 0: the training process does it itself",
@@ -188,6 +230,9 @@ class TrainConfig:
         help="chat template for pairs and conversations of datasets without their own: a built-in name "
         "(docs/data.md lists them), tokenizer (the tokenizer's own), a file, or none; empty: pairs are "
         "used as they are, conversations get the tokenizer's own",
+    )
+    system: str = option(
+        "", help="system message of conversations and pairs that have none; needs a chat template; empty: none"
     )
     chat_template_date: str = option(
         "",
@@ -245,6 +290,13 @@ class TrainConfig:
         help="steps of linear warmup from learning rate 0; below 1: a fraction of train_iters; 0: no warmup",
         minimum=0,
     )
+    warmup_ratio: float = option(
+        0.0,
+        help="in place of warmup_iters: steps of warmup as a fraction of train_iters, rounded up, as in transformers; "
+        "0: warmup_iters counts",
+        minimum=0,
+        exclusiveMaximum=1,
+    )
     drop_iters: float = option(
         0.1,
         help="steps of the final decay of warmupstabledrop, or between two decays of warmupstableexp; below 1: "
@@ -268,13 +320,17 @@ class TrainConfig:
         "adamw",
         case_insensitive=True,
         help="adamw; adamw8bit, AdamW with moments in 8 bits; adafactor; muon, for the matrices of layers, "
-        "with adamw for all other weights",
-        enum=["adamw", "adamw8bit", "adafactor", "muon"],
+        "with adamw for all other weights; sgd",
+        enum=["adamw", "adamw8bit", "adafactor", "muon", "sgd"],
     )
     weight_decay: float = option(0.1, help="decoupled weight decay of every weight; 0: none", minimum=0)
+    decay_norm_and_bias: bool = option(
+        True, help="weight_decay also acts on norms and biases; false: not on them, as in the Trainer of transformers"
+    )
     beta1: float = option(0.9, help="decay of AdamW's first moment", minimum=0, exclusiveMaximum=1)
     beta2: float = option(0.95, help="decay of AdamW's second moment", minimum=0, exclusiveMaximum=1)
     eps: float = option(1e-6, help="epsilon in AdamW's denominator", exclusiveMinimum=0)
+    sgd_momentum: float = option(0.0, help="momentum of sgd; 0: none", minimum=0, exclusiveMaximum=1)
     muon_momentum: float = option(0.95, help="momentum of muon", minimum=0, exclusiveMaximum=1)
     clip_grad: float = option(
         1.0, help="maximum norm of the gradients, above which they are scaled down; 0: no clipping", minimum=0
@@ -289,6 +345,17 @@ class TrainConfig:
         "",
         help="weights that are not trained: patterns of their names with commas, such as "
         "encoder.layers.[0-9].*; empty: all are trained",
+    )
+    trainable_layers: int = option(
+        0,
+        help="train the last layers alone, this number of them; below 0: the first ones; 0: all weights",
+        minimum=-(2**10),
+        maximum=2**10,
+    )
+    new_tokens: str = option(
+        "",
+        help="file with new tokens, one per line, that are added to the tokenizer and the model; their embeddings "
+        "start as the mean of the others; empty: none",
     )
     adapter: str = option(
         "",
@@ -315,6 +382,10 @@ class TrainConfig:
         case_insensitive=True,
         help="package that inserts the adapters into the model",
         enum=["peft", "opendelta"],
+    )
+    modules_to_save: list[str] = option(
+        [],
+        help="with lora_layer: weights that are trained in full and saved with the adapter: input_embedding, lm_head",
     )
     use_rslora: bool = option(
         False, help="rank-stabilized LoRA: multiply by lora_alpha / sqrt(lora_r) instead of lora_alpha / lora_r"
