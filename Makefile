@@ -47,6 +47,7 @@ format: $(VENV)/installed
 
 docs: $(VENV)/installed  # the pages generated from the source
 	$(BIN)/python docs/arguments.py
+	$(BIN)/python docs/dialects.py
 
 bench-data: $(VENV)/installed  # about ten minutes and 6 GB of disk, on an idle machine
 	for name in indexing reading encoding chats; do $(BIN)/python benchmarks/data/$$name.py || exit 1; done

@@ -81,30 +81,31 @@ def train_tokenizer(
     return train_tokenizer(iter_texts(find_sources(_texts(paths))), vocab_size, Path(output), overwrite)
 
 
-def load_run_config(name: AnyPath, overrides: Mapping[str, object] | None = None, **keys: object) -> RunConfig:
+def load_run_config(name: AnyPath = "", overrides: Mapping[str, object] | None = None, **keys: object) -> RunConfig:
     """Loads the configuration of a run, as `fm9g train --config NAME --key value` does.
 
     Args:
-        name: a name in train_configs/ or model_configs/, or the path of such a file.
+        name: a name in train_configs/ or model_configs/, or the path of such a file; empty: the key `model` says what
+            is trained.
         overrides: key -> value, for keys with a dot, such as "model.num_layers", and for others.
         keys: further keys; `fm9g config keys` lists them. A value of None counts as not given.
     """
-    from fm9g.config.run import load_run
+    from fm9g.shorthand.load import RunArguments, load_run
 
     given = {key: value for key, value in {**(overrides or {}), **keys}.items() if value is not None}
-    return load_run(str(name), {key: _text(value) for key, value in given.items()})
+    return load_run(RunArguments(config=str(name), values={key: _text(value) for key, value in given.items()}))
 
 
 def train_model(
-    config: RunConfig | AnyPath, overrides: Mapping[str, object] | None = None, **keys: object
+    config: RunConfig | AnyPath = "", overrides: Mapping[str, object] | None = None, **keys: object
 ) -> TrainResult:
     """Trains in this process, as `fm9g train` does; returns where checkpoint and metrics are.
 
     A script that torchrun or srun starts trains with all its processes.
 
     Args:
-        config: from `load_run_config`, or the name of a configuration.
-        overrides, keys: as in `load_run_config`; only if `config` is a name.
+        config: from `load_run_config`, or the name of a configuration; empty: the key `model` says what is trained.
+        overrides, keys: as in `load_run_config`; not with a RunConfig.
     """
     from fm9g.config.run import RunConfig
     from fm9g.launch.dist_env import read_dist_env

@@ -103,10 +103,10 @@ def _advice(path: Path, kind: str, expected: tuple[str, ...]) -> str:
         return f"Give a checkpoint of one of them, such as {path / names[0] / 'last'}; the runs: {', '.join(names)}"
     both = f"Training starts from it with --pretrained_model {path}; `fm9g convert {path} FOLDER` makes a Hugging Face "
     return {
-        DATASET: "A mixture in dataset_configs/ names it as the path of a dataset",
+        DATASET: f"A mixture in dataset_configs/ names it as the path of a dataset; training takes it as --data {path}",
         DATASET_PART: f"Give the folder, {path.parent}, or its data.jsonl",
         DATA: f"`fm9g data index --path {path} --language zh --output FOLDER` makes an indexed dataset of it (zh, en "
-        "or code), and a mixture in dataset_configs/ names that FOLDER",
+        f"or code), and a mixture in dataset_configs/ names that FOLDER; training takes it as --data {path}",
         MIXTURE: f"Training takes it as --dataset_config {path}",
         MODEL_CONFIG: f"Training takes it as --config {path}",
         TRAIN_CONFIG: f"Training takes it as --config {path}",

@@ -17,11 +17,11 @@ def modules_in_the_document() -> set[str]:
     for row in re.findall(r"^\| (`.*?) \|", outside.partition("Modules without a package")[2], re.MULTILINE):
         modules |= set(re.findall(r"`(\w+)`", row))
     for section in sections.split("\n### ")[1:]:
-        folder = section.partition("\n")[0]
+        package = folder = section.partition("\n")[0]
         for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE):
             for name in re.findall(r"`([\w/]+)`", row):
                 folder, name = name.rpartition("/")[::2] if "/" in name else (folder, name)
-                base = f"data/{folder}" if (ROOT / "fm9g" / "data" / folder).is_dir() else folder
+                base = f"{package}/{folder}" if (ROOT / "fm9g" / package / folder).is_dir() else folder
                 modules.add(f"{base}/{name}")
     return modules
 

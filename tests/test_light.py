@@ -52,6 +52,7 @@ def work(tmp_path: Path, tokenizer_path: Path) -> Path:
         "data index --help",
         "config show --config tiny",
         "config keys",
+        "config show --config tiny --data s.jsonl,indexed#3 --val_split 0.5 --data_cache_dir cache",
         "plan --config tiny",
         "data index --path s.jsonl --language en --output o",
         "data tokenizer s.jsonl --vocab_size 300 --output t",

@@ -109,6 +109,7 @@ def test_each_kind_is_known(things: dict[str, Path], tmp_path: Path) -> None:
             "found data, expected a mixture",
         ),
         ("train --config tiny --tokenizer_path t --dataset_config {}", DATA, "`fm9g data index --path "),
+        ("train --config tiny --tokenizer_path t --dataset_config {}", DATA, "training takes it as --data "),
         (
             "train --config tiny --tokenizer_path t --dataset_config {}",
             DATASET,

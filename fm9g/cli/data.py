@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 def add_data_commands(subcommand: Any, group: Any) -> None:
     """subcommand, group: add a subcommand, or a group of them, to the command line."""
-    data = group("data", "prepare and inspect data: txt2jsonl, index, tokenizer, check, show")
+    data = group("data", "prepare and inspect data: txt2jsonl, index, tokenizer, check, show, cache")
     subcommand(
         "txt2jsonl", _data_txt2jsonl, "convert plain text (stdin, a record per line) to jsonl (stdout)", parent=data
     )
@@ -37,6 +37,11 @@ def add_data_commands(subcommand: Any, group: Any) -> None:
         )
     )
     _add_show(subcommand("show", _data_show, "print samples of a mixture as training sees them", parent=data))
+    cache = subcommand("cache", _data_cache, "list the files that `fm9g train --data` has indexed", parent=data)
+    cache.add_argument("--data_cache_dir", default="", help="folder of the cache; default: as `fm9g train`")
+    cache.add_argument(
+        "--prune", action="store_true", help="delete what is outdated: the files have changed since, or are gone"
+    )
 
 
 def _add_index(index: argparse.ArgumentParser) -> None:
@@ -196,18 +201,24 @@ def _data_index(options: argparse.Namespace) -> None:
 
 def _paths_and_columns(options: argparse.Namespace) -> tuple[list[str], ColumnMapping | None]:
     """The paths and columns that --path, --dataset and --columns select."""
-    from fm9g.data.prepare.columns import columns_from_file, columns_from_text, dataset_info_entry
+    from fm9g.data.prepare.columns import columns_from_file, columns_from_text
+    from fm9g.data.prepare.dataset_info import read_dataset_info
 
     if options.dataset:
         if len(options.path) != 1 or options.columns:
             raise UserError("--dataset: goes with one --path, a dataset_info.json, and without --columns")
-        info = options.path[0]
-        path, columns, num_samples = dataset_info_entry(Path(info), options.dataset)
-        if num_samples is not None:
+        info = read_dataset_info(Path(options.path[0]), options.dataset)
+        if info.path is None:
+            key = next(iter(info.remotes))
             raise UserError(
-                f"{info}: num_samples: remove it; max_samples of the dataset in a mixture limits its records"
+                f"{info.where}: {key}: download the data first, then name its file or folder with file_name"
             )
-        return [str(path)], columns
+        if info.num_samples:
+            logger.info(
+                f'{info.where}: num_samples: all records are indexed; in a mixture, "sample": {info.num_samples} '
+                "draws as many of them"
+            )
+        return [str(info.path)], info.columns
     if "=" in options.columns:
         return options.path, columns_from_text(options.columns)
     return options.path, columns_from_file(Path(options.columns)) if options.columns else None
@@ -253,3 +264,23 @@ def _data_show(options: argparse.Namespace) -> None:
     arguments = {key: getattr(options, key) for key in ("count", "task", "record", "packs", "full")}
     for text in show_samples(mixture, **arguments, color=wants_color(options.color)):
         print(text, file=raw_stream(sys.stdout))  # only its colour codes are not printable
+
+
+def _data_cache(options: argparse.Namespace) -> None:
+    from fm9g.shorthand.data_cache import DataCache
+    from fm9g.text_table import text_table
+
+    cache = DataCache(options.data_cache_dir)
+    datasets = cache.prune() if options.prune else cache.datasets()
+    rows = [
+        (
+            dataset.folder.name,
+            f"{dataset.num_bytes / 1e6:.1f} MB",
+            "" if dataset.is_current else "outdated",
+            ", ".join(dataset.paths),
+        )
+        for dataset in datasets
+    ]
+    print(f"{cache.folder}: {len(rows)} indexed datasets{' deleted' if options.prune else ''}")
+    for line in text_table([("dataset", "size", "state", "made of"), *rows], right=(1,)) if rows else ():
+        print(line)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import signal
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fm9g.errors import UserError
+from fm9g.out_of_memory import TRAINING_OOM_ADVICE
 from fm9g.printable import printable
 from fm9g.text_table import text_table
 
 if TYPE_CHECKING:
     from fm9g.config.run import RunConfig
+    from fm9g.shorthand.load import RunArguments
     from fm9g.train.loader_benchmark import LoaderBenchmark
+    from fm9g.train.memory_probe import MemoryProbe
     from fm9g.train.runner import TrainResult
 
 logger = logging.getLogger(__name__)
@@ -25,6 +28,7 @@ _NODE_OPTIONS = ("nnodes", "node_rank", "master_addr", "master_port")
 
 def add_run_commands(subcommand: Any, group: Any) -> None:
     """Args: subcommand, group: functions that add a command, or a group of commands, to the command line."""
+    from fm9g.cli.translate import add_translate_command
     from fm9g.doctor.command import add_doctor_arguments
     from fm9g.plan.command import add_plan_arguments
 
@@ -38,19 +42,21 @@ def add_run_commands(subcommand: Any, group: Any) -> None:
         action=_PrintSecret,
         help="print a new value for FM9G_SECRET, which all machines of a run must have, and exit",
     )
-    add_plan_arguments(
-        subcommand(
-            "plan", _plan, "estimate the memory, disk space and time that a training needs", accepts_overrides=True
-        )
+    plan = subcommand(
+        "plan", _plan, "estimate the memory, disk space and time that a training needs", accepts_overrides=True
     )
-    add_doctor_arguments(
-        subcommand("doctor", _doctor, "check this machine for problems that would stop a run", accepts_overrides=True)
+    doctor = subcommand(
+        "doctor", _doctor, "check this machine for problems that would stop a run", accepts_overrides=True
     )
+    for parser, add_arguments in ((plan, add_plan_arguments), (doctor, add_doctor_arguments)):
+        add_run_options(parser)
+        add_arguments(parser)
 
     config = group("config", "show: the configuration of a run; keys: every configuration key")
     show = "print every value of a run's configuration and its origin"
     _add_run_arguments(subcommand("show", _config_show, show, parent=config, accepts_overrides=True))
     subcommand("keys", _config_keys, "print every key of the three kinds of configuration files", parent=config)
+    add_translate_command(subcommand, config)
 
 
 class _PrintSecret(argparse.Action):
@@ -85,53 +91,59 @@ def _add_launch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_options(parser)
+    parser.usage = (
+        f"{parser.prog} [-h] [FILE] [--model MODEL --data DATA --method METHOD] [--config NAME] [--KEY VALUE ...]"
+    )
+    parser.epilog = (
+        "FILE is a run file: YAML or JSON with any keys, of fm9g or of another tool. Further options: --KEY VALUE sets "
+        "a training key, --model.KEY VALUE a key of the model, --data.TASK.KEY VALUE a key of a dataset, "
+        "--default.KEY VALUE a training key unless the file of train_configs/ sets it. `fm9g config keys` lists all "
+        "keys; --some-key and --some_key are the same. Training needs a model and data: --model and --data, or "
+        "--config with dataset_config and tokenizer_path."
+    )
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say which run is meant; the keys of a run are no options of the parser."""
     parser.add_argument(
         "--config",
-        required=True,
+        default="",
         metavar="NAME",
         help="the run: a name in train_configs/ or model_configs/, or the path of such a file",
     )
-    parser.usage = f"{parser.prog} [-h] --config NAME [--KEY VALUE ...]"
-    parser.epilog = (
-        "Further options: --KEY VALUE sets a training key, --model.KEY VALUE a key of the model, "
-        "--data.TASK.KEY VALUE a key of a dataset, --default.KEY VALUE a training key unless the file of "
-        "train_configs/ sets it. `fm9g config keys` lists all keys; --some-key and --some_key are the same. Training "
-        "needs dataset_config and tokenizer_path, here or in the file of train_configs/."
+    parser.add_argument(
+        "--from",
+        dest="dialect",
+        default="",
+        metavar="TOOL",
+        help="the tool whose arguments FILE and the other words are; default: recognized by their names",
     )
 
 
-def _parse_overrides(options: argparse.Namespace) -> dict[str, str]:
-    """The `--key value` and `--key=value` pairs that are not options of the parser."""
-    pairs: dict[str, str] = {}
-    rest = list(options.rest)
-    while rest:
-        word = rest.pop(0)
-        key, equals, value = word.removeprefix("--").partition("=")
-        section, dot, name = key.rpartition(".")  # of data.TASK.KEY, the task stays as it is
-        key = section + dot + name.replace("-", "_")
-        if not word.startswith("--") or not key:
-            hint = f"; did you mean --{key} {value}?" if equals and key else ""
-            raise UserError(f"command line: found {word!r}, expected --key value{hint}")
-        if not equals:
-            if not rest:
-                raise UserError(f"command line: --{key}: its value is missing")
-            value = rest.pop(0)
-        if key in pairs:
-            raise UserError(f"command line: --{key} is given twice; keep one of them")
-        pairs[key] = value
-    return pairs
+def run_arguments(options: argparse.Namespace) -> RunArguments:
+    """What the options and words of a command say about a run."""
+    from fm9g.shorthand.load import RunArguments, split_file
+
+    file, words = split_file(list(options.rest))
+    return RunArguments(options.config, file, options.dialect, tuple(words))
 
 
 def _train(options: argparse.Namespace) -> int:
-    from fm9g.config.run import load_run
+    from fm9g.convert.run_adapter import with_adapter
     from fm9g.launch.worker_group import set_parent_death_signal
+    from fm9g.shorthand.load import load_run
 
     set_parent_death_signal()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # ignored until the run can save a checkpoint
     starts_workers = _starts_workers(options)
     if not starts_workers:
         _quiet_other_ranks()
-    run = load_run(options.config, _parse_overrides(options))
+    run = load_run(run_arguments(options))
+    if run.train.test_oom_error:
+        from fm9g.train.memory_probe import probe_memory
+
+        return _print_memory_probe(probe_memory(with_adapter(run)), run)
     if run.train.only_run_dataloader:
         from fm9g.train.loader_benchmark import benchmark_dataloader
 
@@ -162,7 +174,8 @@ def _quiet_other_ranks() -> None:
     if rank_info.rank:
         log_only_errors()
     elif rank_info.has_agent:
-        logging.getLogger("fm9g.config").setLevel(logging.ERROR)
+        for name in ("fm9g.config", "fm9g.shorthand"):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _launch(options: argparse.Namespace, run: RunConfig) -> int | None:
@@ -178,14 +191,14 @@ def _launch(options: argparse.Namespace, run: RunConfig) -> int | None:
     world_size = launch_config.nnodes * launch_config.nproc
     resolve(run, world_size, DeviceFacts(on_gpu=True))  # reports a mistake before anything starts
     if problem := cpu_memory_problem(run, launch_config.nnodes, launch_config.nproc):
-        logger.warning(f"{problem}. See fm9g doctor --config {options.config}")
+        logger.warning(f"{problem}. See fm9g doctor {shlex.join(_run_words(options))}")
     if world_size == 1 and not options.max_restarts:
         return None
     from fm9g.launch.agent import run_agent
     from fm9g.launch.consistency import code_fingerprint
 
     return run_agent(
-        ["train", "--config", options.config, *options.rest],
+        ["train", *_run_words(options)],
         launch_config,
         max_restarts=options.max_restarts,
         fingerprint={"code": code_fingerprint(), "config": run.fingerprint()},
@@ -193,6 +206,12 @@ def _launch(options: argparse.Namespace, run: RunConfig) -> int | None:
         timeout=config.timeout,
         step_timeout=config.step_timeout,
     )
+
+
+def _run_words(options: argparse.Namespace) -> list[str]:
+    """The words that describe the run, for another fm9g command. A run file stays the first of the rest."""
+    named = {"--config": options.config, "--from": options.dialect}
+    return [word for option, value in named.items() if value for word in (option, value)] + list(options.rest)
 
 
 def _train_here(run: RunConfig) -> int:
@@ -223,13 +242,13 @@ def print_result(result: TrainResult) -> None:
 def _plan(options: argparse.Namespace) -> int:
     from fm9g.plan.command import run_plan
 
-    return run_plan(options, _parse_overrides(options))
+    return run_plan(options, run_arguments(options))
 
 
 def _doctor(options: argparse.Namespace) -> int:
     from fm9g.doctor.command import run_doctor
 
-    return run_doctor(options, _parse_overrides(options))
+    return run_doctor(options, run_arguments(options))
 
 
 def _print_loader_benchmark(result: LoaderBenchmark) -> None:
@@ -246,11 +265,24 @@ def _print_loader_benchmark(result: LoaderBenchmark) -> None:
         logger.warning(f"{count} records were skipped: {reason}")
 
 
-def _config_show(options: argparse.Namespace) -> None:
-    from fm9g.config.run import load_run
-    from fm9g.convert.run_adapter import with_adapter
+def _print_memory_probe(probe: MemoryProbe, run: RunConfig) -> int:
+    """Prints what fits; returns 1 if the configured batch size does not."""
+    print(f"longest sample: {probe.longest} tokens; nothing was trained or written")
+    if not probe.fits:
+        print(f"batch_size {probe.batch_size} with max_length {run.train.max_length} does not fit")
+    for size, peak in sorted(probe.peaks.items()):
+        print(f"batch_size {size} with max_length {run.train.max_length} fits: {peak / 2**30:.2f} GiB of "
+              f"{probe.total / 2**30:.2f}")  # fmt: skip
+    if not probe.peaks:
+        print(f"not even batch_size 1 fits; {TRAINING_OOM_ADVICE}")
+    return 0 if probe.fits else 1
 
-    run = with_adapter(load_run(options.config, _parse_overrides(options), complete=False))
+
+def _config_show(options: argparse.Namespace) -> None:
+    from fm9g.convert.run_adapter import with_adapter
+    from fm9g.shorthand.load import load_run
+
+    run = with_adapter(load_run(run_arguments(options), complete=False, prepare_data=False))
     for section, values in run.to_json().items():
         print(f"[{printable(section)}]")
         rows = [(f"  {key}", repr(item["value"]), item["from"]) for key, item in values.items()]

@@ -10,6 +10,7 @@ from typing import Any
 from fm9g.config.fields import key_of, option
 from fm9g.config.load import ConfigSource, build
 from fm9g.config.train import TrainConfig
+from fm9g.config.train_rules import canonical_modules
 from fm9g.errors import UserError
 from fm9g.io.json_file import read_object
 
@@ -37,6 +38,12 @@ class AdapterConfig:
         help="the second half of the ranks subtracts the initial values of the first half, so the base keeps "
         "its original weights",
     )
+    modules_to_save: list[str] = option(
+        [], help="modules whose complete weights are in the file, in place of the base's: input_embedding, lm_head"
+    )
+    ensure_weight_tying: bool = option(
+        False, help="input_embedding in modules_to_save is the weight of the output layer, too"
+    )
     base: str = option("", help="path of the base model during training", key="base_model_name_or_path")
     base_sha256: str = option("", help="SHA-256 of the base's weights, by fm9g.lora.base_fingerprint; empty: unknown")
     made_from: list[str] = option([], help="adapters of which this one is the weighted sum; empty: it was trained")
@@ -44,6 +51,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if self.dora and self.pissa:
             raise UserError("use_dora and pissa are both true, which fm9g does not support")
+        object.__setattr__(self, "modules_to_save", canonical_modules(self.modules_to_save))
 
     @property
     def scaling(self) -> float:
@@ -60,6 +68,7 @@ class AdapterConfig:
             rslora=train.use_rslora,
             dora=train.use_dora,
             pissa=train.init_lora_weights != "default",
+            modules_to_save=train.modules_to_save,
         )
 
     def for_file(self) -> AdapterConfig:

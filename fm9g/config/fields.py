@@ -15,6 +15,7 @@ _JSON_TYPES: dict[str, Any] = {
     "bool": {"type": "boolean"},
     "int": {"type": "integer"},
     "float": {"type": "number"},
+    "int | float": {"type": ["integer", "number"]},  # whole numbers stay integers, also from the command line
     "str": {"type": "string"},
     "str | None": {"type": ["string", "null"]},
     "float | None": {"type": ["number", "null"]},
@@ -62,6 +63,12 @@ def option(
 
 def key_of(field: dataclasses.Field[Any]) -> str:
     return field.metadata["key"] or field.name
+
+
+def default_value(field: dataclasses.Field[Any]) -> Any:
+    """The value of a key that is not given."""
+    factory = field.default_factory
+    return field.default if factory is dataclasses.MISSING else factory()
 
 
 def keys_of(cls: type) -> dict[str, dataclasses.Field[Any]]:
@@ -204,7 +211,8 @@ def describe(schema: dict[str, Any]) -> str:
     if "enum" in schema:
         return "one of " + ", ".join(repr(value) for value in schema["enum"])
     kinds = schema["type"]
-    text = " or ".join([kinds] if isinstance(kinds, str) else kinds)
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    text = " or ".join("true or false" if kind == "boolean" else kind for kind in kinds)
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     limits = [f"{sign} {schema[word]}" for word, sign in bounds.items() if word in schema]
     if schema.get("minLength"):

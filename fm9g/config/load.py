@@ -10,10 +10,12 @@ from typing import Any, Generic, TypeVar
 
 from fm9g.config.fields import canonical_keys, canonical_value, check, did_you_mean, key_of, keys_of, parse_value
 from fm9g.errors import UserError
+from fm9g.io.yaml_file import YAML_SUFFIXES
 from fm9g.path_kind import MIXTURE, MODEL, MODEL_CONFIG, TRAIN_CONFIG, check_kind
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"
+CONFIG_SUFFIXES = (".json", *YAML_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -97,15 +99,15 @@ def config_folders(kind: str) -> list[Path]:
 
 def bare_name(name: str) -> str:
     """The name of a configuration that is given by name or path. It may contain dots ("2.4b")."""
-    return Path(name).name.removesuffix(".json")
+    path = Path(name)
+    return path.stem if path.suffix in CONFIG_SUFFIXES else path.name
 
 
 def find_config(kind: str, name: str) -> Path | None:
     """The configuration file for a name or path, or None."""
-    if name.endswith(".json") or "/" in name:
+    if name.endswith(CONFIG_SUFFIXES) or "/" in name:
         return Path(name) if Path(name).is_file() else None
-    for folder in config_folders(kind):
-        file = folder / f"{name}.json"
+    for file in (folder / f"{name}{suffix}" for folder in config_folders(kind) for suffix in CONFIG_SUFFIXES):
         if file.is_file():
             return file
         if os.path.lexists(file):
@@ -113,18 +115,20 @@ def find_config(kind: str, name: str) -> Path | None:
     return None
 
 
+def known_configs(kind: str) -> list[str]:
+    """The names of all configurations of a kind."""
+    files = (file for folder in config_folders(kind) for file in folder.glob("*.*") if file.suffix in CONFIG_SUFFIXES)
+    return sorted({bare_name(file.name) for file in files})
+
+
 def require_config(kind: str, name: str) -> Path:
     """The configuration file for a name or path. Raises UserError, which lists the known names."""
     path = find_config(kind, name)
     if path is None:
         check_kind(Path(name), *([MIXTURE] if kind == "dataset_configs" else [MODEL_CONFIG, TRAIN_CONFIG, MODEL]))
-        known = sorted({bare_name(file.name) for folder in config_folders(kind) for file in folder.glob("*.json")})
+        known = known_configs(kind)
         if kind == "model_configs" and (Path(name) / "config.json").is_file():
-            stem = Path(name).resolve().name
-            raise UserError(
-                f"{name!r} is a Hugging Face folder, not a configuration. `fm9g convert {name} {stem}.pt` makes a "
-                f"9G model of it; then give --config {stem}.json --pretrained_model {stem}.pt --tokenizer_path {name}"
-            )
+            raise UserError(f"{name!r} is a Hugging Face folder, not a configuration; give it as --model {name}")
         raise UserError(
             f"{name!r} is neither a file nor a name in {kind}/, which has {', '.join(known) or 'none'}"
             f"{did_you_mean(bare_name(name), known)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ from fm9g.config import foreign
 from fm9g.config.fields import key_of, keys_of, option
 from fm9g.config.load import ConfigSource, Resolved, resolve_sources
 from fm9g.errors import UserError
-from fm9g.io.json_file import read_object
+from fm9g.io.yaml_file import read_config_object
 
 # Keys of published files that are accepted and ignored: key -> allowed values, and the reason.
 DEPRECATED_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -286,20 +287,20 @@ def load_model_config(path: Path) -> ModelConfig:
     return resolve_model_config(path).value
 
 
-def resolve_model_config(path: Path, overrides: dict[str, Any] | None = None) -> Resolved[ModelConfig]:
+def resolve_model_config(path: Path, given: Sequence[ConfigSource] = ()) -> Resolved[ModelConfig]:
     """Does the same as `load_model_config`, and returns the origin of each value as well.
 
     Args:
-        overrides: `--model.KEY value` from the command line, as strings.
+        given: keys that take the place of those in the file.
     """
-    raw = read_object(path)
+    raw = read_config_object(path)
     if raw.pop("architectures", ["FM9GForCausalLM"]) != ["FM9GForCausalLM"]:
         raise UserError(f"{path}: architectures: expected ['FM9GForCausalLM']")
     if "ori_max_length" in raw:  # a spelling in some published files
         raw.setdefault("orig_max_length", raw.pop("ori_max_length"))
     if raw.get("dim_model_base") is None:
         raw.pop("dim_model_base", None)
-    sources = [ConfigSource(str(path), raw), ConfigSource("command line (--model.)", dict(overrides or {}), text=True)]
+    sources = [ConfigSource(str(path), raw), *given]
     notes = [note for source in sources for note in _without_deprecated(source)]
     resolved = resolve_sources(ModelConfig, sources)
     unscaled = {"scale_emb": 1.0, "dim_model_base": 0}  # as in the files that fm9g writes
@@ -309,6 +310,16 @@ def resolve_model_config(path: Path, overrides: dict[str, Any] | None = None) ->
             f"{path}: {' and '.join(ignored)} {'change' if ignored[1:] else 'changes'} nothing: scale is false"
         )
     return replace(resolved, notes=tuple(notes))
+
+
+def override_model_config(config: ModelConfig, origin: str, given: Sequence[ConfigSource]) -> Resolved[ModelConfig]:
+    """A configuration from elsewhere than a 9G file, with other values for the given keys.
+
+    Args:
+        origin: where the configuration is from.
+    """
+    values = {key_of(field): getattr(config, field.name) for field in fields(config)}
+    return resolve_sources(ModelConfig, [ConfigSource(origin, values), *given])
 
 
 def _without_deprecated(source: ConfigSource) -> list[str]:

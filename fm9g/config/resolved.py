@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fm9g.config.model import ModelConfig
 from fm9g.config.run import RunConfig
 from fm9g.config.train import TrainConfig
-from fm9g.config.train_rules import check_model_parallelism, check_parallelism
+from fm9g.config.train_rules import check_model_parallelism, check_parallelism, check_trainable_layers
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,14 @@ def resolve(run: RunConfig, world_size: int, device: DeviceFacts) -> ResolvedRun
     """Makes the choices that the configuration leaves open.
 
     Raises:
-        UserError: the run cannot have this number of processes, or the model cannot be divided.
+        UserError: the run cannot have this number of processes, or the model cannot be divided or has too few layers.
     """
     train = run.train
     engine = resolve_engine(train, device)
     check_parallelism(engine, train.zero_level, train.tp_size, train.sequence_parallel, train.row_tokens)
     layout = ParallelLayout.of(train, world_size)
     check_model_parallelism(run.model, train.tp_size)
+    check_trainable_layers(run.model, train.trainable_layers)
     return ResolvedRun(run, engine, resolve_dtype(run.model, device), layout)
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 from fm9g.config import foreign
 from fm9g.config import train_rules as rules
 from fm9g.config.fields import option
-from fm9g.config.mixture import LOSS_MODES, TURNS
+from fm9g.config.mixture import LOSS_MODES, OVERSIZE_RULES, TURNS
 from fm9g.errors import UserError
 from fm9g.run_files import RunFolders
 
@@ -128,7 +128,11 @@ class TrainConfig:
         help="start again at step 0 although the run has checkpoints, which are deleted when the first new one "
         "is saved",
     )
-    save_iters: int = option(500, help="steps between two checkpoints; the last step is always saved", minimum=1)
+    save_iters: int | float = option(
+        500,
+        help="steps between two checkpoints; below 1: a fraction of train_iters; the last step is always saved",
+        exclusiveMinimum=0,
+    )
     async_save: bool = option(
         False,
         help="write checkpoints in the background, from a copy in host memory (12 bytes per weight), while "
@@ -140,7 +144,9 @@ class TrainConfig:
         minimum=0,
     )
     save_model_only: bool = option(False, help="save checkpoints without the optimizer state, at a third of the size")
-    log_iters: int = option(1, help="steps between two log lines", minimum=1)
+    log_iters: int | float = option(
+        1, help="steps between two log lines; below 1: a fraction of train_iters", exclusiveMinimum=0
+    )
     inspect_iters: int = option(
         0,
         help="steps between two tables and histograms of the weights and gradients of every layer; 0: never",
@@ -164,8 +170,10 @@ class TrainConfig:
     val_dataset: str = option(
         "", help="datasets to evaluate on: a name in dataset_configs/, or the path of such a file; empty: no evaluation"
     )
-    eval_iters: int = option(
-        500, help="steps between two evaluations on val_dataset; the last step is always evaluated", minimum=1
+    eval_iters: int | float = option(
+        500,
+        help="steps between two evaluations; below 1: a fraction of train_iters; the last step is always evaluated",
+        exclusiveMinimum=0,
     )
     eval_batches: int = option(
         0, help="maximum number of rows of an evaluation, over all processes; 0: all the data", minimum=0
@@ -254,6 +262,13 @@ class TrainConfig:
         "earlier turns; split, one for each turn of the assistant",
         enum=TURNS,
     )
+    oversize_rule: str = option(
+        OVERSIZE_RULES[0],
+        case_insensitive=True,
+        help="treatment of records longer than max_length, in datasets without their own rule: segment, head, tail, "
+        "drop or whole; docs/data.md describes them",
+        enum=OVERSIZE_RULES,
+    )
     only_run_dataloader: bool = option(
         False, help="run the data loader alone for train_iters steps and report its speed"
     )
@@ -283,7 +298,16 @@ class TrainConfig:
         "cosine",
         help="learning rate schedule after warmup; docs/training.md has the formulas",
         case_insensitive=True,
-        enum=["cosine", "warmupstabledrop", "warmupstableexp", "linear", "constant", "noam"],
+        enum=[
+            "cosine",
+            "warmupstabledrop",
+            "warmupstableexp",
+            "linear",
+            "constant",
+            "noam",
+            "polynomial",
+            "cosine_with_restarts",
+        ],
     )
     warmup_iters: float = option(
         20,
@@ -292,8 +316,8 @@ class TrainConfig:
     )
     warmup_ratio: float = option(
         0.0,
-        help="in place of warmup_iters: steps of warmup as a fraction of train_iters, rounded up, as in transformers; "
-        "0: warmup_iters counts",
+        help="in place of warmup_iters: steps of warmup as a fraction of train_iters, rounded up to whole steps as in "
+        "transformers; 0: warmup_iters counts",
         minimum=0,
         exclusiveMaximum=1,
     )
@@ -312,10 +336,13 @@ class TrainConfig:
     )
     min_lr_ratio: float = option(
         0.1,
-        help="learning rate at the end of cosine, linear and warmupstabledrop, as a fraction of lr",
+        help="learning rate at the end of cosine, linear, polynomial, cosine_with_restarts and warmupstabledrop, as a "
+        "fraction of lr",
         minimum=0,
         maximum=1,
     )
+    lr_power: float = option(1.0, help="exponent of polynomial; 1: as linear", exclusiveMinimum=0)
+    lr_num_cycles: int = option(1, help="number of times that cosine_with_restarts falls from lr", minimum=1)
     optimizer: str = option(
         "adamw",
         case_insensitive=True,
@@ -323,7 +350,12 @@ class TrainConfig:
         "with adamw for all other weights; sgd",
         enum=["adamw", "adamw8bit", "adafactor", "muon", "sgd"],
     )
-    weight_decay: float = option(0.1, help="decoupled weight decay of every weight; 0: none", minimum=0)
+    weight_decay: float = option(
+        0.1,
+        help="decoupled weight decay of every weight, times the learning rate; with sgd it is added to the gradient, "
+        "as torch does; 0: none",
+        minimum=0,
+    )
     decay_norm_and_bias: bool = option(
         True, help="weight_decay also acts on norms and biases; false: not on them, as in the Trainer of transformers"
     )
@@ -348,7 +380,8 @@ class TrainConfig:
     )
     trainable_layers: int = option(
         0,
-        help="train the last layers alone, this number of them; below 0: the first ones; 0: all weights",
+        help="train only this number of the last layers, and no weight outside layers; below 0: of the first layers; "
+        "0: all weights",
         minimum=-(2**10),
         maximum=2**10,
     )
@@ -501,6 +534,11 @@ class TrainConfig:
         return self.activation_checkpoint or ("full" if self.use_checkpoint else "none")
 
     @property
+    def evaluates(self) -> bool:
+        """Whether there is data to evaluate on."""
+        return bool(self.val_dataset or self.val_data or self.val_split)
+
+    @property
     def trackers(self) -> list[str]:
         """Names of the metric trackers, in addition to the console and metrics.jsonl."""
         return [name for name in map(str.strip, self.report_to.lower().split(",")) if name not in ("", "none")]
@@ -516,9 +554,18 @@ class TrainConfig:
         return self.batch_size * self.max_length
 
     @property
+    def samples_per_pack(self) -> int:
+        """Samples of a micro-batch without packing; 0 with packing: as many as fit."""
+        return 0 if self.packing else self.batch_size
+
+    @property
     def folders(self) -> RunFolders:
         """The folders that the run writes to."""
         return RunFolders.of(self.output_dir, self.model_unique, self.exp_group)
+
+    def interval_steps(self, interval: float) -> int:
+        """The steps of save_iters, eval_iters or log_iters. A fraction is rounded up, as in transformers."""
+        return math.ceil(self.train_iters * interval) if interval < 1 else int(interval)
 
     def dp_size(self, world_size: int) -> int:
         """Number of data-parallel replicas.
@@ -544,10 +591,16 @@ class TrainConfig:
             )
         return num_packs
 
+    def iters_for_records(self, num_records: int, packs_per_step: int) -> int:
+        """The number of steps of `epochs` passes over records, without packing; an epoch ends with a step."""
+        steps_per_epoch = math.ceil(num_records / (self.batch_size * packs_per_step))
+        return max(1, math.ceil(self.epochs * steps_per_epoch))
+
     def iters_for_epochs(self, tokens: float, tokens_per_step: int) -> int:
         """The number of steps of `epochs` passes over `tokens` tokens."""
         return max(1, math.ceil(self.epochs * tokens / tokens_per_step))
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "modules_to_save", rules.canonical_modules(self.modules_to_save))
         rules.check_train_config(self)
-        object.__setattr__(self, "lora_layer", rules.expand_all_linear(self.lora_layer))
+        object.__setattr__(self, "lora_layer", rules.canonical_layers(self.lora_layer))

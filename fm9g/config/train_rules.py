@@ -9,7 +9,7 @@ from datetime import date
 from typing import TYPE_CHECKING
 
 from fm9g.config import foreign
-from fm9g.config.fields import keys_of
+from fm9g.config.fields import default_value, did_you_mean, keys_of
 from fm9g.config.mixture import check_template
 from fm9g.config.model import ModelConfig
 from fm9g.errors import UserError
@@ -29,23 +29,46 @@ ADAPTER_KEYS = (
     "loraplus_lr_ratio",
     "quantization",
     "double_quant",
+    "modules_to_save",
 )
 # The linear layers of each transformer layer.
 LINEAR_LAYERS = ("project_q", "project_k", "project_v", "attention_out", "w_0", "w_1", "w_out")
+# The modules that modules_to_save selects, by their names here and in other families.
+EMBEDDING, LM_HEAD = "input_embedding", "lm_head"
+_MODULES = {
+    EMBEDDING: (EMBEDDING, "embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embedding"),
+    LM_HEAD: (LM_HEAD, "output", "output_layer", "embed_out"),
+}
 _ALL_LINEAR = ("all", "all-linear")  # LLaMA-Factory and PEFT select all of them by these words
 _TRACKERS = {"tensorboard", "wandb", "swanlab"}
 _MAX_ROW_TOKENS = 2**31
 
 
-def expand_all_linear(layers: list[str]) -> list[str]:
-    """Replaces "all" by the names of all linear layers."""
-    return list(LINEAR_LAYERS) if set(layers) & set(_ALL_LINEAR) else layers
+def canonical_layers(layers: list[str]) -> list[str]:
+    """The names here of the linear layers that lora_layer names: as here, as in another family, or all of them."""
+    if {name.lower() for name in layers} & set(_ALL_LINEAR):
+        return list(LINEAR_LAYERS)
+    return list(dict.fromkeys(each for name in layers for each in foreign.LAYERS.get(name, (name,))))
+
+
+def canonical_modules(names: list[str]) -> list[str]:
+    """The names here of the modules that modules_to_save names, in a fixed order. Raises UserError for others."""
+    endings = [name.removesuffix(".weight").rpartition(".")[2] for name in names]
+    known = {alias: module for module, aliases in _MODULES.items() for alias in aliases}
+    if unknown := [name for name, ending in zip(names, endings) if ending not in known]:
+        raise UserError(
+            f"modules_to_save: {unknown[0]!r} cannot be trained in full beside adapters; only these can: "
+            f"{', '.join(_MODULES)}"
+        )
+    return [module for module in _MODULES if module in map(known.__getitem__, endings)]
 
 
 def check_train_config(config: TrainConfig) -> None:
     """Raises UserError for values that are impossible, alone or together."""
     _check_names(config)
+    _check_data(config)
     _check_resume(config)
+    _check_method(config)
     _check_templates(config)
     _check_batch(config)
     check_parallelism(
@@ -59,9 +82,9 @@ def check_train_config(config: TrainConfig) -> None:
     _check_validation_and_trackers(config)
     if config.tp_size > 1 and config.neftune_alpha:
         raise UserError("neftune_alpha cannot be used with tp_size: the ranks would draw different noise")
-    drop_steps = config.drop_iters * config.train_iters
-    if 0 < config.drop_iters < 1 and drop_steps < 1 and config.lr_scheduler == "warmupstabledrop":
-        raise UserError(f"drop_iters {config.drop_iters} of train_iters {config.train_iters} is less than one step")
+    _check_schedule(config)
+    _check_intervals(config)
+    _require_choice(config, "sgd_momentum", "optimizer", "sgd")
 
 
 def check_parallelism(engine: str, zero_level: int, tp_size: int, sequence_parallel: bool, row_tokens: int) -> None:
@@ -90,10 +113,18 @@ def check_model_parallelism(model: ModelConfig, tp_size: int) -> None:
             raise UserError(f"tp_size {tp_size} does not divide the model's {key}, {heads}")
 
 
+def check_trainable_layers(model: ModelConfig, trainable_layers: int) -> None:
+    """Raises UserError if the model has fewer layers than are to be trained."""
+    if abs(trainable_layers) > model.num_layers:
+        raise UserError(
+            f"trainable_layers {trainable_layers}: the model has {model.num_layers} layers; 0 trains all of its weights"
+        )
+
+
 def reject_adapter_keys(config: TrainConfig) -> None:
     """Raises UserError if a key of adapters has another value than its default; for a run without adapters."""
-    defaults = keys_of(type(config))
-    if given := [key for key in ADAPTER_KEYS if getattr(config, key) != defaults[key].default]:
+    fields = keys_of(type(config))
+    if given := [key for key in ADAPTER_KEYS if getattr(config, key) != default_value(fields[key])]:
         raise UserError(f"{given[0]} is given and lora_layer is not: there are no adapters for it to act on")
 
 
@@ -104,6 +135,31 @@ def _check_names(config: TrainConfig) -> None:
             raise UserError(f"{key}: found {name!r}, expected a plain name: it is part of the names of folders")
 
 
+def _check_method(config: TrainConfig) -> None:
+    adapters = "lora_layer" if config.lora_layer else "adapter" if config.adapter else ""
+    if config.method in ("full", "freeze") and adapters:
+        raise UserError(f"method {config.method} and {adapters} are both given; adapters are trained by method lora")
+    if config.method == "qlora" and config.quantization == "none":
+        raise UserError("method qlora and quantization none are both given; without quantization, write method lora")
+    if config.method == "freeze" and not (config.trainable_layers or config.freeze):
+        raise UserError("method freeze with trainable_layers 0 freezes nothing; give a number of layers, or freeze")
+
+
+def _check_data(config: TrainConfig) -> None:
+    if config.data and config.dataset_config:
+        raise UserError("data and dataset_config are both given; keep one of them, or name both in data, with a comma")
+    if config.val_data and config.val_dataset:
+        raise UserError("val_data and val_dataset are both given; keep one of them, or name both in val_data")
+    of_data = [key for key in ("val_split", "train_sample") if getattr(config, key)]
+    if of_data and not config.data:
+        raise UserError(f"{of_data[0]} is given and data is not; a dataset of a mixture has sample and sample_skip")
+    if config.val_split and (config.val_data or config.val_dataset):
+        other = "val_data" if config.val_data else "val_dataset"
+        raise UserError(f"val_split and {other} are both given; evaluate on one of them")
+    if config.val_sample and not (config.val_split or config.val_data):
+        raise UserError("val_sample is given, and neither val_split nor val_data: there is nothing to draw from")
+
+
 def _check_resume(config: TrainConfig) -> None:
     step = config.resume_ckpt
     is_step = step.isascii() and step.isdecimal() and len(step) < 17
@@ -111,6 +167,10 @@ def _check_resume(config: TrainConfig) -> None:
         raise UserError(f"resume_ckpt: found {step!r}, expected the number of a step, auto, last or best")
     if config.resume_ckpt and config.overwrite:
         raise UserError("resume_ckpt and overwrite are both given; a run either resumes or starts again")
+    if config.new_tokens and not config.only_load_model:
+        raise UserError(
+            "new_tokens and only_load_model false are both given: the optimizer's state has no values for new tokens"
+        )
     if config.only_run_dataloader and config.resume_ckpt:
         raise UserError("only_run_dataloader and resume_ckpt are both given; the loader alone starts at step 0")
 
@@ -129,13 +189,40 @@ def _check_batch(config: TrainConfig) -> None:
 
 
 def _check_validation_and_trackers(config: TrainConfig) -> None:
-    if config.early_stopping_patience and not config.val_dataset:
-        raise UserError("early_stopping_patience needs a val_dataset to evaluate on")
+    if config.early_stopping_patience and not config.evaluates:
+        raise UserError("early_stopping_patience needs data to evaluate on: val_dataset, val_data or val_split")
     named = [name.strip() for name in config.report_to.lower().split(",")]
     if "none" in named and config.trackers:
         raise UserError(f"report_to: found {config.report_to!r}: none cannot be combined with a tracker")
     if unknown := sorted(set(config.trackers) - _TRACKERS):
         raise UserError(f"report_to: found {unknown[0]!r}, expected tensorboard, wandb, swanlab, or none")
+
+
+def _check_schedule(config: TrainConfig) -> None:
+    drop_steps = config.drop_iters * config.train_iters
+    if 0 < config.drop_iters < 1 and drop_steps < 1 and config.lr_scheduler == "warmupstabledrop":
+        raise UserError(f"drop_iters {config.drop_iters} of train_iters {config.train_iters} is less than one step")
+    default_warmup = keys_of(type(config))["warmup_iters"].default
+    if config.warmup_ratio and config.warmup_iters not in (0, default_warmup):
+        raise UserError(
+            f"warmup_iters {config.warmup_iters:g} and warmup_ratio {config.warmup_ratio:g} are both given; "
+            "keep one of them, and set the other to 0"
+        )
+    _require_choice(config, "lr_power", "lr_scheduler", "polynomial")
+    _require_choice(config, "lr_num_cycles", "lr_scheduler", "cosine_with_restarts")
+
+
+def _require_choice(config: TrainConfig, key: str, chooser: str, choice: str) -> None:
+    """Raises UserError if a key has another value than its default, and means nothing without a value of `chooser`."""
+    if getattr(config, key) != default_value(keys_of(type(config))[key]) and getattr(config, chooser) != choice:
+        raise UserError(f"{key} is given, and {chooser} is {getattr(config, chooser)}: it is a key of {choice}")
+
+
+def _check_intervals(config: TrainConfig) -> None:
+    for key in ("save_iters", "eval_iters", "log_iters"):
+        interval = getattr(config, key)
+        if interval > 1 and interval != int(interval):
+            raise UserError(f"{key}: found {interval}, expected whole steps, or a fraction of train_iters below 1")
 
 
 def _check_adapters(config: TrainConfig) -> None:
@@ -153,9 +240,9 @@ def _check_adapters(config: TrainConfig) -> None:
             "optimizer adafactor cannot be used with lora_layer: its steps are relative to the size of a weight, and "
             "an adapter's B starts at zero, so it would never move; use adamw8bit to save memory"
         )
-    if config.freeze:
+    if given := [key for key in ("freeze", "trainable_layers") if getattr(config, key)]:
         key = "lora_layer" if config.lora_layer else "adapter"
-        raise UserError(f"freeze and {key} are both given; with adapters nothing else is trained anyway")
+        raise UserError(f"{given[0]} and {key} are both given; with adapters nothing else is trained anyway")
     if config.tp_size > 1:
         raise UserError(
             f"tp_size {config.tp_size} cannot be used with lora_layer; ZeRO shards adapters and model alike"
@@ -171,11 +258,14 @@ def _check_adapters(config: TrainConfig) -> None:
 
 
 def _check_adapter_layers(config: TrainConfig) -> None:
-    known = (*LINEAR_LAYERS, *_ALL_LINEAR)
-    if unknown := [name for name in config.lora_layer if name.rpartition(".")[2] not in known]:
-        here = foreign.LAYERS.get(unknown[0].rpartition(".")[2])
-        hint = f"; it is called {here} here" if here else f"; these are: {', '.join(LINEAR_LAYERS)}"
-        raise UserError(f"lora_layer: {unknown[0]!r} is not the name of a linear layer{hint}, or all for every one")
+    known = (*LINEAR_LAYERS, *foreign.LAYERS)
+    names = [name for name in config.lora_layer if name.lower() not in _ALL_LINEAR]
+    if unknown := [name for name in names if name.rpartition(".")[2] not in known]:
+        hint = did_you_mean(unknown[0], [*LINEAR_LAYERS, *foreign.LAYERS])
+        raise UserError(
+            f"lora_layer: {unknown[0]!r} is not the name of a linear layer; these are: {', '.join(LINEAR_LAYERS)}, the "
+            f"names of other families, and all for every one{hint}"
+        )
 
 
 def _is_date(text: str) -> bool:

@@ -29,7 +29,7 @@ from fm9g.convert.source import Source, open_source
 from fm9g.convert.verify import TOLERANCE, make_prompts
 from fm9g.errors import UserError
 from fm9g.io.inputs import check_output, protect_inputs
-from fm9g.io.lazy_tensor import LazyConcat
+from fm9g.io.lazy_tensor import LazyConcat, LazyTensor
 from fm9g.lora.adapter_file import Adapter
 from fm9g.lora.base_fingerprint import base_fingerprint
 from fm9g.lora.inject import load_adapter_into
@@ -119,16 +119,22 @@ def _merged_source(source: Source, base: Path, adapter: Adapter) -> Source:
         checkpoint = Checkpoint(folder, checksums=False, needs_optimizer=False)
     return dataclasses.replace(
         source,
+        config=dataclasses.replace(source.config, vocab_size=adapter.vocab_size(source.config.vocab_size)),
         weights={name: merged_weight(name, weight, adapter) for name, weight in source.weights.items()},
         checkpoint=checkpoint,
-        tokenizer=source.tokenizer or (checkpoint.tokenizer if checkpoint else None),
+        tokenizer=adapter.tokenizer or source.tokenizer or (checkpoint.tokenizer if checkpoint else None),
         adapter=adapter.config,
         base=base,
     )
 
 
 def merged_weight(name: str, weight: LazyConcat, adapter: Adapter) -> LazyConcat:
-    """A weight of the base, which gets the adapter of its layer, if any, when its rows are read."""
+    """A weight of the base, which gets the adapter of its layer, if any, when its rows are read. A complete weight of
+    the adapter, which may have more rows, takes its place."""
+    if name in adapter.saved_modules:
+        values = adapter.weights[name]
+        saved = LazyTensor(adapter.path, values.shape, values.dtype, offset=0, memory=values)
+        return LazyConcat((saved,), weight.dtype)
     layer = name.removesuffix(".weight")
     if layer == name or layer not in adapter.layers:
         return weight
@@ -148,22 +154,27 @@ class _MergedRows:
         return self._adapter.apply(self._layer, rows, first_row)
 
 
+def _in_fp32(weights: Mapping[str, LazyConcat]) -> dict[str, LazyConcat]:
+    return {name: dataclasses.replace(weight, dtype=torch.float32) for name, weight in weights.items()}
+
+
 class _Comparison:
     """Logits of base and adapter apart, to which a merged model's are compared."""
 
     def __init__(self, source: Source, merged: Source, adapter: Adapter, base: Path) -> None:
         """Compares the weights that are to be written, in fp32. Raises UserError if logits differ."""
-        self._config, self._models = source.config, f"{base}: with {adapter.path} merged into its weights"
+        self._config, self._models = merged.config, f"{base}: with {adapter.path} merged into its weights"
         self._prompts, _ = make_prompts(merged.tokenizer, source.config.vocab_size)
 
         def attach_adapter(layer: torch.nn.Module, number: int) -> None:
             load_adapter_into(layer, f"encoder.layers.{number}.", adapter.config, adapter.weights)
 
-        self._apart = self._logits(source.weights, attach_adapter)
+        replaced = {name: merged.weights[name] for name in adapter.saved_modules}
+        self._apart = self._logits({**source.weights, **_in_fp32(replaced)}, attach_adapter)
         self._max_logit = float(self._apart.abs().max())
-        in_fp32 = {name: dataclasses.replace(weight, dtype=torch.float32) for name, weight in merged.weights.items()}
-        self._merge_error = self._difference(self._logits(in_fp32), TOLERANCE)
-        self._max_change = float((self._apart - self._logits(source.weights)).abs().max())
+        self._merge_error = self._difference(self._logits(_in_fp32(merged.weights)), TOLERANCE)
+        of_base = self._logits(source.weights)
+        self._max_change = float((self._apart[:, : of_base.shape[1]] - of_base).abs().max())
         self._rounding_error = 0.0
 
     def check_written(self, weights: Mapping[str, LazyConcat]) -> None:

@@ -120,12 +120,20 @@ def peft_card(adapter: Adapter, name: str, base: str, modules: Iterable[str]) ->
         f"from transformers import AutoModelForCausalLM, {AUTO_TOKENIZER}",
         "",
         f"base = {_literal(loads)}" if loads else 'base = "..."  # the Hugging Face folder of the base',
-        f"tokenizer = {AUTO_TOKENIZER}.from_pretrained(base)",
-        f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), {_literal(title)})",
+        f"tokenizer = {AUTO_TOKENIZER}.from_pretrained({_literal(title) if adapter.tokenizer else 'base'})",
+        "model = AutoModelForCausalLM.from_pretrained(base)",
+        *_resize(adapter),
+        f"model = PeftModel.from_pretrained(model, {_literal(title)})",
         _CHAT if chat else _COMPLETION,
     ]
     sections.append("## Use\n\n" + _block("python", *lines))
     return "\n\n".join(sections) + "\n"
+
+
+def _resize(adapter: Adapter) -> Iterator[str]:
+    """The line that gives the base the adapter's number of token ids."""
+    if rows := adapter.vocab_size(0):
+        yield f"model.resize_token_embeddings({rows}, mean_resizing=False)  # the adapter's number of token ids"
 
 
 class _RunMetadata:
@@ -218,6 +226,8 @@ def _adapter_rows(
     yield "rank", f"{_rank(config)}" + (f" ({config.r} in the file)" if config.pissa else "")
     yield "alpha", f"{_alpha(config):g}" + (f" ({config.alpha:g} in the file)" if config.pissa else "")
     yield "layers", ", ".join(layers)
+    if config.modules_to_save:
+        yield "complete weights", ", ".join(config.modules_to_save)
     if config.made_from:
         yield "weighted sum of", f"{len(config.made_from)} adapters"
     if run and (started := run.value("adapter")):

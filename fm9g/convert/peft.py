@@ -2,6 +2,9 @@
 
 9G:    encoder.layers.0.self_att.self_attention.project_q.lora.lora_A
 PEFT:  base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
+
+Complete weights of modules_to_save have the base's names behind base_model.model. A weight that embedding and output
+share is there under both names, as PEFT writes it with ensure_weight_tying.
 """
 
 from __future__ import annotations
@@ -17,23 +20,27 @@ from safetensors.torch import save_file
 from fm9g.checkpoint.layout import MANIFEST
 from fm9g.config.adapter import ADAPTER_CONFIG, AdapterConfig
 from fm9g.config.load import ConfigSource, build
+from fm9g.config.train_rules import EMBEDDING, LM_HEAD, canonical_modules
 from fm9g.convert.hf_reader import open_hf_folder, open_hf_tensors
 from fm9g.convert.model_card import HUB_NAME, peft_card
 from fm9g.convert.native_tokenizer import write_json
 from fm9g.convert.weight_map import LLAMA_MAP, WeightMap, strip_wrappers
+from fm9g.data.encode.tokenizer_files import tokenizer_files
 from fm9g.errors import UserError
 from fm9g.io.atomic import atomic_dir
 from fm9g.io.inputs import protect_inputs
 from fm9g.io.json_file import read_object
 from fm9g.io.pt_file import open_pt
 from fm9g.io.safetensors_file import open_safetensors
-from fm9g.lora.adapter_file import Adapter, check_adapter
+from fm9g.lora.adapter_file import EMBEDDING_WEIGHT, LM_HEAD_WEIGHT, Adapter, check_adapter, copy_tokenizer
 from fm9g.lora.base_fingerprint import base_fingerprint
 from fm9g.lora.inject import MAGNITUDE, A, B
 
 logger = logging.getLogger(__name__)
 
 _PREFIX = "base_model.model."
+_EMBEDDING, _HEAD = f"{_PREFIX}model.embed_tokens.weight", f"{_PREFIX}lm_head.weight"
+_PEFT_MODULES = {EMBEDDING: "embed_tokens", LM_HEAD: "lm_head"}
 _PARTS = {A: ".lora_A.weight", B: ".lora_B.weight", MAGNITUDE: ".lora_magnitude_vector"}
 _WEIGHT_MAP = WeightMap(LLAMA_MAP)
 # Values of PEFT's keys that our adapters can express. Keys that are not listed have no effect on a trained adapter.
@@ -42,7 +49,6 @@ _SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "fan_in_fan_out": (False,),
     "lora_bias": (False,),
-    "modules_to_save": (None, []),
     "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}),
     "trainable_token_indices": (None, []),
@@ -90,8 +96,11 @@ def write_peft(adapter: Adapter, target: Path, base: str = "", overwrite: bool =
         _check_base(base, adapter, modules)
     tensors = {}
     for name, weight in adapter.weights.items():
-        layer, _, _ = name.rpartition(".lora.")
-        tensors[f"{_PREFIX}{modules[layer]}{_PARTS[name.removeprefix(layer)]}"] = weight.float().contiguous()
+        layer, dot, _ = name.rpartition(".lora.")
+        hf_name = f"{modules[layer]}{_PARTS[name.removeprefix(layer)]}" if dot else _WEIGHT_MAP.to_hf(name)
+        tensors[f"{_PREFIX}{hf_name}"] = weight.float().contiguous()
+    if adapter.config.ensure_weight_tying:
+        tensors[_HEAD] = tensors[_EMBEDDING].clone()
     base_name = base or adapter.config.base
     config = _peft_config(adapter.config, base_name, sorted(modules.values()))
     adapter.register_inputs()
@@ -99,6 +108,8 @@ def write_peft(adapter: Adapter, target: Path, base: str = "", overwrite: bool =
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_model.safetensors").chmod(folder.stat().st_mode & 0o666)
         write_json(folder / ADAPTER_CONFIG, config)
+        if adapter.tokenizer:
+            copy_tokenizer(adapter.tokenizer, folder)
         card = peft_card(adapter, target.resolve().name, base_name, modules.values())
         (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -116,7 +127,8 @@ def _peft_config(config: AdapterConfig, base: str, modules: list[str]) -> dict[s
         "use_dora": config.dora,
         "bias": "none",
         "fan_in_fan_out": False,
-        "modules_to_save": None,
+        "modules_to_save": [_PEFT_MODULES[name] for name in config.modules_to_save] or None,
+        "ensure_weight_tying": config.ensure_weight_tying,
         "init_lora_weights": True,
         "inference_mode": True,
     }
@@ -142,9 +154,10 @@ def _check_base(base: str, adapter: Adapter, modules: Mapping[str, str]) -> None
         raise UserError(f"--base {base}: not a Hugging Face folder (config.json is missing)")
     _check_modules(base, adapter, modules)
     wanted = adapter.config.base_sha256
-    if wanted:
+    if wanted or adapter.config.modules_to_save:
         _, weights = open_hf_folder(folder)
-        if base_fingerprint(weights, lambda name: weights[name].read()) != wanted:
+        adapter.check_fits({name: weight.shape for name, weight in weights.items()}, f"--base {base}")
+        if wanted and base_fingerprint(weights, lambda name: weights[name].read()) != wanted:
             raise UserError(
                 f"--base {base}: is not the base that the adapter was trained on ({adapter.config.base}, SHA-256 "
                 f"{wanted[:16]}): its values differ. Any folder with the same values would do"
@@ -177,8 +190,8 @@ def _hf_layer(layer: str, path: Path) -> str:
 def read_peft(folder: Path) -> Adapter:
     """Reads the adapter of a PEFT folder, trained on a model with Llama's names of weights.
 
-    Raises UserError for anything but LoRA, rsLoRA and DoRA, ranks that differ between layers, biases, full modules
-    saved along, and initializations that changed the base.
+    Raises UserError for anything but LoRA, rsLoRA and DoRA, ranks that differ between layers, biases, complete modules
+    other than embedding and output, and initializations that changed the base.
     """
     file = folder / ADAPTER_CONFIG
     content = read_object(file)
@@ -193,15 +206,39 @@ def read_peft(folder: Path) -> Adapter:
         if native is None:
             raise UserError(f"{folder}: {name}: has no place in an adapter of a 9G model")
         weights[native] = tensor
+    modules_to_save, tied = _saved_modules(content, weights, file)
+    if tied:
+        del weights[LM_HEAD_WEIGHT]
     keys = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "base_model_name_or_path")
     values = {key: content[key] for key in keys if content.get(key) is not None}
-    values["target_modules"] = sorted({name.rpartition(".lora.")[0].rpartition(".")[2] for name in weights})
+    layers = [name.rpartition(".lora.")[0] for name in weights if ".lora." in name]
+    values["target_modules"] = sorted({layer.rpartition(".")[2] for layer in layers})
+    values |= {"modules_to_save": modules_to_save, "ensure_weight_tying": tied}
     config = build(AdapterConfig, [ConfigSource(str(file), values)])
     check_adapter(weights, config, folder)
     modules = [_hf_layer(name.removesuffix(A), folder) for name in weights if name.endswith(A)]
     for problem in _contradictions(content, modules):
         raise UserError(f"{file}: {problem}; it does not belong to the weights beside it; get both again")
-    return Adapter(config, weights, folder)
+    return Adapter(config, weights, folder, folder if modules_to_save and tokenizer_files(folder) else None)
+
+
+def _saved_modules(content: dict[str, Any], weights: Mapping[str, torch.Tensor], file: Path) -> tuple[list[str], bool]:
+    """The modules whose complete weights a folder holds, and whether they are one weight under two names.
+
+    PEFT also saves them, without naming them, where their number of tokens was changed.
+    """
+    named = content.get("modules_to_save") or []
+    try:
+        modules = canonical_modules(named)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    found = [name for name in (EMBEDDING, LM_HEAD) if f"{name}.weight" in weights]
+    if missing := [name for name in modules if name not in found]:
+        raise UserError(f"{file}: modules_to_save names {_PEFT_MODULES[missing[0]]}, but its weight is missing")
+    may_be_tied = len(found) > 1 and (content.get("ensure_weight_tying") or not modules)
+    if may_be_tied and torch.equal(weights[EMBEDDING_WEIGHT], weights[LM_HEAD_WEIGHT]):
+        return [EMBEDDING], True
+    return found, False
 
 
 def _contradictions(content: dict[str, Any], modules: list[str]) -> Iterator[str]:
@@ -240,6 +277,8 @@ def _why(key: str) -> str:
 
 
 def _native_name(name: str) -> str | None:
+    if name in (_EMBEDDING, _HEAD):
+        return EMBEDDING_WEIGHT if name == _EMBEDDING else LM_HEAD_WEIGHT
     for part, suffix in _PARTS.items():
         if _PREFIX in name and name.endswith(suffix):
             weight = name.partition(_PREFIX)[2].removesuffix(suffix) + ".weight"

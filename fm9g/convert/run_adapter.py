@@ -9,6 +9,7 @@ from fm9g.checkpoint.find import resolve_checkpoint_path
 from fm9g.config.adapter import ADAPTER_CONFIG
 from fm9g.config.model import ModelConfig
 from fm9g.config.run import RunConfig
+from fm9g.data.encode.new_tokens import NEW_TOKENS, check_same_tokens
 from fm9g.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,12 +43,19 @@ def with_adapter(run: RunConfig) -> RunConfig:
         "use_rslora": config.rslora,
         "use_dora": config.dora,
         "init_lora_weights": "default",  # any other acts on new adapters alone
+        "modules_to_save": config.modules_to_save,
     }
     origin = str((path if path.is_dir() else path.parent) / ADAPTER_CONFIG)
     _check_given_keys(run, adapter, values, origin)
     if not run.train.pretrained_model and config.base and Path(config.base).exists():
         values["pretrained_model"] = config.base
-    return run.changed("train", values, origin)
+    if adapter.tokenizer and (file := adapter.tokenizer / NEW_TOKENS).is_file():
+        if run.train.new_tokens:
+            check_same_tokens(run.train.new_tokens, file, str(path))
+        values["new_tokens"] = str(file)
+    run = run.changed("train", values, origin)
+    vocab_size = adapter.vocab_size(run.model.vocab_size)
+    return run.changed("model", {"vocab_size": vocab_size}, origin) if vocab_size > run.model.vocab_size else run
 
 
 def _layer_names(adapter: Adapter, model: ModelConfig, model_file: str) -> list[str]:

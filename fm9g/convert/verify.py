@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from fm9g.errors import UserError, error_text
 from fm9g.io.json_file import read_object
 from fm9g.io.lazy_tensor import LazyConcat
 from fm9g.model.transformer import weight_shapes
+from fm9g.process_memory import available_bytes
 
 TOLERANCE = 1e-4  # of the largest logit: both sides sum in different orders
 TEXTS = (
@@ -155,7 +155,7 @@ def _why_not_transformers(folder: Path, weights: Mapping[str, LazyConcat]) -> st
     names = family_of(hf, str(folder)).names
     if any(strip_wrappers(name, lambda name: bool(names.from_hf(name))) != name for name in open_hf_tensors(folder)):
         return "fm9g itself (its weights have names that transformers does not know)"
-    if 4 * sum(weight.shape.numel() for weight in weights.values()) > 0.8 * _free_memory():
+    if 4 * sum(weight.shape.numel() for weight in weights.values()) > 0.8 * available_bytes():
         return f"fm9g itself ({HF_CLASSES[kind]} in fp32 is larger than the memory)"
     return ""
 
@@ -183,12 +183,3 @@ def _transformers_logits(
             model(torch.tensor([ids]), use_cache=False, logits_to_keep=_NUM_LAST_TOKENS).logits[0] for ids in prompts
         ]
     return logits, type(model).__name__
-
-
-def _free_memory() -> float:
-    """Bytes that are available to new processes; infinity if the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return math.inf

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from fm9g.config.run import RunConfig, load_run
+from fm9g.config.run import RunConfig
 from fm9g.convert.run_adapter import with_adapter
 from fm9g.doctor.findings import ERROR, OK, Finding, format_findings
 from fm9g.doctor.fit import check_memory
 from fm9g.doctor.machine import check_machine, check_output_dir, check_rendezvous
 from fm9g.doctor.packages import check_packages
 from fm9g.errors import UserError
+from fm9g.shorthand.load import RunArguments, load_run
 
 
 def run_checks(
@@ -43,12 +44,6 @@ def run_checks(
 
 def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--config",
-        default="",
-        metavar="NAME",
-        help="a run whose needs are compared with this machine; default: check the machine alone",
-    )
-    parser.add_argument(
         "--nodes", type=int, default=1, help="number of machines that train together (default: %(default)s)"
     )
     parser.add_argument(
@@ -58,20 +53,21 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--node-rank", type=int, default=0, help="number of this machine, from 0 (default: %(default)s)"
     )
-    parser.epilog = "With --config also --KEY VALUE, as for `fm9g train`."
+    parser.epilog = (
+        "With FILE, --model or --config, the needs of that run are compared with this machine; --KEY VALUE as for "
+        "`fm9g train`."
+    )
 
 
-def run_doctor(options: argparse.Namespace, overrides: dict[str, str]) -> int:
-    """Prints the findings; returns 1 if one is an error. overrides: `--KEY VALUE` for the run that --config names."""
-    if overrides and not options.config:
-        raise UserError(f"--{next(iter(overrides))}: not an option of doctor; keys of a run need --config NAME")
+def run_doctor(options: argparse.Namespace, arguments: RunArguments) -> int:
+    """Prints the findings; returns 1 if one is an error. arguments: of a run; empty: check the machine alone."""
     if not 0 < options.master_port < 2**16:
         raise UserError(f"--master-port: found {options.master_port}, expected 1 to 65535")
     if options.nodes < 1:
         raise UserError(f"--nodes: found {options.nodes}, expected at least 1")
     if not 0 <= options.node_rank < options.nodes:
         raise UserError(f"--node-rank: found {options.node_rank}, expected 0 to {options.nodes - 1} (see --nodes)")
-    run = with_adapter(load_run(options.config, overrides, complete=False)) if options.config else None
+    run = with_adapter(load_run(arguments, complete=False, prepare_data=False)) if arguments else None
     findings = run_checks(run, options.master_addr, options.master_port, options.node_rank, options.nodes)
     print(format_findings(findings))
     return int(any(finding.status == ERROR for finding in findings))

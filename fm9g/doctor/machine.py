@@ -107,7 +107,7 @@ def check_disk(run: RunConfig, free: int) -> Finding:
     first_step = int(config.resume_ckpt) if config.resume_ckpt.isdecimal() else 0
     size = checkpoint_bytes(run.model, JobConfig.from_run(run, nodes=1, gpus=config.tp_size))
     steps = range(first_step, config.last_step)
-    count = -(-len(steps) // config.save_iters) if config.save else 0
+    count = -(-len(steps) // config.interval_steps(config.save_iters)) if config.save else 0
     if config.save_total_limit:  # an old one is deleted once the new one is complete
         count = min(count, config.save_total_limit + 1)
     found = (

@@ -7,7 +7,7 @@ any number of processes can resume from it. Small state, such as the row and col
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.optim._adafactor import adafactor
 from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
 from fm9g.import_utils import import_bitsandbytes
 
@@ -26,10 +27,12 @@ class OptimizerConfig:
 
     Args:
         lr_scales: weight name to its factor on the learning rate of a step.
-        name: adamw, adamw8bit, adafactor or muon.
+        weight_decay: of all weights except those of no_decay.
+        name: adamw, adamw8bit, adafactor, muon or sgd.
         muon_params: the weights that muon orthogonalizes; it updates the others by adamw.
-        momentum: of muon.
+        momentum: of muon or sgd.
         ema_decay: of the running mean of weights; 0: none.
+        no_decay: the weights without weight decay.
     """
 
     lr_scales: dict[str, float]
@@ -40,6 +43,18 @@ class OptimizerConfig:
     muon_params: frozenset[str] = frozenset()
     momentum: float = 0.95
     ema_decay: float = 0.0
+    no_decay: frozenset[str] = frozenset()
+
+    def decay_of(self, name: str) -> float:
+        """The weight decay of a weight."""
+        return 0.0 if name in self.no_decay else self.weight_decay
+
+    def groups(self, names: Iterable[str]) -> dict[tuple[float, float], list[str]]:
+        """The names by (factor on the learning rate, weight decay), as torch's functions take one of each per call."""
+        groups: dict[tuple[float, float], list[str]] = {}
+        for name in names:
+            groups.setdefault((self.lr_scales[name], self.decay_of(name)), []).append(name)
+        return groups
 
 
 @dataclass(frozen=True)
@@ -119,10 +134,7 @@ class AdamW(ParamOptimizer):
 
     def step(self, weights: dict[str, torch.Tensor], grads: dict[str, torch.Tensor], args: StepArgs) -> None:
         config = self._config
-        by_scale: dict[float, list[str]] = {}
-        for name in weights:
-            by_scale.setdefault(config.lr_scales[name], []).append(name)
-        for scale, names in by_scale.items():
+        for (scale, weight_decay), names in config.groups(weights).items():
             adamw(
                 [weights[name] for name in names],
                 [grads[name] for name in names],
@@ -137,8 +149,37 @@ class AdamW(ParamOptimizer):
                 beta1=config.betas[0],
                 beta2=config.betas[1],
                 lr=args.lr * scale,
-                weight_decay=config.weight_decay,
+                weight_decay=weight_decay,
                 eps=config.eps,
+                maximize=False,
+            )
+
+
+class SGD(ParamOptimizer):
+    """Stochastic gradient descent with momentum (Polyak 1964) by torch's fused function.
+
+    As in torch, weight decay is part of the gradient, and so of the momentum.
+    """
+
+    supports_found_inf = True
+
+    def init_state(self, name: str, zeros_like_shard: Callable[..., torch.Tensor]) -> None:
+        # torch's buffer starts as the first gradient, which is the update of a buffer of zeros.
+        self.state[name] = {"momentum_buffer": zeros_like_shard()} if self._config.momentum else {}
+
+    def step(self, weights: dict[str, torch.Tensor], grads: dict[str, torch.Tensor], args: StepArgs) -> None:
+        for (scale, weight_decay), names in self._config.groups(weights).items():
+            sgd(
+                [weights[name] for name in names],
+                [grads[name] for name in names],
+                [self.state[name].get("momentum_buffer") for name in names],
+                fused=True,
+                found_inf=args.found_inf,
+                weight_decay=weight_decay,
+                momentum=self._config.momentum,
+                lr=args.lr * scale,
+                dampening=0.0,
+                nesterov=False,
                 maximize=False,
             )
 
@@ -194,7 +235,7 @@ class AdamW8bit(ParamOptimizer):
                 qmap2=self._codes["exp_avg_sq"],
                 absmax1=state["exp_avg.scales"],
                 absmax2=state["exp_avg_sq.scales"],
-                weight_decay=config.weight_decay,
+                weight_decay=config.decay_of(name),
             )
 
     def export_state(self, name: str, key: str) -> torch.Tensor:
@@ -255,7 +296,7 @@ class Adafactor(ParamOptimizer):
                 d=1.0,
                 lr=args.lr * self._config.lr_scales[name],
                 beta2_decay=-0.8,
-                weight_decay=self._config.weight_decay,
+                weight_decay=self._config.decay_of(name),
                 eps1=None,  # type: ignore[arg-type]  # that of the weight's dtype
                 eps2=1e-3,
                 maximize=False,
@@ -283,7 +324,7 @@ class Muon(ParamOptimizer):
             full = self._layout.all_gather_full(name, grads[name].lerp(mean, momentum))
             full = _zeropower_via_newtonschulz(full, *self._NEWTON_SCHULZ).contiguous()
             lr = args.lr * self._config.lr_scales[name]
-            weight.mul_(1 - lr * self._config.weight_decay)
+            weight.mul_(1 - lr * self._config.decay_of(name))
             weight.add_(self._layout.local_view(name, full), alpha=-lr * (0.2 * max(full.shape) ** 0.5))
 
 
@@ -301,6 +342,8 @@ def build_optimizers(
     default = AdamW(config, layout)
     if config.name == "adamw":
         return dict.fromkeys(shapes, default)
+    if config.name == "sgd":
+        return dict.fromkeys(shapes, SGD(config, layout))
     if config.name == "adamw8bit":
         adamw8bit = AdamW8bit(config, layout)
         return {

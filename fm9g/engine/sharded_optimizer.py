@@ -43,8 +43,8 @@ class ShardedOptimizer:
             UserError: if the optimizer does not work with `offload`.
         """
         self._config, self._offload, self._bucket_size = config, offload, bucket_size
-        if offload and config.name != "adamw":
-            raise UserError(f"offload_optimizer works with optimizer adamw, not with {config.name}")
+        if offload and config.name not in ("adamw", "sgd"):
+            raise UserError(f"offload_optimizer works with optimizer adamw and sgd, not with {config.name}")
         self._device = next((weight.device for weight in weights.values()), torch.device("cpu"))
         pin = offload and self._device.type == "cuda"
         self._state_device = torch.device("cpu") if offload else self._device

@@ -79,3 +79,22 @@ def exclusive_lock(folder: Path, timeout: float, busy: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def wait_lock(file: Path, waiting: str) -> Iterator[None]:
+    """Holds the lock on a file, which is created if it is missing, and waits for as long as another process holds it.
+
+    waiting: what is logged if there is another one. Without locks in the file system, continues at once.
+    """
+    with os_errors_as_user_error(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if try_lock(descriptor) is False:
+            logger.info(waiting)
+            while try_lock(descriptor) is False:
+                time.sleep(_RETRY_SECONDS)
+        yield
+    finally:
+        os.close(descriptor)

@@ -2,6 +2,9 @@
 
 W' = W + s B A          A: (r, in)   B: (out, r)   s: alpha / r, with rsLoRA alpha / sqrt(r)
 W' = m (W + s B A)/|.|  with DoRA; m: (out,)  |.|: the length of each row
+
+A file may also hold complete weights, those of `modules_to_save`. Their rows may be more than the base's: the adapter
+then belongs to more tokens.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +20,13 @@ from pathlib import Path
 import torch
 
 from fm9g.checkpoint.checkpoint import Checkpoint
-from fm9g.checkpoint.layout import MANIFEST
+from fm9g.checkpoint.layout import MANIFEST, TOKENIZER
 from fm9g.checkpoint.weight_check import check_dtypes
 from fm9g.config.adapter import ADAPTER_CONFIG, AdapterConfig, load_adapter_config
 from fm9g.config.train_file import load_adapter_keys
+from fm9g.config.train_rules import EMBEDDING, LM_HEAD
+from fm9g.data.encode.new_tokens import NEW_TOKENS
+from fm9g.data.encode.tokenizer_files import tokenizer_files
 from fm9g.errors import UserError
 from fm9g.io.atomic import atomic_dir
 from fm9g.io.inputs import protect_inputs, register_input
@@ -28,6 +35,7 @@ from fm9g.lora.base_fingerprint import base_fingerprint
 from fm9g.lora.inject import MAGNITUDE, A, B
 
 ADAPTER_FILE = "adapter.pt"
+EMBEDDING_WEIGHT, LM_HEAD_WEIGHT = f"{EMBEDDING}.weight", f"{LM_HEAD}.weight"
 _SUFFIXES = (A, B, MAGNITUDE)
 
 
@@ -37,18 +45,29 @@ class Adapter:
 
     Args:
         weights: of every layer X its X.lora.lora_A (r, in), X.lora.lora_B (out, r), and with DoRA X.lora.magnitude
-            (out,).
+            (out,); of every module X in modules_to_save its X.weight (token ids, hidden size).
         path: the file or folder that they were read from.
+        tokenizer: folder of the tokenizer that they were trained with, if it has more tokens than the base's.
     """
 
     config: AdapterConfig
     weights: Mapping[str, torch.Tensor]
     path: Path
+    tokenizer: Path | None = None
 
     @functools.cached_property
     def layers(self) -> list[str]:
         """Full names of the layers with an adapter."""
         return [name.removesuffix(A) for name in self.weights if name.endswith(A)]
+
+    @property
+    def saved_modules(self) -> dict[str, torch.Tensor]:
+        """The complete weights by name, in place of the base's."""
+        return {name: self.weights[name] for name in _saved_names(self.config)}
+
+    def vocab_size(self, base: int) -> int:
+        """The number of token ids that a base of so many has with this adapter."""
+        return max([base, *(len(weight) for weight in self.saved_modules.values())])
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -65,7 +84,7 @@ class Adapter:
         return torch.Size([self.weights[layer + B].shape[0], self.weights[layer + A].shape[1]])
 
     def check_fits(self, shapes: Mapping[str, torch.Size], base: str) -> None:
-        """Raises UserError if the adapter's layers are not among weights of these shapes.
+        """Raises UserError if the adapter's layers and modules are not among weights of these shapes.
 
         Args:
             shapes: name of a weight -> its shape.
@@ -79,6 +98,32 @@ class Adapter:
                     f"{self.path}: {layer}: is for a weight of {list(expected)}, but {base} {has}: the adapter is for "
                     "another model"
                 )
+        if self.config.modules_to_save:
+            self._check_modules_fit(shapes, base)
+
+    def _check_modules_fit(self, shapes: Mapping[str, torch.Size], base: str) -> None:
+        tied, modules = LM_HEAD_WEIGHT not in shapes, self.saved_modules
+        if tied and (LM_HEAD_WEIGHT in modules or not self.config.ensure_weight_tying):
+            raise UserError(
+                f"{self.path}: modules_to_save: embedding and output were trained apart, but {base} has one weight for "
+                "both; merge the adapter with PEFT (merge_and_unload), and take its result as the base"
+            )
+        if not tied and self.config.ensure_weight_tying:
+            raise UserError(
+                f"{self.path}: modules_to_save: embedding and output are one weight, but {base} has two: the adapter "
+                "is for another model"
+            )
+        for name, weight in modules.items():
+            rows, width = shapes[name]
+            if weight.shape[1] != width or len(weight) < rows:
+                raise UserError(
+                    f"{self.path}: {name}: is {list(weight.shape)}, but {base} has {[rows, width]} there: the adapter "
+                    "is for another model"
+                )
+        needed = {EMBEDDING_WEIGHT} if tied else {EMBEDDING_WEIGHT, LM_HEAD_WEIGHT}
+        sizes = {len(modules[name]) if name in modules else shapes[name][0] for name in needed}
+        if len(sizes) > 1:
+            raise UserError(f"{self.path}: embedding and output have different numbers of tokens on {base}")
 
     def apply(self, layer: str, rows: torch.Tensor, row_offset: int = 0) -> torch.Tensor:
         """Merges the adapter of a layer into rows of its weight, in fp32.
@@ -122,25 +167,34 @@ def open_adapter(path: Path, train_config: Path | None = None) -> Adapter:
         )
     if train_config is not None:
         trained_with = _config_from_train_file(train_config)
-        config = config or replace(trained_with, layers=sorted({layer.rpartition(".")[2] for layer in layers}))
+        names = sorted({layer.rpartition(".")[2] for layer in layers})
+        modules = [name.removesuffix(".weight") for name in weights if name in (EMBEDDING_WEIGHT, LM_HEAD_WEIGHT)]
+        config = config or replace(trained_with, layers=names, modules_to_save=modules)
         _check_same(config, trained_with, file, train_config)
     assert config is not None
     weights = dict(weights)  # an adapter is small, and its tensors are used many times
     check_adapter(weights, config, file)
-    return Adapter(config, weights, file)
+    tokenizer = folder / TOKENIZER
+    return Adapter(config, weights, file, tokenizer if (tokenizer / NEW_TOKENS).is_file() else None)
+
+
+def _saved_names(config: AdapterConfig) -> list[str]:
+    return [f"{module}.weight" for module in config.modules_to_save]
 
 
 def _layers_of(weights: Mapping[str, torch.Tensor], file: Path) -> list[str]:
-    unknown = [name for name in weights if not (name.endswith(_SUFFIXES) and name.startswith("encoder.layers."))]
+    names = [name for name in weights if name not in (EMBEDDING_WEIGHT, LM_HEAD_WEIGHT)]
+    unknown = [name for name in names if not (name.endswith(_SUFFIXES) and name.startswith("encoder.layers."))]
     if unknown:
         more = f" and {len(unknown) - 1} more have" if len(unknown) > 1 else " has"
-        hint = "; it looks like a full model's" if len(unknown) == len(weights) else ""
+        hint = "; it looks like a full model's" if len(unknown) == len(names) else ""
         raise UserError(
             f"{file}: {unknown[0]}{more} no place in an adapter: its keys end in {', '.join(_SUFFIXES)}{hint}"
         )
-    layers = sorted({name.rpartition(".lora.")[0] for name in weights})
+    layers = sorted({name.rpartition(".lora.")[0] for name in names})
     if not layers:
-        raise UserError(f"{file}: holds no adapter: it is empty")
+        what = "it is empty" if not weights else "it has complete weights alone, and looks like a full model's"
+        raise UserError(f"{file}: holds no adapter: {what}")
     return layers
 
 
@@ -181,6 +235,12 @@ def check_adapter(weights: Mapping[str, torch.Tensor], config: AdapterConfig, fi
             )
         if config.dora and weights[layer + MAGNITUDE].shape != b.shape[:1]:
             raise UserError(f"{file}: {layer}{MAGNITUDE}: expected shape {list(b.shape[:1])}")
+    for name in (EMBEDDING_WEIGHT, LM_HEAD_WEIGHT):
+        if (name in weights) != (name in _saved_names(config)):
+            problem = "is not in modules_to_save of adapter_config.json" if name in weights else "is missing"
+            raise UserError(f"{file}: {name} {problem}")
+        if name in weights and weights[name].dim() != 2:
+            raise UserError(f"{file}: {name}: expected two dimensions, found shape {list(weights[name].shape)}")
     check_dtypes(weights, str(file))
     for name, weight in weights.items():
         if weight.layout != torch.strided:
@@ -199,9 +259,20 @@ def save_adapter(adapter: Adapter, target: Path, overwrite: bool = False) -> Non
     check_adapter(adapter.weights, adapter.config, target)
     adapter.register_inputs()
     with atomic_dir(target, overwrite) as folder:
+        if adapter.tokenizer:
+            copy_tokenizer(adapter.tokenizer, folder / TOKENIZER)
         write_weights(folder / ADAPTER_FILE, adapter.weights, adapter.weights.items())
         text = json.dumps(adapter.config.to_json(), indent=2, ensure_ascii=False)
         (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies the files of a tokenizer, and the list of its new tokens, into a folder, which need not exist."""
+    for file in [*tokenizer_files(source), *source.glob(NEW_TOKENS)]:
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        register_input(file)
+        shutil.copyfile(file, copy)
 
 
 def combine(adapters: Sequence[Adapter], coefficients: Sequence[float]) -> Adapter:
@@ -246,6 +317,11 @@ def _check_summable(adapters: Sequence[Adapter], coefficients: Sequence[float]) 
         if not math.isfinite(coefficient) or not coefficient:
             raise UserError(f"the weight {coefficient:g}: expected a finite number that is not 0")
     for adapter in adapters:
+        if adapter.config.modules_to_save:
+            raise UserError(
+                f"{adapter.path}: has complete weights ({', '.join(adapter.config.modules_to_save)}), which cannot be "
+                "added up; merge such adapters one at a time"
+            )
         if adapter.config.dora:
             raise UserError(f"{adapter.path}: is DoRA, which cannot be added up; merge such adapters one at a time")
     if len({adapter.config.base_sha256 for adapter in adapters if adapter.config.base_sha256}) > 1:

@@ -48,7 +48,9 @@ class AdapterInit:
     def init_weight(self, name: str, weight: torch.Tensor) -> None:
         """Writes the initial values of the named weight into a tensor."""
         layer, dot, _ = name.rpartition(".lora.")
-        if not dot:
+        if not dot and self._saved is not None and name in self._saved:  # of modules_to_save
+            weight.copy_(self._saved[name])
+        elif not dot:
             values = self._base(name)
             if self._config.pissa and name.removesuffix(".weight") in self._layers:
                 a, b = self._initial_ab(name.removesuffix(".weight"))
@@ -102,7 +104,7 @@ class AdapterInit:
 
 def trainable_ranks(config: AdapterConfig, name: str, saved: torch.Tensor) -> torch.Tensor:
     """The part of a tensor of an adapter's file that is trained: with PiSSA the first half of the ranks."""
-    return saved.chunk(2, dim=0 if name.endswith(A) else 1)[0] if config.pissa else saved
+    return saved.chunk(2, dim=0 if name.endswith(A) else 1)[0] if config.pissa and name.endswith((A, B)) else saved
 
 
 class _PissaFileView:
@@ -111,7 +113,8 @@ class _PissaFileView:
     def __init__(self, tensors: Tensors, initial_ab: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         self._tensors, self._initial_ab = tensors, initial_ab
         self.meta = {
-            name: torch.cat([meta, meta], dim=0 if name.endswith(A) else 1) for name, meta in tensors.meta.items()
+            name: torch.cat([meta, meta], dim=0 if name.endswith(A) else 1) if name.endswith((A, B)) else meta
+            for name, meta in tensors.meta.items()
         }
 
     def stage_to_host(self, buffers: dict[str, torch.Tensor]) -> None:

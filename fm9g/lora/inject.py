@@ -49,7 +49,7 @@ def linear_layers(layers: nn.ModuleList, prefix: str = "encoder.layers") -> dict
 
 
 def inject_adapters(model: nn.Module, layers: nn.ModuleList, config: AdapterConfig, backend: str = "peft") -> list[str]:
-    """Adds adapters to linear layers of a model on the meta device, and freezes all other weights.
+    """Adds adapters to linear layers of a model on the meta device, and freezes all other weights but modules_to_save.
 
     Args:
         layers: those of the model; only their linear layers can have adapters.
@@ -76,7 +76,8 @@ def inject_adapters(model: nn.Module, layers: nn.ModuleList, config: AdapterConf
     with torch.device("meta"):
         (_inject_with_opendelta if backend == "opendelta" else _inject_with_peft)(model, targets, config)
     for name, weight in model.named_parameters():
-        weight.requires_grad_(".lora." in canonical_name(name))
+        is_saved = name.removesuffix(".weight") in config.modules_to_save
+        weight.requires_grad_(is_saved or ".lora." in canonical_name(name))
     return targets
 
 

@@ -68,6 +68,17 @@ def root_weights(model: ModelConfig, tp_size: int = 1) -> int:
     return head_weights(model, tp_size) * (1 if model.tie_word_embeddings else 2) + model.hidden_size
 
 
+def trained_layers(num_layers: int, trainable_layers: int) -> range:
+    """The indices of the layers that are trained.
+
+    Args:
+        trainable_layers: the training key: number of the last layers; below 0: of the first ones; 0: all.
+    """
+    if trainable_layers < 0:
+        return range(min(-trainable_layers, num_layers))
+    return range(max(num_layers - trainable_layers, 0) if trainable_layers else 0, num_layers)
+
+
 def adapter_weights(model: ModelConfig, layers: Collection[str], r: int) -> int:
     """Weights of the LoRA adapters of one transformer layer.
 

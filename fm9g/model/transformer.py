@@ -243,6 +243,11 @@ def is_mup_scaled(name: str) -> bool:
     return name.startswith("encoder.layers.") and name.endswith(".weight") and "norm" not in name
 
 
+def is_norm_or_bias(name: str) -> bool:
+    """Whether a weight is that of a norm, or a bias. The magnitudes of DoRA are neither."""
+    return name.endswith(".bias") or "norm" in name
+
+
 def weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """The names and shapes of a model's weights."""
     with torch.device("meta"):

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from fm9g.config.fields import did_you_mean
-from fm9g.config.run import RunConfig, load_run
+from fm9g.config.run import RunConfig
 from fm9g.convert.run_adapter import with_adapter
 from fm9g.errors import UserError
 from fm9g.hardware import GPUS, Gpu
@@ -17,17 +17,12 @@ from fm9g.plan.alternatives import find_alternatives
 from fm9g.plan.estimate import JobEstimate, estimate_job, suggest
 from fm9g.plan.job import JobConfig
 from fm9g.plan.render import format_suggestions, format_table, format_verdict, plot_memory
+from fm9g.shorthand.load import RunArguments, load_run
 
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config",
-        required=True,
-        metavar="NAME",
-        help="the run: a name in train_configs/ or model_configs/, or the path of such a file",
-    )
     parser.add_argument("--nodes", type=int, default=1, help="number of machines (default: %(default)s)")
     parser.add_argument(
         "--gpus", type=int, default=None, help="number of GPUs of each machine; default: the key n_gpus of the run"
@@ -61,17 +56,20 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--plot", type=Path, default=None, metavar="FILE", help="also draw the memory into a .png, .svg or .pdf file"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the picture if it exists")
-    parser.usage = f"{parser.prog} [-h] --config NAME [--nodes N] [--gpus N] [--gpu NAME] ... [--KEY VALUE ...]"
-    parser.epilog = "Also --KEY VALUE and --model.KEY VALUE, as for `fm9g train`."
+    parser.usage = (
+        f"{parser.prog} [-h] [FILE] [--model MODEL | --config NAME] [--nodes N] [--gpus N] [--gpu NAME] ... "
+        "[--KEY VALUE ...]"
+    )
+    parser.epilog = "Also FILE, --KEY VALUE and --model.KEY VALUE, as for `fm9g train`."
 
 
-def run_plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
-    """Prints what the configured training needs; returns 1 if it does not fit. overrides: `--KEY VALUE` of the run."""
+def run_plan(options: argparse.Namespace, arguments: RunArguments) -> int:
+    """Prints what the training that the arguments describe needs; returns 1 if it does not fit."""
     gpu = _gpu(options.gpu, options.gpu_memory, options.gpu_flops)
     if not 0 < options.mfu <= 1:
         raise UserError(f"--mfu: found {options.mfu}, expected a share above 0 and at most 1")
     given = parse_tokens(options.tokens) if options.tokens else None
-    run = load_run(options.config, overrides, complete=False)
+    run = load_run(arguments, complete=False)
     if options.plot:
         check_output_file(options.plot, "--plot", IMAGE_SUFFIXES, options.overwrite)
     run = with_adapter(run)
@@ -110,9 +108,12 @@ def _tokens_of(run: RunConfig, job: JobConfig) -> tuple[float | None, str]:
     from fm9g.data.load.run_mixture import count_tokens
 
     try:
-        tokens = count_tokens(run)
+        tokens, records = count_tokens(run)
     except UserError as error:
         return None, f"the data of epochs {config.epochs:g} cannot be read here ({error}); --tokens gives its size"
+    if not config.packing:
+        iters = config.iters_for_records(records, job.tokens_per_step // config.row_tokens)
+        return iters * job.tokens_per_step, f"epochs {config.epochs:g} without packing: at most these"
     return config.iters_for_epochs(tokens, job.tokens_per_step) * job.tokens_per_step, f"epochs {config.epochs:g}"
 
 

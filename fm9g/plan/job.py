@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from fm9g.config.resolved import DeviceFacts, resolve
 from fm9g.config.run import RunConfig
 from fm9g.config.train_rules import check_model_parallelism, check_parallelism
 from fm9g.errors import UserError
-from fm9g.model.counts import adapter_weights
+from fm9g.model.counts import adapter_weights, head_weights, trained_layers
 
 SEARCH_SPACE: dict[str, tuple[Any, ...]] = {
     "engine": ("torch", "bmtrain"),
@@ -26,10 +27,13 @@ RUN_KEYS = (
     "grad_ckpt_num",
     "offload_optimizer",
     "optimizer",
+    "sgd_momentum",
     "ema_decay",
+    "trainable_layers",
     "batch_size",
     "max_length",
     "lora_r",
+    "modules_to_save",
     "quantization",
     "save_model_only",
 )
@@ -59,13 +63,16 @@ class JobConfig:
     grad_ckpt_num: int = 160
     offload_optimizer: bool = False
     optimizer: str = "adamw"
+    sgd_momentum: float = 0.0
     ema_decay: float = 0.0
+    trainable_layers: int = 0
     half_type: str = "bf16"
     batch_size: int = 1
     max_length: int = 4096
     gradient_accumulation_steps: int = 1
     lora_layer: tuple[str, ...] = ()
     lora_r: int = 8
+    modules_to_save: Sequence[str] = ()
     quantization: str = "none"
     save_model_only: bool = False
     flash: bool = True
@@ -104,6 +111,11 @@ class JobConfig:
         """Raises UserError if tensor parallelism cannot divide the model."""
         check_model_parallelism(model, self.tp_size)
 
+    def saved_modules(self, model: ModelConfig) -> int:
+        """Weights outside layers that are trained beside adapters: the embedding, the output layer."""
+        num_modules = min(1, len(self.modules_to_save)) if model.tie_word_embeddings else len(self.modules_to_save)
+        return num_modules * head_weights(model)
+
     def adapters(self, model: ModelConfig) -> int:
         """Weights of a layer's adapters; 0: there are none, and all weights are trained."""
         return adapter_weights(model, self.lora_layer, self.lora_r)
@@ -111,6 +123,15 @@ class JobConfig:
     def trains(self, *names: str) -> bool:
         """Whether one of these linear layers is trained or has an adapter."""
         return not self.lora_layer or any(name.rpartition(".")[2] in names for name in self.lora_layer)
+
+    @property
+    def trains_root(self) -> bool:
+        """Whether the weights outside layers are trained: embedding, last norm and output layer."""
+        return not self.lora_layer and not self.trainable_layers
+
+    def trained_layers(self, model: ModelConfig) -> range:
+        """The indices of the layers that are trained, or have adapters."""
+        return trained_layers(model.num_layers, self.trainable_layers)
 
     @property
     def split_tokens(self) -> int:

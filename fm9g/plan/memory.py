@@ -62,44 +62,47 @@ def step_phases(model: ModelConfig, job: JobConfig) -> Iterator[StepPhase]:
         sizes.shared_bytes(model, job),
         job.row * e * model.hidden_size,
     )
-    full = sizes.layer_bytes(model, job)
-    if e == 4 and job.activation_checkpoint != "none":
-        full -= sizes.input_bytes(model, job)  # in fp32 the first norm saves the layer's input without a copy
+    trained = job.trained_layers(model)
+    # In fp32 the first norm of a layer that is recomputed saves the layer's input without a copy.
+    uncopied = sizes.input_bytes(model, job) * (e == 4 and job.activation_checkpoint != "none")
 
     def phase(name: str, layers_done: int, activations: float, loss: float, buffers: float) -> StepPhase:
         """layers_done: number of layers that have their gradients; num_layers + 1 adds the weights outside layers."""
         layers_done = layers_done if job.gradient_accumulation_steps == 1 and not engine.lasting else layers + 1
-        gradients = engine.layer_gradient * min(layers_done, layers) + engine.root_gradient * (layers_done > layers)
+        with_gradients = sum(layer >= layers - layers_done for layer in trained)
+        gradients = engine.layer_gradient * with_gradients + engine.root_gradient * (layers_done > layers)
         return StepPhase(name, engine.weights, gradients, engine.optimizer, activations, loss, buffers)
 
     in_loss, in_head = sizes.loss_bytes(model, job)
     everything, several = shared + sum(saved) + sizes.end_bytes(model, job), job.gradient_accumulation_steps > 1
     yield phase("the loss", 0, everything, in_loss, engine.output + engine.gathered(layers))
     yield phase("gradient of the output layer", 0, everything + grad, in_head, engine.root + engine.gathered(layers))
-    for layer in reversed(range(layers)):
-        layers_done, below = layers - 1 - layer, shared + sum(saved[:layer]) + grad
+    for layer in reversed(range(trained.start, layers)):  # the backward pass ends at the first trained layer
+        layers_done, below, is_trained = layers - 1 - layer, shared + sum(saved[:layer]) + grad, layer in trained
+        full = sizes.layer_bytes(model, job, not is_trained) - uncopied
         own = saved[layer] if saved[layer] == full else sizes.input_bytes(model, job) + full
         around = (
             engine.root
             + engine.gathered(layer + 1)
             + engine.layer * (not engine.stays)
-            + engine.message * (layers_done > 0)
+            + engine.message * (layer + 1 in trained)
         )
-        started = engine.full_gradient * (engine.message == 0)
+        full_gradient = engine.full_gradient * is_trained
+        started = full_gradient * (engine.message == 0)
         in_gate = own + sizes.feed_forward_bytes(model, job)
         at_end = own - full + sizes.norm_backward_bytes(model, job)
         yield phase(
             f"layer {layer}, feed-forward", layers_done, below + in_gate, engine.head_gradient, around + started
         )
         yield phase(
-            f"layer {layer}, its end", layers_done, below + at_end, engine.head_gradient, around + engine.full_gradient
+            f"layer {layer}, its end", layers_done, below + at_end, engine.head_gradient, around + full_gradient
         )
         dealt = (
             engine.root
             + engine.gathered(layer)
-            + engine.full_gradient
-            + engine.message
-            + engine.layer_gradient * several
+            + full_gradient
+            + engine.message * is_trained
+            + engine.layer_gradient * several * is_trained
         )
         yield phase(f"layer {layer}, reduction", layers_done + 1, below, engine.head_gradient, dealt)
     yield phase("gradients outside layers", layers, shared + grad, 0, engine.root + engine.root_full + engine.message)
@@ -156,21 +159,22 @@ class _EngineMemory:
         bmtrain = job.engine == "bmtrain"
         shards = job.data_parallel if job.zero_level else 1
         masters = 4 if not bmtrain or e == 4 else 4 + e
-        num_weights = adapters * layers / shards
+        complete = job.saved_modules(model)  # trained in full, and kept in fp32
+        num_weights = (adapters * layers + complete) / shards
         return cls(
-            weights=e * (n * layers + r) / shards + masters * num_weights + bits,
+            weights=e * (n * layers + r - complete) / shards + masters * num_weights + bits,
             optimizer=0 if job.offload_optimizer else sizes.state_bytes(model, job) * num_weights,
             layer_gradient=4 * adapters / shards,
-            root_gradient=0,
+            root_gradient=4 * complete / shards,
             layer=e * (n + adapters),
             root=e * r * (not bmtrain) + e * largest * few,
             output=e * (counts.head_weights(model) if bmtrain else r) + e * largest * few,
             ahead=e * (n + adapters) * (shards > 1 and job.zero_level == 3 and not bmtrain),
-            head_gradient=0,
+            head_gradient=e * complete,
             full_gradient=e * adapters,
-            root_full=0,
+            root_full=e * complete,
             message=4 * adapters,
-            root_message=0,
+            root_message=4 * complete,
             stepping=0,
             stays=job.zero_level != 3 or (bmtrain and job.activation_checkpoint == "none"),
             lasting=bmtrain,
@@ -183,24 +187,24 @@ class _EngineMemory:
 
 def _torch(model: ModelConfig, job: JobConfig) -> _EngineMemory:
     """FSDP2: fp32 shards; a layer's weights are gathered in compute precision, its gradients reduced in fp32."""
-    e, ways, layers = job.width, job.tp_size, model.num_layers
+    e, ways, layers, root = job.width, job.tp_size, model.num_layers, job.trains_root
     n, r = counts.layer_weights(model, ways), counts.root_weights(model, ways)
     shards = job.data_parallel if job.zero_level else 1
-    total = (n * layers + r) / shards
+    total, trained = (n * layers + r) / shards, (n * len(job.trained_layers(model)) + r * root) / shards
     return _EngineMemory(
         weights=4 * total,
-        optimizer=0 if job.offload_optimizer else sizes.state_bytes(model, job) * total,
+        optimizer=0 if job.offload_optimizer else sizes.state_bytes(model, job) * trained,
         layer_gradient=4 * n / shards,
-        root_gradient=4 * r / shards,
+        root_gradient=4 * r / shards * root,
         layer=e * n,
         root=e * r,
         output=e * r,
         ahead=e * n * (shards > 1 and job.zero_level == 3),
-        head_gradient=e * counts.head_weights(model, ways),
+        head_gradient=e * counts.head_weights(model, ways) * root,
         full_gradient=e * n,
-        root_full=e * (r + counts.head_weights(model, ways) * model.tie_word_embeddings),
+        root_full=e * (r + counts.head_weights(model, ways) * model.tie_word_embeddings) * root,
         message=4 * n,
-        root_message=4 * r,
+        root_message=4 * r * root,
         stepping=0,
         stays=job.zero_level != 3,
         lasting=False,
@@ -214,36 +218,41 @@ def _bmtrain(model: ModelConfig, job: JobConfig) -> _EngineMemory:
     runs. Without checkpointing its weights stay gathered, since the autograd graph references them. Weights outside
     blocks are gathered for each use and released.
     """
-    e, layers = job.width, model.num_layers
+    e, layers, root = job.width, model.num_layers, job.trains_root
     n, r = counts.layer_weights(model), counts.root_weights(model)
     total, head = (n * layers + r) / job.data_parallel, counts.head_weights(model)
+    trained = (n * len(job.trained_layers(model)) + r * root) / job.data_parallel
     masters, several = 4 * (e < 4), job.gradient_accumulation_steps > 1
     return _EngineMemory(
         weights=e * total,
-        optimizer=(0 if job.offload_optimizer else (sizes.state_bytes(model, job) + masters) * total)
-        + masters * total * several,
+        optimizer=(0 if job.offload_optimizer else (sizes.state_bytes(model, job) + masters) * trained)
+        + masters * trained * several,
         layer_gradient=e * n / job.data_parallel,
-        root_gradient=e * r / job.data_parallel,
+        root_gradient=e * r / job.data_parallel * root,
         layer=e * n,
         root=0,
         output=e * head,
         ahead=0,
         head_gradient=0,
         full_gradient=e * n,
-        root_full=e * head * (1 + model.tie_word_embeddings),
+        root_full=e * head * (1 + model.tie_word_embeddings) * root,
         message=0,
         root_message=0,
-        stepping=masters * total * (not several),
+        stepping=masters * trained * (not several),
         stays=job.zero_level != 3 or job.activation_checkpoint == "none",
         lasting=True,
     )
 
 
 def _saved_activations(model: ModelConfig, job: JobConfig) -> list[float]:
-    """Bytes that each layer saves from its forward to its backward pass."""
-    full = sizes.layer_bytes(model, job)
-    if job.activation_checkpoint == "none":
-        return [full] * model.num_layers
-    less = sizes.input_bytes if job.activation_checkpoint == "full" else sizes.selective_bytes
-    few = min(job.grad_ckpt_num, model.num_layers)
-    return [less(model, job)] * few + [full] * (model.num_layers - few)
+    """Bytes that each layer saves from its forward to its backward pass.
+
+    Layers below the first trained one have no backward pass.
+    """
+    trained = job.trained_layers(model)
+    saved = [sizes.layer_bytes(model, job, frozen=layer not in trained) for layer in range(model.num_layers)]
+    if job.activation_checkpoint != "none":
+        less = sizes.input_bytes if job.activation_checkpoint == "full" else sizes.selective_bytes
+        few = min(job.grad_ckpt_num, model.num_layers)
+        saved[:few] = [less(model, job)] * few
+    return [0.0] * trained.start + saved[trained.start :]

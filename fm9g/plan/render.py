@@ -57,9 +57,15 @@ def _adapters(estimate: JobEstimate) -> list[tuple[str, str, str]]:
     job, trained = estimate.job, estimate.job.adapters(estimate.model) * estimate.model.num_layers
     if not trained:
         return []
+    trained += job.saved_modules(estimate.model)
+    saved = "".join(f", {name} in full" for name in job.modules_to_save)
     bits = "" if job.quantization == "none" else f", the base in {job.quantization}, unsharded on every GPU"
     return [
-        ("trained", f"{trained / 1e6:.3f} M", f"adapters of rank {job.lora_r}, {trained / estimate.weights:.2%}{bits}")
+        (
+            "trained",
+            f"{trained / 1e6:.3f} M",
+            f"adapters of rank {job.lora_r}{saved}, {trained / estimate.weights:.2%}{bits}",
+        )
     ]
 
 

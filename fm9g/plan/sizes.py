@@ -14,19 +14,20 @@ from fm9g.model.counts import (
     count_weights,
     head_weights,
     layer_weights,
+    root_weights,
 )
 from fm9g.plan.job import JobConfig
 
 
-def trained_weights(model: ModelConfig, job: JobConfig) -> int:
-    """Number of trained weights: those of all adapters, or of the model without adapters."""
-    return job.adapters(model) * model.num_layers or count_weights(model)
-
-
 def checkpoint_bytes(model: ModelConfig, job: JobConfig) -> int:
-    """Size of a checkpoint on disk: trained weights, their running mean, and optimizer state, all in fp32."""
+    """Size of a checkpoint on disk, all in fp32: weights and their running mean, of the adapters or else of the model,
+    and the optimizer state of those that are trained."""
+    trained = saved = job.adapters(model) * model.num_layers + job.saved_modules(model)
+    if not job.lora_layer:
+        saved = count_weights(model)
+        trained = len(job.trained_layers(model)) * layer_weights(model) + root_weights(model) * job.trains_root
     state = 0.0 if job.save_model_only else _fp32_state_bytes(model, job)
-    return round((4 + 4 * bool(job.ema_decay) + state) * trained_weights(model, job))
+    return round((4 + 4 * bool(job.ema_decay)) * saved + state * trained)
 
 
 def state_bytes(model: ModelConfig, job: JobConfig) -> float:
@@ -40,19 +41,21 @@ def _fp32_state_bytes(model: ModelConfig, job: JobConfig) -> float:
     """Bytes of optimizer state per weight in fp32. Checkpoints store it so, also for adamw8bit."""
     if job.optimizer == "adafactor":
         return 0.0  # a row and a column per matrix: negligible
+    if job.optimizer == "sgd":
+        return 4.0 * bool(job.sgd_momentum)
     if job.optimizer == "muon":  # one moment for the matrices of layers, adapters included; two for other weights
-        matrices = 1.0 if job.lora_layer else model.num_layers * layer_weights(model) / count_weights(model)
+        matrices = model.num_layers * layer_weights(model) / count_weights(model) if job.trains_root else 1.0
         return 4 * matrices + 8 * (1 - matrices)
     return 8.0
 
 
-def norm_bytes(w: Widths, job: JobConfig) -> float:
+def norm_bytes(w: Widths, job: JobConfig, frozen: bool = False) -> float:
     """Bytes per token that an RMSNorm saves: its input in fp32, the statistic, and the normed value if its weight is
     trained. The consumers of its output save that."""
-    return 4 * w.c + job.width * w.c * (not job.lora_layer) + 4
+    return 4 * w.c + job.width * w.c * (not job.lora_layer and not frozen) + 4
 
 
-def layer_bytes(model: ModelConfig, job: JobConfig) -> float:
+def layer_bytes(model: ModelConfig, job: JobConfig, frozen: bool = False) -> float:
     """Bytes that a layer saves for its backward pass, for one row on one rank.
 
     Attention saves the output of the norm, rotated queries and keys, values, its output (twice if torch concatenates
@@ -60,21 +63,28 @@ def layer_bytes(model: ModelConfig, job: JobConfig) -> float:
     after its activation, the up projection, and their product. Rotation saves only its shared angles, residual
     additions nothing. Tensors that only the gradient of a matrix needs are saved if the matrix is trained or has an
     adapter: the outputs of the norms, the concatenated output of attention, and the product.
+
+    Args:
+        frozen: the layer is not trained, and passes gradients to a layer below that is.
     """
+
+    def trains(*names: str) -> bool:
+        return not frozen and job.trains(*names)
+
     w, e = Widths.of(model, job.tp_size), job.width
-    norm, out = norm_bytes(w, job), float(e * w.c)
+    norm, out = norm_bytes(w, job, frozen), float(e * w.c)
     if job.split_tokens > 1:
         norm, out = (
             norm / job.split_tokens,
             out + out / job.split_tokens,
         )  # a shard; the output also gathered
-    outs = out * (job.trains("project_q", "project_k", "project_v") + job.trains("w_0", "w_1"))
-    joined = e * w.q * (not job.flash and job.trains("attention_out"))
+    outs = out * (trains("project_q", "project_k", "project_v") + trains("w_0", "w_1"))
+    joined = e * w.q * (not job.flash and trains("attention_out"))
     attention = e * (2 * w.q + 2 * w.k) + joined + 4 * w.heads
     if model.qk_norm:  # inputs in fp32, and the normed values
         attention += (4 + e) * (w.q + w.k)
     dropout = 2 * w.c * (model.dropout > 0)
-    return job.row * (2 * norm + outs + attention + e * w.f * (3 + job.trains("w_out")) + dropout)
+    return job.row * (2 * norm + outs + attention + e * w.f * (3 + trains("w_out")) + dropout)
 
 
 def input_bytes(model: ModelConfig, job: JobConfig) -> float:
@@ -122,14 +132,14 @@ def loss_bytes(model: ModelConfig, job: JobConfig) -> tuple[float, float]:
     """Bytes of fm9g/model/loss.py: at the largest chunk, and in the backward pass, as it scales the weights' gradient.
 
     A chunk has its logits in fp32, those of the previous chunk with their copy in compute precision, and either the
-    matrix's output or the differences that logsumexp computes; or else its part of the weights' gradient. With
-    adapters, the output layer is frozen and has no gradient.
+    matrix's output or the differences that logsumexp computes; or else its part of the weights' gradient. A frozen
+    output layer has no gradient.
     """
     ids, e, weight = -(-model.vocab_size // job.tp_size), job.width, head_weights(model, job.tp_size)
     first, second = min(LOSS_CHUNK_ROWS, job.row), min(LOSS_CHUNK_ROWS, max(0, job.row - LOSS_CHUNK_ROWS))
     copy = e * (e < 4)
     logits = ids * max(8 * first, (4 + copy) * first + (6 if copy else 8) * second)
-    if job.lora_layer:
+    if not job.trains_root:
         return logits, 0.0
     product = ids * (4 + copy) * first + e * weight
     return 4 * weight + max(logits, product), (8 + copy) * weight

@@ -17,11 +17,13 @@ from fm9g.convert.adapters import read_adapter
 from fm9g.engine.base import Engine
 from fm9g.errors import UserError
 from fm9g.io.lazy_tensor import LazyConcat, LazyTensor
-from fm9g.lora.adapter_file import open_adapter
+from fm9g.lora.adapter_file import EMBEDDING_WEIGHT, open_adapter
 from fm9g.lora.base_fingerprint import base_fingerprint
 from fm9g.lora.init import AdapterInit, trainable_ranks
 from fm9g.lora.inject import inject_adapters
 from fm9g.lora.quantize import quantize_layers
+from fm9g.model.transformer import FM9G
+from fm9g.train.new_tokens import GrownWeight
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +31,16 @@ logger = logging.getLogger(__name__)
 class AdapterTraining:
     """Exists on every rank; rank 0 alone reads and writes files."""
 
-    def __init__(self, config: TrainConfig, model: torch.nn.Module, layers: torch.nn.ModuleList) -> None:
+    def __init__(self, config: TrainConfig, model: FM9G) -> None:
         """Inserts adapters into a model on the meta device. Raises UserError if that is impossible."""
-        self._train_config, self._config = config, AdapterConfig.from_train_config(config)
+        self._train_config, self._vocab_size = config, model.config.vocab_size
+        self._config = replace(
+            AdapterConfig.from_train_config(config),
+            ensure_weight_tying=bool(config.modules_to_save) and model.config.tie_word_embeddings,
+        )
         if config.quantization != "none":
-            quantize_layers(layers, config.quantization, config.double_quant)
-        self._layers = inject_adapters(model, layers, self._config, config.lora_backend)
+            quantize_layers(model.encoder.layers, config.quantization, config.double_quant)
+        self._layers = inject_adapters(model, model.encoder.layers, self._config, config.lora_backend)
         self._adapter_init: AdapterInit | None = None
 
     def resolve_base(self, checkpoint: Checkpoint | None) -> Path:
@@ -55,13 +61,18 @@ class AdapterTraining:
         return Path(base)
 
     def load_base(
-        self, base: Path, weights: Mapping[str, LazyTensor | LazyConcat], checkpoint: Checkpoint | None
+        self,
+        base: Path,
+        weights: Mapping[str, LazyTensor | LazyConcat],
+        grown: Mapping[str, LazyTensor | LazyConcat | GrownWeight],
+        checkpoint: Checkpoint | None,
     ) -> None:
         """Opens the weights that the adapters start from: those of the checkpoint, or of the configured adapter.
 
         Args:
             base: where the base model is.
             weights: its weights.
+            grown: the same, with rows for new tokens.
             checkpoint: what the run resumes from.
 
         Raises:
@@ -80,11 +91,19 @@ class AdapterTraining:
                 f"{base}: is not the base that the adapters of {saved.path} were trained on ({saved.config.base}); "
                 "on any other base they are useless. Give that one as --pretrained_model"
             )
+        if saved:
+            saved.check_fits({name: weight.shape for name, weight in weights.items()}, str(base))
+        rows = {**grown, **(saved.saved_modules if saved else {})}[EMBEDDING_WEIGHT].shape[0]
+        if rows != self._vocab_size:
+            raise UserError(
+                f"{saved.path if saved else base}: has {rows} token ids, and the model of this run {self._vocab_size}; "
+                "give the tokenizer that it was trained with as --tokenizer_path"
+            )
         self._config = replace(self._config, base=str(base), base_sha256=base_sha256)
         self._adapter_init = AdapterInit(
             self._config,
             self._layers,
-            lambda name: weights[name].read(),
+            lambda name: grown[name].read(),
             self._train_config.init_lora_weights,
             self._train_config.seed,
             saved.weights if saved else None,

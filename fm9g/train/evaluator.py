@@ -36,7 +36,7 @@ class Evaluator:
             train_mixture.tokenizer,
             config.max_length,
             config.seed,
-            config.batch_size * config.max_length,
+            (config.eval_batch_size or config.batch_size) * config.max_length,
             date=train_mixture.spec.date,
         )
         self._packs: list[Pack] | None = None

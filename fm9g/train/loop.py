@@ -53,6 +53,9 @@ def train(
     events, control = CallbackList(callbacks), state.control
     skip_detector = SkippedStepDetector(engine, config.max_skipped_steps)
     last_saved = last_evaluated = state.step
+    log_steps, eval_steps, save_steps = map(
+        config.interval_steps, (config.log_iters, config.eval_iters, config.save_iters)
+    )
     unlogged: StepResult | None = None
     has_fit = state.step > 0  # the steps before a resume fitted in memory
     while state.step < config.last_step and not control.should_stop:
@@ -80,9 +83,9 @@ def train(
 
         unlogged = StepResult(packs, task_losses, lr, grad_norm)
         is_last_step = state.step == config.last_step
-        should_log = state.step % config.log_iters == 0 or is_last_step or control.should_stop
-        should_evaluate = bool(config.val_dataset) and (state.step % config.eval_iters == 0 or is_last_step)
-        should_save = state.step % config.save_iters == 0 or control.should_save
+        should_log = state.step % log_steps == 0 or is_last_step or control.should_stop
+        should_evaluate = config.evaluates and (state.step % eval_steps == 0 or is_last_step)
+        should_save = state.step % save_steps == 0 or control.should_save
         _report_skipped(skip_detector, state, events, wait=should_log or should_save)
         if should_log:
             _log(unlogged, tasks, engine, state, events)
@@ -99,7 +102,7 @@ def train(
     if unlogged:  # the data ended, which only shows when the next batch is loaded, or an evaluation stopped the run
         _report_skipped(skip_detector, state, events, wait=True)
         _log(unlogged, tasks, engine, state, events)
-    if config.val_dataset and last_evaluated != state.step and not control.should_stop:  # a signal should stop soon
+    if config.evaluates and last_evaluated != state.step and not control.should_stop:  # a signal should stop soon
         events.on_evaluate(state)
     if last_saved != state.step:
         events.on_save(state)

@@ -15,6 +15,7 @@ from fm9g.checkpoint.checkpoint import Checkpoint
 from fm9g.checkpoint.find import resolve_checkpoint_path
 from fm9g.checkpoint.layout import BEST, LAST, MANIFEST, MODEL_CONFIG
 from fm9g.checkpoint.steps import checkpoint_ids, latest_checkpoint, list_steps, open_checkpoint, resolve_step
+from fm9g.config.fields import default_value, keys_of
 from fm9g.config.model import ModelConfig, architecture_of, load_model_config, values_differ
 from fm9g.config.run import PATH_KEYS, RunConfig
 from fm9g.config.train import TrainConfig
@@ -28,6 +29,7 @@ from fm9g.io.json_file import read_object
 from fm9g.launch.dist_env import RankInfo
 from fm9g.run_files import START_FILE, RunFolders
 from fm9g.train.adapter_training import AdapterTraining
+from fm9g.train.new_tokens import complete_modules_to_save, inherit_new_tokens
 from fm9g.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,15 @@ logger = logging.getLogger(__name__)
 _COMPATIBLE_OPTIMIZERS = {"adamw", "adamw8bit"}  # each can use the saved state of the other
 _INHERITED_ADAPTER_KEYS = ("lora_layer", *ADAPTER_KEYS)  # keys that a resumed run takes from its checkpoint by default
 # Those that decide which weights are trained and what they mean; they cannot change.
-_FIXED_ADAPTER_KEYS = ("lora_layer", "lora_r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights")
+_FIXED_ADAPTER_KEYS = (
+    "lora_layer",
+    "lora_r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "init_lora_weights",
+    "modules_to_save",
+)
 # Keys about one start of a run; they usually differ from the start before.
 _KEYS_OF_ONE_START = (
     *PATH_KEYS,
@@ -112,16 +122,19 @@ def _checkpoints_before_start(checkpoint_dir: Path, rank_info: RankInfo, log_dir
 def inherit_keys(run: RunConfig, checkpoint: Checkpoint | None) -> RunConfig:
     """On rank 0: the run with the keys that come from its checkpoint, or from the adapter that it starts from.
 
-    These are the keys of adapters and the origin of the weights, unless they are given. Warns about given keys that
-    have no effect in a resumed run.
+    These are the keys of adapters, the new tokens and the origin of the weights, unless they are given. Warns about
+    given keys that have no effect in a resumed run.
 
     Raises:
         UserError: given keys contradict the adapter or the checkpoint.
     """
-    run = with_adapter(run) if checkpoint is None else _inherit_from_checkpoint(run, checkpoint)
+    if checkpoint is None:
+        run = with_adapter(run)
+    else:
+        run = inherit_new_tokens(_inherit_from_checkpoint(run, checkpoint), checkpoint)
     if not run.train.lora_layer:
         reject_adapter_keys(run.train)
-    return run
+    return complete_modules_to_save(run)
 
 
 def _inherit_from_checkpoint(run: RunConfig, checkpoint: Checkpoint) -> RunConfig:
@@ -141,11 +154,12 @@ def _inherit_from_checkpoint(run: RunConfig, checkpoint: Checkpoint) -> RunConfi
     return run.changed("train", inherited, str(checkpoint.folder))
 
 
-def broadcast_adapter_keys(run: RunConfig, dist_context: DistContext) -> RunConfig:
-    """The run with the adapter keys of rank 0."""
-    rows = [row for row in run.rows("train") if row[0] in _INHERITED_ADAPTER_KEYS]
-    for key, value, origin in dist_context.broadcast_object(rows):
-        run = run.changed("train", {key: value}, origin)
+def broadcast_inherited_keys(run: RunConfig, dist_context: DistContext) -> RunConfig:
+    """The run with the keys that rank 0 inherited."""
+    for section, keys in (("train", (*_INHERITED_ADAPTER_KEYS, "new_tokens")), ("model", ("vocab_size",))):
+        rows = [row for row in run.rows(section) if row[0] in keys]
+        for key, value, origin in dist_context.broadcast_object(rows):
+            run = run.changed(section, {key: value}, origin)
     return run
 
 
@@ -189,10 +203,11 @@ def _check_optimizer(saved: str, train: TrainConfig) -> None:
 
 
 def _check_same_adapters(saved: dict[str, Any], train: TrainConfig, checkpoint: Checkpoint) -> None:
+    defaults = {key: default_value(field) for key, field in keys_of(TrainConfig).items()}
     if mismatches := [
-        f"{key}: was {saved[key]!r}, is {getattr(train, key)!r}"
+        f"{key}: was {saved.get(key, defaults[key])!r}, is {getattr(train, key)!r}"
         for key in _FIXED_ADAPTER_KEYS
-        if key in saved and _as_set(saved[key]) != _as_set(getattr(train, key))
+        if _as_set(saved.get(key, defaults[key])) != _as_set(getattr(train, key))
     ]:
         raise UserError(f"{checkpoint.folder}: has other adapters, and a run cannot change its adapters:", *mismatches)
 

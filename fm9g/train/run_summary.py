@@ -40,7 +40,8 @@ def _tokens_per_step(resolved: ResolvedRun) -> str:
         factors.append(f"{key} {getattr(config, key)}{origin}")
     if layout.dp_size > 1 and not config.global_batch_size:
         factors.append(f"{layout.dp_size} replicas of the model")
-    return f"{resolved.tokens_per_step} tokens per step: {' x '.join(factors)}"
+    at_most = "" if config.packing else "at most "
+    return f"{at_most}{resolved.tokens_per_step} tokens per step: {' x '.join(factors)}"
 
 
 def run_info(resolved: ResolvedRun, mixture: Mixture, validation: Mixture | None, summary: str) -> dict[str, Any]:

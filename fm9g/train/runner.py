@@ -19,6 +19,7 @@ from fm9g.checkpoint.manager import CheckpointManager
 from fm9g.checkpoint.steps import best_step, list_steps
 from fm9g.config.resolved import ResolvedRun, resolve
 from fm9g.config.run import RunConfig
+from fm9g.data.encode.new_tokens import read_new_tokens
 from fm9g.data.load.loader import Loader
 from fm9g.data.load.loader_state import fingerprint
 from fm9g.data.load.mixture import Mixture
@@ -53,8 +54,9 @@ from fm9g.train.evaluator import Evaluator
 from fm9g.train.loop import train
 from fm9g.train.metrics_logger import MetricsLogger
 from fm9g.train.model_setup import device_facts, engine_name, make_engine, setup_model_and_optimizer
+from fm9g.train.new_tokens import grow_vocab
 from fm9g.train.resume import (
-    broadcast_adapter_keys,
+    broadcast_inherited_keys,
     check_config_diff,
     find_resume_checkpoint,
     inherit_keys,
@@ -166,20 +168,20 @@ def _prepare(run: RunConfig, rank_info: RankInfo, watchdog: Watchdog, engine: En
     checkpoint = None
     if dist_context.rank == 0:
         run, checkpoint = _prepare_resume(run, rank_info)
-    run = broadcast_adapter_keys(run, dist_context)
+    run = broadcast_inherited_keys(run, dist_context)
     resolved = resolve(run, dist_context.world_size, device_facts(engine.device))
 
     watchdog.report_progress(0, "reading the data")
     date = dist_context.broadcast_object(_template_date(checkpoint))  # one day for all, whatever their clocks say
     mixture = _open_mixture_rank_zero_first(run, rank_info, dist_context, date)
-    resolved = replace(resolved, run=_with_train_iters(resolved, mixture))
+    resolved = replace(resolved, run=grow_vocab(_with_train_iters(resolved, mixture), mixture.tokenizer))
     run = resolved.run
     _check_ranks_agree(resolved, dist_context, mixture)
     _check_vocab_size(run, mixture)
     evaluator = Evaluator(run, engine, mixture) if run.validation else None
 
     watchdog.report_progress(0, "building the model")
-    adapter_training = setup_model_and_optimizer(engine, run.train, run.model, checkpoint)
+    adapter_training = setup_model_and_optimizer(engine, run.train, run.model, checkpoint, mixture.tokenizer)
     if evaluator:
         evaluator.load_packs()  # now: a mistake in the validation data should not end a run that is under way
     tasks = [dataset.task_name for dataset in run.mixture]
@@ -257,11 +259,13 @@ def _template_date(checkpoint: Checkpoint | None) -> str:
 def _open_mixture_rank_zero_first(run: RunConfig, rank_info: RankInfo, dist_context: DistContext, date: str) -> Mixture:
     """Opens the data on all ranks. With token caches, rank 0 builds them first, then one process of each other machine,
     which finds them already there if the folder is shared."""
+    file = run.train.new_tokens  # on rank 0, which may have it from a checkpoint of its machine
+    new_tokens = dist_context.broadcast_object(read_new_tokens(file) if file and rank_info.rank == 0 else ())
     turn = 0 if rank_info.rank == 0 else 1 if rank_info.local_rank == 0 else 2
     turns = 3 if run.train.token_cache_dir else 1
     for now in range(turns):
         if now == min(turn, turns - 1):
-            mixture = open_mixture(run, date)
+            mixture = open_mixture(run, date, new_tokens)
         dist_context.all_reduce_sum([0])  # a barrier
     return mixture
 
@@ -272,7 +276,11 @@ def _with_train_iters(resolved: ResolvedRun, mixture: Mixture) -> RunConfig:
     if not run.train.epochs:
         return run
     tokens = estimate_total_tokens(mixture)
-    iters = run.train.iters_for_epochs(tokens, resolved.tokens_per_step)
+    if run.train.packing:
+        iters = run.train.iters_for_epochs(tokens, resolved.tokens_per_step)
+    else:
+        records = sum(map(len, mixture.datasets))
+        iters = run.train.iters_for_records(records, resolved.layout.packs_per_step)
     logger.info(f"epochs {run.train.epochs:g}: train_iters {iters}; an epoch has about {tokens:.0f} tokens")
     return run.changed("train", {"train_iters": iters}, run.origins["train"]["epochs"])
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 from helpers.common import ROOT
+from helpers.train_config import load_train
 
 from fm9g.cli import main
 from fm9g.config.fields import aliases_of, keys_of
 from fm9g.config.mixture import DatasetConfig, load_mixture, resolve_mixture
 from fm9g.config.run import load_run, with_current_keys
 from fm9g.config.train import TrainConfig
-from fm9g.config.train_file import load_train_config
 from fm9g.errors import UserError
 from fm9g.report.files import read_run_info
 
@@ -66,19 +66,19 @@ def test_the_table_above_is_complete() -> None:
 @pytest.mark.parametrize("alias", TRAIN)
 def test_a_training_key_has_its_former_name(tmp_path: Path, alias: str, write_alias: Callable) -> None:
     key, needed = aliases_of(TrainConfig)[alias], NEEDED.get(alias, {})
-    loaded = load_train_config(*write_alias(tmp_path, {alias: TRAIN[alias], **needed}))[0]
+    loaded = load_train(*write_alias(tmp_path, {alias: TRAIN[alias], **needed}))[0]
     assert getattr(loaded.value, key) == VALUES.get(alias, TRAIN[alias]) != keys_of(TrainConfig)[key].default
-    assert loaded == load_train_config(*write_alias(tmp_path, {key: TRAIN[alias], **needed}))[0]
+    assert loaded == load_train(*write_alias(tmp_path, {key: TRAIN[alias], **needed}))[0]
     with pytest.raises(UserError, match=f"({alias} and {key}|{key} and {alias}) are both given; they are the same"):
-        load_train_config(*write_alias(tmp_path, {alias: TRAIN[alias], key: TRAIN[alias], **needed}))
+        load_train(*write_alias(tmp_path, {alias: TRAIN[alias], key: TRAIN[alias], **needed}))
 
 
 def test_the_later_source_wins_under_whichever_name(tmp_path: Path) -> None:
     name, _, _ = in_a_file(tmp_path, {"grad_accum": 4})
-    assert load_train_config(name, {"gradient_accumulation_steps": "2"})[0].value.gradient_accumulation_steps == 2
+    assert load_train(name, {"gradient_accumulation_steps": "2"})[0].value.gradient_accumulation_steps == 2
     name, _, _ = in_a_file(tmp_path, {"gradient_accumulation_steps": 4})
-    assert load_train_config(name, {"grad_accum": "2"})[0].value.gradient_accumulation_steps == 2
-    loaded, _ = load_train_config(name, {}, {"grad_accum": "2", "data_changes": "carry"})
+    assert load_train(name, {"grad_accum": "2"})[0].value.gradient_accumulation_steps == 2
+    loaded, _ = load_train(name, {}, {"grad_accum": "2", "data_changes": "carry"})
     assert loaded.notes == (f"{name} overrides the launch script: gradient_accumulation_steps is 4, not '2'",)
 
 

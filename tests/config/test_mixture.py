@@ -24,6 +24,12 @@ def test_paths_of_a_mixture_may_be_relative_to_where_the_run_starts(
     assert load_mixture(mixture)[0].path == str(tmp_path / "apps" / "data_test" / "a")
 
 
+def test_a_dataset_has_one_share(tmp_path: Path) -> None:
+    file = write_json(tmp_path / "mix.json", [{"task_name": "a", "path": "x", "abs_weight": 1, "weight": 2}])
+    with pytest.raises(UserError, match="a: abs_weight and weight are both given"):
+        load_mixture(file)
+
+
 def test_mixture_keys_are_checked_and_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     entry = {"task_name": "a", "path": "sets/a", "transforms": "t.py"}
     (item,) = load_mixture(write_json(tmp_path / "m.json", [entry]))

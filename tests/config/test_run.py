@@ -23,6 +23,7 @@ def test_names_may_have_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for name in ("2.4b", "train_configs/2.4b.json"):
         run = load_run(name, {"dataset_config": "v1.5", "tokenizer_path": "t"})
         assert (run.train.config, run.train.model_unique, run.train.lr) == ("2.4b", "2.4b", 0.5)
+        assert run.origins["train"]["model_unique"] == "config 2.4b"
         assert [item.task_name for item in run.mixture] == ["a"]
 
 
@@ -32,6 +33,14 @@ def test_a_models_use_checkpoint_acts_where_the_run_says_nothing(tmp_path: Path,
     assert load_run(str(path), {}, complete=False).train.checkpointing == "full"
     values = {"use_checkpoint": "0", "activation_checkpoint": "none"}[key]
     assert load_run(str(path), {key: values}, complete=False).train.checkpointing == "none"
+
+
+def test_one_place_says_once_what_is_recomputed(tmp_path: Path, model_file: Path) -> None:
+    both = {"use_checkpoint": "true", "activation_checkpoint": "none"}
+    with pytest.raises(UserError, match="use_checkpoint true and activation_checkpoint none are both given"):
+        load_run(str(model_file), both, complete=False)
+    run = load_run(str(model_file), {**both, "activation_checkpoint": "full"}, complete=False)
+    assert run.train.checkpointing == "full"
 
 
 def published() -> list:

@@ -1,10 +1,10 @@
 """Keys of training: every one is known, and wrong values are refused."""
 
 import pytest
+from helpers.train_config import load_train
 
 from fm9g.config.fields import keys_of
 from fm9g.config.train import DEPRECATED_KEYS, TrainConfig
-from fm9g.config.train_file import load_train_config
 from fm9g.errors import UserError
 
 GUIDE = """
@@ -31,9 +31,8 @@ def test_every_parameter_of_the_guide_is_known_in_exactly_one_way(key: str) -> N
         ("cutoff_len", "1", "it is called max_length here"),
         ("per_device_train_batch_size", "1", "it is called batch_size here: rows of max_length tokens"),
         ("gradient_checkpointing", "1", "write activation_checkpoint full"),
-        ("packing", "1", "it is not needed here: rows are always packed"),
         ("zzz", "1", "zzz: unknown key; `fm9g config keys` lists"),
-        ("lora_layer", "q_proj", "'q_proj' is not the name of a linear layer; it is called project_q here"),
+        ("lora_layer", "qproj", "'qproj' is not the name of a linear layer; these are: project_q, project_k"),
         ("lora_layer", "foo,all", "'foo' is not the name of a linear layer; these are: project_q"),
         ("output_dir", "a\0b", "output_dir: found 'a\\x00b', which contains characters that are not text"),
         ("output_dir", "\ud800", "which contains characters that are not text"),
@@ -47,6 +46,15 @@ def test_every_parameter_of_the_guide_is_known_in_exactly_one_way(key: str) -> N
 )
 def test_wrong_values_on_the_command_line_are_refused(key: str, value: str, expected: str) -> None:
     with pytest.raises(UserError) as error:
-        load_train_config("tiny", {key: value})
+        load_train("tiny", {key: value})
     assert "command line" in str(error.value)
     assert expected in str(error.value)
+
+
+def test_intervals_stay_whole_numbers_or_are_fractions() -> None:
+    train = load_train("tiny", {"save_iters": "300", "eval_iters": "1e3", "log_iters": "0.25"})[0].value
+    assert repr((train.save_iters, train.eval_iters, train.log_iters)) == "(300, 1000, 0.25)"
+    config = TrainConfig(config="x", train_iters=30)
+    assert [config.interval_steps(value) for value in (7, 1, 0.1, 0.101, 1 / 3, 1e-9)] == [7, 1, 3, 4, 10, 1]
+    with pytest.raises(UserError, match="save_iters: found 0, allowed: integer or number > 0"):
+        load_train("tiny", {"save_iters": "0"})

@@ -89,6 +89,38 @@ def test_an_adapter_that_peft_trained_is_read(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(actual, ids), reference, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens", "lm_head"]], ids=["output", "both"])
+def test_modules_that_peft_saved_are_read(tmp_path: Path, tied: bool, modules: list[str]) -> None:
+    """Of a base with one weight for both, if PEFT trained it as one."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = export(tmp_path, tie_word_embeddings=tied)
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, modules_to_save=modules)
+    config.ensure_weight_tying = tied and len(modules) > 1
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    for name, weight in model.named_parameters():
+        if "modules_to_save" in name:
+            weight.data += torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1
+    model.save_pretrained(tmp_path / "peft")
+    if tied and len(modules) == 1:
+        with pytest.raises(UserError, match="trained apart"):
+            import_peft(tmp_path / "peft", tmp_path / "ours", base, overwrite=False)
+        return
+    import_peft(tmp_path / "peft", tmp_path / "ours", base, overwrite=False)
+    adapter = open_adapter(tmp_path / "ours")
+    expected = ["lm_head"] if len(modules) == 1 else ["input_embedding"] if tied else ["input_embedding", "lm_head"]
+    assert (adapter.config.modules_to_save, adapter.config.ensure_weight_tying) == (expected, tied)
+    actual = make_model(tie_word_embeddings=tied)
+    actual.load_state_dict(adapter.saved_modules, strict=False)
+    load_adapter_into(actual, "", adapter.config, adapter.weights)
+    ids = torch.arange(5, 45)
+    with torch.no_grad():
+        reference = model.eval()(ids[None]).logits[0]
+    torch.testing.assert_close(logits(actual, ids), reference, atol=1e-5, rtol=1e-5)
+
+
 def test_what_our_adapters_cannot_say_is_refused(tmp_path: Path) -> None:
     adapter = make_adapter(make_model())
     write_peft(adapter, tmp_path / "p")
@@ -97,7 +129,11 @@ def test_what_our_adapters_cannot_say_is_refused(tmp_path: Path) -> None:
     for changes, message in (
         ({"peft_type": "IA3"}, "peft_type: 'IA3' is not supported"),
         ({"bias": "all"}, "bias: 'all' is not supported"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        (
+            {"modules_to_save": ["lm_head"]},
+            "json: modules_to_save names lm_head, but its weight is missing",
+        ),
+        ({"modules_to_save": ["score"]}, "json: modules_to_save: 'score' cannot be trained in full"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
         ({"init_lora_weights": "pissa"}, "subtracted the adapter's start from the base"),
         ({"use_bdlora": True}, "use_bdlora: this variant of LoRA"),

@@ -11,6 +11,7 @@ from fm9g.config.run import load_run
 from fm9g.doctor.command import add_doctor_arguments, run_checks, run_doctor
 from fm9g.doctor.findings import ERROR, OK, WARNING, Finding
 from fm9g.errors import UserError
+from fm9g.shorthand.load import RunArguments
 
 
 def options(*words: str) -> argparse.Namespace:
@@ -37,11 +38,13 @@ def test_this_machine_is_fit_for_the_tests(tmp_path: Path) -> None:
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [Finding(OK, "Python", "3.11"), Finding(WARNING, "NCCL", "old", "newer")]
     monkeypatch.setattr("fm9g.doctor.command.run_checks", lambda *arguments: lines)
-    assert run_doctor(options(), {}) == 0
+    assert run_doctor(options(), RunArguments()) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "0 errors, 1 warning"
     lines.append(replace(lines[1], status=ERROR))
-    assert run_doctor(options(), {}) == 1
+    assert run_doctor(options(), RunArguments()) == 1
     assert "-> newer" in capsys.readouterr().out
-    for words, overrides in (((), {"lr": "1"}), (("--master-port", "0"), {}), (("--node-rank", "1"), {})):
+    lr_alone = RunArguments(words=("--lr", "1"))
+    mistakes = (((), lr_alone), (("--master-port", "0"), RunArguments()), (("--node-rank", "1"), RunArguments()))
+    for words, arguments in mistakes:
         with pytest.raises(UserError):
-            run_doctor(options(*words), overrides)
+            run_doctor(options(*words), arguments)

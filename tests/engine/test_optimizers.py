@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from helpers.spawn import run_ranks
 
 from fm9g.data.load.packing import collate
 from fm9g.engine.dist_context import DistContext
-from fm9g.engine.optimizers import AdamW8bit, OptimizerConfig, ShardLayout
+from fm9g.engine.optimizers import SGD, AdamW8bit, OptimizerConfig, ShardLayout, StepArgs, build_optimizers
 from fm9g.model.transformer import FM9G, is_mup_scaled
 from fm9g.train.batch import to_batch
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.xdist_group("optimizers")
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
 )
-OTHERS = [pytest.param("adamw8bit", marks=needs_bitsandbytes), "adafactor", "muon"]
+OTHERS = [pytest.param("adamw8bit", marks=needs_bitsandbytes), "adafactor", "muon", "sgd"]
 STEPS = 5
 
 
@@ -46,6 +47,8 @@ def _by_hand(name: str, model: FM9G) -> list[torch.optim.Optimizer]:
         return [reference]
     if name == "adafactor":
         return [torch.optim.Adafactor(groups, weight_decay=0.1, foreach=False)]
+    if name == "sgd":
+        return [torch.optim.SGD(groups, momentum=0.95, weight_decay=0.1)]
     muon = torch.optim.Muon(matrices, lr=0.005, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     return [muon, torch.optim.AdamW(others, lr=0.01, fused=True, **adam)]
 
@@ -80,7 +83,13 @@ def test_on_one_process_an_optimizer_equals_its_reference(dist_context: DistCont
 
 # Importing bitsandbytes takes seconds, in each process.
 @pytest.mark.parametrize(
-    "name", [pytest.param("adamw8bit", marks=[needs_bitsandbytes, pytest.mark.slow]), "adafactor", "muon"]
+    "name",
+    [
+        pytest.param("adamw8bit", marks=[needs_bitsandbytes, pytest.mark.slow]),
+        "adafactor",
+        "muon",
+        pytest.param("sgd", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_equal_one_and_resume_from_a_checkpoint(name: str) -> None:
     case = EngineCase(optimizer=name, steps=4)
@@ -97,7 +106,7 @@ def test_two_processes_equal_one_and_resume_from_a_checkpoint(name: str) -> None
 
 
 @needs_bmtrain
-@pytest.mark.parametrize("name", ["muon"])
+@pytest.mark.parametrize("name", ["muon", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_bmtrain_runs_them_too(name: str) -> None:
     one = run_ranks(1, train_case, EngineCase(optimizer=name, steps=3))[0]
     two = run_ranks(2, train_case, EngineCase("bmtrain", optimizer=name, steps=3))[0]
@@ -127,6 +136,65 @@ def test_a_gradient_that_is_not_finite_changes_nothing(dist_context: DistContext
     assert all(torch.equal(one, other) for one, other in zip(before, full_state()))
     assert step(0.1).isfinite()
     assert not all(torch.equal(one, other) for one, other in zip(before, full_state()))
+
+
+SQUARE = torch.Size([64, 64])  # from 4096 elements on, moments have 8 bits
+WHOLE = ShardLayout(lambda _: SQUARE, lambda _, local: local, lambda _, full: full)
+
+
+def _updated(config: OptimizerConfig) -> dict[str, torch.Tensor]:
+    """Two weights after two steps."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(SQUARE, generator=generator) for name in "ab"}
+    rules = build_optimizers(dict.fromkeys("ab", SQUARE), config, WHOLE)
+    for name, rule in rules.items():
+        rule.init_state(name, lambda shape=SQUARE, dtype=torch.float32: torch.zeros(shape, dtype=dtype))
+    for step in range(2):
+        grads = {name: torch.randn(SQUARE, generator=generator) for name in "ab"}
+        for rule in dict.fromkeys(rules.values()):
+            rule.step(weights, grads, StepArgs(0.1, torch.tensor(float(step))))
+    return weights
+
+
+@pytest.mark.parametrize("name", ["adamw", *OTHERS])
+def test_weight_decay_leaves_out_the_weights_of_no_decay(name: str) -> None:
+    config = OptimizerConfig(dict.fromkeys("ab", 1.0), (0.9, 0.95), 1e-6, 0.5, name, frozenset("ab"))
+    all_decay, none_decay = _updated(config), _updated(replace(config, weight_decay=0.0))
+    some = _updated(replace(config, no_decay=frozenset("b")))
+    assert not torch.equal(all_decay["b"], none_decay["b"])
+    assert torch.equal(some["a"], all_decay["a"])
+    assert torch.equal(some["b"], none_decay["b"])
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_weight_decay_equals_two_groups_of_torch(name: str) -> None:
+    config = OptimizerConfig(
+        dict.fromkeys("ab", 1.0), (0.9, 0.95), 1e-6, 0.5, name, momentum=0.8, no_decay=frozenset("b")
+    )
+    updated = _updated(config)
+    generator = torch.Generator().manual_seed(0)
+    weights = {n: torch.randn(SQUARE, generator=generator) for n in "ab"}
+    groups = [{"params": [weights["a"]], "weight_decay": 0.5}, {"params": [weights["b"]], "weight_decay": 0.0}]
+    if name == "adamw":
+        reference: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.95), eps=1e-6)
+    else:
+        reference = torch.optim.SGD(groups, lr=0.1, momentum=0.8)
+    for _ in range(2):
+        for weight in weights.values():
+            weight.grad = torch.randn(SQUARE, generator=generator)
+        reference.step()
+    for n, weight in weights.items():
+        torch.testing.assert_close(updated[n], weight)
+
+
+def test_sgd_without_momentum_has_no_state() -> None:
+    config = OptimizerConfig({"w": 1.0}, (0.9, 0.95), 1e-6, 0.5, "sgd", momentum=0.0)
+    optimizer, weight, grad = SGD(config, WHOLE), torch.randn(SQUARE), torch.randn(SQUARE)
+    optimizer.init_state("w", torch.zeros)
+    expected = weight - 0.1 * (grad + 0.5 * weight)
+    optimizer.step({"w": weight}, {"w": grad}, StepArgs(0.1, torch.tensor(0.0)))
+    torch.testing.assert_close(weight, expected)
+    assert optimizer.state["w"] == {}
 
 
 @needs_bitsandbytes

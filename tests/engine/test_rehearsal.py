@@ -187,6 +187,8 @@ SLOW = {
     "dropout": Case(model={"dropout": 0.1, "qk_norm": True}),
     "windows": Case(model={"sliding_window": 4, "rope_scaling": "dynamic ntk"}),
     "frozen": Case({"freeze": LOWER}),
+    "sgd": Case({"optimizer": "sgd", "sgd_momentum": 0.9, **EMA}),
+    "last layer": Case({"trainable_layers": 1}),
     "peft": Case(LORA),
     "dora": Case({**LORA, "use_dora": True}),
 }

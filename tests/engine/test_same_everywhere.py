@@ -53,7 +53,7 @@ def assert_all_same(world_size: int, cases: list[EngineCase]) -> None:
         assert_same(case, run)
 
 
-ADAPTERS = ["peft", *(["opendelta"] if find_spec("opendelta") else []), "dora", "nf4"]
+ADAPTERS = ["peft", *(["opendelta"] if find_spec("opendelta") else []), "dora", "nf4", "modules"]
 pytestmark = pytest.mark.xdist_group("engines")  # they share runs, and the server that forks processes
 slow = pytest.mark.slow
 

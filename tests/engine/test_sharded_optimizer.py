@@ -14,14 +14,15 @@ from fm9g.errors import UserError
 LAYOUT = ShardLayout(lambda _: torch.Size([3]), lambda _, local: local, lambda _, full: full)
 
 
-def test_only_adamw_can_be_offloaded() -> None:
+def test_only_adamw_and_sgd_can_be_offloaded() -> None:
     weights, config = {"w": torch.zeros(3)}, OptimizerConfig({"w": 1.0}, (0.9, 0.95), 1e-6, 0.0)
-    assert ShardedOptimizer(weights, config, LAYOUT, offload=True).masters
-    with pytest.raises(UserError, match="offload_optimizer works with optimizer adamw, not with muon"):
+    for name in ("adamw", "sgd"):
+        assert ShardedOptimizer(weights, replace(config, name=name), LAYOUT, offload=True).masters
+    with pytest.raises(UserError, match="offload_optimizer works with optimizer adamw and sgd, not with muon"):
         ShardedOptimizer(weights, replace(config, name="muon"), LAYOUT, offload=True)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
 def test_the_size_of_buckets_changes_no_weight(name: str) -> None:
     """Buckets of one weight, of two, and of all; of muon the second and third weight follow adamw."""
     names = ["a", "b", "c", "d"]

@@ -47,7 +47,7 @@ class EngineCase:
         engine: torch or bmtrain.
         stop: a step before the last one, at which the run ends; 0: none.
         frozen: which weights are not trained: "", lower or most.
-        adapters: peft, opendelta, dora or nf4, and only they are trained; "": none.
+        adapters: peft, opendelta, dora, nf4, or modules (with modules_to_save), and only they are trained; "": none.
         broken: every process keeps its own gradients, without a reduction.
         optimizer: other optimizers than adamw also keep running means of weights.
         loss_scaler: arguments of DynamicLossScaler.
@@ -151,7 +151,11 @@ def prepared(
         if case.adapters == "nf4":
             quantize_layers(model.encoder.layers, "nf4", double_quant=True)
         adapter_config = AdapterConfig(
-            r=3, alpha=6.0, layers=["project_q", "w_1", "w_out"], dora=case.adapters == "dora"
+            r=3,
+            alpha=6.0,
+            layers=["project_q", "w_1", "w_out"],
+            dora=case.adapters == "dora",
+            modules_to_save=["input_embedding", "lm_head"] if case.adapters == "modules" else [],
         )
         inject_adapters(
             model, model.encoder.layers, adapter_config, "opendelta" if case.adapters == "opendelta" else "peft"

@@ -66,6 +66,8 @@ class FakeGPU(FakeTensorMode):
         kwargs = dict(kwargs or {})
         if kwargs.get("device") == _META and func is not _aten._to_copy.default:
             kwargs["device"] = torch.device("cuda", 0)  # created in C++, for which the GPU is "meta"; see install
+        if func is _aten._fused_sgd_.default:  # torch does not know its results; they are those of another update
+            func, args, kwargs = _aten._foreach_add_.List, args[:2], {}
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         if func is _aten._local_scalar_dense.default:
             return self._number(args[0])

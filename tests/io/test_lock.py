@@ -6,11 +6,12 @@ import errno
 import fcntl
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from fm9g.io.lock import exclusive_lock
+from fm9g.io.lock import exclusive_lock, wait_lock
 
 
 def test_a_folder_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
@@ -34,3 +35,21 @@ def test_without_locks_there_is_a_warning(
     monkeypatch.setattr(fcntl, "flock", flock)
     with exclusive_lock(tmp_path / "run", 0, "busy"):
         assert "this file system has no locks: nothing stops a second process here" in caplog.text
+
+
+def test_a_lock_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "fm9g")
+    taken: list[str] = []
+
+    def take() -> None:
+        with wait_lock(tmp_path / "locks" / "a", "waiting for the other"):
+            taken.append("second")
+
+    with wait_lock(tmp_path / "locks" / "a", ""):
+        thread = threading.Thread(target=take)
+        thread.start()
+        thread.join(0.1)
+        taken.append("first")
+    thread.join(10)
+    assert taken == ["first", "second"]
+    assert caplog.messages == ["waiting for the other"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,40 @@ def test_an_adapter_comes_back_from_its_folder(tmp_path: Path) -> None:
     assert again.weights.keys() == adapter.weights.keys()
 
 
+def with_modules(model: FM9G, rows: int = 320, tied: bool = False, **modules: torch.Tensor) -> Adapter:
+    """An adapter with complete weights; modules: their values, else those of the model and some more rows."""
+    modules = modules or {"input_embedding": model.input_embedding.weight, "lm_head": model.output_weight}
+    adapter = make_adapter(model, modules_to_save=list(modules), ensure_weight_tying=tied)
+    weights = {f"{name}.weight": torch.cat([w, torch.ones(rows - len(w), 32)]) for name, w in modules.items()}
+    return replace(adapter, weights={**adapter.weights, **weights})
+
+
+def test_complete_weights_come_back_and_must_fit_the_base(tmp_path: Path) -> None:
+    model, tied = make_model(), make_model(tie_word_embeddings=True)
+    shapes, of_tied = ({name: weight.shape for name, weight in m.named_parameters()} for m in (model, tied))
+    adapter = with_modules(model, rows=322)
+    save_adapter(adapter, tmp_path / "a")
+    again = open_adapter(tmp_path / "a")
+    assert again.config == adapter.config
+    assert torch.equal(again.saved_modules["lm_head.weight"], adapter.weights["lm_head.weight"])
+    assert (again.vocab_size(320), again.vocab_size(400), make_adapter(model).vocab_size(320)) == (322, 400, 320)
+    again.check_fits(shapes, "base")
+    one = {"input_embedding": tied.input_embedding.weight}
+    with_modules(tied, tied=True, **one).check_fits(of_tied, "base")
+    for wrong, against, message in (
+        (again, of_tied, "trained apart, but base has one weight for both"),
+        (with_modules(tied, **one), of_tied, "trained apart, but base has one weight for both"),
+        (with_modules(tied, tied=True, **one), shapes, "are one weight, but base has two"),
+        (with_modules(model, rows=322, **one), shapes, "different numbers of tokens on base"),
+        (again, {**shapes, "lm_head.weight": torch.Size([400, 32])}, r"\[322, 32\], but base has \[400, 32\]"),
+        (again, {**shapes, "lm_head.weight": torch.Size([320, 16])}, r"\[322, 32\], but base has \[320, 16\]"),
+    ):
+        with pytest.raises(UserError, match=message):
+            wrong.check_fits(against, "base")
+    with pytest.raises(UserError, match=r"has complete weights \(input_embedding, lm_head\), which cannot be added up"):
+        combine([again, make_adapter(model)], [1.0, 1.0])
+
+
 def write(adapter: Adapter, path: Path, config: dict | None = None) -> Path:
     write_weights(path, adapter.weights, adapter.weights.items())
     if config is not None:
@@ -98,6 +133,11 @@ def test_every_key_is_used_or_refused(tmp_path: Path) -> None:
     refused("magnitude is missing", plain, {**config_json, "use_dora": True})
     refused("found int32, expected fp32, bf16 or fp16", {**plain, layer + A: plain[layer + A].int()})
     refused("found float8_e5m2, expected", {**plain, layer + A: plain[layer + A].to(torch.float8_e5m2)})
+    head = {**plain, "lm_head.weight": torch.ones(320, 32)}
+    refused("lm_head.weight is not in modules_to_save", head)
+    saves_head = {**config_json, "modules_to_save": ["lm_head"]}
+    refused("lm_head.weight is missing", plain, saves_head)
+    refused("expected two dimensions", {**head, "lm_head.weight": torch.ones(3)}, saves_head)
     refused("holds NaN or infinity", {**plain, layer + A: plain[layer + A] * float("nan")})
     refused("lora_alpha: found 1e\\+300", plain, {**config_json, "lora_alpha": 1e300})
     refused("lora_alpha", plain, {**config_json, "lora_alpha": "x"})

@@ -9,7 +9,7 @@ from helpers.engine_harness import documents
 from helpers.plan_models import SMALL, shipped
 
 from fm9g.data.load.packing import collate
-from fm9g.model.counts import count_weights, flops_per_token, sum_sq_seqlens
+from fm9g.model.counts import count_weights, flops_per_token, sum_sq_seqlens, trained_layers
 from fm9g.model.transformer import weight_shapes
 from fm9g.train.timer import StepTimer
 
@@ -52,3 +52,9 @@ def test_work_is_counted_within_windows() -> None:
         timer = StepTimer(windows)
         timer.count(packs)
         assert timer.collect_and_reset().sum_sq_seqlens == sum_sq_seqlens(windows, lengths.tolist())
+
+
+def test_the_trained_layers_are_the_last_or_the_first_ones() -> None:
+    assert [*trained_layers(5, 2)] == [3, 4]
+    assert [*trained_layers(5, -2)] == [0, 1]
+    assert [*trained_layers(5, 0)] == [*trained_layers(5, 9)] == [*trained_layers(5, -9)] == [0, 1, 2, 3, 4]

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 from helpers.common import ROOT, make_records
 
+from fm9g.cli.run import add_run_options
 from fm9g.config.run import load_run
 from fm9g.data.load.token_estimates import estimate_total_tokens
 from fm9g.errors import UserError
 from fm9g.hardware import GIB
 from fm9g.plan.command import add_plan_arguments, run_plan
+from fm9g.shorthand.load import RunArguments
 from fm9g.train.data_loading import open_mixture
 
 
@@ -24,8 +26,10 @@ def test_planning_needs_no_torch() -> None:
 
 def command(*words: str, **keys: str) -> int:
     parser = argparse.ArgumentParser()
+    add_run_options(parser)
     add_plan_arguments(parser)
-    return run_plan(parser.parse_args(words), keys)
+    options = parser.parse_args(words)
+    return run_plan(options, RunArguments(config=options.config, values=keys))
 
 
 SEVEN = str(ROOT / "model_configs" / "7b.json")  # not the training settings of that name

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 from helpers.plan_models import SMALL, shipped
 
-from fm9g.model.counts import count_weights
+from fm9g.model.counts import count_weights, layer_weights
 from fm9g.plan.job import JobConfig
 from fm9g.plan.memory import peak_memory, step_phases
 
@@ -41,7 +41,31 @@ def benchmark() -> ModuleType:
         ({"vocab_size": 6000, "tie_word_embeddings": True}, {"half_type": "bf16", "max_length": 256, "zero_level": 0}),
         ({}, {"half_type": "bf16", "lora_layer": ("project_q", "project_v"), "lora_r": 8}),
         ({}, {"half_type": "fp32", "lora_layer": ("project_q", "w_0", "w_1", "w_out"), "quantization": "nf4"}),
+        (
+            {"vocab_size": 6000},
+            {"half_type": "bf16", "lora_layer": ("w_0",), "modules_to_save": ("input_embedding", "lm_head")},
+        ),
         ({}, {"half_type": "bf16", "lora_layer": ("w_0", "w_out"), "activation_checkpoint": "selective"}),
+        (
+            {"num_layers": 6},
+            {
+                "half_type": "fp32",
+                "trainable_layers": 2,
+                "activation_checkpoint": "selective",
+                "gradient_accumulation_steps": 2,
+            },
+        ),
+        ({}, {"half_type": "fp32", "trainable_layers": -1}),
+        pytest.param(
+            {},
+            {"half_type": "bf16", "trainable_layers": -2, "activation_checkpoint": "full"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"vocab_size": 6000},
+            {"half_type": "fp32", "optimizer": "sgd", "sgd_momentum": 0.9, "max_length": 256},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_memory_is_what_is_measured_within_15_percent(benchmark: ModuleType, model: dict, job: dict) -> None:
@@ -63,6 +87,15 @@ def test_what_lasts_is_shared_by_the_ranks_and_offloaded() -> None:
     assert (bmtrain.weights, bmtrain.gradients, bmtrain.optimizer) == pytest.approx(
         [w * weights / 16 for w in (2, 2, 12)]
     )
+
+
+@pytest.mark.parametrize("engine", ["torch", "bmtrain"])
+def test_frozen_weights_have_neither_gradients_nor_optimizer_state(engine: str) -> None:
+    model, job = shipped("7b"), JobConfig(engine=engine, gpus=8, trainable_layers=2)
+    trained = 2 * layer_weights(model) / count_weights(model)
+    before, after = (list(step_phases(model, replace(job, trainable_layers=n)))[-1] for n in (0, 2))
+    assert after.weights == before.weights
+    assert (after.gradients, after.optimizer) == pytest.approx([trained * before.gradients, trained * before.optimizer])
 
 
 def test_each_setting_saves_what_it_is_for() -> None:
@@ -90,11 +123,12 @@ def test_what_optimizers_keep(tmp_path: Path) -> None:
     model = shipped("7b")
     saved = {
         (name, ema): peak_memory(model, JobConfig(optimizer=name, ema_decay=ema)).optimizer / count_weights(model)
-        for name in ("adamw", "adamw8bit", "adafactor", "muon")
+        for name in ("adamw", "adamw8bit", "adafactor", "muon", "sgd")
         for ema in (0.0, 0.99)
     }
     assert saved["adamw", 0.0] == 8
     assert saved["adamw8bit", 0.0] == pytest.approx(2.03, abs=0.01)
-    assert saved["adafactor", 0.0] == 0
+    assert saved["adafactor", 0.0] == saved["sgd", 0.0] == 0
+    assert peak_memory(model, JobConfig(optimizer="sgd", sgd_momentum=0.9)).optimizer == 4 * count_weights(model)
     assert 4 < saved["muon", 0.0] < 4.5
     assert all(saved[name, 0.99] - saved[name, 0.0] == pytest.approx(4) for name, _ in saved)

@@ -162,12 +162,23 @@ CHANGES: list[tuple[str, dict[str, Any], Any, Callable[[RunArtifacts], Any], Cal
         lambda f: f.lrs[:3],
     ),
     ("min_lr_ratio", {}, 0.5, lambda f: f.lrs[-1], lambda f: f.lrs[:3]),
+    ("warmup_ratio", {"warmup_iters": 0}, 0.3, lambda f: f.lrs[:3], _first),
+    ("lr_power", {"lr_scheduler": "polynomial"}, 3, lambda f: f.lrs[-1], lambda f: f.lrs[:3]),
+    ("lr_num_cycles", {"lr_scheduler": "cosine_with_restarts"}, 2, lambda f: f.lrs[-1], lambda f: f.lrs[:3]),
     ("optimizer", {}, "muon", _last, _first),
     ("weight_decay", {}, 0.9, _last, _first),
     ("beta1", {}, 0.1, _last, _first),
     ("beta2", {}, 0.1, _last, _first),
     ("eps", {}, 0.1, _last, _first),
     ("muon_momentum", {"optimizer": "muon"}, 0.1, _last, _first),
+    ("sgd_momentum", {"optimizer": "sgd"}, 0.9, _last, _first),
+    (
+        "decay_norm_and_bias",
+        {},
+        False,
+        lambda f: f.weights["encoder.output_layernorm.weight"].sum().item(),
+        _first,
+    ),
     ("clip_grad", {}, 0.01, lambda f: f.moments["lm_head.weight.exp_avg"].norm().item(), lambda f: f.norms[0]),
     ("ema_decay", {}, 0.9, lambda f: f.files, _last),
     (
@@ -175,6 +186,13 @@ CHANGES: list[tuple[str, dict[str, Any], Any, Callable[[RunArtifacts], Any], Cal
         {},
         "input_embedding*, encoder.layers.1.*",
         lambda f: f.weights["encoder.layers.1.ffn.ffn.w_out.weight"].sum().item(),
+        _first,
+    ),
+    (
+        "trainable_layers",
+        {},
+        1,
+        lambda f: f.weights["encoder.layers.0.ffn.ffn.w_out.weight"].sum().item(),
         _first,
     ),
     ("label_smoothing", {}, 0.3, lambda f: f.norms[0], _first),
@@ -428,7 +446,16 @@ ELSEWHERE = {
     "loss_scale_steps": "tests/engine/test_gradients.py",
     "n_gpus": "tests/test_apps.py",
     "adapter": "tests/train/test_from_adapter.py",
+    **dict.fromkeys(["model", "method"], "tests/shorthand/test_load.py"),
+    **dict.fromkeys(["packing", "eval_batch_size", "oversize_rule"], "tests/train/test_without_packing.py"),
+    "test_oom_error": "tests/train/test_memory_probe.py",
+    "system": "tests/train/test_chat.py",
+    "new_tokens": "tests/train/test_new_tokens.py",
     **dict.fromkeys(["lora_layer", *ADAPTER_KEYS], "tests/train/test_adapter_training.py"),
+    **dict.fromkeys(
+        ["data", "val_data", "val_split", "split_seed", "train_sample", "val_sample", "data_cache_dir"],
+        "tests/shorthand/test_data.py",
+    ),
     "timeout": "tests/launch/test_agent.py",
     "step_timeout": "tests/launch/test_agent.py",
 }
@@ -463,11 +490,16 @@ def test_short_names_and_contradictions(train: Train) -> None:
     with unittest.mock.patch("fm9g.train.runner.run_training"), pytest.raises(UserError, match="they are the same"):
         train("out", resume="auto", resume_ckpt=4)
     for changes, message in (
-        ({"early_stopping_patience": 2}, "early_stopping_patience needs a val_dataset"),
+        ({"early_stopping_patience": 2}, "early_stopping_patience needs data to evaluate on"),
         ({"report_to": "none,tensorboard"}, "none cannot be combined with a tracker"),
         ({"report_to": "wandbee"}, "report_to: found 'wandbee', expected tensorboard, wandb"),
         ({"freeze": "nothing*"}, "freeze: 'nothing\\*' matches no weight"),
         ({"freeze": "*"}, "freeze: nothing is left to train"),
+        ({"freeze": "*layers.1.*", "trainable_layers": 1}, "freeze: nothing is left to train"),
+        ({"trainable_layers": -3}, "trainable_layers -3: the model has 2 layers"),
+        ({"trainable_layers": 1, "lora_layer": "all", "pretrained_model": "x"}, "trainable_layers and lora_layer are"),
+        ({"sgd_momentum": 0.9}, "sgd_momentum is given, and optimizer is adamw: it is a key of sgd"),
+        ({"save_iters": 2.5}, "save_iters: found 2.5, expected whole steps, or a fraction of train_iters below 1"),
         ({"resume_ckpt": "newest"}, "expected the number of a step, auto"),
     ):
         with pytest.raises(UserError, match=message):

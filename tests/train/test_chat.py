@@ -4,6 +4,7 @@ import datetime
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,14 @@ from helpers.common import index_dataset, small_model, write_jsonl
 
 from fm9g.checkpoint.checkpoint import Checkpoint
 from fm9g.cli import main
+from fm9g.config.mixture import load_mixture
 from fm9g.config.run import load_run
 from fm9g.convert.hf_export import export_folder
 from fm9g.data.encode.encoder import Encoder
 from fm9g.data.encode.template import load_template
 from fm9g.data.encode.tokenizer_loading import load_tokenizer
+from fm9g.data.load.loader_state import fingerprint
+from fm9g.data.load.mixture import Mixture
 from fm9g.errors import UserError
 from fm9g.run_files import read_metrics
 from fm9g.train.runner import run_training
@@ -239,3 +243,28 @@ def test_a_tokenizer_with_further_templates_is_saved_and_exported(
     # With a template that is named, that one alone is kept.
     result = train("named", chat_template="chatml", **settings)
     assert isinstance(load_tokenizer(result.checkpoint / "tokenizer").chat_template, str)
+
+
+def test_a_system_message_is_added_where_a_conversation_has_none(tokenizer_path: Path) -> None:
+    tokenizer = load_tokenizer(tokenizer_path)
+    encoder = Encoder(tokenizer, load_template("chatml", tokenizer), system="be brief <|im_end|>")
+    records = [{"messages": CHAT}, {"messages": CHAT[1:]}, {"input": "fox", "output": "dogs"}, {"output": "text"}]
+    own, chat, pair, text = (
+        tokenizer.decode(ids_of(tokens)) for tokens in encoder.tokenize([encoder.render(record) for record in records])
+    )
+    assert "seven wizards" in own
+    assert "be brief" not in own + text
+    assert chat.count("system\nbe brief") == pair.count("system\nbe brief") == 1
+
+
+def test_a_system_message_needs_a_template_and_is_part_of_the_data(
+    make_mixture: Callable[..., Path], tokenizer_path: Path
+) -> None:
+    config = load_mixture(make_mixture({"a": [{"input": "fox", "output": "dogs"}]}))[0]
+    plain, other = (
+        Mixture([replace(config, chat_template="chatml", system=system)], str(tokenizer_path), 64, 1)
+        for system in ("", "be brief")
+    )
+    assert fingerprint(plain, 1) != fingerprint(other, 1)
+    with pytest.raises(UserError, match="a: system: needs a chat_template"):
+        Mixture([replace(config, system="be brief")], str(tokenizer_path), 64, 1)

@@ -234,6 +234,7 @@ def test_keys_beside_it_must_say_the_same(
         ({"lora_layer": "all"}, f"(command line), but ['project_q', 'w_out'] {where}"),
         ({"use_dora": True}, f"use_dora is True (command line), but False {where}"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa' (command line)"),
+        ({"modules_to_save": "lm_head"}, f"modules_to_save is ['lm_head'] (command line), but [] {where}"),
         ({"freeze": "*.bias"}, "freeze and adapter are both given"),
         ({"adapter": tmp_path / "nothing"}, f"{tmp_path / 'nothing'}: no such file"),
         ({"adapter": base}, f"adapter {base}: r and alpha are unknown"),

@@ -21,6 +21,7 @@ from fm9g.train.state import TrainState
 from fm9g.train.timer import StepTimer
 
 STEPS = 4
+EVERY = ("log", "evaluate", "save")  # the events that come every so many steps
 
 
 class FixedPacksLoader:
@@ -165,6 +166,12 @@ def test_events_come_in_order() -> None:
     with_validation = events_of({}, val_dataset="v", eval_iters=2, log_iters=2, save_iters=2)
     after_two = ["log 2", "evaluate 2", "save 2"]
     assert with_validation == [*steps[:6], *after_two, *steps[6:], "log 3", "evaluate 3", "save 3"]
+
+
+def test_intervals_below_one_are_fractions_of_the_run_rounded_up() -> None:
+    fractions = {"log_iters": 0.5, "save_iters": 0.34, "eval_iters": 0.01}  # of three steps: 2, 2, 1
+    events = [event for event in events_of({}, val_dataset="v", **fractions) if event.split()[0] in EVERY]
+    assert events == ["evaluate 1", "log 2", "evaluate 2", "save 2", "log 3", "evaluate 3", "save 3"]
 
 
 def test_a_request_to_save_is_served_after_the_step_and_once() -> None:

@@ -55,6 +55,7 @@ class Encoder:
     Args:
         template: of pairs and conversations; None leaves pairs as they are.
         chat_template: of conversations only, if `template` is None.
+        system: the system message of conversations and pairs that have none; empty: none. It needs `template`.
         loss, turns: see fm9g.data.encode.conversation.
     """
 
@@ -63,6 +64,7 @@ class Encoder:
     loss: str = "assistant"
     turns: str = "auto"
     chat_template: Template | None = None
+    system: str = ""
 
     def render(
         self, record: dict[str, Any], is_transformed: bool = False, with_content_spans: bool = False
@@ -77,7 +79,10 @@ class Encoder:
         Raises BadRecord.
         """
         if "chosen" in record or "label" in record:
-            raise BadRecord("a preference, which supervised training does not use; a transform can choose an answer")
+            raise BadRecord(
+                "a preference or a KTO label, for which there is no training here; for supervised training a transform "
+                "can choose an answer"
+            )
         if "messages" in record:
             return self._render_chat(record["messages"], record.get("tools"), is_transformed, with_content_spans)
         prompt, completion = record.get("input", ""), record["output"]
@@ -102,6 +107,8 @@ class Encoder:
         template = self.template or self.chat_template
         if template is None:
             raise BadRecord("a conversation needs a template; give --chat_template, chatml for example")
+        if self.system and not any(message["role"] == "system" for message in messages[:1]):
+            messages = [{"role": "system", "content": self.system}, *messages]
         _require_features(template, messages, tools)
         pattern = self.tokenizer.special_pattern
         escaped_messages = [_escape_message(message, pattern, not is_transformed) for message in messages]

@@ -30,9 +30,10 @@ def split_or_truncate(tokens: np.ndarray, max_length: int, oversize_rule: str, r
 
     Args:
         max_length: positions of a sample, at most. A sample of n + 1 tokens fills n positions.
-        oversize_rule: how a longer sample is handled. `drop` discards it. `head` keeps its first max_length tokens.
-            `segment` cuts plain text, which is trained on from its first token, into consecutive samples, and treats
-            other records as `head`. `whole` keeps up to row_length tokens as one sample and discards longer ones.
+        oversize_rule: how a longer sample is handled. `drop` discards it. `head` keeps its first max_length tokens,
+            `tail` its last. `segment` cuts plain text, which is trained on from its first token, into consecutive
+            samples, and treats other records as `head`. `whole` keeps up to row_length tokens as one sample and
+            discards longer ones.
         row_length: positions of a row.
     """
     samples = split_samples(tokens)
@@ -53,6 +54,8 @@ def _split_or_truncate_sample(
         return EncodedRecord([], EMPTY)
     limit = row_length if oversize_rule == "whole" else max_length
     prompt_length = int(np.argmax(tokens[1:] >= 0))  # before the first token that is trained on
+    if oversize_rule == "tail" and length > limit:
+        return EncodedRecord([tokens[-(limit + 1) :]])
     if prompt_length >= limit - 2:
         return EncodedRecord([], LONG_INPUT)
     if length <= limit:

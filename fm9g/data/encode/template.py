@@ -16,7 +16,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fm9g.config.mixture import BUILTIN_TEMPLATES, NO_TEMPLATE, TEMPLATE_FOLDER, TOKENIZER_TEMPLATE, check_template
+from fm9g.config.mixture import (
+    BUILTIN_TEMPLATES,
+    NO_TEMPLATE,
+    TEMPLATE_FOLDER,
+    TOKENIZER_TEMPLATE,
+    check_template,
+    is_file_name,
+)
+from fm9g.config.registry import find_template
 from fm9g.data.encode.jinja_environment import compile_template, literal_text, make_strftime_now
 from fm9g.data.encode.transform import GuardError, guard_user_code
 from fm9g.errors import UserError
@@ -223,7 +231,8 @@ def _with_json_arguments(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_template(spec: str, tokenizer: Any, date: str = "") -> Template:
-    """Loads the template that `spec` names: a built-in one, `tokenizer` for the tokenizer's own, or a Jinja file.
+    """Loads the template that `spec` names: a built-in or registered one, `tokenizer` for the tokenizer's own, or a
+    Jinja file.
 
     tokenizer: an object with special_tokens and chat_template (a text, several by name, or None). Raises UserError if
     there is no such template.
@@ -234,6 +243,8 @@ def load_template(spec: str, tokenizer: Any, date: str = "") -> Template:
                 "the tokenizer has no chat template of its own; choose another, for example --chat_template chatml"
             )
         return Template(spec, tokenizer.chat_template, tokenizer.special_tokens, date)
+    if spec not in BUILTIN_TEMPLATES and not is_file_name(spec) and (source := find_template(spec)):
+        return Template(spec, source, tokenizer.special_tokens, date)
     file = TEMPLATE_FOLDER / f"{spec}.jinja" if spec in BUILTIN_TEMPLATES else Path(spec)
     if not file.is_dir():
         check_regular(file, _MAX_FILE_BYTES)

@@ -26,7 +26,9 @@ class Tokenizer(ABC):
         special_tokens: bos_token, eos_token, ... as a chat template sees them.
         chat_template: the tokenizer's own, or several by name.
         vocab_size: the largest token id + 1.
-        files: what another program needs to open the same tokenizer.
+        files: what another program needs to open the same tokenizer, apart from new tokens.
+        new_tokens: tokens that the user asked for in addition to the files'.
+        new_ids: the ids of those that the files do not have, behind all others.
     """
 
     _has_exact_starts = False  # whether offsets include the spaces that are part of a token
@@ -40,6 +42,8 @@ class Tokenizer(ABC):
     chat_template: str | dict[str, str] | None = None
     vocab_size: int
     files: list[Path]
+    new_tokens: tuple[str, ...] = ()
+    new_ids: range = range(0)
 
     @property
     def bos_token(self) -> str:

@@ -5,8 +5,10 @@ Folders are used by the 4b, 7b and 70b models, other model families, and tokeniz
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from fm9g.data.encode.new_tokens import with_new_tokens
 from fm9g.data.encode.sentencepiece_tokenizer import SentencePieceTokenizer
 from fm9g.data.encode.tokenizer import Tokenizer
 from fm9g.data.encode.tokenizer_files import CHAT_TEMPLATE, TOKENIZER_CONFIG, TOKENIZER_FILES, tokenizer_files
@@ -19,12 +21,20 @@ from fm9g.path_kind import TOKENIZER, check_kind
 _MAX_FILE_BYTES = 512 << 20  # bytes of a file; the largest published ones have some 35 MB
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, new_tokens: Sequence[str] = ()) -> Tokenizer:
     """Opens a file or folder: a 9G vocab.txt, a bare SentencePiece .model, or what transformers opens.
 
-    Runs no code from the folder. Raises UserError if there is no tokenizer, or it cannot be read.
+    Args:
+        new_tokens: added to it, as far as it does not have them.
+
+    Runs no code from the folder. Raises UserError if there is no tokenizer, it cannot be read, or it takes no tokens.
     """
     path = Path(path)
+    tokenizer = _open(path)
+    return with_new_tokens(tokenizer, path, new_tokens) if new_tokens else tokenizer
+
+
+def _open(path: Path) -> Tokenizer:
     if not path.exists():
         raise UserError(f"{path}: no such tokenizer; set tokenizer_path to a file or to a folder that holds one")
     folder = path if path.is_dir() else path.parent

@@ -24,6 +24,7 @@ from fm9g.data.inspect.measure import MeasuredDataset, measure_dataset
 from fm9g.data.load.encoding_pool import EncodingPool
 from fm9g.data.load.mixture import Mixture
 from fm9g.data.load.mixture_checks import describe_templates
+from fm9g.data.load.run_mixture import open_run_tokenizer
 from fm9g.data.workers import check_workers, default_workers
 from fm9g.errors import UserError
 from fm9g.io.atomic import atomic_dir
@@ -53,7 +54,7 @@ def open_named_mixture(name: str, **settings: Any) -> tuple[Mixture, Path]:
     row_length = train.batch_size * train.max_length
     mixture = Mixture(
         configs,
-        train.tokenizer_path,
+        open_run_tokenizer(train),
         train.max_length,
         train.seed,
         row_length,
@@ -97,7 +98,7 @@ def check_mixture(
     mixture, file = open_named_mixture(name, **settings)
     counts = [min(sample or len(dataset), len(dataset)) for dataset in mixture.datasets]
     if workers is None:
-        num_bytes = sum(data.nbytes / len(data) * count for data, count in zip(mixture.datasets, counts))
+        num_bytes = sum(data.used_bytes / len(data) * count for data, count in zip(mixture.datasets, counts))
         workers = default_workers(num_bytes, _MIN_BYTES_FOR_WORKERS)
     is_own = output.is_dir() and {path.name for path in output.iterdir()} <= {REPORT_FILE, PLOT_FILE}
     with atomic_dir(output, overwrite or is_own) as folder:

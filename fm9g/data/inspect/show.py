@@ -163,7 +163,7 @@ class _SampleView:
         styles = styles[start : start + len(tokens)]
         styles[:1] &= ~_TRAINED  # no token comes before the first one, so nothing predicts it
         trained, length = int((styles & _TRAINED).sum()), max(0, len(tokens) - 1)
-        details = self._describe(shown, segments[-1].sample.number + 1, config.oversize_rule)
+        details = self._describe(shown, segments[-1].sample.number + 1, config.rule_for_long_records)
         yield _border(f"{config.task_name}, line {number + 1}: {length} tokens, {trained} trained on{details}")
         if len(tokens):
             yield self._format_tokens(token_ids(tokens).tolist(), styles, {at - start for at in text_starts})
@@ -181,7 +181,8 @@ class _SampleView:
         if segment.num_segments > 1:
             details += f", segment {segment.start // self._mixture.max_length + 1} of {segment.num_segments} {rule}"
         elif not segment.skipped and len(tokens) < sample_length:
-            details += f", truncated: the first of {sample_length - 1} tokens {rule}"
+            end = "last" if oversize_rule == "tail" else "first"
+            details += f", truncated: the {end} of {sample_length - 1} tokens {rule}"
         if is_weighted(tokens):
             weights = sorted(set(loss_weights(tokens[1:]).tolist()) - {0.0})
             details += f", weights {', '.join(f'{weight:g}' for weight in weights)}"
@@ -190,13 +191,20 @@ class _SampleView:
     def _segments(self, dataset: int, number: int, rendered: RenderedRecord) -> list[_Segment]:
         """The segments of a record's samples; if all samples are skipped, the first one."""
         mixture = self._mixture
+        keeps_tail = mixture.configs[dataset].rule_for_long_records == "tail"
         segments = []
         for at, tokens in enumerate(split_samples(mixture.tokenize([rendered], dataset, [number])[0])):
             sample, encoded = _RecordSample(at, tokens), mixture.split_or_truncate(dataset, tokens)
             if encoded.skipped:
                 segments.append(_Segment(sample, tokens, 0, 1, encoded.skipped))
             segments += [
-                _Segment(sample, segment, position * mixture.max_length, len(encoded.segments), "")
+                _Segment(
+                    sample,
+                    segment,
+                    len(tokens) - len(segment) if keeps_tail else position * mixture.max_length,
+                    len(encoded.segments),
+                    "",
+                )
                 for position, segment in enumerate(encoded.segments)
             ]
         used = [segment for segment in segments if not segment.skipped]

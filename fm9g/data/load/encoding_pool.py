@@ -114,7 +114,7 @@ class EncodingPool:
 
     def _chunk_size(self, dataset: int, num_iterators: int) -> int:
         records = self.mixture.datasets[dataset]
-        records_ahead = _MAX_BYTES_AHEAD * len(records) / max(1, records.nbytes)
+        records_ahead = _MAX_BYTES_AHEAD * len(records) / max(1.0, records.used_bytes)
         return int(np.clip(records_ahead / num_iterators, 1, self._max_chunk))
 
     def _crash_message(self) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 
 from fm9g.config.fields import did_you_mean
 from fm9g.data.dataset_files import DATA_FILE, INDEX_FILE, INDEX_H5_FILE, SPLITS, has_canonical_records
+from fm9g.data.load.record_sample import ALL_RECORDS, RecordSample
 from fm9g.data.prepare.record_size import MAX_RECORD_BYTES
 from fm9g.data.prepare.records import parse_object, quote
 from fm9g.data.prepare.values import BadRecord
@@ -30,6 +31,7 @@ from fm9g.io.random_access import RandomAccessFile
 from fm9g.path_kind import DATASET, check_kind
 
 _PAGE_BYTES, _NUM_PAGES = 4096, 64  # of a checksum
+_MAX_MEASURED = 1 << 20  # records whose length is looked up
 
 ReadOffsets = Callable[[int, int], np.ndarray]  # (first, count) -> `count` stored offsets
 
@@ -37,12 +39,19 @@ ReadOffsets = Callable[[int, int], np.ndarray]  # (first, count) -> `count` stor
 class IndexedDataset:
     """The records of one dataset folder, by index. Opening reads no record and, from index.h5, not the offsets."""
 
-    def __init__(self, folder: str | Path, max_records: int = 0, max_record_bytes: int = MAX_RECORD_BYTES) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        max_records: int = 0,
+        max_record_bytes: int = MAX_RECORD_BYTES,
+        sample: RecordSample = ALL_RECORDS,
+    ) -> None:
         """Opens the folder.
 
         Args:
-            max_records: number of records to use, from the first; 0: all.
+            max_records: number of records to use, from the first of the sample; 0: all.
             max_record_bytes: refuse a longer record.
+            sample: the records to use; default: all, in the order of the file.
 
         Raises UserError if a file is missing or the index belongs to other data.
         """
@@ -64,7 +73,7 @@ class IndexedDataset:
         self._files: list[RandomAccessFile] = []
         size, self._read_offsets = self._open_index()
         self._starts_with_0 = bool(size) and self._read_offsets(0, 1)[0] == 0
-        self.num_stored = size - self._starts_with_0  # without the limit of max_records
+        self.num_stored = int(size - self._starts_with_0)  # without the sample and the limit of max_records
         if not self.num_stored:
             raise UserError(f"{self.folder}: the dataset is empty")
         if (end := int(self._read_offsets(size - 1, 1)[0])) != self.nbytes:
@@ -73,7 +82,11 @@ class IndexedDataset:
                 "one of them was changed; index it again with `fm9g data index`"
             )
         self._file = self._open(self._data)
-        self._num_records = min(max_records or self.num_stored, self.num_stored)
+        self.sample = sample
+        self._record_at = sample.order(self.num_stored) if sample else None
+        if not (size := sample.size(self.num_stored)):
+            raise UserError(f"{self.folder}: sample_skip {sample.skip} leaves none of its {self.num_stored} records")
+        self._num_records = min(max_records or size, size)
 
     def _open(self, path: Path) -> RandomAccessFile:
         self._files.append(RandomAccessFile(path))
@@ -112,11 +125,18 @@ class IndexedDataset:
             raise ValueError("it is truncated")
         return size, lambda first, count: np.frombuffer(index.read(count * width, start + first * width), dtype)
 
+    @property
+    def used_bytes(self) -> float:
+        """Bytes of the records that are used, about."""
+        return self.nbytes * len(self) / self.num_stored
+
     def checksum(self) -> str:
         """A checksum of pages spread over the data: it notices other content without reading all of it."""
         value = 0
         for offset in range(0, self.nbytes, max(_PAGE_BYTES, self.nbytes // _NUM_PAGES)):
             value = zlib.crc32(self._file.read(_PAGE_BYTES, offset), value)
+        if self.sample:
+            value = zlib.crc32(repr(self.sample).encode(), value)
         return f"{value:08x}"
 
     def __len__(self) -> int:
@@ -128,12 +148,27 @@ class IndexedDataset:
         try:
             return parse_object(line)
         except BadRecord as error:
-            raise UserError(f"{self._data}, line {index + 1}: {error}: {quote(line)}") from None
+            raise UserError(f"{self._data}, line {self.line_number(index)}: {error}: {quote(line)}") from None
+
+    def longest(self, count: int) -> list[int]:
+        """The records with the most bytes, the longest first; of a large dataset, those among its first million."""
+        size = min(len(self), _MAX_MEASURED)
+        if self._record_at is not None:
+            lengths = np.array([len(self.line(index)) for index in range(size)])
+        else:
+            ends = self._read_offsets(0, size + self._starts_with_0)
+            lengths = np.diff(ends) if self._starts_with_0 else np.diff(ends, prepend=0)
+        return [int(index) for index in np.argsort(-lengths, kind="stable")[:count]]
+
+    def line_number(self, index: int) -> int:
+        """The line of record `index` in the data, from 1."""
+        return (index if self._record_at is None else self._record_at(index)) + 1
 
     def line(self, index: int) -> bytes:
         """The stored line of record `index`. Raises UserError if the index does not match the data."""
         if not 0 <= index < len(self):
             raise IndexError(index)
+        index = self.line_number(index) - 1
         if self._starts_with_0 or index:
             start, end = self._read_offsets(index - (not self._starts_with_0), 2).tolist()
         else:

@@ -18,10 +18,12 @@ from typing import Any
 from fm9g.data.load.loader_state import fingerprint, migrate_state
 from fm9g.data.load.mixture import Mixture
 from fm9g.data.load.pack_stream import PackStream
-from fm9g.data.load.packing import Pack, collate
+from fm9g.data.load.packing import Pack, Sample, collate
 from fm9g.data.load.record_source import MixtureSource
 from fm9g.data.load.sampling_plan import make_sampling_plan
 from fm9g.errors import UserError
+
+ROW_MULTIPLE = 64  # few lengths of rows, so that kernels are chosen and memory is reserved for few
 
 
 class Loader:
@@ -38,6 +40,7 @@ class Loader:
         prefetch: int = 2,
         state: dict[str, Any] | None = None,
         allow_changes: bool = False,
+        row_multiple: int = ROW_MULTIPLE,
     ) -> None:
         """Opens the streams of a rank.
 
@@ -47,6 +50,7 @@ class Loader:
             prefetch: chunks of records that each worker is ahead.
             state: from `state_dict()`, merged over all ranks, to resume there.
             allow_changes: resume even if the data gives other samples than before.
+            row_multiple: without packing, rows are as long as their samples, rounded up to a multiple of this.
 
         Raises UserError if global_batch_size is no multiple of world_size, or the state belongs to other data.
         """
@@ -57,6 +61,7 @@ class Loader:
                 f"{divisors}"
             )
         self._fingerprint, self._row_length = fingerprint(mixture, global_batch_size), mixture.row_length
+        self._trims_rows, self._row_multiple = bool(mixture.samples_per_pack), row_multiple
         plan = make_sampling_plan(mixture, global_batch_size)
         self.is_infinite = any(repeats and share for repeats, share in zip(plan.repeats, plan.proportions))
         states = migrate_state(state, self._fingerprint, plan, allow_changes) if state is not None else {}
@@ -65,8 +70,16 @@ class Loader:
         self._streams = {s: PackStream(s, plan, self._row_length, self._source, states.get(s)) for s in own}
 
     def next_batch(self) -> list[Pack]:
-        """This rank's packs of the next step. A pack without a sample means that its stream is used up."""
-        return [collate(stream.next_samples(), self._row_length) for stream in self._streams.values()]
+        """This rank's packs of the next step. A pack without a sample means that its stream is used up; without
+        packing, also that an epoch ends.
+        """
+        return [self._collate(stream.next_samples()) for stream in self._streams.values()]
+
+    def _collate(self, samples: list[Sample]) -> Pack:
+        if not self._trims_rows:
+            return collate(samples, self._row_length)
+        used = max(1, sum(sample.length for sample in samples))
+        return collate(samples, -(-used // self._row_multiple) * self._row_multiple)
 
     def state_dict(self) -> dict[str, Any]:
         """The state before the next step as JSON, with the streams of this rank; `merge_states` merges all ranks."""

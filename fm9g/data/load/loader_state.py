@@ -20,6 +20,7 @@ _ENCODING_FIELDS = (
     "chat_template",
     "loss",
     "turns",
+    "system",
     "oversize_rule",
     "incontext_weight",
 )
@@ -29,6 +30,7 @@ _RUN_FIELDS = {
     "max_length": "max_length",
     "capacity": "tokens per pack",
     "global_batch": "packs per step",
+    "samples_per_pack": "samples per pack without packing",
 }
 _KEYS = {"template": "chat_template", "chat_template": "the tokenizer's chat_template", "loss": "train_on"}
 
@@ -45,6 +47,7 @@ def fingerprint(mixture: Mixture, global_batch_size: int) -> dict[str, Any]:
         "capacity": mixture.row_length,
         "template_date": mixture.date,
         "global_batch": global_batch_size,
+        **({"samples_per_pack": mixture.samples_per_pack} if mixture.samples_per_pack else {}),
         "datasets": {
             config.task_name: {
                 "share": share,
@@ -52,7 +55,7 @@ def fingerprint(mixture: Mixture, global_batch_size: int) -> dict[str, Any]:
                 "records": len(dataset),
                 "bytes": dataset.nbytes,
                 "checksum": dataset.checksum(),
-                "oversize_rule": config.oversize_rule,
+                "oversize_rule": config.rule_for_long_records,
                 "incontext_weight": config.incontext_weight,
                 **mixture.encoding_fingerprint(number),
             }
@@ -105,6 +108,9 @@ def migrate_state(
         logger.info(f"data: {change}")
     for change in refused:
         logger.warning(f"data: {change}")
+    if plan.concat_order or before.get("samples_per_pack"):
+        logger.warning("data: without packing, the epochs start anew after a change")
+        return {s: initial_state(s, plan) for s in range(plan.num_streams)}
     migrated = _migrate_streams(states, before, now, plan)
     if num_lost := sum(map(_num_unfinished, states.values())) - sum(map(_num_unfinished, migrated.values())):
         logger.warning(
@@ -123,16 +129,16 @@ def _diff_fingerprints(before: dict[str, Any], now: dict[str, Any]) -> tuple[lis
     """The changes that are always allowed, and those that need --on_data_change allow."""
     allowed, refused = [], []
     for key, name in _RUN_FIELDS.items():
-        if before[key] != now[key]:
-            refused.append(f"{name}: was {before[key]}, is {now[key]}")
+        if (was := before.get(key)) != (value := now.get(key)):
+            refused.append(f"{name}: was {was}, is {value}")
     old, new = before["datasets"], now["datasets"]
     allowed += [f"{name} is no longer in the mixture" for name in old if name not in new]
     for name, dataset in new.items():
         if name not in old:
             allowed.append(f"{name} is new in the mixture")
             continue
-        for key, value in dataset.items():
-            was = old[name].get(key)
+        for key in {**old[name], **dataset}:
+            was, value = old[name].get(key), dataset.get(key)
             if was == value:
                 continue
             if key == "share":
@@ -161,7 +167,7 @@ def _migrate_streams(
 
 
 def _fields_equal(before: dict[str, Any], now: dict[str, Any], name: str, keys: tuple[str, ...]) -> bool:
-    return all(before["datasets"][name].get(key) == now["datasets"][name][key] for key in keys)
+    return all(before["datasets"][name].get(key) == now["datasets"][name].get(key) for key in keys)
 
 
 def _migrate(

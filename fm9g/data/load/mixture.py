@@ -19,6 +19,7 @@ from fm9g.config.mixture import NO_TEMPLATE, TOKENIZER_TEMPLATE, DatasetConfig
 from fm9g.data.encode.encoder import Encoder, RenderedRecord
 from fm9g.data.encode.encoding_limits import UnreadableTextError
 from fm9g.data.encode.escaping import escape_special_tokens
+from fm9g.data.encode.new_tokens import fresh_tokens, new_token_files
 from fm9g.data.encode.oversize import EncodedRecord, split_or_truncate
 from fm9g.data.encode.record_issues import find_issues
 from fm9g.data.encode.template import Template, load_template
@@ -28,6 +29,7 @@ from fm9g.data.encode.tokenizer_loading import load_tokenizer
 from fm9g.data.encode.transform import TrackedRandom, Transform, guard_user_code, load_transform, safe_repr
 from fm9g.data.load.epoch_order import EpochOrder
 from fm9g.data.load.indexed_dataset import IndexedDataset
+from fm9g.data.load.record_sample import RecordSample
 from fm9g.data.load.token_cache import TokenCache, cache_mismatches
 from fm9g.data.prepare.record_formats import Record, canonicalize
 from fm9g.data.prepare.values import BadRecord
@@ -49,6 +51,7 @@ class MixtureSpec(NamedTuple):
     token_cache_dir: str = ""
     date: str = ""
     collect_issues: bool = False
+    samples_per_pack: int = 0
 
 
 class Mixture:
@@ -64,6 +67,7 @@ class Mixture:
         token_cache_dir: str = "",
         date: str = "",
         collect_issues: bool = False,
+        samples_per_pack: int = 0,
     ) -> None:
         """Opens everything that encoding needs.
 
@@ -75,17 +79,26 @@ class Mixture:
                 ignored.
             date: what templates write as today's date, YYYY-MM-DD; empty: today.
             collect_issues: count the issues of rendered records in `issues`.
+            samples_per_pack: samples in a row, at most; 0: as many as fit.
 
         Raises UserError for what is missing or unreadable.
         """
         self.configs, self.max_length, self.seed = list(configs), max_length, seed
-        self.row_length = row_length or max_length
+        self.row_length, self.samples_per_pack = row_length or max_length, samples_per_pack
         assert self.row_length >= max_length  # otherwise a sample might fit into no row
         self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         date = date or datetime.date.today().isoformat()
         # Workers get the opened tokenizer: opening it imports transformers, which takes seconds.
         self.spec = MixtureSpec(
-            configs, self.tokenizer, max_length, seed, self.row_length, token_cache_dir, date, collect_issues
+            configs,
+            self.tokenizer,
+            max_length,
+            seed,
+            self.row_length,
+            token_cache_dir,
+            date,
+            collect_issues,
+            samples_per_pack,
         )
         self.datasets = [_open_dataset(config) for config in configs]
         self.transforms = [_load_transform(config) for config in configs]
@@ -107,14 +120,17 @@ class Mixture:
                 chat_template = load_template(TOKENIZER_TEMPLATE, self.tokenizer, date)
         except UserError as error:
             raise UserError(f"{config.task_name}: {error}") from None
-        return Encoder(self.tokenizer, template, config.train_on or "assistant", config.turns or "auto", chat_template)
+        if config.system and template is None:
+            raise UserError(f"{config.task_name}: system: needs a chat_template, such as tokenizer or chatml")
+        loss, turns = config.train_on or "assistant", config.turns or "auto"
+        return Encoder(self.tokenizer, template, loss, turns, chat_template, config.system)
 
     # Which records
 
     def proportions(self) -> list[float]:
-        """Each dataset's share of tokens: abs_weight, or weight times the size in bytes; sum 1."""
+        """Each dataset's share of tokens: abs_weight, or weight times the bytes of the records used; sum 1."""
         weights = [
-            config.weight * dataset.nbytes if config.abs_weight is None else config.abs_weight
+            config.weight * dataset.used_bytes if config.abs_weight is None else config.abs_weight
             for config, dataset in zip(self.configs, self.datasets)
         ]
         weights = [weight / max(weights) for weight in weights]  # so that the sum does not overflow
@@ -130,6 +146,12 @@ class Mixture:
         permutation = Permutation(size, self.seed, _PROBE_SALT, self.keys[dataset])
         return [int(index) for index in permutation(np.arange(min(count, size)))]
 
+    @property
+    def is_concatenated(self) -> bool:
+        """Without packing and without shares, an epoch has each record of all datasets once."""
+        has_shares = any(config.abs_weight is not None or config.weight != 1.0 for config in self.configs)
+        return bool(self.samples_per_pack) and (len(self.configs) == 1 or not has_shares)
+
     # From a record to its samples
 
     def encode(self, dataset: int, sample_indices: Sequence[int]) -> list[EncodedRecord]:
@@ -139,7 +161,7 @@ class Mixture:
 
     def split_or_truncate(self, dataset: int, tokens: np.ndarray) -> EncodedRecord:
         """Divides the token array of a record into samples, by the dataset's oversize_rule."""
-        return split_or_truncate(tokens, self.max_length, self.configs[dataset].oversize_rule, self.row_length)
+        return split_or_truncate(tokens, self.max_length, self.configs[dataset].rule_for_long_records, self.row_length)
 
     def read_tokens(self, dataset: int, record_indices: np.ndarray, sample_indices: Sequence[int]) -> list[np.ndarray]:
         """The token arrays of records, from the token cache if there is one."""
@@ -159,7 +181,8 @@ class Mixture:
         try:
             return self.encoders[dataset].tokenize(rendered)
         except (TypeError, UnicodeEncodeError, UnreadableTextError) as error:  # a lone surrogate is no text
-            lines, config = ", ".join(str(index + 1) for index in record_indices), self.configs[dataset]
+            numbers = map(self.datasets[dataset].line_number, record_indices)
+            lines, config = ", ".join(map(str, numbers)), self.configs[dataset]
             raise UserError(
                 f"{config.task_name}, one of the lines {lines} of {config.path}: its text cannot be encoded: {error}"
             ) from None
@@ -228,7 +251,8 @@ class Mixture:
         """Names a record for messages."""
         config = self.configs[dataset]
         script = f", {config.transforms}" if self.transforms[dataset] else ""
-        return f"{config.task_name}, line {record_index + 1} of {config.path}{script}"
+        line = self.datasets[dataset].line_number(record_index)
+        return f"{config.task_name}, line {line} of {config.path}{script}"
 
     # What the samples depend on
 
@@ -236,12 +260,13 @@ class Mixture:
         """What the tokens of a given record depend on, as JSON."""
         config, encoder = self.configs[dataset], self.encoders[dataset]
         return {
-            "tokenizer": _checksum(self.tokenizer.files),
+            "tokenizer": _checksum(self.tokenizer.files, "\n".join(fresh_tokens(self.tokenizer))),
             "transforms": _checksum([Path(config.transforms)] if config.transforms else []),
             "template": encoder.template.checksum if encoder.template else config.chat_template,
             "chat_template": encoder.chat_template.checksum if encoder.chat_template else "",
             "loss": encoder.loss,
             "turns": encoder.turns,
+            **({"system": encoder.system} if encoder.system else {}),
         }
 
     def cache_key(self, dataset: int) -> dict[str, Any]:
@@ -253,6 +278,7 @@ class Mixture:
             "records": len(records),
             "bytes": records.nbytes,
             "modified": records.mtime_ns,
+            **({"sample": repr(records.sample)} if records.sample else {}),
             **self.encoding_fingerprint(dataset),
         }
 
@@ -282,7 +308,7 @@ class Mixture:
         files: dict[str, Path | str] = {
             f"{CHAT_TEMPLATES}/{file.name}" if file.parent.name == CHAT_TEMPLATES else file.name: file
             for file in self.tokenizer.files
-        }
+        } | new_token_files(self.tokenizer)
         if template is None or template.name == TOKENIZER_TEMPLATE:
             return files
         files = {name: file for name, file in files.items() if not name.startswith(CHAT_TEMPLATES)}
@@ -291,7 +317,8 @@ class Mixture:
 
 def _open_dataset(config: DatasetConfig) -> IndexedDataset:
     try:
-        return IndexedDataset(config.path, config.max_samples)
+        sample = RecordSample(config.sample, config.sample_skip, config.sample_seed)
+        return IndexedDataset(config.path, config.max_samples, sample=sample)
     except UserError as error:
         raise UserError(f"{config.task_name}: path: {error}") from None
     except OSError as error:  # a name that is too long, for example
@@ -303,8 +330,8 @@ def _load_transform(config: DatasetConfig) -> Transform | None:
     return load_transform(Path(config.transforms), where, config.transform_timeout) if config.transforms else None
 
 
-def _checksum(files: Iterable[Path]) -> str:
-    value = 0
+def _checksum(files: Iterable[Path], text: str = "") -> str:
+    value = zlib.crc32(text.encode())
     for file in files:
         value = zlib.crc32(file.read_bytes(), value)
     return f"{value:08x}"

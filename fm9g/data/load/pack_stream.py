@@ -24,6 +24,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from functools import cache
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,7 +67,10 @@ class PackStream:
             state: from `state_dict()`, to resume there.
         """
         state = state or initial_state(index, plan)
-        self._plan, self._row_length = plan, row_length
+        self._index, self._plan, self._row_length = index, plan, row_length
+        self._max_samples = plan.samples_per_pack or row_length
+        self._num_packs = state.get("packs", 0)
+        self._fruitless: Counter[str] = Counter()  # records in a row without a sample, by reason
         self._max_waste = row_length // WASTE_DIVISOR
         self._virtual_times = list(state["clocks"])
         self._num_started = list(state["begun"])
@@ -93,16 +97,48 @@ class PackStream:
 
     def next_samples(self) -> list[Sample]:
         """The samples of the next pack, in their order there; none when the datasets are used up."""
+        return self._next_slots() if self._plan.concat_order else self._next_fitting()
+
+    def _next_slots(self) -> list[Sample]:
+        """The samples of the records in the slots of the next pack.
+
+        Records that give several samples fill a buffer, which is emptied before further records are started.
+        """
+        assert self._plan.concat_order
+        if len(self._buffer) < self._max_samples:
+            for dataset in self._plan.concat_order.slots(self._index, self._num_packs):
+                for sample_index, encoded in islice(self._record_iterators[dataset], 1):
+                    self._num_started[dataset] += 1
+                    self._buffer += [
+                        Sample(segment, dataset, sample_index, number)
+                        for number, segment in enumerate(encoded.segments)
+                    ]
+                    self._count_skipped(dataset, encoded.skipped, self._fruitless)
+            self._num_packs += 1
+        chosen: list[Sample] = []
+        free = self._row_length
+        while self._buffer and len(chosen) < self._max_samples and self._buffer[0].length <= free:
+            chosen.append(self._buffer.pop(0))
+            free -= chosen[-1].length
+        return chosen
+
+    def _next_fitting(self) -> list[Sample]:
+        """First fit over the buffer, then over new samples."""
         chosen: list[Sample] = []
         waiting: list[Sample] = []
         free = self._row_length
         for sample in self._buffer:  # oldest first, so that none waits forever
-            if sample.length <= free:
+            if sample.length <= free and len(chosen) < self._max_samples:
                 chosen.append(sample)
                 free -= sample.length
             else:
                 waiting.append(sample)
-        while free > self._max_waste and len(waiting) < BUFFER_SIZE and (drawn := self._draw_sample()) is not None:
+        while (
+            free > self._max_waste
+            and len(chosen) < self._max_samples
+            and len(waiting) < BUFFER_SIZE
+            and (drawn := self._draw_sample()) is not None
+        ):
             if drawn.length <= free:
                 chosen.append(drawn)
                 free -= drawn.length
@@ -140,21 +176,33 @@ class PackStream:
     def _start_record(self, dataset: int) -> _Record | None:
         """The dataset's next record that has a sample; None when it is used up."""
         reasons: Counter[str] = Counter()
-        for num_read, (sample_index, encoded) in enumerate(self._record_iterators[dataset], 1):
+        for sample_index, encoded in self._record_iterators[dataset]:
             self._num_started[dataset] += 1
+            self._count_skipped(dataset, encoded.skipped, reasons)
             if not encoded.skipped:
                 return _Record(sample_index, encoded.segments, 0)
-            self.skipped[encoded.skipped] = self.skipped.get(encoded.skipped, 0) + 1
-            reasons[encoded.skipped] += 1
-            if num_read > max(1000, min(2 * self._plan.sizes[dataset], 100_000)):
-                counts = [
-                    f"of {count}: {reason}; {REMEDIES.get(reason, 'see its transforms')}"
-                    for reason, count in reasons.most_common()
-                ]
-                raise UserError(
-                    f"{self._plan.names[dataset]}: {num_read} records in a row gave nothing to train on", *counts
-                )
         return None
+
+    def _count_skipped(self, dataset: int, reason: str, reasons: Counter[str]) -> None:
+        """Counts a record that gave no sample. Raises UserError if too many did in a row.
+
+        Args:
+            reason: why it gave none; empty: it gave one.
+            reasons: those of the records before it.
+        """
+        if not reason:
+            reasons.clear()
+            return
+        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+        reasons[reason] += 1
+        if (num_read := reasons.total()) > max(1000, min(2 * self._plan.sizes[dataset], 100_000)):
+            counts = [
+                f"of {count}: {reason}; {REMEDIES.get(reason, 'see its transforms')}"
+                for reason, count in reasons.most_common()
+            ]
+            raise UserError(
+                f"{self._plan.names[dataset]}: {num_read} records in a row gave nothing to train on", *counts
+            )
 
     def num_started(self) -> list[int]:
         """Records started, per dataset and over all epochs."""
@@ -170,8 +218,10 @@ class PackStream:
         For the stream:
             waiting: [dataset, sample index, segment] of the samples in the buffer, oldest first.
             skipped: number of records that gave no sample, by reason.
+            packs: without packing, the number of packs whose records were started.
         """
-        return {
+        packs = {"packs": self._num_packs} if self._plan.concat_order else {}
+        return packs | {
             "clocks": list(self._virtual_times),
             "begun": list(self._num_started),
             "open": [

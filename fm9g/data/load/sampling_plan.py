@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 
+from fm9g.data.load.concat_order import ConcatOrder
 from fm9g.data.load.mixture import Mixture
 from fm9g.data.load.token_estimates import estimate_mean_tokens
 from fm9g.data.shuffle import low_discrepancy
@@ -25,6 +26,8 @@ class SamplingPlan:
         proportions: share of the run's tokens; sum 1.
         mean_tokens: estimated tokens per sample.
         num_streams: G, the packs per step.
+        samples_per_pack: samples of a pack, at most; 0: as many as fit.
+        concat_order: the order in which packs take records; None: by the datasets' shares.
     """
 
     names: list[str]
@@ -35,6 +38,8 @@ class SamplingPlan:
     mean_tokens: list[float]
     num_streams: int
     seed: int
+    samples_per_pack: int = 0
+    concat_order: ConcatOrder | None = None
 
     def initial_virtual_time(self, stream: int, dataset: int) -> float:
         """Where a stream's virtual time of a dataset starts.
@@ -56,6 +61,9 @@ class SamplingPlan:
             sample index   0  1  2  3  4  5  6  7  ...
             stream (G=4)   0  1  2  3  0  1  2  3  ...
         """
+        if self.concat_order:
+            yield from self.concat_order.sample_indices(stream, dataset, num_started, self.repeats[dataset])
+            return
         for k in count(num_started):
             sample_index = k * self.num_streams + stream
             if sample_index >= self.sizes[dataset] and not self.repeats[dataset]:
@@ -65,13 +73,17 @@ class SamplingPlan:
 
 def make_sampling_plan(mixture: Mixture, global_batch_size: int) -> SamplingPlan:
     """The plan of a run with `global_batch_size` packs per step."""
+    sizes = [len(dataset) for dataset in mixture.datasets]
+    concatenated = mixture.is_concatenated
     return SamplingPlan(
         names=[config.task_name for config in mixture.configs],
         keys=mixture.keys,
-        sizes=[len(dataset) for dataset in mixture.datasets],
+        sizes=sizes,
         repeats=[config.allow_repeat for config in mixture.configs],
         proportions=mixture.proportions(),
         mean_tokens=estimate_mean_tokens(mixture),
         num_streams=global_batch_size,
         seed=mixture.seed,
+        samples_per_pack=mixture.samples_per_pack,
+        concat_order=ConcatOrder(sizes, global_batch_size, mixture.samples_per_pack) if concatenated else None,
     )

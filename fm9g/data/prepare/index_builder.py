@@ -36,6 +36,10 @@ logger = logging.getLogger(__name__)
 _MIN_BYTES_FOR_WORKERS = 32 << 20  # below, starting processes takes longer than the work
 
 
+class BadRecordError(UserError):
+    """A record that cannot be indexed, and that is not to be left out."""
+
+
 @dataclass
 class IndexReport:
     """What an indexing did.
@@ -145,7 +149,7 @@ class _IndexJob:
     def _reject(self, source: DataSource, rejected: RejectedRecord) -> None:
         message = rejection_message(source, rejected)
         if not self._config.skip_bad:
-            raise UserError(message)
+            raise BadRecordError(message)
         self._first_rejection = self._first_rejection or message
         self.report.rejected += 1
         entry = {

@@ -196,6 +196,16 @@ def _format_of_name(name: str) -> tuple[str, str]:
     return _FORMAT_BY_SUFFIX.get(os.path.splitext(stem)[1] if compression else suffix, ""), compression
 
 
+def data_stem(path: str) -> str:
+    """The name of a data file without the suffixes of its format and compression."""
+    name = os.path.basename(path)
+    stem, suffix = os.path.splitext(name)
+    if suffix.lower() in COMPRESSIONS:
+        name = stem
+        stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in _FORMAT_BY_SUFFIX else name
+
+
 def _source_at(path: str, format: str, text_unit: str) -> DataSource:
     by_name, compression = _format_of_name(path)
     if not (format or by_name):

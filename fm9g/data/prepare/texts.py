@@ -5,26 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from fm9g.data.prepare.index_builder import rejection_message
+from fm9g.data.prepare.column_mapping import ColumnMapping
+from fm9g.data.prepare.index_builder import BadRecordError, rejection_message
 from fm9g.data.prepare.index_tasks import convert_source
 from fm9g.data.prepare.index_worker import IndexConfig
 from fm9g.data.prepare.records import parse_object
 from fm9g.data.prepare.sources import DataSource
-from fm9g.errors import UserError
 
 _NON_TEXT_KEYS = ("role", "type", "id", "tool_call_id")
 
 
-def iter_texts(sources: Iterable[DataSource], limit: int | None = None) -> Iterator[str]:
+def iter_texts(
+    sources: Iterable[DataSource], limit: int | None = None, columns: ColumnMapping | None = None
+) -> Iterator[str]:
     """Yields the texts of all records, without role names and ids.
 
-    limit: bytes of records to read from each source, about. Raises UserError for a bad record.
+    Args:
+        limit: bytes of records to read from each source, about.
+        columns: which of the user's keys holds what; None: recognized by their names.
+
+    Raises UserError for a bad record.
     """
     for source in sources:
         num_bytes = 0
-        for result in convert_source(source, IndexConfig("en")):
+        for result in convert_source(source, IndexConfig("en", columns)):
             for rejected in result.rejected:
-                raise UserError(rejection_message(source, rejected))
+                raise BadRecordError(rejection_message(source, rejected))
             for chunk in result.outputs[0].chunks:
                 data = chunk if isinstance(chunk, bytes) else _read_range(source.path, *chunk)
                 for line in data.removesuffix(b"\n").split(b"\n"):

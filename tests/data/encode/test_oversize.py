@@ -77,3 +77,9 @@ def test_segments_lose_and_double_nothing(length: int) -> None:
 
 def test_a_long_record_with_an_input_is_cut_at_the_end() -> None:
     assert run({"input": "a", "output": "bcdef"}, 5)[0] == [([1, 97, 98, 99, 100], [IGNORE_INDEX, 98, 99, 100, 101])]
+
+
+def test_tail_keeps_the_end_of_a_record_whatever_its_input() -> None:
+    ((ids, targets),) = run({"input": "a" * 20, "output": "bc"}, max_length=5, rule="tail")[0]
+    assert (ids, targets) == ([97, 97, 97, 98, 99], [IGNORE_INDEX, IGNORE_INDEX, 98, 99, 2])
+    assert run({"output": "abcd"}, 5, "tail") == run({"output": "abcd"}, 5, "head")

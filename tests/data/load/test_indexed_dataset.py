@@ -10,6 +10,7 @@ import pytest
 from helpers.common import index_dataset, make_records, write_jsonl
 
 from fm9g.data.load.indexed_dataset import IndexedDataset
+from fm9g.data.load.record_sample import RecordSample
 from fm9g.errors import UserError
 
 PAIRS = [{"input": "问题", "output": "回答一"}, {"input": "", "output": "second"}, {"input": "", "output": "最后"}]
@@ -79,6 +80,7 @@ _MANY_FILES = """
 import os, resource, sys
 from pathlib import Path
 from fm9g.data.load.indexed_dataset import IndexedDataset
+from fm9g.data.load.record_sample import RecordSample
 from fm9g.errors import UserError
 
 folders = sorted(Path(sys.argv[1]).iterdir())
@@ -142,3 +144,16 @@ def test_the_folder_of_a_split_is_named_with_its_parts(tmp_path: Path) -> None:
         index_dataset(source, tmp_path / "out" / part, "en")
     with pytest.raises(UserError, match=r"out: contains the datasets train and validation; give .*out/train"):
         IndexedDataset(tmp_path / "out")
+
+
+def test_a_sample_has_its_records_its_lines_and_its_checksum(dataset: Path) -> None:
+    two = IndexedDataset(dataset, sample=RecordSample(2, 0, 1))
+    rest = IndexedDataset(dataset, sample=RecordSample(0, 2, 1))
+    lines = [opened.line_number(index) for opened in (two, rest) for index in range(len(opened))]
+    assert sorted(lines) == [1, 2, 3]
+    assert [two[0], two[1], rest[0]] == [PAIRS[line - 1] for line in lines]
+    assert len({opened.checksum() for opened in (two, rest, IndexedDataset(dataset))}) == 3
+    assert two.used_bytes + rest.used_bytes == pytest.approx(two.nbytes)
+    assert len(IndexedDataset(dataset, 1, sample=RecordSample(2))) == 1
+    with pytest.raises(UserError, match="sample_skip 3 leaves none of its 3 records"):
+        IndexedDataset(dataset, sample=RecordSample(1, 3))

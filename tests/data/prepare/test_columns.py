@@ -1,4 +1,4 @@
-"""Column mappings on the command line, in a file, and in a dataset_info.json."""
+"""Column mappings on the command line, and in a file."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from helpers.indexing import read_dataset
 
 from fm9g.cli import main
 from fm9g.data.prepare.column_mapping import ColumnMapping
-from fm9g.data.prepare.columns import columns_from_file, columns_from_text, dataset_info_entry
+from fm9g.data.prepare.columns import columns_from_file, columns_from_text
 from fm9g.data.prepare.record_formats import BadRecord, canonicalize
 from fm9g.errors import UserError
 
@@ -28,14 +28,6 @@ def chat(*turns: dict, **extra: object) -> dict:
     return {"messages": list(turns), **extra}
 
 
-REAL = [
-    ("alpaca_en_demo", "Alpaca", 999),
-    ("alpaca_zh_demo", "Alpaca", 1000),
-    ("identity", "Alpaca", 91),
-    ("dpo_zh_demo", "preference", 300),
-    ("glaive_toolcall_zh_demo", "ShareGPT", 300),
-    ("kto_en_demo", "KTO", 300),
-]
 COLUMNS = [
     ("prompt=question,response=answer", {"question": "q", "answer": "a", "id": 1}, {"input": "q", "output": "a"}),
     ("instruction=i, query = c ,output=o", {"i": "q", "c": "x", "o": "a"}, {"input": "q\nx", "output": "a"}),
@@ -157,125 +149,6 @@ def test_a_mistake_in_a_file_of_columns_is_named(tmp_path: Path, content: dict, 
     assert str(error.value) == f"{path}: {message}"
 
 
-KTO_TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
-REAL_ENTRIES = {  # as LLaMA-Factory has them
-    "identity": {},
-    "alpaca_en_demo": {},
-    "alpaca_zh_demo": {},
-    "glaive_toolcall_zh_demo": {
-        "formatting": "sharegpt",
-        "columns": {"messages": "conversations", "tools": "tools"},
-    },
-    "dpo_zh_demo": {
-        "ranking": True,
-        "formatting": "sharegpt",
-        "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"},
-    },
-    "kto_en_demo": {
-        "formatting": "sharegpt",
-        "columns": {"messages": "messages", "kto_tag": "label"},
-        "tags": KTO_TAGS,
-    },
-}
-
-
-def test_real_datasets_by_their_entries(shared: Path, tmp_path: Path) -> None:
-    info = {name: {"file_name": str(shared / "data" / f"{name}.json"), **more} for name, more in REAL_ENTRIES.items()}
-    info["c4_demo"] = {"file_name": str(shared / "data" / "c4_demo.jsonl"), "columns": {"prompt": "text"}}
-    path = write(tmp_path / "dataset_info.json", info)
-    for name, _, count in REAL:
-        file, columns, samples = dataset_info_entry(path, name)
-        assert (file, samples) == (shared / "data" / f"{name}.json", None)
-        records = json.loads(file.read_text())
-        assert len(records) == count
-        for record in records:
-            assert canonicalize(record, columns) == ("columns", canonicalize(record)[1])
-    file, columns, _ = dataset_info_entry(path, "c4_demo")
-    for line in file.read_text().splitlines():
-        assert canonicalize(json.loads(line), columns)[1] == canonicalize(json.loads(line))[1]
-
-
-def test_an_entry_says_where_what_and_how_many(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    alpaca = {"prompt": "instruction", "query": "input", "response": "output"}
-    path = write(
-        tmp_path / "dataset_info.json",
-        {
-            "a": {"file_name": "folder", "num_samples": 5},
-            "b": {"file_name": "folder", "formatting": "openai"},
-            "c": {"file_name": "folder", "columns": {"prompt": "x"}},
-        },
-    )
-    assert dataset_info_entry(path, "a") == (tmp_path / "folder", ColumnMapping(alpaca), 5)
-    assert dataset_info_entry(path, "b") == (tmp_path / "folder", ColumnMapping({"messages": "conversations"}), None)
-    assert dataset_info_entry(path, "c") == (tmp_path / "folder", ColumnMapping({"text": "x"}), None)
-
-
-RANKING = "expected true with the columns chosen and rejected, else false"
-
-
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        (3, "found 3, expected an object"),
-        (
-            {"hf_hub_url": "a/b", "file_name": "x.json"},
-            "hf_hub_url: download the data first, then name its file or folder with file_name",
-        ),
-        (
-            {"script_url": "a", "subset": "en"},
-            "script_url: download the data first, then name its file or folder with file_name",
-        ),
-        (
-            {"file_name": "x.json", "colums": {}},
-            "unknown name 'colums'; did you mean 'columns'? (known: file_name, formatting, ranking, columns, tags, "
-            "num_samples)",
-        ),
-        ({}, "file_name: found None, expected a file or folder in {folder}"),
-        ({"file_name": "y.json"}, "file_name: found 'y.json', expected a file or folder in {folder}"),
-        (
-            {"file_name": "x.json", "formatting": "sharegtp"},
-            "formatting: found 'sharegtp', expected sharegpt or openai with these columns",
-        ),
-        (
-            {"file_name": "x.json", "formatting": "sharegpt", "columns": {"text": "a"}},
-            "formatting: found 'sharegpt', expected alpaca with these columns",
-        ),
-        ({"file_name": "x.json", "ranking": True}, f"ranking: found True, {RANKING}"),
-        (
-            {"file_name": "x.json", "columns": {"prompt": "a", "chosen": "b", "rejected": "c"}},
-            f"ranking: found None, {RANKING}",
-        ),
-        ({"file_name": "x.json", "num_samples": 0}, "num_samples: found 0, expected an integer from 1"),
-        ({"file_name": "x.json", "num_samples": True}, "num_samples: found True, expected an integer from 1"),
-        ({"file_name": "x.json", "columns": ["a"]}, "columns: found ['a'], expected an object"),
-        (
-            {"file_name": "x.json", "formatting": "sharegpt", "columns": {"messages": "m", "images": "i"}},
-            f"columns: unknown name 'images'; fm9g trains on text only (known: {KNOWN})",
-        ),
-        (
-            {"file_name": "x.json", "tags": {"user_tag": 3}},
-            "tags: user_tag: found 3, expected a string that is not empty",
-        ),
-    ],
-)
-def test_a_mistake_in_an_entry_is_named(tmp_path: Path, entry: object, message: str) -> None:
-    (tmp_path / "x.json").write_text("[]")
-    path = write(tmp_path / "dataset_info.json", {"mine": entry})
-    with pytest.raises(UserError) as error:
-        dataset_info_entry(path, "mine")
-    assert str(error.value) == f"{path}: mine: {message.replace('{folder}', str(tmp_path))}"
-
-
-def test_an_unknown_dataset_is_named_with_those_there(tmp_path: Path) -> None:
-    path = write(tmp_path / "dataset_info.json", {"identity": {}, "alpaca": {}})
-    with pytest.raises(UserError) as error:
-        dataset_info_entry(path, "identitty")
-    assert str(error.value) == (
-        f"{path}: datasets: unknown name 'identitty'; did you mean 'identity'? (known: identity, alpaca)"
-    )
-
-
 def test_other_keys_are_mapped_or_kept_as_they_are(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [{"Question": "q", "Complex_CoT": "c", "Response": "r"}])
     arguments = ["data", "index", "--path", str(source), "--language", "en", "--output"]
@@ -287,13 +160,3 @@ def test_other_keys_are_mapped_or_kept_as_they_are(tmp_path: Path) -> None:
     assert read_dataset(tmp_path / "b") == read_dataset(tmp_path / "a")
     assert main([*arguments, str(tmp_path / "c"), "--as-is"]) == 0
     assert read_dataset(tmp_path / "c") == [{"Question": "q", "Complex_CoT": "c", "Response": "r"}]
-
-
-def test_a_dataset_info_of_llama_factory_is_understood(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "mine.jsonl", [{"q": "a", "a": "b"}])
-    info = {"mine": {"file_name": "mine.jsonl", "columns": {"prompt": "q", "response": "a"}}}
-    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
-    path = ["--path", str(tmp_path / "dataset_info.json"), "--dataset", "mine"]
-    output = tmp_path.parent / f"{tmp_path.name}-out"
-    assert main(["data", "index", *path, "--language", "en", "--output", str(output)]) == 0
-    assert read_dataset(output) == [{"input": "a", "output": "b"}]
