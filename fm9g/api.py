@@ -90,10 +90,15 @@ def load_run_config(name: AnyPath = "", overrides: Mapping[str, object] | None =
         overrides: key -> value, for keys with a dot, such as "model.num_layers", and for others.
         keys: further keys; `fm9g config keys` lists them. A value of None counts as not given.
     """
+    from fm9g.config.command_line import LISTS
     from fm9g.shorthand.load import RunArguments, load_run
 
     given = {key: value for key, value in {**(overrides or {}), **keys}.items() if value is not None}
-    return load_run(RunArguments(config=str(name), values={key: _text(value) for key, value in given.items()}))
+    values = {
+        key: ",".join(_texts(value)) if key in LISTS and isinstance(value, (list, tuple)) else _text(value)
+        for key, value in given.items()
+    }
+    return load_run(RunArguments(config=str(name), values=values))
 
 
 def train_model(

@@ -1,6 +1,6 @@
 """docs/finetuning.md, end to end: its commands with tiny models of the same shapes, few steps and short rows.
 
-docs/guide.md: what it says of keys and versions.
+docs/from_*.md: their commands are understood. docs/guide.md: what it says of keys and versions.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.common import ROOT, WORDS, make_records
+from helpers.common import ROOT, WORDS, make_records, write_json, write_jsonl
 
-from fm9g.cli import main
+from fm9g.cli import build_parser, main
+from fm9g.cli.run import run_arguments
 from fm9g.config.train import DEPRECATED_KEYS, TrainConfig
 from fm9g.data.encode.tokenizer_training import train_tokenizer
+from fm9g.shorthand.load import load_run
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -82,10 +84,10 @@ def make_folder(folder: Path, name: str) -> None:
 def commands(page: str) -> list[list[str]]:
     """The words of every command in the page's blocks."""
     blocks = re.findall(r"```shell\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
-    text = "".join(blocks).replace("\\\n", " ")
+    text = re.sub(r"(^| +)# .*", "", "".join(blocks).replace("\\\n", " "), flags=re.MULTILINE)
     for old, new in SMALLER:
         text = re.sub(old, new, text)
-    return [shlex.split(line) for line in text.splitlines()]
+    return [shlex.split(line) for line in text.splitlines() if line]
 
 
 @pytest.mark.parametrize("page", ["finetuning.md", pytest.param("finetuning.zh.md", marks=pytest.mark.slow)])
@@ -108,10 +110,21 @@ def test_the_commands_of_the_page_on_finetuning_work(
         assert name == "fm9g"
         assert main(words) == 0, (words, capsys.readouterr().err)
         output += "".join(capsys.readouterr())
-    for name in ("qwen-chats", "llama-chats", "merged.pt", "merged.json", "both", "both-peft", "back"):
+    made = (
+        "my-model",
+        "run.yaml",
+        "qwen-chats",
+        "llama-chats",
+        "merged.pt",
+        "merged.json",
+        "both",
+        "both-peft",
+        "back",
+    )
+    for name in made:
         assert (tmp_path / name).exists(), name
     assert "Qwen2ForCausalLM" in output
-    assert output.count("trained: ") == 3
+    assert output.count("trained: ") == 5
 
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -122,6 +135,47 @@ def test_the_commands_of_the_page_on_finetuning_work(
         before = base(ids).logits.clone()
         after = PeftModel.from_pretrained(base, tmp_path / "llama-chats")(ids).logits
     assert 0 < (before - after).abs().max() < 1
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the pages for people who come from other tools name."""
+    folder = tmp_path_factory.mktemp("theirs")
+    make_folder(folder, "Qwen2.5-7B-Instruct")
+    for name in ("Qwen-7B-Chat", "ckpt"):
+        (folder / name).symlink_to(folder / "Qwen2.5-7B-Instruct")
+    assert main(["convert", str(folder / "ckpt"), str(folder / "9g_models" / "7b.pt")]) == 0
+    for name in ("alpaca_zh", "chats", "train", "eval"):
+        write_jsonl(folder / f"{name}.jsonl", make_records(20))
+    (folder / "pretrain.txt").write_text("text\n" * 20)
+    (folder / "dataset_configs").mkdir()
+    write_json(folder / "dataset_configs" / "mine.json", [{"task_name": "mine", "path": "mine", "abs_weight": 1.0}])
+    model = {"model_name_or_path": "ckpt", "learning_rate": 1e-4}
+    write_json(folder / "qlora.json", {**model, "train_file": "train.jsonl", "lora_rank": 8, "max_seq_length": 64})
+    llamafactory = {**model, "stage": "sft", "finetuning_type": "lora", "dataset": "chats.jsonl", "dataset_dir": "."}
+    (folder / "llama3_lora_sft.yaml").write_text(json.dumps(llamafactory))
+    return folder
+
+
+@pytest.mark.parametrize("language", ["", ".zh"])
+@pytest.mark.parametrize("page", ["from_llamafactory", "from_ms_swift", "from_9g_toolkit"])
+def test_the_commands_for_people_from_other_tools_are_understood(
+    theirs: Path, tmp_path: Path, page: str, language: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(theirs)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = commands(f"{page}{language}.md")
+    assert len(found) >= 3
+    for program, *words in found:
+        if program == "torchrun":  # tests/shorthand/test_finetune_tool.py runs it
+            assert (ROOT / "tools" / "finetune.py").is_file()
+            continue
+        assert program == "fm9g"
+        if words[0] != "train":
+            assert main(words) == 0, words
+            continue
+        options, options.rest = build_parser().parse_known_args(words)
+        assert load_run(run_arguments(options), complete=False, prepare_data=False).train.model, words
 
 
 def parameters(page: str) -> dict[str, list[str]]:

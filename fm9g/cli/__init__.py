@@ -17,6 +17,7 @@ from fm9g import __version__
 from fm9g.cli.ckpt import add_ckpt_commands
 from fm9g.cli.convert import add_convert_commands
 from fm9g.cli.data import add_data_commands
+from fm9g.cli.init import add_init_command
 from fm9g.cli.lora import add_lora_commands
 from fm9g.cli.report import add_report_commands
 from fm9g.cli.run import add_run_commands
@@ -163,6 +164,7 @@ def build_parser() -> argparse.ArgumentParser:
     quick.add_argument("--steps", type=int, default=200, help="number of optimizer steps (default: %(default)s)")
     quick.add_argument("--overwrite", action="store_true", help="replace --out if it is not empty")
 
+    add_init_command(subcommand)
     add_run_commands(subcommand, group)
     add_report_commands(subcommand)
     add_ckpt_commands(subcommand, group)

@@ -99,6 +99,21 @@ def _add_index(index: argparse.ArgumentParser) -> None:
 _WORKERS_HELP = "number of worker processes; default: one per core if there is enough to read"
 
 
+# Training keys that these commands take under the same names.
+_MIXTURE_KEYS = (
+    "max_length",
+    "batch_size",
+    "packing",
+    "oversize_rule",
+    "chat_template",
+    "chat_template_date",
+    "system",
+    "turns",
+    "train_on",
+    "seed",
+)
+
+
 def _add_mixture_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("mixture", metavar="CONFIG", help="name of a mixture in dataset_configs/, or its path")
     parser.add_argument("--tokenizer", required=True, help="tokenizer file, or folder of a tokenizer")
@@ -107,11 +122,24 @@ def _add_mixture_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch_size", type=int, default=1, help="tokens per row = batch_size * max_length (%(default)s)"
     )
     parser.add_argument(
+        "--packing",
+        default="true",
+        help="true: a row has as many samples as fit; false: batch_size samples, and an epoch ends with a step "
+        "(%(default)s)",
+    )
+    parser.add_argument(
+        "--oversize_rule",
+        default="segment",
+        help="what happens to samples longer than max_length, for datasets that have no rule: segment, head, tail, "
+        "drop or whole (%(default)s)",
+    )
+    parser.add_argument(
         "--chat_template",
         "--template",
         default="",
         help="template of the datasets that name none; without one, pairs are trained on as they are",
     )
+    parser.add_argument("--system", default="", help="system message of records that have none; needs a chat template")
     parser.add_argument(
         "--chat_template_date",
         "--template_date",
@@ -237,8 +265,8 @@ def _data_tokenizer(options: argparse.Namespace) -> None:
 
 
 def _mixture_settings(options: argparse.Namespace) -> dict[str, Any]:
-    keys = ("max_length", "batch_size", "chat_template", "chat_template_date", "turns", "train_on", "seed")
-    return {"tokenizer_path": options.tokenizer, **{key: getattr(options, key) for key in keys}}
+    values = {key: getattr(options, key) for key in _MIXTURE_KEYS}
+    return {"tokenizer_path": options.tokenizer, **values}
 
 
 def _data_check(options: argparse.Namespace) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from fm9g.config.fields import field_schema, keys_of
-from fm9g.config.load import COMMAND_LINE
+from fm9g.config.load import COMMAND_LINE, CONFIG_SUFFIXES
 from fm9g.config.train import TrainConfig
 from fm9g.errors import UserError
 
@@ -17,11 +18,13 @@ LISTS = ("data", "val_data")  # texts in which commas separate entries, as in a 
 def parse_words(words: Sequence[str]) -> dict[str, list[str]]:
     """Key -> its values: of `--key v1 v2 --key=value --flag`. A flag has no value.
 
-    Raises UserError for a word before the first key, and for a key that is given twice.
+    Raises UserError for a word before the first key, for one dash before a key, and for a key that is given twice.
     """
     parsed: dict[str, list[str]] = {}
     values: list[str] | None = None
     for word in words:
+        if re.match("-[A-Za-z]", word):
+            raise UserError(f"{COMMAND_LINE}: found {word!r}, expected --key value; did you mean -{word}?")
         if not word.startswith("--"):
             if values is None:
                 key, equals, value = word.partition("=")
@@ -52,7 +55,8 @@ def single_values(parsed: dict[str, list[str]]) -> dict[str, str]:
         if not values and kind != "boolean":
             raise UserError(f"{COMMAND_LINE}: --{key}: its value is missing")
         if len(values) > 1 and kind != "array" and key not in LISTS:
-            raise UserError(f"{COMMAND_LINE}: found {values[1]!r}, expected --key value")
+            hint = "; a run file is the first word" if values[1].endswith(CONFIG_SUFFIXES) else ""
+            raise UserError(f"{COMMAND_LINE}: found {values[1]!r}, expected --key value{hint}")
         single[key] = ",".join(values) if values else "true"
     return single
 

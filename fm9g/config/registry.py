@@ -33,11 +33,27 @@ BUILTIN_REGISTRY = Path(__file__).with_suffix(".yaml")
 VARIABLE = "FM9G_REGISTRY"
 _NAMES = ("registry.yaml", "registry.yml", "registry.json")
 _PARTS = ("prefix", "prompt", "chat_sep", "suffix")
-_KEYS = {
-    "models": ("model_id", "revision", "template", "lora_TM", "ignore_file_pattern", "refused"),
-    "datasets": ("dataset_id", "dataset_path", "columns", "tags", "subset", "refused"),
-    "templates": _PARTS,
+_TEXT, _TEXTS, _OBJECT = (str,), (str, list), (dict,)
+_KEYS: dict[str, dict[str, tuple[type, ...]]] = {  # section -> key -> types of its value
+    "models": {
+        "model_id": _TEXT,
+        "revision": _TEXT,
+        "template": _TEXT,
+        "lora_TM": _TEXTS,
+        "ignore_file_pattern": _TEXTS,
+        "refused": _TEXT,
+    },
+    "datasets": {
+        "dataset_id": _TEXT,
+        "dataset_path": _TEXT,
+        "columns": _OBJECT,
+        "tags": _OBJECT,
+        "subset": _TEXT,
+        "refused": _TEXT,
+    },
+    "templates": dict.fromkeys(_PARTS, _TEXTS),
 }
+_TYPE_NAMES: dict[type, str] = {str: "a text", list: "a list", dict: "keys and values"}
 _REFUSED = {
     "get_function": "fm9g runs no code of a registry; give a folder as model_id, or files as dataset_path, and convert "
     "records with transforms",
@@ -83,8 +99,10 @@ def find_model(name: str) -> RegisteredModel | None:
     if "model_id" not in entry:
         raise UserError(f"{_where('models', name)}: model_id: missing; give a folder or a hub name")
     layers = entry.get("lora_TM") or (_BUILTIN_LAYERS if folder == BUILTIN_REGISTRY.parent else ())
-    template = str(entry.get("template") or "")
-    return RegisteredModel(_beside(str(entry["model_id"]), folder), template, tuple(map(str, layers)))
+    layers = (layers,) if isinstance(layers, str) else tuple(map(str, layers))
+    model = _beside(entry["model_id"], folder)
+    _check_no_name("models", name, "model_id", model)
+    return RegisteredModel(model, entry.get("template", ""), layers)
 
 
 def find_dataset(name: str) -> RegisteredDataset | None:
@@ -96,7 +114,9 @@ def find_dataset(name: str) -> RegisteredDataset | None:
     if not data:
         raise UserError(f"{_where('datasets', name)}: dataset_path: missing; give files or a hub name")
     subset = f":{entry['subset']}" if entry.get("subset") else ""
-    return RegisteredDataset(_beside(str(data), folder) + subset, entry.get("columns") or {}, entry.get("tags") or {})
+    path = _beside(data, folder)
+    _check_no_name("datasets", name, "dataset_path" if "dataset_path" in entry else "dataset_id", path)
+    return RegisteredDataset(path + subset, entry.get("columns") or {}, entry.get("tags") or {})
 
 
 def find_template(name: str) -> str | None:
@@ -164,7 +184,7 @@ def _pieces(part: Any, where: str) -> list[str | tuple[str, ...]]:
     pieces: list[str | tuple[str, ...]] = []
     for piece in [part or ""] if isinstance(part or "", str) else part:
         tokens = tuple(piece) if isinstance(piece, list) else ()
-        if isinstance(piece, list) and not set(tokens) <= _TOKENS.keys():
+        if not all(isinstance(token, str) and token in _TOKENS for token in tokens):
             raise UserError(f"{where}: found {piece!r}, expected a list of {' and '.join(_TOKENS)}")
         if not isinstance(piece, (str, list)):
             raise UserError(f"{where}: found {piece!r}, expected a text, or a list of texts and token names")
@@ -186,6 +206,12 @@ def _find(section: str, name: str) -> tuple[dict[str, Any] | None, Path]:
 def _beside(path: str, folder: Path) -> str:
     """A path of a registry: relative to its file."""
     return str(folder / path) if (folder / path).exists() and not os.path.isabs(path) else path
+
+
+def _check_no_name(section: str, name: str, key: str, value: str) -> None:
+    """Raises UserError if an entry stands for another one: two could stand for each other."""
+    if not os.path.lexists(value) and value in registered_names(section):
+        raise UserError(f"{_where(section, name)}: {key}: {value} is a registered name; give a path or a hub name")
 
 
 def _where(section: str, name: str) -> str:
@@ -212,14 +238,19 @@ def _stamp(file: Path) -> int:
 def _read(file: Path, stamp: int) -> dict[str, dict[str, Any]]:
     """The checked content of a registry."""
     content = read_config_object(file)
+    checked: dict[str, dict[str, Any]] = {}
     for section, entries in content.items():
         if section not in _KEYS:
             raise UserError(f"{file}: {section}: unknown section{did_you_mean(section, [*_KEYS])} ({', '.join(_KEYS)})")
         if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-            raise UserError(f"{file}: {section}: expected names with keys and values")
+            raise UserError(f"{file}: {section}: expected names with keys and values, such as my-name: {{...}}")
         for name, entry in entries.items():
-            for key in entry:
+            for key, value in entry.items():
                 if key not in _KEYS[section]:
                     known = _REFUSED.get(key) or f"unknown key{did_you_mean(key, [*_KEYS[section]])}"
                     raise UserError(f"{file}: {section}: {name}: {key}: {known}")
-    return content
+                if not isinstance(value, types := _KEYS[section][key]):
+                    expected = " or ".join(_TYPE_NAMES[each] for each in types)
+                    raise UserError(f"{file}: {section}: {name}: {key}: found {value!r}, expected {expected}")
+        checked[section] = {str(name): entry for name, entry in entries.items()}
+    return checked

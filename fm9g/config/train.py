@@ -223,8 +223,8 @@ class TrainConfig:
     eval_batch_size: int = option(0, help="batch_size of evaluations, which need less memory; 0: batch_size", minimum=0)
     test_oom_error: bool = option(
         False,
-        help="instead of training, run steps on the longest samples, and say how much memory they take and which "
-        "batch_size fits",
+        help="instead of training, run steps on the longest samples in one process that has the whole model, and say "
+        "how much memory they take and which batch_size fits",
     )
     dataloader_num_workers: int = option(
         1,

@@ -99,6 +99,13 @@ def run_plan(options: argparse.Namespace, arguments: RunArguments) -> int:
     return 0 if estimate.fits else 1
 
 
+def plan_verdict(run: RunConfig, gpu: str = "A100", mfu: float = 0.4) -> str:
+    """One line: whether a run fits on one machine of these GPUs, and how long it takes."""
+    run = with_adapter(run)
+    job = JobConfig.from_run(run, 1, run.train.n_gpus)
+    return format_verdict(estimate_job(run.model, job, GPUS[gpu], mfu), gpu, *_tokens_of(run, job))
+
+
 def _tokens_of(run: RunConfig, job: JobConfig) -> tuple[float | None, str]:
     """The tokens of the run and the key that sets them; or None and the reason why they are unknown."""
     config = run.train

@@ -25,6 +25,7 @@ from fm9g.path_kind import DATASET, MIXTURE, kind_of
 from fm9g.shorthand import hub
 from fm9g.shorthand.data_cache import RawData
 
+SAMPLE_AND_SHARE = re.compile("([#:][0-9.]+)+$")  # what may follow the name in an entry
 _MAX_JOINED = 8  # parts of a file name with commas
 _PROBE_FOLDERS = ("", "data")  # where a bare name looks for a dataset_info.json
 # What a file or folder of a repository is called after its split.
@@ -99,7 +100,7 @@ def parse_entries(text: str, key: str) -> list[DataEntry]:
 
 
 def _names_a_path(text: str) -> bool:
-    return os.path.lexists(text) or os.path.lexists(re.sub(r"([#:][0-9.]+)+$", "", text))
+    return os.path.lexists(text) or os.path.lexists(SAMPLE_AND_SHARE.sub("", text))
 
 
 def _parse_entry(text: str, key: str) -> DataEntry:

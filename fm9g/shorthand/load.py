@@ -17,8 +17,8 @@ from typing import Any
 from fm9g.config.command_line import LISTS, is_own_key, parse_words, single_values
 from fm9g.config.dialects.table import Dialect
 from fm9g.config.dialects.translate import detect, dialects, find_dialect, translate
-from fm9g.config.fields import aliases_of, canonical_keys
-from fm9g.config.load import COMMAND_LINE, ConfigSource, Resolved, find_config, require_config
+from fm9g.config.fields import aliases_of, canonical_keys, check
+from fm9g.config.load import COMMAND_LINE, CONFIG_SUFFIXES, ConfigSource, Resolved, find_config, require_config
 from fm9g.config.mixture import DatasetConfig
 from fm9g.config.model import ModelConfig, override_model_config, resolve_model_config
 from fm9g.config.run import PATH_KEYS, RunConfig, RunSources, combine_run, resolve_datasets
@@ -28,6 +28,7 @@ from fm9g.errors import UserError
 from fm9g.io.yaml_file import read_config_object
 from fm9g.path_kind import TRAIN_CONFIG, kind_of
 from fm9g.shorthand.data import resolve_data
+from fm9g.shorthand.data_entry import SAMPLE_AND_SHARE
 from fm9g.shorthand.method import FULL, LORA, METHOD_DEFAULTS, finetuning_source, method_source
 from fm9g.shorthand.model import ModelDescription, describe_model, format_description
 
@@ -56,6 +57,21 @@ class RunArguments:
         return bool(self.config or self.file or self.words or self.values)
 
 
+@dataclass(frozen=True)
+class RunKeys:
+    """The keys of fm9g that a user gave, or that what he gave means.
+
+    Args:
+        config: the name of a configuration; empty: none is named.
+        sources: from the lowest precedence to the highest.
+        notes: what the user should know about arguments of another tool.
+    """
+
+    config: str
+    sources: list[ConfigSource]
+    notes: tuple[str, ...] = ()
+
+
 def split_file(words: list[str]) -> tuple[str, list[str]]:
     """The run file, which is the first word if it has no dashes, and the other words."""
     if words and not words[0].startswith("-"):
@@ -73,10 +89,17 @@ def load_run(arguments: RunArguments, complete: bool = True, prepare_data: bool 
     Raises:
         UserError: names the file, the key or the word.
     """
-    name, sources = read_sources(arguments)
+    found = read_sources(arguments)
+    name, sources = found.config, found.sources
+    for note in found.notes:
+        logger.info(note)
     given = _merged(sources, name)
-    described = describe_model(str(given["model"])) if given.get("model") else None
+    model_name = given.get("model") or ""
+    if not isinstance(model_name, str):
+        raise UserError(f"{arguments.file}: model: found {model_name!r}, expected a folder or a name, as text")
+    described = describe_model(model_name) if model_name else None
     if described is None and not name:
+        _check_known(sources)  # a misspelt `model` is the likelier mistake
         raise UserError(
             "give a model: --model DIR, or --config NAME for a name in train_configs/ or model_configs/, or a run file"
         )
@@ -94,31 +117,41 @@ def load_run(arguments: RunArguments, complete: bool = True, prepare_data: bool 
     return combine_run(train, model, mixture, validation, complete)
 
 
-def read_sources(arguments: RunArguments) -> tuple[str, list[ConfigSource]]:
+def read_sources(arguments: RunArguments) -> RunKeys:
     """The name of the configuration, and the keys of the run file and the command line, translated if need be."""
     content: dict[str, Any] = {}
     name, path = arguments.config, Path(arguments.file)
     if arguments.file:
         if kind_of(path) == TRAIN_CONFIG:  # {"pretrain": {...}}
             words = parse_words(arguments.words)
-            return _with_name(name, arguments.file), [_word_source(arguments, words)]
+            return RunKeys(_with_name(name, arguments.file), [_word_source(arguments, words)])
         if not path.exists() and not path.suffix:
             raise UserError(f"{COMMAND_LINE}: found {arguments.file!r}, expected --key value, or a run file first")
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder, expected a run file; a model is given as --model, data as --data")
+        if path.suffix.lower() not in CONFIG_SUFFIXES:
+            raise UserError(
+                f"{path}: expected a run file, whose name ends in {', '.join(CONFIG_SUFFIXES)}; data is given as --data"
+            )
         content = read_config_object(path)
         if not content:
             raise UserError(f"{path}: is empty; expected keys and values, such as model: DIR")
     dialect = _dialect_of(arguments, content)
+    notes: tuple[str, ...] = ()
     if dialect:
-        sources = _translated_sources(arguments, content, dialect)
+        sources, notes = _translated_sources(arguments, content, dialect)
     else:
         sources = [_file_source(content, path)] if content else []
         sources.append(_word_source(arguments, parse_words(arguments.words)))
     for source in sources:
         if "config" in source.values:
             values = dict(source.values)
-            name = _with_name(name, str(values.pop("config")))
+            named = values.pop("config")
+            if not isinstance(named, str):
+                raise UserError(f"{source.origin}: config: found {named!r}, expected a name or a file, as text")
+            name = _with_name(name, named)
             sources[sources.index(source)] = replace(source, values=values)
-    return name, sources
+    return RunKeys(name, sources, notes)
 
 
 def _with_name(name: str, other: str) -> str:
@@ -157,10 +190,13 @@ def _closest(names: list[str], aliases: dict[str, str]) -> Dialect | None:
 
 def _file_source(content: dict[str, Any], path: Path) -> ConfigSource:
     """The keys of a run file."""
-    values = {
-        key: ",".join(map(str, value)) if key in LISTS and isinstance(value, list) else value
-        for key, value in content.items()
-    }
+    values = dict(content)
+    for key in LISTS:
+        value = content.get(key)
+        if isinstance(value, list):
+            if wrong := [item for item in value if not isinstance(item, str)]:
+                raise UserError(f"{path}: {key}: found {wrong[0]!r}, expected files or names of datasets, as text")
+            values[key] = ",".join(value)
     return ConfigSource(str(path), _beside(values, path.parent), text=True)
 
 
@@ -169,8 +205,10 @@ def _word_source(arguments: RunArguments, words: dict[str, list[str]]) -> Config
     return ConfigSource(COMMAND_LINE, {**arguments.values, **single_values(words)}, text=True)
 
 
-def _translated_sources(arguments: RunArguments, content: dict[str, Any], dialect: Dialect) -> list[ConfigSource]:
-    """The keys of a file and of words in a dialect. Words beside a file may be ours, too."""
+def _translated_sources(
+    arguments: RunArguments, content: dict[str, Any], dialect: Dialect
+) -> tuple[list[ConfigSource], tuple[str, ...]]:
+    """The keys of a file and of words in a dialect, and notes. Words beside a file may be ours, too."""
     words = list(arguments.words)
     if arguments.file:  # LLaMA-Factory writes key=value behind its file
         words = [f"--{word}" if "=" in word and not word.startswith("-") else word for word in words]
@@ -187,8 +225,6 @@ def _translated_sources(arguments: RunArguments, content: dict[str, Any], dialec
     }
     origin = arguments.file or COMMAND_LINE
     translation = translate(dialect, {**kept, **theirs}, origin)
-    for note in translation.notes:
-        logger.info(note)
     by_origin: dict[str, dict[str, Any]] = {}
     for key, value in _beside(translation.keys, Path(arguments.file).parent).items():
         where = translation.origins[key]
@@ -197,18 +233,23 @@ def _translated_sources(arguments: RunArguments, content: dict[str, Any], dialec
             where = f"{COMMAND_LINE}: {', '.join(f'--{name}' for name in named)}"
         by_origin.setdefault(where, {})[key] = value
     sources = [ConfigSource(where, values, text=True) for where, values in by_origin.items()]
-    return [*sources, _word_source(arguments, parsed)]
+    return [*sources, _word_source(arguments, parsed)], translation.notes
 
 
 def _beside(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Paths that exist beside the run file and not in the current folder are taken from there."""
 
-    def found(value: Any) -> Any:
-        if isinstance(value, str) and value and not os.path.exists(value) and os.path.exists(folder / value):
-            return str(folder / value)
-        return value
+    def found(value: str) -> str:
+        path = SAMPLE_AND_SHARE.sub("", value)
+        is_beside = path and not os.path.exists(path) and os.path.exists(folder / path)
+        return str(folder / value) if is_beside else value
 
-    return {key: found(value) if key in PATH_KEYS else value for key, value in values.items()}
+    moved = dict(values)
+    for key, value in values.items():
+        if key in PATH_KEYS and isinstance(value, str):
+            parts = value.split(",") if key in LISTS and found(value) == value else [value]
+            moved[key] = ",".join(found(part.strip()) for part in parts)
+    return moved
 
 
 def _merged(sources: list[ConfigSource], name: str) -> dict[str, Any]:
@@ -218,6 +259,13 @@ def _merged(sources: list[ConfigSource], name: str) -> dict[str, Any]:
     for source in [parts.script, *(read_named(name)[1] if name else []), *parts.train]:
         merged |= canonical_keys(TrainConfig, source.values, source.origin)
     return merged
+
+
+def _check_known(sources: list[ConfigSource]) -> None:
+    """Raises UserError that names the unknown training keys."""
+    aliases = aliases_of(TrainConfig)
+    unknown = {key: source for source in sources for key in source.values if not is_own_key(key, aliases)}
+    check(TrainConfig, dict.fromkeys(unknown), {key: source.origin for key, source in unknown.items()})
 
 
 def _describe(
@@ -246,6 +294,8 @@ def _check_one_model(described: ModelDescription | None, train: Resolved[TrainCo
     if described is None:
         return
     named = find_config("model_configs", train.value.config) if train.value.config else None
+    if train.value.config and named is None and find_config("train_configs", train.value.config) is None:
+        require_config("model_configs", train.value.config)
     if described.config is None:
         differs = train.value.config != described.keys["config"]
     else:  # the file of another training may be for the same architecture

@@ -6,6 +6,7 @@ Nothing is converted. The configuration, the tokenizer and the chat template are
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def describe_model(text: str) -> ModelDescription:
     from fm9g.checkpoint.find import resolve_checkpoint_path
 
     path = resolve_checkpoint_path(Path(text))
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"model: {path}: is a symbolic link that leads nowhere; its target is {os.readlink(path)}")
     if not path.exists():
         if find_config("model_configs", text):
             return ModelDescription(text, f"model {text}", {"config": text}, is_random=True)
@@ -101,9 +104,9 @@ def _describe_weights(path: Path) -> ModelDescription:
 
     _check_weights_here(path)
     source = open_source(path)
-    tokenizer = source.tokenizer or _tokenizer_beside(path)
+    tokenizer = source.tokenizer or (path.parent if path.is_file() else None)
     keys: dict[str, Any] = {"pretrained_model": str(path)}
-    if tokenizer:
+    if tokenizer and tokenizer_files(tokenizer):
         keys["tokenizer_path"] = str(tokenizer)
         if template := _chat_template(path, tokenizer):
             keys["chat_template"] = template
@@ -113,7 +116,10 @@ def _describe_weights(path: Path) -> ModelDescription:
 
 def _check_weights_here(path: Path) -> None:
     """Raises UserError for a path that is known not to be a model which can be trained."""
+    if path.is_file() and (path.parent / "config.json").is_file() and kind_of(path.parent) == MODEL:
+        raise UserError(f"model: {path}: is a file of a Hugging Face folder; give the folder, {path.parent}")
     check_kind(path, MODEL, CHECKPOINT, WEIGHTS)
+    _check_has_config(path)
     files = [path] if path.is_file() else [path / item.name for item in path.iterdir()]
     if not any(file.suffix in (".safetensors", ".bin", ".pt") for file in files):
         for pattern, meaning in _FOREIGN_WEIGHTS.items():
@@ -129,22 +135,41 @@ def _check_weights_here(path: Path) -> None:
         )
 
 
+def _check_has_config(path: Path) -> None:
+    """Raises UserError for a .pt file, which belongs to no checkpoint, without its configuration."""
+    file = path.with_suffix(".json")
+    if path.suffix == ".pt" and path.is_file() and not file.exists() and not (path.parent / "manifest.json").is_file():
+        raise UserError(
+            f"model: {path}: has no model configuration {file.name} beside it; copy it there, or give "
+            f"--config NAME --pretrained_model {path} for a name in model_configs/"
+        )
+
+
 def _describe_adapter(path: Path) -> ModelDescription:
     """An adapter, with the model that it was trained on."""
     folder = path if path.is_dir() else path.parent
-    base = str(read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
-    if not base or not Path(base).exists():
-        problem = f"its base {base!r} is not on this machine" if base else "it does not say which model it is for"
+    name = str(read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+    base = _find_base(name)
+    if base is None:
+        problem = f"its base {name!r} is not on this machine" if name else "it does not say which model it is for"
         raise UserError(f"model: {path}: is an adapter, and {problem}; give --model BASE --adapter {path}")
-    described = describe_model(base)
+    if (base / ADAPTER_CONFIG).is_file() and kind_of(base) != MODEL:
+        raise UserError(
+            f"{folder / ADAPTER_CONFIG}: base_model_name_or_path: {base} is an adapter, too; merge it with `fm9g lora "
+            f"merge`, and give --model MERGED --adapter {path}"
+        )
+    described = describe_model(str(base))
     template = _trained_template(folder)
     keys = described.keys | {"adapter": str(path)} | ({"chat_template": template} if template else {})
     return ModelDescription(_run_name(path), str(folder / ADAPTER_CONFIG), keys, described.config, is_adapter=True)
 
 
-def _tokenizer_beside(path: Path) -> Path | None:
-    """The folder of a .pt file, if it has a tokenizer."""
-    return path.parent if path.is_file() and tokenizer_files(path.parent) else None
+def _find_base(name: str) -> Path | None:
+    """The model that an adapter names: a path, or a name on a hub that was downloaded; None: it is not here."""
+    if not name or Path(name).exists():
+        return Path(name) if name else None
+    remote = hub.parse_remote(name)
+    return hub.find_download(remote, hub.MODEL) if remote else None
 
 
 def _chat_template(path: Path, tokenizer: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from itertools import count
 
@@ -40,11 +41,12 @@ class Evaluator:
             date=train_mixture.spec.date,
         )
         self._packs: list[Pack] | None = None
+        self._key = next(key for key in ("val_dataset", "val_data", "val_split") if getattr(config, key))
 
     def run(self) -> dict[str, float]:
         """Loss/val, Loss/val/TASK (nats, mean over targets by weight) and Perplexity/val, .../TASK (exp of these).
 
-        All ranks must take part. Raises UserError if the data has no target.
+        All ranks must take part.
         """
         engine, packs, num_tasks = self._engine, self.load_packs(), len(self._tasks)
         losses, targets = (torch.zeros(num_tasks, device=engine.device) for _ in range(2))
@@ -58,15 +60,27 @@ class Evaluator:
                 ones = torch.ones_like(target_losses)
                 targets += sum_by_task(ones, batch.target_weights, target_tasks, num_tasks)
         sums, counts = engine.dp_sum(losses).tolist(), engine.dp_sum(targets).tolist()
-        if not sum(counts):
-            raise UserError("val_dataset: none of its records gave a sample")
         means = {"": sum(sums) / sum(counts)}
         means |= {f"/{task}": loss / n for task, loss, n in zip(self._tasks, sums, counts) if n}
         metrics = {f"Loss/val{task}": loss for task, loss in means.items()}
         return metrics | {f"Perplexity/val{task}": math.exp(min(loss, 700)) for task, loss in means.items()}
 
-    def load_packs(self) -> list[Pack]:
+    def prepare(self) -> None:
+        """Loads the data before the first step: a mistake in it should not end a run that is under way.
+
+        All ranks must take part. Raises UserError if the data has no target.
+        """
+        skipped = Counter[str]()
+        num_targets = sum(pack.target_tokens for pack in self.load_packs(skipped))
+        reasons = sum(map(Counter, self._engine.dist_context.all_gather_object(skipped)), Counter[str]())
+        if not self._engine.dist_context.all_reduce_sum([num_targets])[0]:
+            why = "; ".join(f"{count} of them: {reason}" for reason, count in reasons.most_common())
+            raise UserError(f"{self._key}: none of the validation records gives a sample{f' ({why})' * bool(why)}")
+
+    def load_packs(self, skipped: Counter[str] | None = None) -> list[Pack]:
         """The packs of this replica, each dataset once; the last may be empty. Cached, since encoding takes time.
+
+        skipped: receives the number of records without a sample, by reason.
 
         Raises UserError that names a bad record.
         """
@@ -81,4 +95,6 @@ class Evaluator:
                     if i and (not pack.tokens or i == self._max_packs):
                         break
                     self._packs.append(pack)
+                if skipped is not None:
+                    skipped.update(loader.skipped())
         return self._packs

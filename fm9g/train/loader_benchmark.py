@@ -48,7 +48,7 @@ def benchmark_dataloader(run: RunConfig) -> LoaderBenchmark:
     ):
         while steps < config.train_iters and not signal_handler.stop_requested:
             packs = loader.next_batch()
-            if not any(pack.tokens for pack in packs):
+            if not loader.is_infinite and not any(pack.tokens for pack in packs):
                 break
             task_tokens += count_tokens_by_task(packs, len(tasks))
             padded_tokens += sum(len(pack.input_ids) for pack in packs)

@@ -14,8 +14,10 @@ from fm9g.data.load.packing import Pack, Sample, collate
 from fm9g.engine.base import Engine
 from fm9g.engine.dist_context import DistContext
 from fm9g.errors import UserError
+from fm9g.launch.dist_env import read_dist_env
 from fm9g.out_of_memory import is_out_of_memory
 from fm9g.process_memory import available_bytes, peak_rss_bytes, reset_peak_rss, rss_bytes
+from fm9g.progress import Progress
 from fm9g.train.batch import to_batch
 from fm9g.train.data_loading import open_mixture
 from fm9g.train.model_setup import device_facts, make_engine, setup_model_and_optimizer
@@ -55,9 +57,14 @@ def probe_memory(run: RunConfig) -> MemoryProbe:
     there.
 
     Raises:
-        UserError: the model alone does not fit, or a mistake of the user.
+        UserError: the model alone does not fit, a launcher started several processes, or a mistake of the user.
     """
     config = run.train
+    if (world_size := read_dist_env().world_size) > 1:
+        raise UserError(
+            f"test_oom_error measures one process that has the whole model, and this is one of {world_size}; start "
+            "`fm9g train` once, without torchrun or srun"
+        )
     with DistContext(config.device) as dist_context:
         engine = make_engine(config, dist_context)
         resolve(run, 1, device_facts(engine.device))
@@ -86,11 +93,14 @@ def probe_memory(run: RunConfig) -> MemoryProbe:
 def longest_samples(mixture: Mixture) -> list[Sample]:
     """The longest samples of a mixture, the longest first. Raises UserError if no record gives a sample."""
     samples = []
-    for number, dataset in enumerate(mixture.datasets):
-        records = dataset.longest(_LONGEST_RECORDS)
-        for record, tokens in zip(records, mixture.tokenize_records(number, records, records)):
-            encoded = mixture.split_or_truncate(number, tokens)
-            samples += [Sample(segment, number, record, i) for i, segment in enumerate(encoded.segments)]
+    total = sum(map(len, mixture.datasets))
+    with Progress("looking for the longest records", total, "records") as progress:
+        for number, dataset in enumerate(mixture.datasets):
+            records = dataset.longest(_LONGEST_RECORDS)
+            for record, tokens in zip(records, mixture.tokenize_records(number, records, records)):
+                encoded = mixture.split_or_truncate(number, tokens)
+                samples += [Sample(segment, number, record, i) for i, segment in enumerate(encoded.segments)]
+            progress.advance(len(dataset))
     if not samples:
         raise UserError("none of the longest records gives a sample; `fm9g data check` says why")
     return sorted(samples, key=lambda sample: -sample.length)

@@ -183,7 +183,7 @@ def _prepare(run: RunConfig, rank_info: RankInfo, watchdog: Watchdog, engine: En
     watchdog.report_progress(0, "building the model")
     adapter_training = setup_model_and_optimizer(engine, run.train, run.model, checkpoint, mixture.tokenizer)
     if evaluator:
-        evaluator.load_packs()  # now: a mistake in the validation data should not end a run that is under way
+        evaluator.prepare()
     tasks = [dataset.task_name for dataset in run.mixture]
     state, loader_state = restore(engine, run.train, checkpoint, tasks, adapter_training)
     return _Job(resolved, engine, watchdog, mixture, evaluator, checkpoint, adapter_training, state, loader_state)
@@ -275,13 +275,13 @@ def _with_train_iters(resolved: ResolvedRun, mixture: Mixture) -> RunConfig:
     run = resolved.run
     if not run.train.epochs:
         return run
-    tokens = estimate_total_tokens(mixture)
     if run.train.packing:
-        iters = run.train.iters_for_epochs(tokens, resolved.tokens_per_step)
+        tokens = estimate_total_tokens(mixture)
+        iters, size = run.train.iters_for_epochs(tokens, resolved.tokens_per_step), f"about {tokens:.0f} tokens"
     else:
         records = sum(map(len, mixture.datasets))
-        iters = run.train.iters_for_records(records, resolved.layout.packs_per_step)
-    logger.info(f"epochs {run.train.epochs:g}: train_iters {iters}; an epoch has about {tokens:.0f} tokens")
+        iters, size = run.train.iters_for_records(records, resolved.layout.packs_per_step), f"{records} records"
+    logger.info(f"epochs {run.train.epochs:g}: train_iters {iters}; an epoch has {size}")
     return run.changed("train", {"train_iters": iters}, run.origins["train"]["epochs"])
 
 

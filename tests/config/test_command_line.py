@@ -29,6 +29,8 @@ def test_keys_have_values_lists_or_none() -> None:
         ("--lr", "--lr: its value is missing"),
         ("--lr 1 2", "found '2', expected --key value"),
         ("--lr 1 --lr 2", "--lr is given twice"),
+        ("--data a.json -model m", "found '-model', expected --key value; did you mean --model?"),
+        ("--model m run.yaml", "found 'run.yaml', expected --key value; a run file is the first word"),
         ("-- 1", "found '--', expected --key value"),
     ],
 )

@@ -5,6 +5,7 @@ processes one each. Everything is fp32; only the order of sums differs, and so t
 """
 
 import functools
+import math
 import os
 from dataclasses import replace
 from importlib.util import find_spec
@@ -92,6 +93,26 @@ def test_opendelta_is_peft_bit_for_bit() -> None:
     assert (one.losses, one.norms) == (other.losses, other.norms)
     assert one.weights.keys() == other.weights.keys()
     assert all(torch.equal(weight, other.weights[name]) for name, weight in one.weights.items())
+
+
+@functools.cache
+def unpacked_on_one_process() -> TrainResult:
+    return run_ranks(1, train_cases, [EngineCase(packing=False, steps=STEPS)])[0][0]
+
+
+@pytest.mark.parametrize(
+    ("engine", "parallel_configs"),
+    [
+        ("torch", [ParallelConfig(zero_level=3), ParallelConfig(zero_level=0), ParallelConfig(tp_size=2)]),
+        pytest.param("bmtrain", [ParallelConfig(zero_level=3), ParallelConfig(zero_level=2)], marks=needs_bmtrain),
+    ],
+)
+def test_a_replica_without_a_sample_changes_nothing(engine: str, parallel_configs: list[ParallelConfig]) -> None:
+    cases = [EngineCase(engine, config, steps=STEPS, packing=False) for config in parallel_configs]
+    for case, run in zip(cases, run_ranks(2, train_cases, cases)[0]):
+        assert all(map(math.isfinite, [*run.losses, *run.norms])), case
+        loss, norm, weight = distance(unpacked_on_one_process(), run)
+        assert (loss < LOSS, norm < NORM, weight < WEIGHT) == (True, True, True), (case, loss, norm, weight)
 
 
 @slow

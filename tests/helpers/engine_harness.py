@@ -18,6 +18,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from fm9g.config.adapter import AdapterConfig
 from fm9g.config.train import TrainConfig
 from fm9g.data.encode.token_array import make_token_array
+from fm9g.data.load.loader import trimmed_length
 from fm9g.data.load.packing import Pack, Sample, collate
 from fm9g.engine.base import Engine, ParallelConfig
 from fm9g.engine.dist_context import DistContext
@@ -52,6 +53,8 @@ class EngineCase:
         optimizer: other optimizers than adamw also keep running means of weights.
         loss_scaler: arguments of DynamicLossScaler.
         repeat_documents: every step sees the same documents.
+        packing: False: rows are as long as their documents, and every second step leaves the second of two replicas
+            without a document, as the end of an epoch does.
     """
 
     engine: str = "torch"
@@ -65,6 +68,7 @@ class EngineCase:
     optimizer: str = "adamw"
     loss_scaler: tuple[float, int] = (1.0, 0)
     repeat_documents: bool = False
+    packing: bool = True
 
 
 @dataclass
@@ -103,14 +107,19 @@ class FixedLoader:
 
     is_infinite = True
 
-    def __init__(self, dp_rank: int, dp_size: int, step: int, repeat_documents: bool = False) -> None:
-        self.dp_rank, self.dp_size, self.step = dp_rank, dp_size, step
-        self.repeat_documents = repeat_documents
+    def __init__(self, dp_rank: int, dp_size: int, step: int, case: EngineCase = EngineCase()) -> None:
+        self.dp_rank, self.dp_size, self.step, self.case = dp_rank, dp_size, step, case
 
     def next_batch(self) -> list[Pack]:
         self.step += 1
-        groups = documents(0 if self.repeat_documents else self.step)
-        return [collate(group, CAPACITY) for group in groups[self.dp_rank :: self.dp_size]]
+        groups = documents(0 if self.case.repeat_documents else self.step)
+        if self.case.packing:
+            lengths = [CAPACITY] * PACKS
+        else:
+            groups = [[] if self.step % 2 == 0 and number % 2 else group for number, group in enumerate(groups)]
+            lengths = [trimmed_length(sum(sample.length for sample in group), 2) for group in groups]
+        packs = [collate(group, length) for group, length in zip(groups, lengths)]
+        return packs[self.dp_rank :: self.dp_size]
 
 
 class RecordingCallback(Callback):
@@ -238,7 +247,7 @@ def train_case(
         config="x", train_iters=case.steps, stop_iters=case.stop, warmup_iters=0, lr=0.01, clip_grad=0.7
     )
     recorder = RecordingCallback()
-    loader: Any = FixedLoader(engine.dp_rank, engine.dp_size, first, case.repeat_documents)
+    loader: Any = FixedLoader(engine.dp_rank, engine.dp_size, first, case)
     state = TrainState(first, np.zeros(2, np.int64))
     with broken(case, engine) if case.broken else contextlib.nullcontext():
         train(config, ["even", "odd"], engine, loader, state, [recorder], StepTimer())

@@ -15,6 +15,7 @@ from fm9g.config.run import RunConfig
 from fm9g.config.train_rules import LINEAR_LAYERS
 from fm9g.errors import UserError
 from fm9g.shorthand.load import RunArguments, load_run
+from fm9g.shorthand.model import describe_model
 
 
 @pytest.fixture
@@ -93,6 +94,10 @@ def test_paths_beside_the_run_file_are_found(here: Path, hf_folder: Path, monkey
     monkeypatch.chdir(here / "elsewhere")
     run = load(file="../run.yaml")
     assert run.train.data == "../a.jsonl"
+    write_jsonl(here / "b.jsonl", make_records(3, 1))
+    (here / "run.yaml").write_text(f"model: {hf_folder}\ndata: [a.jsonl#5, b.jsonl]\nval_data: b.jsonl\n")
+    run = load(file="../run.yaml")
+    assert (run.train.data, run.train.val_data) == ("../a.jsonl#5,../b.jsonl", "../b.jsonl")
 
 
 def test_the_name_of_a_size_is_a_model_without_weights(here: Path) -> None:
@@ -117,20 +122,103 @@ def test_the_name_of_a_size_is_a_model_without_weights(here: Path) -> None:
         (("--model", "gguf"), "model.gguf: is a GGUF file of llama.cpp, which cannot be trained"),
         (("--model", "empty"), "has no config.json"),
         (("--model", "a.jsonl"), "found data, expected a Hugging Face folder"),
+        (("--model", "MODEL", "--config", "nix"), "'nix' is neither a file nor a name in model_configs/"),
+        (("--modle", "MODEL"), "modle: unknown key; did you mean 'model'"),
+        (("--model", "MODEL/model.safetensors"), "is a file of a Hugging Face folder; give the folder, "),
+        (("--model", "MODEL/config.json"), "is a file of a Hugging Face folder; give the folder, "),
+        (("--model", "bare.pt"), "bare.pt: has no model configuration bare.json beside it; copy it there, or give"),
+        (("--model", "link"), "link: is a symbolic link that leads nowhere; its target is nowhere"),
+        (("--model", "circle"), "circle is an adapter, too; merge it"),
         (("--model", "adapter"), "is an adapter, and its base 'gone' is not on this machine; give --model BASE"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_meant_says_what_to_give(
     here: Path, hf_folder: Path, words: tuple[str, ...], expected: str
 ) -> None:
-    for name in ("gguf", "empty", "adapter"):
+    for name in ("gguf", "empty", "adapter", "circle"):
         (here / name).mkdir()
+    (here / "bare.pt").touch()
+    (here / "link").symlink_to("nowhere")
+    (here / "circle" / "adapter_config.json").write_text('{"base_model_name_or_path": "circle"}')
     (here / "gguf" / "model.gguf").touch()
     (here / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "gone"}')
-    given = [str(hf_folder) if word == "MODEL" else word for word in words]
+    given = [word.replace("MODEL", str(hf_folder)) for word in words]
     config = given.pop() if "--config" in given else ""
     with pytest.raises(UserError, match=expected):
         load(*[word for word in given if word != "--config"], config=config)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("run.yaml", "model: [MODEL]\n", r"run.yaml: model: found \['.*'\], expected a folder or a name, as text"),
+        ("run.yaml", "model: MODEL\nconfig: null\n", "run.yaml: config: found None, expected a name or a file"),
+        ("run.yaml", "model: MODEL\ndata: [a.jsonl, {b: 1}]\n", "run.yaml: data: found {'b': 1}, expected files"),
+        ("run.yaml", "modle: MODEL\n", "run.yaml: modle: unknown key; did you mean 'model'"),
+        ("run.yaml", "", "run.yaml: is empty; expected keys and values"),
+        ("run.txt", "model: MODEL\n", "run.txt: expected a run file, whose name ends in .json, .yaml, .yml"),
+        ("MODEL", "", "is a folder, expected a run file; a model is given as --model"),
+        ("nix", "", "found 'nix', expected --key value, or a run file first"),
+    ],
+)
+def test_a_mistake_in_a_run_file_names_the_file(
+    here: Path, hf_folder: Path, name: str, text: str, expected: str
+) -> None:
+    if name.startswith("run"):
+        (here / name).write_text(text.replace("MODEL", str(hf_folder)))
+    with pytest.raises(UserError, match=expected):
+        load(file=name.replace("MODEL", str(hf_folder)))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("models: {my: {model_id: my}}", "models: my: model_id: my is a registered name; give a path or a hub name"),
+        ("models: {my: {model_id: [a]}}", r"models: my: model_id: found \['a'\], expected a text"),
+        ("models: {my: {model_id: a, lora_TM: 5}}", "models: my: lora_TM: found 5, expected a text or a list"),
+        ("models: {my: a}", "models: expected names with keys and values, such as my-name"),
+        ("datasets: {my: {dataset_path: my}}", "datasets: my: dataset_path: my is a registered name"),
+        ("datasets: {my: {dataset_path: a, tags: 5}}", "datasets: my: tags: found 5, expected keys and values"),
+        ("templates: {my: {prompt: 5}}", "templates: my: prompt: found 5, expected a text or a list"),
+        ("models: {1: {model_id: a}}", "model: my: no such folder or file"),
+    ],
+)
+def test_a_mistake_in_the_registry_names_its_place(here: Path, hf_folder: Path, text: str, expected: str) -> None:
+    (here / "registry.yaml").write_text(text)
+    model = hf_folder if text.startswith("datasets") else "my"
+    with pytest.raises(UserError, match=expected):
+        load("--model", model, "--data", "my")
+
+
+def test_a_registered_model_may_name_one_layer(here: Path, hf_folder: Path) -> None:
+    (here / "registry.yaml").write_text(f"models: {{my: {{model_id: {hf_folder}, lora_TM: q_proj}}}}")
+    assert load("--model", "my", "--data", "a.jsonl", "--method", "lora").train.lora_layer == ["project_q"]
+
+
+def test_the_library_takes_a_list_of_data(here: Path, hf_folder: Path) -> None:
+    write_jsonl(here / "b.jsonl", make_records(3, 1))
+    run = load_run_config(model=hf_folder, data=[here / "a.jsonl", "b.jsonl"])
+    assert [dataset.task_name for dataset in run.mixture] == ["a", "b"]
+
+
+def test_a_model_without_tokenizer_needs_one(here: Path, hf_folder: Path) -> None:
+    (here / "bare").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (here / "bare" / name).symlink_to(hf_folder / name)
+    with pytest.raises(UserError, match="tokenizer_path: missing; give --tokenizer_path"):
+        load("--model", "bare", "--data", "a.jsonl", complete=True)
+
+
+def test_the_base_of_an_adapter_is_found_in_the_cache_of_a_hub(
+    here: Path, hf_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(here / "ms"))
+    (here / "ms" / "models" / "org").mkdir(parents=True)
+    (here / "ms" / "models" / "org" / "base").symlink_to(hf_folder)
+    (here / "adapter").mkdir()
+    (here / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    described = describe_model("adapter")
+    assert described.keys["pretrained_model"] == str(here / "ms" / "models" / "org" / "base")
 
 
 def test_data_is_missing_only_where_a_run_would_start(here: Path, hf_folder: Path) -> None:

@@ -12,6 +12,7 @@ import fm9g.train.memory_probe
 from fm9g.cli import main
 from fm9g.config.run import load_run
 from fm9g.data.load.packing import Pack
+from fm9g.errors import UserError
 from fm9g.train.memory_probe import probe_memory
 
 
@@ -64,6 +65,23 @@ def test_a_size_that_does_not_fit_is_halved(
     probe = probe_memory(load_run(str(tmp_path / "model.json"), keys))
     assert (probe.fits, list(probe.peaks)) == (False, [1])
     assert probe.peaks[1] > 0
+
+
+def test_one_of_several_processes_is_refused(
+    keys: dict[str, str], packs: list[Pack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="this is one of 2; start `fm9g train` once"):
+        probe_memory(load_run(str(tmp_path / "model.json"), keys))
+    assert not packs
 
 
 def test_without_packing_a_row_has_no_more_samples_than_the_batch(

@@ -11,6 +11,7 @@ from helpers.common import make_records
 
 from fm9g.checkpoint.checkpoint import Checkpoint
 from fm9g.data.encode.tokenizer_loading import load_tokenizer
+from fm9g.errors import UserError
 from fm9g.io.pt_file import read_weights
 from fm9g.run_files import read_metrics
 from fm9g.train.runner import TrainResult
@@ -66,9 +67,42 @@ def test_the_loss_of_an_evaluation_does_not_depend_on_its_batch_size(
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("keys", "steps"),
+    [
+        ({"train_iters": 20, "stop_when_end": True}, 7),
+        ({"epochs": 2, "max_samples": 20}, 2 * 3),
+        ({"epochs": 1, "token_cache_dir": "cache"}, 7),
+    ],
+)
+def test_other_keys_of_the_length_go_with_it(
+    train_unpacked: Callable[..., TrainResult], tmp_path: Path, keys: dict, steps: int
+) -> None:
+    keys = {key: tmp_path / value if key.endswith("_dir") else value for key, value in keys.items()}
+    assert train_unpacked("out", **keys).step == steps
+
+
+def test_the_length_of_an_epoch_is_said_in_records(
+    train_unpacked: Callable[..., TrainResult], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_unpacked("out", epochs=1)
+    printed = capsys.readouterr().err
+    assert "epochs 1: train_iters 7; an epoch has 53 records\n" in printed
+    assert "at most 2048 tokens per step: batch_size 4 x max_length 256" in printed
+
+
 def test_long_records_are_handled_as_the_run_says(train_unpacked: Callable[..., TrainResult]) -> None:
     tokens = {
         rule: train_unpacked(rule, epochs=1, max_length=16, oversize_rule=rule).tokens
         for rule in ("drop", "head", "tail")
     }
     assert tokens["drop"] < tokens["head"] < tokens["tail"] <= RECORDS * 16  # tail also keeps records with a long input
+
+
+def test_validation_data_without_a_sample_ends_the_run_before_its_first_step(
+    train_unpacked: Callable[..., TrainResult], tmp_path: Path
+) -> None:
+    keys = {"val_dataset": tmp_path / "mixture.json", "max_length": 4, "oversize_rule": "drop"}
+    with pytest.raises(UserError, match=r"val_dataset: none of the validation records gives a sample \(35 of them"):
+        train_unpacked("out", **keys)
+    assert not list((tmp_path / "out").glob("checkpoints/m/[0-9]*"))

@@ -126,13 +126,15 @@ def optimizer(given: Given) -> Keys:
         if (value := given[f"optimizer.params.{name}"]) not in (None, _AUTO):
             keys[key] = value
     if (betas := given["optimizer.params.betas"]) not in (None, _AUTO):
+        if not isinstance(betas, list) or len(betas) != 2:
+            raise given.error("optimizer.params.betas", f"found {betas!r}, expected two numbers")
         keys["beta1"], keys["beta2"] = betas
     return keys
 
 
 def scheduler(given: Given) -> Keys:
     """The scheduler block."""
-    kind = given["scheduler.type"]
+    kind = given.text("scheduler.type")
     if not kind:
         return {}
     known = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}

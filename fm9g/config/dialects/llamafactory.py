@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fm9g.config.dialects import rules
-from fm9g.config.dialects.conversions import attention, layers, truth
+from fm9g.config.dialects.conversions import attention, layers, optimizer, truth
 from fm9g.config.dialects.table import UNSET, Dialect, Given, Keys, Row, extend
 from fm9g.config.dialects.transformers import TRAINER, TRAINING_ARGUMENTS
 
@@ -73,6 +73,8 @@ def shares(given: Given) -> Keys:
         raise given.error(
             "mix_strategy", f"{strategy} is not supported; write shares behind the names: --data NAME:0.7,NAME:0.3"
         )
+    if given["interleave_probs"]:
+        raise given.error("interleave_probs", "write shares behind the names: --data NAME:0.7,NAME:0.3")
     return {}
 
 
@@ -109,7 +111,7 @@ def adapters(given: Given) -> Keys:
         keys["modules_to_save"] = layers(given["additional_target"])
     if given.flag("pissa_init"):
         iterations = given.number("pissa_iter")
-        keys["init_lora_weights"] = "pissa" if iterations in (None, -1) else "pissa_niter_16"
+        keys["init_lora_weights"] = "pissa" if iterations == -1 else "pissa_niter_16"
     if keys["use_dora"] and keys["loraplus_lr_ratio"] != 1.0:
         given.notes.append("loraplus_lr_ratio: the magnitudes of DoRA have the rate of A here, that of B there")
     return keys
@@ -151,6 +153,24 @@ def rope(given: Given) -> Keys:
         f"write model.rope_scaling_type {'dynamic ntk' if kind == 'dynamic' else kind} and model.rope_scaling_factor, "
         "the factor between cutoff_len and the length that the model was trained on",
     )
+
+
+def optimization(given: Given) -> Keys:
+    """use_muon, or else optim."""
+    if given.flag("use_muon"):
+        return {"optimizer": "muon"}
+    try:
+        return {"optimizer": optimizer(given["optim"])}
+    except ValueError as error:
+        raise given.error("optim", f"found {given['optim']!r}, {error}") from None
+
+
+def report_to(given: Given) -> Keys:
+    """The trackers, and SwanLab beside them."""
+    found = rules.report_to(given)["report_to"]
+    if not given.flag("use_swanlab"):
+        return {"report_to": found}
+    return {"report_to": ",".join(dict.fromkeys([*found.replace("none", "").split(","), "swanlab"])).strip(",")}
 
 
 def unused(reason: str, *names: str) -> tuple[Row, ...]:
@@ -266,8 +286,10 @@ ROWS = extend(
     *unused("it is for BAdam", "badam_mode", "badam_start_block", "badam_switch_mode", "badam_switch_interval",
             "badam_update_ratio", "badam_mask_mode", "badam_verbose"),
     *refused(f"Adam-mini is not supported; {_MUON}", "use_adam_mini"),
-    Row("use_muon", "optimizer", lambda value: "muon" if truth(value) else "adamw"),
-    Row("use_swanlab", "report_to", lambda value: "swanlab" if truth(value) else "none"),
+    Row("use_muon", rule=optimization),
+    Row("optim", rule=optimization, default="adamw_torch_fused"),
+    Row("use_swanlab", rule=report_to),
+    Row("report_to", rule=report_to, default="none"),
     *unused("the variables of SwanLab set it", "swanlab_project", "swanlab_workspace", "swanlab_run_name",
             "swanlab_mode", "swanlab_api_key", "swanlab_logdir", "swanlab_lark_webhook_url", "swanlab_lark_secret"),
     *refused("weights are kept in fp32; write bf16 true", "pure_bf16"),

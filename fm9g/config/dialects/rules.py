@@ -195,6 +195,7 @@ def adapter_rule(method: Rule, names: dict[str, str]) -> Rule:
     """
 
     def adapters(given: Given) -> Keys:
+        """Layers, rank, scale and dropout of the adapters. Without adapters they have no effect, as there."""
         if method(given)["method"] not in ADAPTER_METHODS:
             return {}
         keys = {key: given[name] for key, name in names.items() if given[name] is not None}

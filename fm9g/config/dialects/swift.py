@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fm9g.config.dialects import rules
-from fm9g.config.dialects.conversions import attention, checkpointing, layers, optimizer, trackers, truth
+from fm9g.config.dialects.conversions import attention, checkpointing, layers, optimizer, truth
 from fm9g.config.dialects.llamafactory import refused, unused
 from fm9g.config.dialects.table import UNSET, Dialect, Given, Keys, Row, extend
 from fm9g.config.dialects.transformers import TRAINER, TRAINING_ARGUMENTS
@@ -91,6 +93,22 @@ def template(given: Given) -> Keys:
     return {}
 
 
+def evaluation(given: Given) -> Keys:
+    """The data to evaluate on, and how often: by default whenever a checkpoint is saved."""
+    values = dict(given.values)
+    for name, default in (("eval_strategy", "save_strategy"), ("eval_steps", "save_steps")):
+        if given[name] is None:
+            values[name] = given.values[default]
+    if given.choice("eval_strategy", *rules.STRATEGIES) == "no":
+        values.pop("split_dataset_ratio", None)  # no record is set aside then
+    return rules.evaluation(replace(given, values=values))
+
+
+def report_to(given: Given) -> Keys:
+    """The trackers; TensorBoard unless others, or none, are given."""
+    return rules.report_to(given) if "report_to" in given.given else {"report_to": "tensorboard"}
+
+
 def datasets(given: Given) -> Keys:
     """dataset: names, paths and hub names with :subset and #number."""
     value = given["dataset"]
@@ -121,10 +139,11 @@ ROWS = extend(
     Row("init_strategy", refused="weights that a model lacks are not made up; strict_state_dict false allows it"),
     # data
     Row("dataset", rule=datasets),
-    Row("val_dataset", rule=rules.evaluation),
-    Row("split_dataset_ratio", rule=rules.evaluation),
+    Row("val_dataset", rule=evaluation),
+    Row("split_dataset_ratio", rule=evaluation),
+    Row("eval_steps", rule=evaluation),
     Row("data_seed", "split_seed", default=42),
-    Row("eval_strategy", rule=rules.evaluation, aliases=("evaluation_strategy",)),
+    Row("eval_strategy", rule=evaluation, aliases=("evaluation_strategy",)),
     Row("cached_dataset", refused="records are indexed once; give the files as dataset", harmless=([],)),
     Row("cached_val_dataset", refused="records are indexed once; give the files as val_dataset", harmless=([],)),
     Row("columns", refused="`fm9g data index --columns` takes them; give its folder as dataset"),
@@ -195,16 +214,17 @@ ROWS = extend(
     Row("learning_rate", rule=learning_rate),
     Row("bf16", rule=rules.precision),
     Row("fp16", rule=rules.precision),
-    Row("report_to", "report_to", trackers, default="tensorboard"),
+    Row("report_to", rule=report_to),
     Row("per_device_train_batch_size", rule=batch, default=1, note="samples per micro-batch: packing is false"),
     Row("per_device_eval_batch_size", "eval_batch_size", default=1),
     Row("gradient_accumulation_steps", rule=batch),
-    Row("gradient_checkpointing", "activation_checkpoint", checkpointing, default=True),
+    Row("gradient_checkpointing", "activation_checkpoint", checkpointing, default=True,
+        aliases=("activation_checkpointing",)),
     Row("logging_steps", rule=rules.logging, default=5),
     Row("weight_decay", "weight_decay", default=0.1, note="acts on matrices alone, as there"),
     Row("adam_beta2", "beta2", default=0.95),
     Row("lr_scheduler_type", rule=rules.schedule, default="cosine"),
-    Row("max_epochs", rule=rules.training_length),
+    Row("max_epochs", refused="write num_train_epochs; the rates of a run end where it ends"),
     Row("optim", "optimizer", optimizer, default="adamw_torch_fused"),
     Row("optimizer", refused="write optim; LoRA+ is lorap_lr_ratio", harmless=("lorap",)),
     Row("acc_strategy", ignored="the accuracy is not measured"),
@@ -231,7 +251,10 @@ ROWS = extend(
     Row("resume_only_model", refused="give the checkpoint as model, to start anew from its weights", harmless=(False,)),
     *refused("write zero_level and engine", "zero_hpz_partition_size", "deepspeed_autotp_size"),
     *unused("fm9g runs no code of a model", "external_plugins", "custom_register_path"),
+    Row("merge_lora", refused="`fm9g lora merge BASE ADAPTER FOLDER` does that", harmless=(False,)),
     Row("ignore_args_error", refused="a wrong argument would have no effect, unseen", harmless=(False,)),
+    *refused("fm9g starts its processes itself: --nproc, --nnodes", "use_ray"),
+    *unused("it is for Ray", "ray_exp_name", "device_groups"),
     *unused("the variables of SwanLab set it", "swanlab_token", "swanlab_project", "swanlab_workspace",
             "swanlab_exp_name", "swanlab_notification_method", "swanlab_webhook_url", "swanlab_secret",
             "swanlab_sender_email", "swanlab_receiver_email", "swanlab_smtp_server", "swanlab_smtp_port",

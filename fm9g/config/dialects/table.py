@@ -69,6 +69,8 @@ class Given:
 
     def choice(self, name: str, *allowed: str) -> str:
         """The value of an argument that must be one of some words, in lower case; empty if there is none."""
+        if self[name] is False and "no" in allowed:  # YAML reads the word no as false
+            return "no"
         value = self.text(name).lower()
         if value and value not in allowed:
             raise self.error(

@@ -48,7 +48,7 @@ def open_named_mixture(name: str, **settings: Any) -> tuple[Mixture, Path]:
 
     Returns the mixture and its file.
     """
-    train = build(TrainConfig, [ConfigSource(COMMAND_LINE, settings)])
+    train = build(TrainConfig, [ConfigSource(COMMAND_LINE, settings, text=True)])
     file = require_config("dataset_configs", name)
     configs = [with_defaults(dataset, train) for dataset in load_mixture(file)]
     row_length = train.batch_size * train.max_length
@@ -60,6 +60,7 @@ def open_named_mixture(name: str, **settings: Any) -> tuple[Mixture, Path]:
         row_length,
         date=train.chat_template_date,
         collect_issues=True,
+        samples_per_pack=train.samples_per_pack,
     )
     return mixture, file
 
@@ -108,7 +109,7 @@ def check_mixture(
             report |= _describe(mixture, datasets)
             packing, forecasts = forecast_run(mixture, datasets, steps, packs, max_simulated_samples)
             del datasets  # closes the files
-        report["packing"] = packing
+        report["packing"] = packing  # in place of the key, which samples_per_pack tells
         for stats, forecast in zip(report["datasets"].values(), forecasts):
             stats |= forecast
         report["notes"] = find_warnings(report, mixture)
@@ -130,6 +131,7 @@ def _describe(mixture: Mixture, datasets: list[MeasuredDataset]) -> CheckReport:
     return {
         "max_length": mixture.max_length,
         "capacity": mixture.row_length,
+        "samples_per_pack": mixture.samples_per_pack,
         "templates": describe_templates(mixture),
         "buckets": buckets,
         "datasets": {

@@ -25,10 +25,11 @@ def format_report(report: CheckReport) -> str:
     report: the content of check.json.
     """
     packing = report["packing"]
-    summary = (
-        f"packing: {packing['padding']:.2%} padding, {packing['samples_per_row']:.1f} samples per row of "
-        f"{report['capacity']:,} tokens ({packing['rows']:,} rows simulated)\n"
-    )
+    per_row = f"{packing['padding']:.2%} padding, {packing['samples_per_row']:.1f} samples per row"
+    if report["samples_per_pack"]:
+        summary = f"without packing: {per_row} ({packing['rows']:,} rows simulated)\n"
+    else:
+        summary = f"packing: {per_row} of {report['capacity']:,} tokens ({packing['rows']:,} rows simulated)\n"
     return "\n".join([*_dataset_tables(report), summary, *_bars(report)])
 
 

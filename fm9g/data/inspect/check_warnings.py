@@ -35,7 +35,8 @@ def _warnings(report: dict[str, Any], mixture: Mixture) -> Iterator[str]:
         if warning := _share_warning(config, stats, report):
             yield f"{task}: {warning}"
     if packing["padding"] > _MAX_PADDING:
-        yield f"{packing['padding']:.1%} of the positions are padding; a larger batch_size reduces that"
+        remedy = "packing true" if report["samples_per_pack"] else "a larger batch_size"
+        yield f"{packing['padding']:.1%} of the positions are padding; {remedy} reduces that"
     if packing["steps"] < report["steps"]:
         yield f"the data is used up after about {packing['steps']} of {report['steps']} steps"
 

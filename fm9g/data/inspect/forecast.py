@@ -13,6 +13,7 @@ import numpy as np
 from fm9g.data.encode.oversize import EncodedRecord
 from fm9g.data.encode.token_array import join_samples
 from fm9g.data.inspect.measure import DatasetStats, MeasuredDataset
+from fm9g.data.load.loader import trimmed_length
 from fm9g.data.load.mixture import Mixture
 from fm9g.data.load.pack_stream import PackStream
 from fm9g.data.load.record_source import RecordSource
@@ -38,27 +39,25 @@ def forecast_run(
     plan = make_sampling_plan(mixture, packs)
     # A dataset without a trained token would end the run.
     proportions = [p if data.stats["kept_tokens"] else 0.0 for p, data in zip(plan.proportions, datasets)]
-    plan = replace(plan, proportions=proportions)
+    plan = replace(plan, proportions=proportions, concat_order=plan.concat_order if any(proportions) else None)
     packed = _simulate(plan, mixture.row_length, _PlaceholderSource(mixture, datasets), steps, max_samples)
-    capacity = packed.rows * mixture.row_length
-    filled = packed.tokens.sum() / max(1, capacity)
     realised = packed.tokens / max(1.0, packed.tokens.sum())
     epoch_tokens = np.array([_estimated_tokens(data.stats) for data in datasets])
     tokens, run_steps = packed.tokens, packed.steps
     if not packed.used_up and packed.steps < steps:
-        budget = steps * packs * mixture.row_length * filled
+        budget = packed.tokens.sum() / packed.steps * steps
         tokens = _extrapolate(realised, budget, np.where(plan.repeats, np.inf, epoch_tokens))
         run_steps = min(steps, math.ceil(tokens.sum() / budget * steps))
     packing = {
         "rows": packed.rows,
         "samples": packed.samples,
-        "padding": float(1 - filled) if packed.rows else 0.0,
+        "padding": float(1 - packed.tokens.sum() / packed.positions) if packed.rows else 0.0,
         "samples_per_row": packed.samples / max(1, packed.rows),
         "steps": run_steps,
     }
+    wanted = epoch_tokens / epoch_tokens.sum() if plan.concat_order else mixture.proportions()
     return packing, [
-        _dataset_forecast(data, *values)
-        for data, *values in zip(datasets, mixture.proportions(), realised, tokens, epoch_tokens)
+        _dataset_forecast(data, *values) for data, *values in zip(datasets, wanted, realised, tokens, epoch_tokens)
     ]
 
 
@@ -72,7 +71,7 @@ def _dataset_forecast(
 ) -> DatasetStats:
     epochs = float(tokens / epoch_tokens) if epoch_tokens else 0.0
     return {
-        "share_wanted": share_wanted,
+        "share_wanted": float(share_wanted),
         "share_realised": float(share_realised),
         "run_tokens": round(tokens),
         "run_records": round(epochs * data.stats["records"]),
@@ -86,12 +85,14 @@ class _PackedRun:
 
     Args:
         tokens: (datasets,) number of tokens of each dataset.
-        rows: number of packs.
+        rows: number of packs that have a sample.
+        positions: of these packs, padding included.
         used_up: the datasets gave no more samples.
     """
 
     tokens: np.ndarray
     rows: int = 0
+    positions: int = 0
     samples: int = 0
     steps: int = 0
     used_up: bool = False
@@ -102,11 +103,14 @@ def _simulate(plan: SamplingPlan, row_length: int, source: RecordSource, steps: 
     streams = [PackStream(stream, plan, row_length, source) for stream in range(plan.num_streams)]
     while run.steps < steps and run.samples < max_samples:
         packs = [pack for stream in streams if (pack := stream.next_samples())]
-        if not packs:
+        if not packs and not plan.has_empty_packs:
             run.used_up = True
             break
-        for sample in (sample for pack in packs for sample in pack):
-            run.tokens[sample.dataset] += sample.length
+        for pack in packs:
+            for sample in pack:
+                run.tokens[sample.dataset] += sample.length
+            used = sum(sample.length for sample in pack)
+            run.positions += trimmed_length(used) if plan.samples_per_pack else row_length
         run.rows += len(packs)
         run.samples += sum(map(len, packs))
         run.steps += 1

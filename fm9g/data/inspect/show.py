@@ -14,6 +14,7 @@ import numpy as np
 from fm9g.config.fields import did_you_mean
 from fm9g.data.encode.encoder import RenderedChat, RenderedPair, RenderedRecord
 from fm9g.data.encode.token_array import is_weighted, loss_weights, split_samples, token_ids
+from fm9g.data.load.loader import trimmed_length
 from fm9g.data.load.mixture import Mixture
 from fm9g.data.load.pack_stream import PackStream
 from fm9g.data.load.packing import Sample
@@ -90,17 +91,21 @@ def show_samples(
         yield _border(f"row {number}: {len(row)} sample{'s' * (len(row) > 1)}, {used} tokens", "═")
         for sample in row:
             yield from view.sample(*sample[1:])
-        yield _border(f"padding: {mixture.row_length - used} of {mixture.row_length} positions", "·")
+        positions = trimmed_length(used) if mixture.samples_per_pack else mixture.row_length
+        yield _border(f"padding: {positions - used} of {positions} positions", "·")
 
 
 def _rows(mixture: Mixture, dataset: int | None) -> Iterator[list[Sample]]:
     """The samples of each row. dataset: draw from this one only."""
     plan = make_sampling_plan(mixture, 1)
     if dataset is not None:
-        plan = replace(plan, proportions=[float(number == dataset) for number in range(len(plan.names))])
+        proportions = [float(number == dataset) for number in range(len(plan.names))]
+        plan = replace(plan, proportions=proportions, concat_order=None)
     # Encode one record at a time, so that those before a bad one are shown.
     stream = PackStream(0, plan, mixture.row_length, MixtureSource(mixture, max_chunk=1))
-    return iter(stream.next_samples, [])
+    while (row := stream.next_samples()) or plan.has_empty_packs:
+        if row:
+            yield row
 
 
 class _RecordSample(NamedTuple):

@@ -26,6 +26,11 @@ from fm9g.errors import UserError
 ROW_MULTIPLE = 64  # few lengths of rows, so that kernels are chosen and memory is reserved for few
 
 
+def trimmed_length(num_tokens: int, multiple: int = ROW_MULTIPLE) -> int:
+    """Positions of a row without packing: the tokens of its samples, rounded up to a multiple."""
+    return -(-max(1, num_tokens) // multiple) * multiple
+
+
 class Loader:
     """Gives a rank its packs of each step, in the order of its streams."""
 
@@ -78,8 +83,7 @@ class Loader:
     def _collate(self, samples: list[Sample]) -> Pack:
         if not self._trims_rows:
             return collate(samples, self._row_length)
-        used = max(1, sum(sample.length for sample in samples))
-        return collate(samples, -(-used // self._row_multiple) * self._row_multiple)
+        return collate(samples, trimmed_length(sum(sample.length for sample in samples), self._row_multiple))
 
     def state_dict(self) -> dict[str, Any]:
         """The state before the next step as JSON, with the streams of this rank; `merge_states` merges all ranks."""

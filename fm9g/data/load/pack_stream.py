@@ -104,9 +104,10 @@ class PackStream:
 
         Records that give several samples fill a buffer, which is emptied before further records are started.
         """
-        assert self._plan.concat_order
-        if len(self._buffer) < self._max_samples:
-            for dataset in self._plan.concat_order.slots(self._index, self._num_packs):
+        order = self._plan.concat_order
+        assert order
+        while len(self._buffer) < self._max_samples:
+            for dataset in order.slots(self._index, self._num_packs):
                 for sample_index, encoded in islice(self._record_iterators[dataset], 1):
                     self._num_started[dataset] += 1
                     self._buffer += [
@@ -115,6 +116,8 @@ class PackStream:
                     ]
                     self._count_skipped(dataset, encoded.skipped, self._fruitless)
             self._num_packs += 1
+            if self._buffer or self._plan.has_empty_packs or self._num_packs >= order.steps_per_epoch:
+                break  # otherwise, the pack would be empty before the end of the data
         chosen: list[Sample] = []
         free = self._row_length
         while self._buffer and len(chosen) < self._max_samples and self._buffer[0].length <= free:

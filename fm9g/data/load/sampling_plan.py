@@ -41,6 +41,11 @@ class SamplingPlan:
     samples_per_pack: int = 0
     concat_order: ConcatOrder | None = None
 
+    @property
+    def has_empty_packs(self) -> bool:
+        """Whether a pack may be empty and a later one not, since records without a sample leave their slots empty."""
+        return self.concat_order is not None and any(self.repeats)
+
     def initial_virtual_time(self, stream: int, dataset: int) -> float:
         """Where a stream's virtual time of a dataset starts.
 

@@ -208,10 +208,21 @@ def data_stem(path: str) -> str:
 
 def _source_at(path: str, format: str, text_unit: str) -> DataSource:
     by_name, compression = _format_of_name(path)
+    if not (format or by_name or os.path.splitext(path)[1]):
+        by_name = _format_of_content(path)
     if not (format or by_name):
         known = ", ".join(_FORMAT_BY_SUFFIX)
         raise UserError(f"{path}: its name has no known suffix ({known}); give its format with --format")
     return _make_source(path, format or by_name, compression, text_unit)
+
+
+def _format_of_content(path: str) -> str:
+    """Format of a file without a suffix, as downloads are named, by its first character; empty if unknown."""
+    if not os.path.isfile(path):
+        return ""
+    with open(path, "rb") as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    return {b"[": "json", b"{": "jsonl"}.get(start, "")
 
 
 def _make_source(path: str, format: str, compression: str, text_unit: str) -> DataSource:

@@ -46,6 +46,24 @@ def test_the_forecast_is_what_the_loader_does(
     assert forecasts[0]["share_realised"] / forecasts[1]["share_realised"] == pytest.approx(3.0, rel=0.05)
 
 
+@pytest.mark.parametrize("oversize_rule", ["drop", "head"])
+def test_the_forecast_without_packing_is_what_the_loader_does(
+    make_mixture: Make, run_check: Callable[..., dict], tokenizer_path: Path, oversize_rule: str
+) -> None:
+    path = make_mixture({"a": make_records(100, longest=200)})
+    keys = {"max_length": 64, "batch_size": 3, "packing": "false", "oversize_rule": oversize_rule}
+    report = run_check(path, steps=18, packs=4, **keys)
+    mixture, _ = open_named_mixture(str(path), tokenizer_path=str(tokenizer_path), **keys)
+    with Loader(mixture, global_batch_size=4) as loader:
+        packs = [pack for _ in range(18) for pack in loader.next_batch() if pack.tokens]
+    tokens = sum(pack.tokens for pack in packs)
+    assert report["datasets"]["a"]["run_tokens"] == tokens
+    assert report["packing"]["rows"] == len(packs)
+    assert report["packing"]["padding"] == pytest.approx(1 - tokens / sum(len(pack.input_ids) for pack in packs))
+    assert report["datasets"]["a"]["run_epochs"] == pytest.approx(2)  # of ceil(100 / 12) steps each
+    assert report["notes"][-1].endswith("of the positions are padding; packing true reduces that")
+
+
 def test_a_dataset_that_is_used_up_leaves_its_tokens_to_the_others(
     make_mixture: Make, run_check: Callable[..., dict]
 ) -> None:

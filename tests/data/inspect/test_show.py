@@ -51,6 +51,22 @@ def test_marks_are_on_exactly_what_is_learnt(make_mixture: Make, run_show: Calla
     assert run_show(path, *arguments)[0].endswith(" truncated: the first of 130 tokens (oversize_rule segment)")
 
 
+def test_rows_without_packing(make_mixture: Make, run_show: Callable[..., list[str]]) -> None:
+    path = make_mixture({"a": [z(0, length) for length in (3, 4, 5, 90)]})  # the last one is dropped
+    arguments = "--packs", "--packing", "false", "--oversize_rule", "drop", "--count", "6"
+    borders = run_show(path, *arguments)[::2]
+    used = [int(border.split(", ")[1].split()[0]) for border in borders if border.startswith("row")]
+    padding = [border for border in borders if border.startswith("padding")]
+    assert sorted(used[:3]) == sorted(used[3:]) == [4, 5, 6]  # an epoch has three rows, of one sample each
+    assert padding == [f"padding: {64 - tokens} of 64 positions" for tokens in used]
+
+
+def test_a_system_message_is_shown(make_mixture: Make, run_show: Callable[..., list[str]]) -> None:
+    path = make_mixture({"chat": [CHAT]})
+    text = run_show(path, "--chat_template", "chatml", "--system", "Be kind.", max_length=400)[1]
+    assert text.startswith("<s><|im_start|>system⏎\nBe kind.<|im_end|>⏎\n")
+
+
 def test_colours_tell_what_a_token_is(make_mixture: Make, run_show: Callable[..., list[str]]) -> None:
     path = make_mixture({"chat": [CHAT]})
     arguments = "--record", "1", "--chat_template", "chatml", "--color", "always"

@@ -80,6 +80,19 @@ def test_a_dataset_that_does_not_repeat_ends_the_run(make_mixture: Make, tokeniz
     assert sizes == [6, 4, 0, 0]
 
 
+def test_records_without_a_sample_do_not_end_the_run(make_mixture: Make, tokenizer_path: Path) -> None:
+    long = [{"output": "word " * 300} for _ in range(30)]
+    path = make_mixture(
+        {"a": [*make_records(30, longest=20), *long]}, a={"allow_repeat": False, "oversize_rule": "drop"}
+    )
+    mixture = unpacked(path, tokenizer_path, samples=1, max_length=64)
+    with Loader(mixture, global_batch_size=2) as loader:
+        steps = [loader.next_batch() for _ in range(31)]
+    sizes = [len(texts(mixture, packs)) for packs in steps]
+    assert sum(sizes) == 30
+    assert sizes == sorted(sizes, reverse=True)  # nothing comes after a step without a sample
+
+
 def test_records_with_several_samples_are_all_trained_on(make_mixture: Make, tokenizer_path: Path) -> None:
     path = make_mixture({"a": [{"output": "word " * 300} for _ in range(4)]})  # four times several segments
     mixture = unpacked(path, tokenizer_path, samples=2, max_length=64)

@@ -1,6 +1,7 @@
 """Finding the files that paths, folders, globs and stdin name."""
 
 import io
+import json
 import os
 import sys
 import threading
@@ -132,3 +133,17 @@ def test_a_dataset_is_read_by_its_data_alone(tmp_path: Path, dataset: Path, caps
         (dataset / name).unlink()
     assert main(["data", "index", "--path", str(dataset), "--language", "zh", "--output", str(tmp_path / "c")]) == 0
     assert (tmp_path / "c" / "data.jsonl").read_bytes() == (dataset / "data.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(("start", "end", "format"), [("\ufeff \n[", "]", "json"), ("", "\n", "jsonl")])
+def test_a_download_without_a_suffix_is_known_by_its_first_character(
+    tmp_path: Path, start: str, end: str, format: str
+) -> None:
+    file = tmp_path / "train-7"
+    file.write_text(f"{start}{json.dumps(RECORDS[0])}{end}", encoding="utf-8")
+    assert [source.format for source in find_sources([str(file)])] == [format]
+    index_dataset(file, tmp_path / "out", "zh")
+    assert read_dataset(tmp_path / "out") == RECORDS[:1]
+    file.write_text("plain text")
+    with pytest.raises(UserError, match="no known suffix"):
+        index_dataset(file, tmp_path / "other", "zh")
