@@ -106,8 +106,8 @@ def shows(dialect: Dialect, row: Row, value: Any, context: dict[str, Any]) -> bo
             return any(", expected " not in line for line in refusals)
         return bool(row.refused) and f"x: {row.name}: {row.refused}" in refusals
     if row.ignored:
-        return any(row.name in note and row.ignored in note for note in found.notes)
+        return any(row.name in note and row.ignored in note for note in found.all_notes)
     changed = {key for key, other in found.keys.items() if without.keys.get(key) != other}
     if row.ours:
         return changed == {row.ours}
-    return changed != set() or found.keys.keys() != without.keys.keys() or found.notes != without.notes
+    return changed != set() or found.keys.keys() != without.keys.keys() or found.all_notes != without.all_notes

@@ -42,7 +42,9 @@ def _translate(options: argparse.Namespace) -> None:
     keys: dict[str, tuple[Any, str]] = {"config": (found.config, "--config")} if found.config else {}
     for source in found.sources:
         keys |= {key: (value, source.origin) for key, value in source.values.items()}
-    notes = "".join(f"# {' '.join(note.split())}\n" for note in found.notes)
+    notes = "".join(
+        f"# {' '.join(note.split())}\n" for note in (found.translation.all_notes if found.translation else ())
+    )
     text = notes + (_command(keys) if options.format == "command" else _yaml(keys, separated=bool(notes)))
     if not options.output:
         print(text, end="")

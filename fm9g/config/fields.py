@@ -37,7 +37,8 @@ def option(
 ) -> Any:
     """A dataclass field that is also a key of a configuration file.
 
-    A class of options may define FOREIGN_KEYS, for hints about keys of other tools: see fm9g.config.foreign.
+    A class of options may define FOREIGN_KEYS, or a function that returns them, for hints about
+    keys of other tools: see fm9g.config.foreign.
 
     Args:
         default: of the key, copied if it is a list; without a default the key is required.
@@ -190,7 +191,8 @@ def check(cls: type, values: dict[str, Any], origins: dict[str, str], prefix: st
 
 def _foreign_hint(cls: type, key: str) -> str:
     """A hint for a key of another tool, or an empty string."""
-    name, colon, remark = cls.__dict__.get("FOREIGN_KEYS", {}).get(key, "").partition(":")
+    hints = cls.__dict__.get("FOREIGN_KEYS", {})
+    name, colon, remark = (hints() if callable(hints) else hints).get(key, "").partition(":")
     if not name:
         return ""
     if name == "nothing":

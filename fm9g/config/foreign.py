@@ -5,86 +5,53 @@ A value is a key of ours, a key with a value, or "nothing"; after a colon comes 
 
 from __future__ import annotations
 
+# Arguments that set several keys, or that stand in no table of fm9g.config.dialects.
 TRAIN = {
-    "adam_beta1": "beta1",
-    "adam_beta2": "beta2",
-    "adam_epsilon": "eps",
-    "adapter_name_or_path": "adapter",
-    "adapters": "adapter",
-    "additional_target": "lora_layer: names of linear layers",
-    "attn_impl": "flash",
+    "additional_target": "modules_to_save",
     "auto_resume": "resume_ckpt auto",
     "bf16": "model.half_type bf16",
-    "block_size": "max_length",
-    "cutoff_len": "max_length",
     "data_seed": "seed",
     "dataloader_num_proc": "dataloader_num_workers",
     "dataset": "data: files, folders and names in a dataset_info.json, with commas",
-    "double_quantization": "double_quant",
     "dataset_dir": "data: write DIR/NAME for a name in DIR/dataset_info.json",
-    "ddp_timeout": "timeout",
     "deepspeed": "zero_level",
-    "do_train": "nothing: `fm9g train` trains",
     "eval_dataset": "val_data",
     "eval_steps": "eval_iters",
     "evaluation_strategy": "eval_iters",
     "eval_strategy": "eval_iters",
     "finetuning_type": "lora_layer: adapters where it is given, else all weights",
-    "flash_attn": "flash",
     "fp16": "model.half_type fp16",
-    "freeze_parameters": "freeze",
     "fsdp": "engine torch with zero_level",
-    "gradient_checkpointing": "activation_checkpoint full",
     "init_weights": "init_lora_weights",
     "interleave_probs": "dataset_config: abs_weight of a dataset is its share",
-    "hub_model_id": "nothing: `fm9g convert` writes a folder to upload",
-    "learning_rate": "lr",
-    "load_best_model_at_end": "nothing: data/checkpoints/NAME/best is a path",
     "lorap_lr_ratio": "loraplus_lr_ratio",
     "mask_history": "train_on last",
     "max_epochs": "epochs",
-    "logging_dir": "output_dir, under which tensorboard/ is",
-    "logging_steps": "log_iters",
     "lora_dropout_p": "lora_dropout",
     "lora_rank": "lora_r",
     "lora_target": "lora_layer",
     "lora_target_modules": "lora_layer",
     "lr_scheduler_type": "lr_scheduler",
-    "max_grad_norm": "clip_grad",
     "max_len": "max_length",
-    "max_seq_len": "max_length",
-    "max_seq_length": "max_length",
     "max_steps": "train_iters",
-    "model_max_length": "max_length",
-    "model_name_or_path": "pretrained_model, with config for its sizes",
-    "neftune_noise_alpha": "neftune_alpha",
     "num_epochs": "epochs",
-    "num_train_epochs": "epochs",
     "num_workers": "dataloader_num_workers",
-    "optim": "optimizer",
-    "overwrite_output_dir": "overwrite",
-    "per_device_eval_batch_size": "batch_size",
     "per_device_train_batch_size": "batch_size: rows of max_length tokens, which are packed",
     "micro_batch_size": "batch_size: rows of max_length tokens, which are packed",
     "pissa_init": "init_lora_weights pissa",
     "pissa_iter": "init_lora_weights pissa_niter_16",
-    "preprocessing_num_workers": "dataloader_num_workers",
     "quant_bits": "quantization nf4, or int8",
     "quantization_bit": "quantization nf4, or int8",
     "quant_method": "quantization",
-    "resume_from_checkpoint": "resume_ckpt: a step of this run, or auto",
     "r": "lora_r",
     "torch_dtype": "model.half_type",
     "train_on_prompt": "train_on all",
     "run_name": "model_unique",
-    "save_only_model": "save_model_only",
-    "save_steps": "save_iters",
     "save_strategy": "save_iters",
     "stage": "nothing: records with an input are finetuning, text alone is pretraining",
     "target_modules": "lora_layer",
     "tensor_model_parallel_size": "tp_size",
     "tokenizer": "tokenizer_path",
-    "tokenizer_name": "tokenizer_path",
     "train_batch_size": "batch_size: rows of max_length tokens, which are packed",
     "train_dataset": "data: files, folders and names in a dataset_info.json, with commas",
     "train_type": "lora_layer: adapters where it is given, else all weights",
@@ -93,7 +60,6 @@ TRAIN = {
     "use_8bit_adam": "optimizer adamw8bit",
     "use_flash_attention_2": "flash",
     "use_pissa": "init_lora_weights pissa",
-    "val_size": "val_split: a share of the records of data",
     "split_dataset_ratio": "val_split: a share of the records of data",
     "warmup_steps": "warmup_iters",
 }
@@ -138,3 +104,15 @@ LAYERS = {
     **dict.fromkeys(("down_proj", "w2", "dense_4h_to_h"), ("w_out",)),
     **dict.fromkeys(("gate_up_proj", "dense_h_to_4h"), ("w_0", "w_1")),
 }
+
+
+def train_hints() -> dict[str, str]:
+    """What training keys of other tools are called here: those of TRAIN, then those of the dialects."""
+    from fm9g.config.dialects.translate import dialects
+
+    hints: dict[str, str] = {}
+    for dialect in dialects().values():
+        for name, row in dialect.by_name.items():
+            if row.ours or row.ignored:
+                hints.setdefault(name, row.ours or f"nothing: {row.ignored}")
+    return hints | TRAIN

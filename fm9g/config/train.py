@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,7 +30,7 @@ DEPRECATED_KEYS = {
 class TrainConfig:
     """Attributes are the 9G guide's names where the guide has one."""
 
-    FOREIGN_KEYS: ClassVar[dict[str, str]] = foreign.TRAIN
+    FOREIGN_KEYS: ClassVar[Callable[[], dict[str, str]]] = staticmethod(foreign.train_hints)
 
     config: str = option(
         "", help="the model to train: a name in model_configs/ or train_configs/, or the path of such a file"

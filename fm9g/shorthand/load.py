@@ -16,7 +16,7 @@ from typing import Any
 
 from fm9g.config.command_line import LISTS, is_own_key, parse_words, single_values
 from fm9g.config.dialects.table import Dialect
-from fm9g.config.dialects.translate import detect, dialects, find_dialect, translate
+from fm9g.config.dialects.translate import Translation, detect, dialects, find_dialect, translate
 from fm9g.config.fields import aliases_of, canonical_keys, check
 from fm9g.config.load import COMMAND_LINE, CONFIG_SUFFIXES, ConfigSource, Resolved, find_config, require_config
 from fm9g.config.mixture import DatasetConfig
@@ -64,12 +64,12 @@ class RunKeys:
     Args:
         config: the name of a configuration; empty: none is named.
         sources: from the lowest precedence to the highest.
-        notes: what the user should know about arguments of another tool.
+        translation: of the arguments of another tool; None: they are ours.
     """
 
     config: str
     sources: list[ConfigSource]
-    notes: tuple[str, ...] = ()
+    translation: Translation | None = None
 
 
 def split_file(words: list[str]) -> tuple[str, list[str]]:
@@ -91,8 +91,8 @@ def load_run(arguments: RunArguments, complete: bool = True, prepare_data: bool 
     """
     found = read_sources(arguments)
     name, sources = found.config, found.sources
-    for note in found.notes:
-        logger.info(note)
+    if found.translation:
+        _log_notes(found.translation)
     given = _merged(sources, name)
     model_name = given.get("model") or ""
     if not isinstance(model_name, str):
@@ -106,6 +106,7 @@ def load_run(arguments: RunArguments, complete: bool = True, prepare_data: bool 
     if described and described.is_random:
         name = name or described.keys["config"]
     parts = RunSources.of(sources)
+    parts.train[:] = _without_epochs(parts.train)
     base, model = _describe(described, parts, given)
     train = load_train_config(name, parts.train, parts.script, base)
     _check_one_model(described, train)
@@ -115,6 +116,13 @@ def load_run(arguments: RunArguments, complete: bool = True, prepare_data: bool 
         logger.info(format_description(model.value, train.value))
     mixture, validation = _resolve_all_data(train, parts, prepare_data)
     return combine_run(train, model, mixture, validation, complete)
+
+
+def _log_notes(translation: Translation) -> None:
+    for note in translation.notes:
+        logger.info(note)
+    if without_effect := [name for names in translation.ignored.values() for name in names]:
+        logger.info(f"without effect here: {', '.join(without_effect)}; `fm9g config translate` says why")
 
 
 def read_sources(arguments: RunArguments) -> RunKeys:
@@ -137,9 +145,9 @@ def read_sources(arguments: RunArguments) -> RunKeys:
         if not content:
             raise UserError(f"{path}: is empty; expected keys and values, such as model: DIR")
     dialect = _dialect_of(arguments, content)
-    notes: tuple[str, ...] = ()
+    translation = None
     if dialect:
-        sources, notes = _translated_sources(arguments, content, dialect)
+        sources, translation = _translated_sources(arguments, content, dialect)
     else:
         sources = [_file_source(content, path)] if content else []
         sources.append(_word_source(arguments, parse_words(arguments.words)))
@@ -151,7 +159,7 @@ def read_sources(arguments: RunArguments) -> RunKeys:
                 raise UserError(f"{source.origin}: config: found {named!r}, expected a name or a file, as text")
             name = _with_name(name, named)
             sources[sources.index(source)] = replace(source, values=values)
-    return RunKeys(name, sources, notes)
+    return RunKeys(name, sources, translation)
 
 
 def _with_name(name: str, other: str) -> str:
@@ -207,8 +215,8 @@ def _word_source(arguments: RunArguments, words: dict[str, list[str]]) -> Config
 
 def _translated_sources(
     arguments: RunArguments, content: dict[str, Any], dialect: Dialect
-) -> tuple[list[ConfigSource], tuple[str, ...]]:
-    """The keys of a file and of words in a dialect, and notes. Words beside a file may be ours, too."""
+) -> tuple[list[ConfigSource], Translation]:
+    """The keys of a file and of words in a dialect. Words beside a file may be ours, too."""
     words = list(arguments.words)
     if arguments.file:  # LLaMA-Factory writes key=value behind its file
         words = [f"--{word}" if "=" in word and not word.startswith("-") else word for word in words]
@@ -233,7 +241,7 @@ def _translated_sources(
             where = f"{COMMAND_LINE}: {', '.join(f'--{name}' for name in named)}"
         by_origin.setdefault(where, {})[key] = value
     sources = [ConfigSource(where, values, text=True) for where, values in by_origin.items()]
-    return [*sources, _word_source(arguments, parsed)], translation.notes
+    return [*sources, _word_source(arguments, parsed)], translation
 
 
 def _beside(values: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -250,6 +258,16 @@ def _beside(values: dict[str, Any], folder: Path) -> dict[str, Any]:
             parts = value.split(",") if key in LISTS and found(value) == value else [value]
             moved[key] = ",".join(found(part.strip()) for part in parts)
     return moved
+
+
+def _without_epochs(sources: list[ConfigSource]) -> list[ConfigSource]:
+    """The sources, where a train_iters takes the place of an `epochs` of lower precedence."""
+    changed = []
+    for source in sources:
+        keys = canonical_keys(TrainConfig, source.values, source.origin)
+        instead = {"epochs": 0} if "train_iters" in keys and "epochs" not in keys else {}
+        changed.append(replace(source, values={**source.values, **instead}))
+    return changed
 
 
 def _merged(sources: list[ConfigSource], name: str) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def _inherit_from_checkpoint(run: RunConfig, checkpoint: Checkpoint) -> RunConfi
     keys = [*_INHERITED_ADAPTER_KEYS, "adapter"] if saved.get("lora_layer") else ["pretrained_model"]
     if not saved.get("lora_layer") or train.adapter != saved.get("adapter"):
         for key in ("pretrained_model", "adapter"):
-            if key in keys and getattr(train, key):
+            if key in keys and getattr(train, key) and not train.model:  # the user did not write what model implies
                 logger.warning(f"{key} has no effect: the run resumes from {checkpoint.folder}")
     inherited = {key: saved[key] for key in keys if key in saved and run.origins["train"][key] == "default"}
     return run.changed("train", inherited, str(checkpoint.folder))

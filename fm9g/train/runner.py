@@ -207,7 +207,7 @@ def _train(job: _Job, rank_info: RankInfo) -> TrainResult:
             metrics_logger.record_event(state.step, kind, start, devices=devices)
         manager = _make_checkpoint_manager(job, metrics_logger)
         callbacks = _make_callbacks(job, loader, timer, signal_handler, manager, metrics_logger)
-        started, tokens_before = time.monotonic(), int(state.task_tokens.sum())
+        started, first_step, tokens_before = time.monotonic(), state.step, int(state.task_tokens.sum())
         try:
             train(config, [dataset.task_name for dataset in run.mixture], engine, loader, state, callbacks, timer)
             job.watchdog.report_progress(state.step, "saving")
@@ -223,7 +223,9 @@ def _train(job: _Job, rank_info: RankInfo) -> TrainResult:
         if metrics_logger:
             text = f"stopped by a signal after {seconds:.0f} s" if stopped else f"ended after {seconds:.0f} s"
             metrics_logger.log_event(state.step, "signal" if stopped else "end", text)
-    _check_outcome(state, manager, folders.checkpoints, interrupted=bool(stopped))
+    if not stopped:
+        _check_trained(state.step, first_step, tokens)
+    _check_saved(manager, folders.checkpoints)
     best = best_step(folders.checkpoints) if job.is_rank_zero and config.save else None
     best = dist_context.broadcast_object(best)
     return TrainResult(
@@ -408,10 +410,24 @@ def _log_skipped_records(engine: Engine, loader: Loader) -> None:
         logger.warning(f"{count // engine.ranks_per_replica} records were not trained on: {reason}")
 
 
-def _check_outcome(state: TrainState, manager: CheckpointManager, checkpoint_dir: Path, interrupted: bool) -> None:
-    """Raises UserError if nothing was trained, or if the last checkpoint is missing."""
-    if state.step == 0 and not interrupted:
+def _check_trained(step: int, first_step: int, tokens: int) -> None:
+    """Raises UserError if a run that reached its end has trained on nothing.
+
+    Args:
+        step, first_step: finished steps now, and at this start.
+        tokens: trained on since this start, by all processes.
+    """
+    if step == 0:
         raise UserError("nothing was trained on: no record of the mixture gave a sample")
+    if step > first_step and not tokens:
+        raise UserError(
+            f"nothing was trained on in {step - first_step} steps: no record gave a sample; raise max_length, or "
+            "inspect the records with `fm9g data show`"
+        )
+
+
+def _check_saved(manager: CheckpointManager, checkpoint_dir: Path) -> None:
+    """Raises UserError if the last checkpoint is missing."""
     if manager.failure:
         saved = manager.last_saved_step
         last = f"{checkpoint_dir / str(saved)}" if saved else "none since this start"

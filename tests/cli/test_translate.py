@@ -28,7 +28,7 @@ def test_a_run_file_means_the_same_and_says_why(tmp_path: Path, capsys: pytest.C
     assert values(RunArguments(file=str(file))) == values(RunArguments(words=tuple(WORDS)))
     assert "# command line: --learning_rate\nlr: " in text
     assert text.count("# default of transformers\n") < text.count("\n") / 4  # one comment for keys that follow
-    assert "# tf32: has no effect here" in text
+    assert "# tf32: no effect here" in text
     assert "# weight_decay: acts on matrices alone" in text
 
 

@@ -30,7 +30,7 @@ def test_every_parameter_of_the_guide_is_known_in_exactly_one_way(key: str) -> N
         ("learning_rate", "1", "learning_rate: unknown key; it is called lr here"),
         ("cutoff_len", "1", "it is called max_length here"),
         ("per_device_train_batch_size", "1", "it is called batch_size here: rows of max_length tokens"),
-        ("gradient_checkpointing", "1", "write activation_checkpoint full"),
+        ("gradient_checkpointing", "1", "it is called activation_checkpoint here"),
         ("zzz", "1", "zzz: unknown key; `fm9g config keys` lists"),
         ("lora_layer", "qproj", "'qproj' is not the name of a linear layer; these are: project_q, project_k"),
         ("lora_layer", "foo,all", "'foo' is not the name of a linear layer; these are: project_q"),

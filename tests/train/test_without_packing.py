@@ -106,3 +106,8 @@ def test_validation_data_without_a_sample_ends_the_run_before_its_first_step(
     with pytest.raises(UserError, match=r"val_dataset: none of the validation records gives a sample \(35 of them"):
         train_unpacked("out", **keys)
     assert not list((tmp_path / "out").glob("checkpoints/m/[0-9]*"))
+
+
+def test_a_run_in_which_no_record_gives_a_sample_fails(train_unpacked: Callable[..., TrainResult]) -> None:
+    with pytest.raises(UserError, match="nothing was trained on in 7 steps: no record gave a sample; raise max_length"):
+        train_unpacked("out", epochs=1, max_length=4, oversize_rule="drop")

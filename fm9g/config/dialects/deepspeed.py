@@ -244,7 +244,7 @@ def deepspeed_file(given: Given) -> Keys:
     content = value if path is None else read_config_object(path)
     flat = flatten(content)
     translation = translate(DEEPSPEED, flat, str(value) if not isinstance(value, dict) else "deepspeed")
-    given.notes.extend(translation.notes)
+    given.notes.extend(translation.all_notes)
     if "lr_scheduler" in translation.keys and "lr_scheduler_type" in given.given:
         given.notes.append("lr_scheduler_type: the scheduler block of DeepSpeed applies in its place, as there")
     for name in ("bf16", "fp16"):

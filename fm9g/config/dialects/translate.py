@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fm9g.config.command_line import is_own_key
 from fm9g.config.dialects.table import UNSET, Dialect, Given, Row, parse_text
 from fm9g.config.fields import did_you_mean
 from fm9g.errors import UserError
@@ -23,12 +24,19 @@ class Translation:
         keys: our key -> value: training keys, and model.KEY.
         origins: our key -> the argument that sets it, such as "run.yaml: learning_rate".
         notes: what the user should know.
+        ignored: reason -> the given arguments that have no effect for it.
     """
 
     dialect: Dialect
     keys: dict[str, Any]
     origins: dict[str, str]
     notes: tuple[str, ...]
+    ignored: dict[str, list[str]]
+
+    @property
+    def all_notes(self) -> tuple[str, ...]:
+        """The notes, with those on arguments without effect."""
+        return (*self.notes, *(f"{', '.join(names)}: no effect here: {why}" for why, names in self.ignored.items()))
 
 
 def dialects() -> dict[str, Dialect]:
@@ -84,7 +92,9 @@ def translate(dialect: Dialect, given: Mapping[str, Any], origin: str) -> Transl
     names: dict[str, str] = {}  # name of a row -> the name that the user wrote
     for written, value in given.items():
         row = dialect.row_of(written.replace("-", "_")) or dialect.row_of(written)
-        if row is None:
+        if row is None and is_own_key(written, {}):
+            problems.append(f"{prefix}{written}: is a key of fm9g; give it on the command line, as --{written}")
+        elif row is None:
             problems.append(
                 f"{prefix}{written}: {dialect.title} has no such argument{did_you_mean(written, [*dialect.by_name])}"
             )
@@ -98,7 +108,11 @@ def translate(dialect: Dialect, given: Mapping[str, Any], origin: str) -> Transl
     if problems := list(dict.fromkeys(problems)):  # rules that share an argument find the same mistake
         more = [f"and {len(problems) - _MAX_SHOWN} more"] if len(problems) > _MAX_SHOWN else []
         raise UserError(*problems[:_MAX_SHOWN], *more)
-    return Translation(dialect, keys, origins, tuple(dict.fromkeys(notes)))
+    ignored: dict[str, list[str]] = {}
+    for row in dialect.rows:
+        if row.ignored and row.name in values:
+            ignored.setdefault(row.ignored, []).append(names[row.name])
+    return Translation(dialect, keys, origins, tuple(dict.fromkeys(notes)), ignored)
 
 
 def _refusal(row: Row, value: Any, where: str) -> list[str]:
@@ -117,13 +131,10 @@ def _apply(
     by_default, by_user = dict(dialect.constants), dict[str, Any]()
     origins = dict.fromkeys(dialect.constants, f"default of {dialect.title}")
     rules: dict[Any, list[Row]] = {}
-    ignored: dict[str, list[str]] = {}  # reason -> names
     for row in dialect.rows:
         is_given = row.name in values
         if is_given and row.note:
             notes.append(f"{names[row.name]}: {row.note}")
-        if is_given and row.ignored:
-            ignored.setdefault(row.ignored, []).append(names[row.name])
         if row.rule:
             rules.setdefault(row.rule, []).append(row)
         elif row.ours and (is_given or row.default is not UNSET):
@@ -137,9 +148,6 @@ def _apply(
                 continue
             (by_user if is_given else by_default)[row.ours] = value
             origins[row.ours] = f"{prefix}{names[row.name]}" if is_given else f"default of {dialect.title}"
-    for reason, without_effect in ignored.items():
-        verb = "has" if len(without_effect) == 1 else "have"
-        notes.append(f"{', '.join(without_effect)}: {verb} no effect here: {reason}")
     for rule, rows in rules.items():
         given_rows = [row for row in rows if row.name in values]
         try:

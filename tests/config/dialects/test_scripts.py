@@ -39,7 +39,7 @@ def test_the_json_is_read_where_the_script_gets_its_path(tmp_path: Path) -> None
     file = write_json(tmp_path / "q.json", QLORA)
     found = translate(FINETUNE_JSON, {"train_args_file": str(file)}, "command line")
     assert found.keys == QLORA_KEYS
-    assert any(note.startswith("remove_unused_columns") for note in found.notes)
+    assert any(note.startswith("remove_unused_columns") for note in found.all_notes)
     with pytest.raises(UserError, match="--seed: write it into"):
         translate(FINETUNE_JSON, {"train_args_file": str(file), "seed": 3}, "command line")
     write_json(file, {"lora_rnk": 8})
