@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
 
 from fm9g.config.dialects.table import UNSET, Dialect, Row
 from fm9g.config.dialects.translate import dialects
+from fm9g.config.fields import keys_of
+from fm9g.config.model import ModelConfig
+from fm9g.config.train import TrainConfig
 
+_KEYS = {*keys_of(TrainConfig), *(f"model.{key}" for key in keys_of(ModelConfig))}
 TARGET = Path(__file__).with_name("dialects.md")
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 EVERY_ROW = TESTS / "test_dialects_table.py"  # gives each argument to the translation and looks what changes
@@ -48,8 +54,38 @@ def _effect(row: Row) -> str:
         accepted = f"; accepted: {', '.join(f'`{value}`' for value in row.harmless)}" if row.harmless else ""
         return f"refused: {row.refused}{accepted}"
     if row.rule:
-        return f"computed: {' '.join((row.rule.__doc__ or '').split(chr(10) * 2)[0].split())}"
+        about = " ".join((row.rule.__doc__ or "").split("\n\n")[0].split())
+        keys = ", ".join(f"`{key}`" for key in sorted(_keys_of_rule(row.rule)))
+        return f"{keys}: {about}" if keys else about
     return f"`{row.ours}`"
+
+
+def _keys_of_rule(rule: Any, depth: int = 3) -> set[str]:
+    """The keys of fm9g that a rule may set: those in its source, in the functions that it calls, and in its tables."""
+    if depth == 0:
+        return set()
+    found: set[str] = set()
+    code = rule.__code__
+    named = [rule.__globals__.get(name) for name in code.co_names]
+    named += [
+        getattr(module, name, None) for module in named if isinstance(module, ModuleType) for name in code.co_names
+    ]
+    for value in [*code.co_consts, *(cell.cell_contents for cell in rule.__closure__ or ()), *named]:
+        found |= _keys_of_rule(value, depth - 1) if _is_rule(value) else _keys_in(value)
+    return found - {"val_dataset"}  # the name of an argument there
+
+
+def _is_rule(value: Any) -> bool:
+    return isinstance(value, FunctionType) and value.__module__.startswith("fm9g.config.dialects")
+
+
+def _keys_in(value: Any) -> set[str]:
+    """The keys among the texts of a constant or a table."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, (list, tuple, frozenset)):
+        return {key for item in value for key in _keys_in(item)}
+    return {value} & _KEYS if isinstance(value, str) else set()
 
 
 def _words_of_tests() -> dict[Path, set[str]]:

@@ -68,7 +68,8 @@ def _train(
             base = Path(folder) / "base.pt"
             weights = {name: torch.empty(shape).normal_(0, 0.02) for name, shape in weight_shapes(model).items()}
             write_weights(base, weights, weights.items())
-            values |= {"lora_layer": list(job.lora_layer), "pretrained_model": str(base)}
+            values |= {"lora_layer": list(job.lora_layer), "modules_to_save": list(job.modules_to_save)}
+            values["pretrained_model"] = str(base)
             del weights
         config = TrainConfig(**values)
         engine = make_engine(config, dist_context)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +32,6 @@ RUN_KEYS = (
     "batch_size",
     "max_length",
     "lora_r",
-    "modules_to_save",
     "quantization",
     "save_model_only",
 )
@@ -72,7 +70,7 @@ class JobConfig:
     gradient_accumulation_steps: int = 1
     lora_layer: tuple[str, ...] = ()
     lora_r: int = 8
-    modules_to_save: Sequence[str] = ()
+    modules_to_save: tuple[str, ...] = ()
     quantization: str = "none"
     save_model_only: bool = False
     flash: bool = True
@@ -157,6 +155,7 @@ class JobConfig:
             activation_checkpoint=train.checkpointing,
             gradient_accumulation_steps=resolved.layout.gradient_accumulation_steps,
             lora_layer=tuple(train.lora_layer),
+            modules_to_save=tuple(train.modules_to_save),
             flash=run.model.use_flash_attn and train.flash != "none",
             **{key: getattr(train, key) for key in RUN_KEYS},
         )

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
-import numpy as np
 import pytest
 from faults import system
 from faults.attempts import AttemptResults
@@ -162,6 +161,12 @@ def test_a_line_of_figures_that_was_cut_off_does_not_take_the_next_one_along(tmp
     assert json.loads((tmp_path / "events.jsonl").read_text().splitlines()[-1])["step"] == 3
 
 
+class Records(list[int]):
+    """A dataset as the pool asks it."""
+
+    used_bytes = 24.0
+
+
 class Broken:
     """A pool one of whose processes was just killed."""
 
@@ -181,7 +186,7 @@ def test_a_worker_that_is_killed_between_two_results_is_told_of(tmp_path: Path) 
         list(convert_source(source, IndexConfig("en"), pool))
     encoding = EncodingPool.__new__(EncodingPool)
     encoding._pool, encoding.workers, encoding._max_chunk, encoding._status = pool, 1, 1, []
-    encoding.mixture = cast(Any, SimpleNamespace(datasets=[np.zeros(3)]))
+    encoding.mixture = cast(Any, SimpleNamespace(datasets=[Records(range(3))]))
     with pytest.raises(UserError, match="was killed"):
         list(encoding.tokenize(0, iter(range(3))))
 

@@ -92,12 +92,11 @@ def translate(dialect: Dialect, given: Mapping[str, Any], origin: str) -> Transl
     names: dict[str, str] = {}  # name of a row -> the name that the user wrote
     for written, value in given.items():
         row = dialect.row_of(written.replace("-", "_")) or dialect.row_of(written)
-        if row is None and is_own_key(written, {}):
-            problems.append(f"{prefix}{written}: is a key of fm9g; give it on the command line, as --{written}")
-        elif row is None:
-            problems.append(
-                f"{prefix}{written}: {dialect.title} has no such argument{did_you_mean(written, [*dialect.by_name])}"
-            )
+        if row is None:
+            hint = did_you_mean(written, [*dialect.by_name])
+            if not hint and is_own_key(written, {}):
+                hint = f"; it is a key of fm9g: leave it out here, and give it behind the file, as --{written}"
+            problems.append(f"{prefix}{written}: {dialect.title} has no such argument{hint}")
         elif row.name in names:
             problems.append(f"{prefix}{written}: is the same as {names[row.name]}; keep one of them")
         else:
