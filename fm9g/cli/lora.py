@@ -133,8 +133,11 @@ def _export(options: argparse.Namespace) -> None:
     from fm9g.convert.adapters import read_adapter
     from fm9g.convert.peft import write_peft
 
-    write_peft(read_adapter(options.adapter, options.train_config), options.target, options.base, options.overwrite)
+    adapter = read_adapter(options.adapter, options.train_config)
+    write_peft(adapter, options.target, options.base, options.overwrite)
     print(f"{options.target}: loads with peft.PeftModel.from_pretrained on {options.base or 'the exported base'}")
+    if adapter.saved_modules:
+        print("with new tokens, resize the embeddings of the base first; README.md there has the lines")
 
 
 def _import(options: argparse.Namespace) -> None:

@@ -150,7 +150,7 @@ def read_sources(arguments: RunArguments) -> RunKeys:
         sources, translation = _translated_sources(arguments, content, dialect)
     else:
         sources = [_file_source(content, path)] if content else []
-        sources.append(_word_source(arguments, parse_words(arguments.words)))
+        sources.append(_word_source(arguments, parse_words(_words(arguments))))
     for source in sources:
         if "config" in source.values:
             values = dict(source.values)
@@ -196,6 +196,13 @@ def _closest(names: list[str], aliases: dict[str, str]) -> Dialect | None:
     return closest if known(closest) > sum(is_own_key(name.replace("-", "_"), aliases) for name in names) else None
 
 
+def _words(arguments: RunArguments) -> list[str]:
+    """The words of the command line. Behind a file, KEY=VALUE is --KEY=VALUE, as LLaMA-Factory writes it."""
+    if not arguments.file:
+        return list(arguments.words)
+    return [f"--{word}" if "=" in word and not word.startswith("-") else word for word in arguments.words]
+
+
 def _file_source(content: dict[str, Any], path: Path) -> ConfigSource:
     """The keys of a run file."""
     values = dict(content)
@@ -217,10 +224,7 @@ def _translated_sources(
     arguments: RunArguments, content: dict[str, Any], dialect: Dialect
 ) -> tuple[list[ConfigSource], Translation]:
     """The keys of a file and of words in a dialect. Words beside a file may be ours, too."""
-    words = list(arguments.words)
-    if arguments.file:  # LLaMA-Factory writes key=value behind its file
-        words = [f"--{word}" if "=" in word and not word.startswith("-") else word for word in words]
-    parsed = parse_words(words)
+    parsed = parse_words(_words(arguments))
     aliases = aliases_of(TrainConfig)
     theirs: dict[str, Any] = {}
     for key in list(parsed):

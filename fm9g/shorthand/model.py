@@ -27,6 +27,7 @@ from fm9g.shorthand import hub
 logger = logging.getLogger(__name__)
 
 _RUN_CONFIG = "run_config.json"
+_NO_TEMPLATE = "none, so questions and answers are joined without roles (--chat_template chatml adds them)"
 _FOREIGN_WEIGHTS = {  # patterns of files that are the weights of other tools -> what they are
     "*.gguf": "a GGUF file of llama.cpp",
     "*.onnx": "an ONNX model",
@@ -204,9 +205,9 @@ def format_description(model: ModelConfig, config: TrainConfig) -> str:
     from fm9g.model.counts import count_weights
 
     weights = f"weights of {config.pretrained_model}" if config.pretrained_model else "random weights"
-    template = "that of the tokenizer" if config.chat_template == TOKENIZER_TEMPLATE else config.chat_template or "none"
+    template = "that of the tokenizer" if config.chat_template == TOKENIZER_TEMPLATE else config.chat_template
     return (
         f"model: {weights}, {count_weights(model):,} parameters, {model.dtype_name}, context of {model.max_length} "
-        f"tokens; tokenizer: {config.tokenizer_path or 'not known'}; chat template: {template}; "
+        f"tokens; tokenizer: {config.tokenizer_path or 'not known'}; chat template: {template or _NO_TEMPLATE}; "
         f"method: {config.method or 'full'}"
     )

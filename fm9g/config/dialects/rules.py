@@ -165,12 +165,16 @@ def precision(given: Given) -> Keys:
         raise UserError(f"{given.prefix}torch_dtype: found {named!r}, {error}") from None
 
 
+_TUNER_NAMES = ("finetuning_type", "tuner_type", "sft_type", "train_mode")
+
+
 def tuner(given: Given) -> Keys:
     """Which weights are trained, and in how many bits the others are."""
-    kind = given.first("finetuning_type", "tuner_type", "sft_type", "train_mode").lower()
+    kind = given.first(*_TUNER_NAMES).lower()
     known = ("lora", "full", "freeze", "qlora", "dora", "oft", "adalora", "longlora", "lora_ga", "none")
     if kind and kind not in known[:5]:
-        raise given.error("finetuning_type", f"{kind} is not supported; write lora, qlora, full or freeze")
+        name = next(name for name in _TUNER_NAMES if given.text(name))
+        raise given.error(name, f"{kind} is not supported; write lora, qlora, full or freeze")
     for name in ("use_lora", "q_lora", "qlora", "use_qlora"):
         if name in given.values and given.flag(name):
             kind = kind or "lora" if name == "use_lora" else "qlora"

@@ -73,7 +73,7 @@ NINE_G_HF = Dialect(
         TRAINING_ARGUMENTS,
         Row("model_name_or_path", "model"),
         Row("tokenizer_path", "tokenizer_path"),
-        Row("train_data_config_path", rule=rules.data, note="a file of dataset_configs/, as data"),
+        Row("train_data_config_path", rule=rules.data),
         Row("train_data_path", rule=rules.data),
         Row("eval_data_path", rule=rules.evaluation),
         Row("cache_dir", ignored="hub names are found in the cache of the hub"),

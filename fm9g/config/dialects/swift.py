@@ -9,6 +9,7 @@ from fm9g.config.dialects.conversions import attention, checkpointing, layers, o
 from fm9g.config.dialects.llamafactory import refused, unused
 from fm9g.config.dialects.table import UNSET, Dialect, Given, Keys, Row, extend
 from fm9g.config.dialects.transformers import TRAINER, TRAINING_ARGUMENTS
+from fm9g.config.registry import registered_names
 
 _TEXT_ONLY = "fm9g trains on text"
 _INFERENCE = "it is for inference"
@@ -87,6 +88,8 @@ def template(given: Given) -> Keys:
     if given["use_chat_template"] is False:
         return {"chat_template": "none"}
     name = given.text("template")
+    if name in registered_names("templates"):
+        return {"chat_template": name}
     if name:
         given.notes.append(f"template {name}: the chat template of the model's tokenizer is used")
         return {"chat_template": "tokenizer"}
@@ -211,11 +214,12 @@ ROWS = extend(
     *unused("layers are computed in the precision of the model", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"),
     *unused("it is for HQQ", "hqq_axis"),
     # training
+    Row("rlhf_type", refused="RLHF is not supported; `sft` and `pt` are"),
     Row("learning_rate", rule=learning_rate),
     Row("bf16", rule=rules.precision),
     Row("fp16", rule=rules.precision),
     Row("report_to", rule=report_to),
-    Row("per_device_train_batch_size", rule=batch, default=1, note="samples per micro-batch: packing is false"),
+    Row("per_device_train_batch_size", rule=batch, default=1, note="counts samples, since packing is false"),
     Row("per_device_eval_batch_size", "eval_batch_size", default=1),
     Row("gradient_accumulation_steps", rule=batch),
     Row("gradient_checkpointing", "activation_checkpoint", checkpointing, default=True,

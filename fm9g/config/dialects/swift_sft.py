@@ -101,7 +101,7 @@ ROWS = (
     Row("sft_type", rule=method, default="lora"),
     Row("tuner_bankend", refused="adapters are inserted by PEFT, which computes the same; leave it out",
         harmless=("swift", "peft"), aliases=("tuner_backend",)),
-    Row("template_type", "chat_template", template, note="by default the one of the model"),
+    Row("template_type", "chat_template", template),
     Row("output_dir", "output_dir", default="output", note="checkpoints are in output_dir/checkpoints/RUN"),
     Row("ddp_backend", refused="the engine chooses NCCL on GPUs and gloo on CPUs", harmless=("nccl", "gloo")),
     Row("seed", "seed", default=42, note="the same on all ranks; dropout differs all the same"),

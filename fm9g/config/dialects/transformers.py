@@ -23,7 +23,7 @@ TRAINING_ARGUMENTS = (
     # length and batch
     Row("num_train_epochs", rule=rules.training_length, default=3.0),
     Row("max_steps", rule=rules.training_length, default=-1),
-    Row("per_device_train_batch_size", "batch_size", default=8, note="samples per micro-batch: packing is false"),
+    Row("per_device_train_batch_size", "batch_size", default=8, note="counts samples, since packing is false"),
     Row("per_device_eval_batch_size", "eval_batch_size", default=8),
     Row("gradient_accumulation_steps", "gradient_accumulation_steps", default=1),
     Row(
@@ -139,7 +139,7 @@ TRAINING_ARGUMENTS = (
     Row("group_by_length", refused="samples are drawn at random; write false", harmless=(False,)),
     Row("length_column_name", ignored="lengths are measured"),
     Row("remove_unused_columns", ignored="records are read by their keys"),
-    Row("dataloader_num_workers", "dataloader_num_workers", note="0 encodes in the training process"),
+    Row("dataloader_num_workers", "dataloader_num_workers"),
     Row("dataloader_drop_last", refused="the last samples of an epoch are trained on", harmless=(False,)),
     Row("dataloader_pin_memory", ignored=_LOADER),
     Row("dataloader_persistent_workers", ignored=_LOADER),
