@@ -1,0 +1,1 @@
+"""An address for a model: the OpenAI API and a chat page."""
