@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fm9g.api import (
-        LoadedModel,
+        LoadedModule,
         build_index,
         convert_model,
         generate,
         load_model,
+        load_module,
         load_run_config,
         open_loader,
         open_mixture,
@@ -23,13 +24,15 @@ if TYPE_CHECKING:
     from fm9g.config.run import RunConfig
     from fm9g.data.encode.tokenizer_loading import load_tokenizer
     from fm9g.errors import UserError
-    from fm9g.infer.generate import GenerationOptions
+    from fm9g.infer.open_model import LoadedModel
+    from fm9g.infer.options import GenerationOptions
     from fm9g.train.runner import TrainResult
 
 __version__ = "0.1.0"
 __all__ = [
     "GenerationOptions",
     "LoadedModel",
+    "LoadedModule",
     "RunConfig",
     "TrainResult",
     "UserError",
@@ -37,6 +40,7 @@ __all__ = [
     "convert_model",
     "generate",
     "load_model",
+    "load_module",
     "load_run_config",
     "load_tokenizer",
     "open_loader",
@@ -45,7 +49,8 @@ __all__ = [
     "train_tokenizer",
 ]
 _MODULES = {  # of the names that fm9g.api does not define
-    "GenerationOptions": "fm9g.infer.generate",
+    "GenerationOptions": "fm9g.infer.options",
+    "LoadedModel": "fm9g.infer.open_model",
     "RunConfig": "fm9g.config.run",
     "TrainResult": "fm9g.train.runner",
     "UserError": "fm9g.errors",

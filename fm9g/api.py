@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from fm9g.data.load.loader import Loader
     from fm9g.data.load.mixture import Mixture
     from fm9g.data.prepare.index_builder import IndexReport
-    from fm9g.infer.generate import GenerationOptions
+    from fm9g.infer.open_model import LoadedModel
+    from fm9g.infer.options import GenerationOptions
     from fm9g.model.transformer import FM9G
     from fm9g.train.runner import TrainResult
 
@@ -144,15 +145,15 @@ def open_loader(config: RunConfig, mixture: Mixture, rank: int = 0, world_size: 
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    """A model in memory.
+class LoadedModule:
+    """A model as a plain torch module.
 
     Args:
-        model: in eval mode, without gradients.
+        module: in eval mode, without gradients.
         tokenizer: folder of its tokenizer, None if unknown.
     """
 
-    model: FM9G
+    module: FM9G
     config: ModelConfig
     tokenizer: Path | None
 
@@ -163,13 +164,13 @@ class LoadedModel:
         from fm9g.model.prompt_batch import prompt_batch
 
         with torch.no_grad():
-            return self.model.logits(prompt_batch([prompt], self.model.output_weight.device))
+            return self.module.logits(prompt_batch([prompt], self.module.output_weight.device))
 
 
-def load_model(
+def load_module(
     path: AnyPath, *, reference: AnyPath | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
-) -> LoadedModel:
-    """Loads a model as a plain torch module.
+) -> LoadedModule:
+    """Loads a model as the plain torch module that training uses.
 
     Args:
         path: a 9G .pt file with its .json, a checkpoint (its folder, RUN/STEP, RUN/best or RUN/last), or a Hugging Face
@@ -186,10 +187,38 @@ def load_model(
 
     source = open_source(resolve_checkpoint_path(Path(path)), Path(reference) if reference else None)
     with torch.device("meta"):
-        model = FM9G(source.config)
+        module = FM9G(source.config)
     weights = {name: weight.read().to(device, dtype) for name, weight in source.weights.items()}
-    model.load_state_dict(weights, assign=True)
-    return LoadedModel(model.eval().requires_grad_(False), source.config, source.tokenizer)
+    module.load_state_dict(weights, assign=True)
+    return LoadedModule(module.eval().requires_grad_(False), source.config, source.tokenizer)
+
+
+def load_model(
+    path: AnyPath,
+    *,
+    adapters: Mapping[str, AnyPath] | Sequence[AnyPath] = (),
+    dtype: str = "auto",
+    quantization: str = "",
+    device: str = "auto",
+    chat_template: str = "",
+) -> LoadedModel:
+    """Opens a model for generation, in its class of transformers; nothing needs to be converted before.
+
+    Args:
+        path: a Hugging Face folder, a checkpoint (its folder, RUN/STEP, RUN/best or RUN/last), a 9G .pt file with its
+            .json, an adapter, whose base is opened too, a registered name, or ORG/NAME of a hub that was downloaded.
+        adapters: further adapters: name -> path, or paths, which are named after their last part.
+        dtype: auto, bf16, fp16 or fp32; auto: that of the weights, but fp32 on a CPU that computes it faster.
+        quantization: nf4 or int8; empty: none.
+        device: auto, or a torch device; auto: all GPUs if there are any.
+        chat_template: a built-in name or a Jinja file; empty: the model's own.
+    """
+    from fm9g.infer.hf_folder import OpenOptions
+    from fm9g.infer.open_model import open_model
+
+    named = {name: str(adapter) for name, adapter in adapters.items()} if isinstance(adapters, Mapping) else None
+    paths = [str(adapter) for adapter in adapters]
+    return open_model(str(path), OpenOptions(dtype, quantization, device, chat_template), named or paths)
 
 
 def convert_model(
@@ -226,19 +255,23 @@ def convert_model(
 
 
 def generate(
-    folder: AnyPath,
-    prompt: str,
+    model: LoadedModel | AnyPath,
+    prompt: str | Sequence[Mapping[str, Any]],
     options: GenerationOptions | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
-    """Generates the continuation of a prompt with the transformers class of a Hugging Face folder; `fm9g generate`.
+    """Generates the continuation of a text, or the answer to a conversation; `fm9g generate`.
 
     Args:
+        model: from `load_model`, or what it opens.
+        prompt: a text, or messages with role and content.
         on_text: receives the text in pieces while it is generated.
     """
-    from fm9g.infer.generate import GenerationOptions, generate
+    from fm9g.infer.open_model import LoadedModel
+    from fm9g.infer.options import GenerationOptions
 
-    return generate(Path(folder), prompt, options or GenerationOptions(), on_text)
+    opened = model if isinstance(model, LoadedModel) else load_model(model)
+    return opened.generate(prompt, options or GenerationOptions(), on_text)
 
 
 def _texts(paths: AnyPath | Sequence[AnyPath]) -> list[str]:

@@ -21,7 +21,8 @@ from fm9g.data.prepare.records import text_records, to_line
 from fm9g.data.prepare.sources import find_sources
 from fm9g.data.prepare.texts import iter_texts
 from fm9g.errors import UserError
-from fm9g.infer.generate import GenerationOptions, generate
+from fm9g.infer.open_model import open_model
+from fm9g.infer.options import GenerationOptions
 from fm9g.progress import Progress
 from fm9g.report.plot import plot_loss
 from fm9g.run_files import read_metrics
@@ -77,7 +78,8 @@ def quickstart(out: Path, steps: int, overwrite: bool = False) -> None:
     picture = out / "loss.png"
     plot_loss(second_half.metrics_file, picture, {half: "stopped, resumed"})
     _print_step(6, f"Generation: {name}, with transformers alone")
-    text = generate(out / "hf", PROMPT, GenerationOptions(120, temperature=0.6, top_p=0.9, repetition_penalty=1.1))
+    options = GenerationOptions(120, temperature=0.6, top_p=0.9, repetition_penalty=1.1)
+    text = open_model(out / "hf").generate(PROMPT, options)
     print(_indented(PROMPT + text))
     _print_table(out, second_half, [first_half, second_half], picture, time.monotonic() - started)
 

@@ -83,7 +83,7 @@ def write_hf_folder(
     with atomic_dir(target, options.overwrite) as temporary, resumable_dir(target) as folder:
         weights = _hf_weights(source, options)
         dtype = str(main_dtype(weights)).removeprefix("torch.")
-        write_aux = _write_reference_files if options.keep_reference else _write_native_files
+        write_aux = _write_reference_files if options.keep_reference else write_native_files
         use = write_aux(source, temporary, dtype)
         (temporary / "README.md").write_text(model_card(source, temporary, target.name, use), encoding="utf-8")
         shards = _split_shards(weights, options)
@@ -135,8 +135,12 @@ def _output(file: str, shard: Mapping[str, LazyConcat], folder: Path) -> OutputF
     return pt_output(file, shard, folder) if file.endswith(".bin") else safetensors_output(file, shard)
 
 
-def _write_native_files(source: Source, folder: Path, dtype: str) -> ModelUse:
-    """Writes config.json of the transformers class, generation settings and tokenizer."""
+def write_native_files(source: Source, folder: Path, dtype: str) -> ModelUse:
+    """Writes all files but the weights: config.json of the transformers class, generation settings and tokenizer.
+
+    Args:
+        dtype: of the weights, as torch names it.
+    """
     reference = source.reference_config
     hf = to_hf_config(source.config, dtype, None, None, reference.get("model_type", ""))
     write_json(folder / "config.json", hf)  # AutoTokenizer chooses its class by the model_type

@@ -23,18 +23,18 @@ class Engine(Protocol):
     vocab_size: int
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+        self, model: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[int]:
-        """Token ids of a conversation in the chat template, with the beginning of the answer.
+        """Token ids of a conversation in the model's chat template, with the beginning of the answer.
 
         Messages have role, content (a text), and where they apply tool_calls and tool_call_id, as in the OpenAI API.
         Raises UserError if there is no chat template, or it refuses the conversation.
         """
 
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, model: str, text: str) -> list[int]:
         """Token ids of a plain prompt."""
 
-    def token_text(self, token_id: int) -> str:
+    def token_text(self, model: str, token_id: int) -> str:
         """The text of one token, special tokens included; for log-probabilities."""
 
     def stream(self, model: str, prompt: Sequence[int], options: GenerationOptions) -> AsyncIterator[Piece]:
