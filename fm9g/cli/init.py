@@ -35,9 +35,10 @@ def _init(options: argparse.Namespace) -> None:
     check_output_file(options.output, "--output", _SUFFIXES, options.overwrite)
     given = single_values(parse_words(options.rest))
     answers = ask(given, input, print) if sys.stdin.isatty() else complete(given)
-    run = load_run(RunArguments(values=answers), complete=False)
+    arguments = RunArguments(values=answers)
+    run = load_run(arguments, complete=False, prepare_data=False)
     text = render(answers, run, str(options.output))
     with atomic_file(options.output) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(f"{options.output}: start it with: fm9g train {shlex.quote(str(options.output))}")
-    print(plan_verdict(run))
+    print(plan_verdict(load_run(arguments, complete=False)))

@@ -141,8 +141,13 @@ def _train(options: argparse.Namespace) -> int:
         _quiet_other_ranks()
     run = load_run(run_arguments(options))
     if run.train.test_oom_error:
+        from fm9g.errors import UserError
         from fm9g.train.memory_probe import probe_memory
 
+        if (options.nproc or 1) > 1:
+            raise UserError(
+                f"test_oom_error measures one process with the whole model; leave out --nproc {options.nproc}"
+            )
         return _print_memory_probe(probe_memory(with_adapter(run)), run)
     if run.train.only_run_dataloader:
         from fm9g.train.loader_benchmark import benchmark_dataloader
@@ -267,7 +272,10 @@ def _print_loader_benchmark(result: LoaderBenchmark) -> None:
 
 def _print_memory_probe(probe: MemoryProbe, run: RunConfig) -> int:
     """Prints what fits; returns 1 if the configured batch size does not."""
-    print(f"longest sample: {probe.longest} tokens; nothing was trained or written")
+    print(
+        f"longest sample: {probe.longest} tokens; one process with the whole model computed; nothing was trained or "
+        "written"
+    )
     if not probe.fits:
         print(f"batch_size {probe.batch_size} with max_length {run.train.max_length} does not fit")
     for size, peak in sorted(probe.peaks.items()):

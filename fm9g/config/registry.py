@@ -37,10 +37,8 @@ _TEXT, _TEXTS, _OBJECT = (str,), (str, list), (dict,)
 _KEYS: dict[str, dict[str, tuple[type, ...]]] = {  # section -> key -> types of its value
     "models": {
         "model_id": _TEXT,
-        "revision": _TEXT,
         "template": _TEXT,
         "lora_TM": _TEXTS,
-        "ignore_file_pattern": _TEXTS,
         "refused": _TEXT,
     },
     "datasets": {
@@ -57,6 +55,8 @@ _TYPE_NAMES: dict[type, str] = {str: "a text", list: "a list", dict: "keys and v
 _REFUSED = {
     "get_function": "fm9g runs no code of a registry; give a folder as model_id, or files as dataset_path, and convert "
     "records with transforms",
+    "revision": "fm9g downloads nothing: a hub name is the revision that was downloaded; leave it out",
+    "ignore_file_pattern": "fm9g downloads nothing: it reads the files that it needs of a folder; leave it out",
 }
 _BUILTIN_LAYERS = ("qkv",)  # lora_TM of all models there
 _TOKENS = {"bos_token_id": "bos_token", "eos_token_id": "eos_token"}

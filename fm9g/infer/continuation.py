@@ -36,7 +36,7 @@ class Continuation:
     ) -> None:
         self.prompt, self.index = prompt, index
         self._sampler = Sampler(options, prompt, index)
-        self._text, self._stop_ids = TextStream(tokenizer, options.stop), frozenset(stop_ids)
+        self._text, self.stop_ids = TextStream(tokenizer, options.stop), frozenset(stop_ids)
         self.max_new_tokens = options.max_new_tokens
         self._pieces: list[Piece] = []
         self.finish_reason = ""
@@ -49,7 +49,7 @@ class Continuation:
     def step(self, logits: torch.Tensor) -> Piece:
         """The piece of one more token. logits: (V,)"""
         token, logprob = self._sampler.choose(logits)
-        if token in self._stop_ids:
+        if token in self.stop_ids:
             self.finish_reason = STOP
         elif len(self.token_ids) >= self.max_new_tokens:
             self.finish_reason = LENGTH

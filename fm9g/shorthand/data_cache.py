@@ -102,7 +102,7 @@ class DataCache:
     def find(self, raw: RawData, allow_fresh: bool = False) -> Path | None:
         """The indexed dataset of these files if there is one and they did not change. Does not read them.
 
-        allow_fresh: also for files that may have been changed within the second in which they were hashed.
+        allow_fresh: also for files that may have been changed within two seconds of the time at which they were hashed.
         """
         states, hashes = _file_states(raw.sources), _known_hashes(self._read_entry(raw), allow_fresh)
         if not all(tuple(state) in hashes for state in states):
@@ -145,10 +145,13 @@ class DataCache:
         outdated = [dataset for dataset in self.datasets() if not dataset.is_current]
         self._prepare_folder()
         for dataset in outdated:
-            atomic_rmtree(dataset.folder)
+            key = dataset.folder.name.rpartition("-")[2]
+            with wait_lock(self._lock(key), f"data: another process indexes {dataset.folder.name}"):
+                atomic_rmtree(dataset.folder)
         for file in self._entries.glob("*.json"):
-            if not _is_current(_read(file)):
-                file.unlink(missing_ok=True)
+            with wait_lock(self._lock(file.stem), f"data: another process reads {file.stem}"):
+                if not _is_current(_read(file)):
+                    file.unlink(missing_ok=True)
         clean_stale_temps(self.folder)
         return outdated
 

@@ -131,7 +131,9 @@ def read_sources(arguments: RunArguments) -> RunKeys:
     name, path = arguments.config, Path(arguments.file)
     if arguments.file:
         if kind_of(path) == TRAIN_CONFIG:  # {"pretrain": {...}}
-            words = parse_words(arguments.words)
+            if arguments.dialect:
+                raise UserError(f"{path}: is a file of fm9g; leave out --from {arguments.dialect}")
+            words = parse_words(_words(arguments))
             return RunKeys(_with_name(name, arguments.file), [_word_source(arguments, words)])
         if not path.exists() and not path.suffix:
             raise UserError(f"{COMMAND_LINE}: found {arguments.file!r}, expected --key value, or a run file first")
@@ -258,7 +260,7 @@ def _beside(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     moved = dict(values)
     for key, value in values.items():
-        if key in PATH_KEYS and isinstance(value, str):
+        if key.rpartition(".")[2] in PATH_KEYS and isinstance(value, str):
             parts = value.split(",") if key in LISTS and found(value) == value else [value]
             moved[key] = ",".join(found(part.strip()) for part in parts)
     return moved

@@ -53,8 +53,8 @@ class MemoryProbe:
 def probe_memory(run: RunConfig) -> MemoryProbe:
     """Tries the configured batch_size, then larger ones while they fit, or smaller ones until one does.
 
-    One process computes, with all of the model. A larger size is tried only if twice the memory of the last one is
-    there.
+    One process computes, with all of the model. A GPU tries every larger size. On a CPU, where a process that has too
+    much memory is killed, a larger size is tried only if there is room for what the last one added to the weights.
 
     Raises:
         UserError: the model alone does not fit, a launcher started several processes, or a mistake of the user.
@@ -72,6 +72,7 @@ def probe_memory(run: RunConfig) -> MemoryProbe:
         samples = longest_samples(mixture)
         run = grow_vocab(complete_modules_to_save(run), mixture.tokenizer)
         setup_model_and_optimizer(engine, run.train, run.model, None, mixture.tokenizer)
+        weights = rss_bytes()
         total, peaks = _total_memory(engine.device), dict[int, float]()
 
         def fits(size: int) -> bool:
@@ -82,7 +83,8 @@ def probe_memory(run: RunConfig) -> MemoryProbe:
         size = config.batch_size
         if fits(size):
             for larger in (size * 2**doublings for doublings in range(1, _MAX_DOUBLINGS + 1)):
-                if 2 * peaks[larger // 2] > total or not fits(larger):
+                peak = peaks[larger // 2]
+                if (engine.device.type != "cuda" and 2 * peak - weights > total) or not fits(larger):
                     break
         else:
             while size > 1 and not fits(size := size // 2):

@@ -91,3 +91,13 @@ def test_mistakes_write_nothing(
     assert init(tokenizer_path) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert (here / "run.yaml").read_text(encoding="utf-8") == "kept"
+
+
+def test_the_file_is_written_before_the_data_is_read(
+    here: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "bad.jsonl").write_text("no JSON\n", encoding="utf-8")
+    words = ["--model", "tiny", "--data", "bad.jsonl", "--tokenizer_path", str(tokenizer_path), "--method", "full"]
+    assert main(["init", *words, "--model_unique", "x", "--n_gpus", "1"]) == 2
+    assert "bad.jsonl" in capsys.readouterr().err
+    assert (here / "run.yaml").exists()

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from helpers.common import ROOT
+from helpers.common import ROOT, make_records, write_jsonl
 
 from fm9g.cli import main
 
@@ -37,3 +37,14 @@ def test_config_show_tells_what_is_missing(capsys: pytest.CaptureFixture) -> Non
     printed = capsys.readouterr()
     assert "dim_model 3584" in " ".join(printed.out.split())
     assert "needed for training: --dataset_config, --tokenizer_path" in printed.err
+
+
+def test_memory_is_measured_in_one_process(
+    tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_jsonl(tmp_path / "a.jsonl", make_records(3))
+    words = ["--model", "tiny", "--data", str(tmp_path / "a.jsonl"), "--tokenizer_path", str(tokenizer_path)]
+    words += ["--output_dir", str(tmp_path / "out"), "--test_oom_error", "true"]
+    assert main(["train", *words, "--nproc", "2"]) == 2
+    assert "one process with the whole model; leave out --nproc 2" in capsys.readouterr().err

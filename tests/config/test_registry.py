@@ -91,6 +91,11 @@ def test_a_changed_file_is_read_again(folder: Path) -> None:
     [
         ("model: {}", "model: unknown section; did you mean 'models'"),
         ("models: {a: b}", "models: expected names with keys and values"),
+        ("models: {a: {model_id: M, revision: v2}}", "models: a: revision: fm9g downloads nothing"),
+        (
+            "models: {a: {model_id: M, ignore_file_pattern: x}}",
+            "models: a: ignore_file_pattern: fm9g downloads nothing",
+        ),
         ("models: {a: {model_di: M}}", "models: a: model_di: unknown key; did you mean 'model_id'"),
         ("models: {a: {get_function: f}}", "fm9g runs no code of a registry"),
         ("models: {a: {template: t}}", "models: a: model_id: missing"),

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -210,3 +211,20 @@ def test_a_worker_that_runs_the_script_again_does_not_wait(
     monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
     with pytest.raises(UserError, match="put its calls under `if __name__ =="):
         cache.find_or_build(raw_data(file))
+
+
+def test_pruning_takes_the_locks_of_what_it_deletes(
+    file: Path, cache: DataCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = raw_data(file)
+    folder = cache.find_or_build(raw)
+    file.unlink()
+    taken = []
+
+    def recorded(path: Path, message: str) -> AbstractContextManager[None]:
+        taken.append(path.name)
+        return wait_lock(path, message)
+
+    monkeypatch.setattr(data_cache, "wait_lock", recorded)
+    cache.prune()
+    assert taken == [folder.name.rpartition("-")[2], data_cache._entry_id(raw)]

@@ -14,7 +14,7 @@ from fm9g.cli import main
 from fm9g.config.run import RunConfig
 from fm9g.config.train_rules import LINEAR_LAYERS
 from fm9g.errors import UserError
-from fm9g.shorthand.load import RunArguments, load_run
+from fm9g.shorthand.load import RunArguments, load_run, read_sources
 from fm9g.shorthand.model import describe_model
 
 
@@ -98,6 +98,15 @@ def test_paths_beside_the_run_file_are_found(here: Path, hf_folder: Path, monkey
     (here / "run.yaml").write_text(f"model: {hf_folder}\ndata: [a.jsonl#5, b.jsonl]\nval_data: b.jsonl\n")
     run = load(file="../run.yaml")
     assert (run.train.data, run.train.val_data) == ("../a.jsonl#5,../b.jsonl", "../b.jsonl")
+
+
+def test_default_paths_beside_the_run_file_are_found(
+    here: Path, hf_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "run.yaml").write_text(f"model: {hf_folder}\ndata: a.jsonl\ndefault.val_data: a.jsonl\n")
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    assert load(file="../run.yaml").train.val_data == "../a.jsonl"
 
 
 def test_the_name_of_a_size_is_a_model_without_weights(here: Path) -> None:
@@ -246,3 +255,11 @@ def test_one_command_trains_and_its_checkpoint_is_a_model_again(
     described = load("--model", full.checkpoint, "--data", "a.jsonl")
     assert described.train.tokenizer_path.startswith(str(full.checkpoint))
     assert described.train.model_unique == "f-1-full"
+
+
+def test_a_file_of_train_configs_takes_key_value_words_but_no_dialect(here: Path, hf_folder: Path) -> None:
+    (here / "named.json").write_text('{"pretrain": {"lr": 0.5}}')
+    given = {"file": "named.json", "words": ("lr=0.25",)}
+    assert read_sources(RunArguments(**given)).sources[0].values["lr"] == "0.25"
+    with pytest.raises(UserError, match=r"named\.json: is a file of fm9g; leave out --from llamafactory"):
+        read_sources(RunArguments(**given, dialect="llamafactory"))

@@ -43,7 +43,7 @@ def test_rows_hold_the_longest_samples(
     words = [word for key, value in keys.items() for word in (f"--{key}", value)]
     assert main(["train", "--config", str(tmp_path / "model.json"), *words]) == 0
     shown = capsys.readouterr().out
-    assert "longest sample: 64 tokens; nothing was trained or written" in shown
+    assert "longest sample: 64 tokens; one process with the whole model computed; nothing was trained" in shown
     assert [f"batch_size {size} with max_length 64 fits" in shown for size in (4, 8, 16, 32, 64)] == [True] * 4 + [
         False
     ]
@@ -90,3 +90,12 @@ def test_without_packing_a_row_has_no_more_samples_than_the_batch(
     run = load_run(str(tmp_path / "model.json"), {**keys, "packing": "false", "batch_size": "2", "max_length": "512"})
     probe_memory(run)
     assert len(packs[0].cu_seqlens) == 3
+
+
+def test_the_memory_of_the_weights_is_not_doubled(
+    keys: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fm9g.train.memory_probe.rss_bytes", lambda: 60)
+    monkeypatch.setattr("fm9g.train.memory_probe._total_memory", lambda device: 100.0)
+    monkeypatch.setattr("fm9g.train.memory_probe._peak_of", lambda engine, samples, row, size: 60.0 + row / 64 * 3)
+    assert list(probe_memory(load_run(str(tmp_path / "model.json"), keys)).peaks) == [4, 8]

@@ -6,6 +6,7 @@ the same numbers.
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -89,22 +90,26 @@ def _loss_scale(given: Given) -> Keys:
 
 def batch(given: Given) -> Keys:
     """Samples per micro-batch, micro-batches per step, and their product."""
-    numbers = {name: given[name] for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")}
-    numbers = {name: value for name, value in numbers.items() if value not in (None, _AUTO)}
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    numbers = {name: given.number(name) for name in names if given[name] not in (None, _AUTO)}
     keys: Keys = {}
     if "train_micro_batch_size_per_gpu" in numbers:
         keys["batch_size"] = numbers["train_micro_batch_size_per_gpu"]
     if "gradient_accumulation_steps" in numbers:
         keys["gradient_accumulation_steps"] = numbers["gradient_accumulation_steps"]
-    total = given["train_batch_size"]
-    if total not in (None, _AUTO) and "batch_size" in keys and "gradient_accumulation_steps" not in keys:
-        if total % keys["batch_size"]:
-            raise given.error(
-                "train_batch_size", f"{total} is no multiple of train_micro_batch_size_per_gpu {keys['batch_size']}"
-            )
-        keys["global_batch_size"] = total // keys["batch_size"]
-    elif total not in (None, _AUTO) and not keys:
+    total = numbers.get("train_batch_size")
+    if total is None:
+        return keys
+    if "batch_size" not in keys:
         raise given.error("train_batch_size", "give train_micro_batch_size_per_gpu as well, or auto")
+    if min(keys.values()) <= 0 or total % math.prod(keys.values()):
+        factors = " x ".join(f"{name} {numbers[name]}" for name in names[:2] if name in numbers)
+        raise given.error("train_batch_size", f"{total} is no multiple of {factors}")
+    if "gradient_accumulation_steps" in keys:
+        processes = total // math.prod(keys.values())
+        given.notes.append(f"train_batch_size {total}: holds for {processes} processes; another number changes it")
+    else:
+        keys["global_batch_size"] = total // keys["batch_size"]
     return keys
 
 
@@ -123,8 +128,8 @@ def optimizer(given: Given) -> Keys:
         raise given.error("optimizer.type", f"found {kind!r}, expected one of {', '.join(known)}")
     keys: Keys = {"optimizer": known[kind]}
     for name, key in (("lr", "lr"), ("eps", "eps"), ("weight_decay", "weight_decay"), ("momentum", "sgd_momentum")):
-        if (value := given[f"optimizer.params.{name}"]) not in (None, _AUTO):
-            keys[key] = value
+        if given[f"optimizer.params.{name}"] not in (None, _AUTO):
+            keys[key] = given.number(f"optimizer.params.{name}")
     if (betas := given["optimizer.params.betas"]) not in (None, _AUTO):
         if not isinstance(betas, list) or len(betas) != 2:
             raise given.error("optimizer.params.betas", f"found {betas!r}, expected two numbers")
@@ -151,8 +156,8 @@ def scheduler(given: Given) -> Keys:
             f"scheduler {kind}: its warmup is logarithmic unless warmup_type is linear; here it is linear"
         )
     for name, key in (("warmup_max_lr", "lr"), ("total_num_steps", "train_iters"), ("cos_min_ratio", "min_lr_ratio")):
-        if (value := given[f"scheduler.params.{name}"]) not in (None, _AUTO):
-            keys[key] = value
+        if given[f"scheduler.params.{name}"] not in (None, _AUTO):
+            keys[key] = given.number(f"scheduler.params.{name}")
     return keys
 
 

@@ -8,6 +8,7 @@ from fm9g.config.dialects import rules
 from fm9g.config.dialects.conversions import attention, layers, optimizer, truth
 from fm9g.config.dialects.table import UNSET, Dialect, Given, Keys, Row, extend
 from fm9g.config.dialects.transformers import TRAINER, TRAINING_ARGUMENTS
+from fm9g.io.yaml_file import read_config_object
 
 # Templates there -> chat_template here. For others the tokenizer's own is used, as that of the model's authors.
 TEMPLATES = {
@@ -28,8 +29,8 @@ TEMPLATES = {
     "yi": "yi",
 }
 _TEXT_ONLY = "fm9g trains on text"
-_INFERENCE = "it is for inference"
-_EXPORT = "it is for the export; see `fm9g convert --help`"
+_INFERENCE = "it is for inference; `fm9g chat` and `fm9g serve` take it, with --from llamafactory"
+_EXPORT = "it is for the export; see `fm9g lora merge --help`"
 _PREFERENCE = "there is no preference training here; stage sft and pt are"
 _MUON = "write optim muon or adamw_8bit to save memory"
 _SHOWN = "what is shown does not change what is trained"
@@ -62,8 +63,14 @@ def _named(given: Given, key: str) -> str:
     folder = given.text("dataset_dir")
     if folder.upper() == "ONLINE":
         folder = ""
-    names = [str(name).strip() for name in names if str(name).strip()]
-    return ",".join(name if not folder or Path(name).exists() else str(Path(folder) / name) for name in names)
+    info = Path(folder) / "dataset_info.json"
+    registered = read_config_object(info) if folder and info.is_file() else {}
+
+    def located(name: str) -> str:
+        is_path = not folder or (name not in registered and Path(name).exists())
+        return name if is_path else str(Path(folder) / name)
+
+    return ",".join(located(name) for item in names if (name := str(item).strip()))
 
 
 def shares(given: Given) -> Keys:
@@ -111,6 +118,8 @@ def adapters(given: Given) -> Keys:
         keys["modules_to_save"] = layers(given["additional_target"])
     if given.flag("pissa_init"):
         iterations = given.number("pissa_iter")
+        if iterations not in (None, -1, 16):
+            raise given.error("pissa_iter", f"found {iterations}, expected 16, or -1 for the exact decomposition")
         keys["init_lora_weights"] = "pissa" if iterations == -1 else "pissa_niter_16"
     if keys["use_dora"] and keys["loraplus_lr_ratio"] != 1.0:
         given.notes.append("loraplus_lr_ratio: the magnitudes of DoRA have the rate of A here, that of B there")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from fm9g.config.dialects.conversions import dtype, layers, trackers
-from fm9g.config.dialects.table import Given, Keys, Rule
+from fm9g.config.dialects.table import Given, Keys, Rule, parse_text
 from fm9g.errors import UserError
 
 STRATEGIES = ("no", "steps", "epoch")
 ADAPTER_METHODS = ("lora", "qlora")
+_ONCE = 2**31 - 1  # an interval that no run reaches: the last step is evaluated and saved in any case
 VALIDATION_NAMES = ("eval_data_path", "eval_file", "validation_file", "eval_dataset", "val_dataset")
 # Schedules of transformers that are ours, step by step: name there -> keys here.
 SCHEDULES: dict[str, Keys] = {
@@ -81,10 +82,16 @@ def schedule(given: Given) -> Keys:
         key = _SCHEDULE_OPTIONS.get((name, option))
         if key is None:
             raise given.error("lr_scheduler_kwargs", f"{option} {value} cannot be set for {name} here")
+        try:
+            number = float(parse_text(value))
+        except (TypeError, ValueError):
+            raise given.error("lr_scheduler_kwargs", f"{option}: found {value!r}, expected a number") from None
         if key == "min_lr":
-            keys["min_lr_ratio"] = value / (given.number("learning_rate") or 1.0)
+            keys["min_lr_ratio"] = number / (given.number("learning_rate") or 1.0)
         else:
-            keys[key] = value
+            keys[key] = int(number) if key == "drop_iters" else number
+    if name == "cosine_with_min_lr" and "min_lr_ratio" not in keys:
+        raise given.error("lr_scheduler_kwargs", "cosine_with_min_lr needs min_lr or min_lr_rate")
     if name == "warmup_stable_decay" and options.get("decay_type") != "linear":
         given.notes.append(
             "lr_scheduler_type: the decay is linear here; there it is a cosine unless decay_type says so"
@@ -109,7 +116,7 @@ def evaluation(given: Given) -> Keys:
     if strategy == "no":
         if share and not data:
             given.notes.append("eval_strategy no: the validation records are set aside, and evaluated at the end")
-            return keys
+            return keys | {"eval_iters": _ONCE}
         given.notes.append("eval_strategy no: the validation data is not used")
         return {}
     return keys | _interval("eval_iters", strategy, given, "eval_steps", "logging_steps")
@@ -140,13 +147,10 @@ def _interval(key: str, strategy: str, given: Given, *names: str) -> Keys:
         steps, epochs = given.number("max_steps") or 0, given.number("num_train_epochs") or 1
         if steps > 0:
             given.notes.append(f"{key}: with max_steps, the length of an epoch is not known; once, at the end")
-            return {}
+            return {key: _ONCE}
         return {key: 1 / epochs} if epochs > 1 else {key: _ONCE}
     value = next((value for name in names if (value := given.number(name))), None)
     return {} if value is None else {key: value}
-
-
-_ONCE = 2**31 - 1  # an interval that no run reaches: the last step is evaluated and saved in any case
 
 
 def precision(given: Given) -> Keys:
@@ -171,8 +175,7 @@ _TUNER_NAMES = ("finetuning_type", "tuner_type", "sft_type", "train_mode")
 def tuner(given: Given) -> Keys:
     """Which weights are trained, and in how many bits the others are."""
     kind = given.first(*_TUNER_NAMES).lower()
-    known = ("lora", "full", "freeze", "qlora", "dora", "oft", "adalora", "longlora", "lora_ga", "none")
-    if kind and kind not in known[:5]:
+    if kind and kind not in ("lora", "full", "freeze", "qlora", "dora"):
         name = next(name for name in _TUNER_NAMES if given.text(name))
         raise given.error(name, f"{kind} is not supported; write lora, qlora, full or freeze")
     for name in ("use_lora", "q_lora", "qlora", "use_qlora"):
@@ -181,7 +184,7 @@ def tuner(given: Given) -> Keys:
     bits = _bits(given)
     if bits and kind in ("full", "freeze"):
         raise given.error("quantization_bit", f"a model in {bits} bits is trained by lora, not by {kind}")
-    keys: Keys = {"method": "full" if kind in ("", "none") else "lora" if kind == "dora" else kind}
+    keys: Keys = {"method": "full" if not kind else "lora" if kind == "dora" else kind}
     if kind == "dora":
         keys["use_dora"] = True
     if bits and keys["method"] in ADAPTER_METHODS:

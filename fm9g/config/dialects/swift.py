@@ -12,7 +12,7 @@ from fm9g.config.dialects.transformers import TRAINER, TRAINING_ARGUMENTS
 from fm9g.config.registry import registered_names
 
 _TEXT_ONLY = "fm9g trains on text"
-_INFERENCE = "it is for inference"
+_INFERENCE = "it is for inference; `fm9g chat`, `generate` and `serve` take it, with --from swift"
 _LOADER = "records are indexed once, and encoded while the run reads them"
 _TUNER = "adapters are LoRA, rsLoRA, DoRA and PiSSA here"
 _LR_FULL, _LR_ADAPTERS = 1e-5, 1e-4

@@ -11,6 +11,7 @@ from fm9g.config.dialects.transformers import TRAINER, TRAINING_ARGUMENTS
 
 _HUB = "fm9g does not upload; `fm9g convert` writes a folder to upload"
 _GENERATED = "an evaluation computes the loss; `fm9g generate` continues a prompt"
+_INFERENCE = "it is for inference; `fm9g chat` and `fm9g generate` take it, with --from swift-sft"
 _QKV = ["project_q", "project_k", "project_v"]  # lora_TM of most models there
 
 
@@ -151,13 +152,12 @@ ROWS = (
     *unused("it is for push_to_hub", "hub_model_id", "hub_private_repo", "push_hub_strategy", "hub_token"),
     Row("test_oom_error", "test_oom_error", truth),
     Row("use_flash_attn", "flash", lambda value: "cuda" if truth(value) else "none"),
-    *unused(_GENERATED, "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty"),
+    *unused(_INFERENCE, "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty"),
     # infer.sh
-    Row("ckpt_dir", refused="`fm9g convert CKPT_DIR FOLDER` and `fm9g generate FOLDER --prompt TEXT` use a checkpoint"),
-    Row("eval_human", refused="`fm9g generate FOLDER --prompt TEXT` continues what a person writes", harmless=(False,)),
-    *unused("`fm9g generate` shows the text while it is generated", "use_streamer", "show_dataset_sample"),
+    Row("ckpt_dir", refused="`fm9g chat --from swift-sft` and `generate` use a checkpoint; `fm9g convert` exports it"),
+    Row("eval_human", refused="it is for `fm9g chat --from swift-sft` and `generate`", harmless=(False,)),
+    *unused(_INFERENCE, "use_streamer", "show_dataset_sample", "save_generation_config"),
     Row("merge_lora_and_save", refused="`fm9g lora merge BASE ADAPTER FOLDER` does that", harmless=(False,)),
-    Row("save_generation_config", ignored="`fm9g convert` writes generation_config.json"),
 )  # fmt: skip
 SWIFT_SFT = Dialect(
     "swift-sft",

@@ -20,7 +20,13 @@ class ConcatOrder:
     """The slots of every pack. A slot is the place of one record in a pack."""
 
     def __init__(self, sizes: Sequence[int], num_streams: int, samples_per_pack: int) -> None:
-        """sizes: records of each dataset. num_streams: G, the packs per step."""
+        """The order of an epoch.
+
+        Args:
+            sizes: records of each dataset.
+            num_streams: G, the packs per step.
+            samples_per_pack: slots of a pack.
+        """
         self._sizes, self._num_streams, self._samples_per_pack = list(sizes), num_streams, samples_per_pack
         self._num_records = sum(sizes)
         self.steps_per_epoch = -(-self._num_records // (num_streams * samples_per_pack))
@@ -39,7 +45,14 @@ class ConcatOrder:
         return [0] * len(positions) if self._datasets is None else self._datasets[positions].tolist()
 
     def sample_indices(self, stream: int, dataset: int, num_started: int, repeats: bool) -> Iterator[int]:
-        """The sample indices of a dataset that a stream reads after its first `num_started`."""
+        """The sample indices of a dataset that a stream reads.
+
+        Args:
+            stream: from 0 to G - 1.
+            dataset: its number in `sizes`.
+            num_started: samples that the stream has read before.
+            repeats: continue with the next epochs; False: end with the first one.
+        """
         if self._datasets is None:
             ranks = np.arange(stream, self._num_records, self._num_streams)
         else:

@@ -75,8 +75,9 @@ class Loader:
         self._streams = {s: PackStream(s, plan, self._row_length, self._source, states.get(s)) for s in own}
 
     def next_batch(self) -> list[Pack]:
-        """This rank's packs of the next step. A pack without a sample means that its stream is used up; without
-        packing, also that an epoch ends.
+        """This rank's packs of the next step.
+
+        A pack without a sample means that its stream is used up; without packing, also that an epoch ends.
         """
         return [self._collate(stream.next_samples()) for stream in self._streams.values()]
 

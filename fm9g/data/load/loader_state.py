@@ -79,7 +79,8 @@ def migrate_state(
     """Adapts a saved loader state to the run's present data; logs what differs.
 
     Datasets may come, go, change their share or whether they repeat. What changes the packs of the same datasets is
-    refused; with `allow_changes`, the epochs continue as exactly as possible.
+    refused; with `allow_changes`, the epochs continue as exactly as possible. Without packing, the order of the records
+    depends on all datasets: any change is refused, and with `allow_changes` the epochs start anew.
 
     Args:
         loader_state: of all ranks, see merge_states.
@@ -97,18 +98,25 @@ def migrate_state(
     if before == now and list(before["datasets"]) == list(now["datasets"]):
         return states
     changes, refused = _diff_fingerprints(before, now)
+    starts_anew = bool(plan.concat_order or before.get("samples_per_pack"))
+    if starts_anew:  # the place of a record depends on all datasets
+        changes, refused = [], [*refused, *changes] or ["the datasets have another order"]
     if refused and not allow_changes:
         raise UserError(
             "the data is not the data that the checkpoint was saved with:",
             *refused,
-            "Resume with the former data and settings, or with --on_data_change allow: the epochs then continue as "
-            "exactly as possible",
+            "Resume with the former data and settings, or with --on_data_change allow: "
+            + (
+                "without packing, the epochs then start anew"
+                if starts_anew
+                else "the epochs then continue as exactly as possible"
+            ),
         )
     for change in changes:
         logger.info(f"data: {change}")
     for change in refused:
         logger.warning(f"data: {change}")
-    if plan.concat_order or before.get("samples_per_pack"):
+    if starts_anew:
         logger.warning("data: without packing, the epochs start anew after a change")
         return {s: initial_state(s, plan) for s in range(plan.num_streams)}
     migrated = _migrate_streams(states, before, now, plan)

@@ -43,7 +43,7 @@ class RecordSample:
         return (self.count or rest) if rest else 0
 
     def order(self, num_records: int) -> Callable[[int], int]:
-        """The function from a position of the sample to the record of the dataset."""
+        """The function from a position of the sample to the record of the dataset. `size` must not be 0."""
         permutation = Permutation(num_records, self.seed, _SAMPLE_SALT)
         images = permutation(np.arange(num_records)) if num_records <= _SMALL_DATASET else None
         rest = num_records - self.skip

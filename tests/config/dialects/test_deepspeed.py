@@ -81,6 +81,13 @@ def test_stages_and_their_names(stage: int, keys: dict[str, Any]) -> None:
     assert {key: named.get(key) for key in ("zero_level", "engine")} == {"engine": None, **keys}
 
 
+def test_a_batch_size_that_follows_from_the_others_says_for_how_many_processes() -> None:
+    content = {"train_batch_size": "16", "train_micro_batch_size_per_gpu": "4", "gradient_accumulation_steps": 2}
+    found = translate(DEEPSPEED, content, "ds.json")
+    assert (found.keys["batch_size"], found.keys["gradient_accumulation_steps"]) == (4, 2)
+    assert "train_batch_size 16: holds for 2 processes" in " ".join(found.all_notes)
+
+
 def test_offloading() -> None:
     for name in ("offload_optimizer", "offload_param"):
         assert alone({"zero_optimization": {"stage": 3, name: {"device": "cpu"}}})["offload_optimizer"] is True
@@ -112,6 +119,13 @@ def test_an_object_in_place_of_a_file() -> None:
         ({"zero_optimization": {"stge": 3}}, {}, "did you mean 'zero_optimization.stage'"),
         ({"zero_optimization": {"stage": 4}}, {}, "expected 0, 1, 2 or 3"),
         ({"train_batch_size": 10, "train_micro_batch_size_per_gpu": 4}, {}, "no multiple"),
+        ({"train_batch_size": "x", "train_micro_batch_size_per_gpu": 4}, {}, "train_batch_size: found 'x'"),
+        ({"train_batch_size": 8, "gradient_accumulation_steps": 2}, {}, "give train_micro_batch_size_per_gpu"),
+        (
+            {"train_batch_size": 12, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2},
+            {},
+            "no multiple of train_micro_batch_size_per_gpu 4 x gradient_accumulation_steps 2",
+        ),
     ],
 )
 def test_contradictions_and_unsupported_values_are_refused(

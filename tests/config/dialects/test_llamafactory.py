@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,7 +65,7 @@ def test_the_documented_example() -> None:
         ({"dataset": "org/name", "dataset_dir": "ONLINE"}, {"data": "org/name"}),
         ({"val_size": 100, "eval_strategy": "epoch"}, {"val_sample": 100, "val_split": None, "eval_iters": 1 / 3}),
         ({"eval_dataset": "v", "eval_strategy": "steps"}, {"val_data": "data/v", "eval_iters": 500}),
-        ({"val_size": 0.1, "eval_strategy": False}, {"val_split": 0.1, "eval_iters": None}),  # YAML's no
+        ({"val_size": 0.1, "eval_strategy": False}, {"val_split": 0.1, "eval_iters": 2**31 - 1}),  # YAML's no
         ({"save_strategy": False}, {"save": False, "save_iters": None}),
         ({"train_on_prompt": True}, {"train_on": "all"}),
         ({"mask_history": True}, {"train_on": "last"}),
@@ -106,6 +107,7 @@ def test_arguments_that_have_an_effect(given: dict[str, Any], expected: dict[str
         ({"add_tokens": "<a>,<b>"}, "write the tokens into a file"),
         ({"rope_scaling": "yarn"}, "model.rope_scaling_type yarn"),
         ({"use_galore": True}, "GaLore is not supported"),
+        ({"pissa_init": True, "pissa_iter": 4}, "pissa_iter: found 4, expected 16, or -1"),
         ({"use_muon": "maybe"}, "found 'maybe', expected true or false$"),
         ({"optim": "lomo"}, "optim: found 'lomo'"),
         ({"lora_rnak": 8}, "did you mean 'lora_rank'"),
@@ -114,6 +116,14 @@ def test_arguments_that_have_an_effect(given: dict[str, Any], expected: dict[str
 def test_what_is_not_supported_is_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         keys(**given)
+
+
+def test_a_registered_name_is_not_a_path_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("registered", "plain", "data"):
+        Path(folder).mkdir()
+    Path("data/dataset_info.json").write_text('{"registered": {"file_name": "r.json"}}')
+    assert keys(dataset="registered,plain", dataset_dir="data")["data"] == "data/registered,plain"
 
 
 # What a refused argument may say, since nothing is asked then.

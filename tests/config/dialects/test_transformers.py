@@ -65,6 +65,15 @@ def test_the_command_of_the_job_template() -> None:
         ({"eval_data_path": "v"}, {"val_data": None}),
         ({"eval_data_path": "v", "eval_strategy": "steps"}, {"val_data": "v", "eval_iters": 500}),
         ({"eval_data_path": "v", "eval_strategy": "steps", "eval_steps": 0.1}, {"eval_iters": 0.1}),
+        ({"eval_data_path": "v", "eval_strategy": "epoch", "max_steps": 9}, {"eval_iters": 2**31 - 1}),
+        (
+            {
+                "lr_scheduler_type": "cosine_with_min_lr",
+                "lr_scheduler_kwargs": {"min_lr": "1e-6"},
+                "learning_rate": 1e-5,
+            },
+            {"min_lr_ratio": pytest.approx(0.1)},
+        ),
         ({"eval_data_path": "v", "evaluation_strategy": "epoch", "num_train_epochs": 4}, {"eval_iters": 0.25}),
         ({"save_strategy": "no"}, {"save": False, "save_iters": None}),
         ({"save_strategy": "epoch", "num_train_epochs": 2}, {"save_iters": 0.5}),
@@ -84,6 +93,8 @@ def test_arguments_that_decide_together(given: dict[str, Any], expected: dict[st
     [
         ({"lr_scheduler_type": "greedy"}, "it depends on the loss"),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": '{"num_cycles": 2}'}, "cannot be set for cosine"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "needs min_lr or min_lr_rate"),
+        ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": "low"}}, "min_lr: found 'low'"),
         ({"lr_scheduler_type": "inverse_sqrt"}, "warmup"),
         ({"bf16": True, "fp16": "true"}, "both true"),
         ({"optim": "lion_8bit"}, "there is no such optimizer"),

@@ -112,6 +112,17 @@ def test_shares_are_kept_with_one_record_per_slot(make_mixture: Make, tokenizer_
     assert all(len(texts(mixture, [pack])) <= SAMPLES for packs in steps for pack in packs)
 
 
+def test_a_new_dataset_restarts_the_epochs_only_if_that_is_allowed(make_mixture: Make, tokenizer_path: Path) -> None:
+    first = {"a": make_records(40, 1)}
+    position = json.loads(json.dumps(load_steps(unpacked(make_mixture(first), tokenizer_path), 2)[1]))
+    more = unpacked(make_mixture({**first, "b": make_records(9, 2)}), tokenizer_path)
+    with pytest.raises(UserError, match="b is new in the mixture") as error:
+        Loader(more, global_batch_size=STREAMS, state=position)
+    assert "--on_data_change allow" in str(error.value)
+    with Loader(more, global_batch_size=STREAMS, state=position, allow_changes=True) as loader:
+        assert loader.num_started() == [0, 0]
+
+
 def test_another_number_of_samples_is_another_order(make_mixture: Make, tokenizer_path: Path) -> None:
     path = make_mixture({"a": make_records(40, 1)})
     position = json.loads(json.dumps(load_steps(unpacked(path, tokenizer_path), 2)[1]))
