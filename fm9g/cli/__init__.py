@@ -9,7 +9,6 @@ import argparse
 import io
 import os
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from fm9g import __version__
 from fm9g.cli.ckpt import add_ckpt_commands
 from fm9g.cli.convert import add_convert_commands
 from fm9g.cli.data import add_data_commands
+from fm9g.cli.infer import add_infer_commands
 from fm9g.cli.init import add_init_command
 from fm9g.cli.lora import add_lora_commands
 from fm9g.cli.report import add_report_commands
@@ -28,12 +28,14 @@ from fm9g.io.utf8 import ensure_utf8_mode
 from fm9g.log import log_to_console
 from fm9g.openmp import limit_spin_wait
 from fm9g.out_of_memory import TRAINING_OOM_ADVICE, oom_as_user_error
-from fm9g.printable import printable_output, raw_stream
+from fm9g.printable import printable_output
 
 _MEMORY_ADVICE = {  # how a command needs less memory
     "train": TRAINING_OOM_ADVICE,
     "data": "give fewer --workers, end other programs, or raise the limit (ulimit -v)",
-    "generate": "lower max_new_tokens, give a smaller model, or raise the limit (ulimit -v)",
+    "generate": "lower max_new_tokens or batch_size, give --quantization nf4, or raise the limit (ulimit -v)",
+    "chat": "lower max_new_tokens, give --quantization nf4, or raise the limit (ulimit -v)",
+    "serve": "lower max_num_seqs or max_model_len, give --quantization nf4, or raise the limit (ulimit -v)",
 }
 
 
@@ -173,19 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_convert_commands(subcommand)
     add_lora_commands(subcommand, group)
 
-    generate = subcommand("generate", _generate, "continue a prompt with the model of a Hugging Face folder")
-    generate.add_argument("folder", type=Path, help="a Hugging Face folder")
-    generate.add_argument("--prompt", required=True, help="the text to continue")
-    generate.add_argument("--chat", action="store_true", help="format the prompt with the chat template of the folder")
-    generate.add_argument("--system", default="", help="with --chat: the system message; default: none")
-    for option, kind, default, meaning in (
-        ("max_new_tokens", int, 100, "maximum length of the continuation, in tokens"),
-        ("temperature", float, 0.0, "randomness of sampling; 0: always the most probable token"),
-        ("top_p", float, 1.0, "sample from the most probable tokens whose probabilities add up to this"),
-        ("repetition_penalty", float, 1.0, "above 1: repeating tokens becomes less probable; 1: no change"),
-        ("seed", int, 1234, "random seed of the sampling"),
-    ):
-        generate.add_argument(f"--{option}", type=kind, default=default, help=f"{meaning} (default: {default})")
+    add_infer_commands(subcommand)
     return parser
 
 
@@ -193,21 +183,3 @@ def _quickstart(options: argparse.Namespace) -> None:
     from fm9g.quickstart import quickstart
 
     quickstart(options.out, options.steps, options.overwrite)
-
-
-def _generate(options: argparse.Namespace) -> None:
-    from fm9g.infer.generate import GenerationOptions, generate
-
-    generation = GenerationOptions(**{field.name: getattr(options, field.name) for field in fields(GenerationOptions)})
-    started = False
-    out = (
-        sys.stdout if raw_stream(sys.stdout).isatty() else raw_stream(sys.stdout)
-    )  # a file or a pipe gets the text itself
-
-    def show(text: str) -> None:
-        nonlocal started
-        print(text if started or options.chat else options.prompt, end="", flush=True, file=out)
-        started = True
-
-    generate(options.folder, options.prompt, options=generation, on_text=show)
-    print()

@@ -14,7 +14,7 @@ import asyncio
 import itertools
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -94,7 +94,9 @@ class ContinuousEngine:
         """See Engine."""
         return str(self._model.prompts_of(self._adapter(model)).tokenizer.decode([token_id]))
 
-    async def stream(self, model: str, prompt: Sequence[int], options: GenerationOptions) -> AsyncIterator[Piece]:
+    async def stream(
+        self, model: str, prompt: Sequence[int], options: GenerationOptions
+    ) -> AsyncGenerator[Piece, None]:
         """See Engine."""
         adapter = self._adapter(model)
         prompts = self._model.prompts_of(adapter)
@@ -265,7 +267,7 @@ def _choose_tokens(choose: Any) -> Any:
     """
     from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
-    class ChooseTokens(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
+    class ChooseTokens(ContinuousBatchingLogitsProcessor):
         supported_kwargs: dict[str, type] = {}
         ignored_kwargs = ()
 
@@ -307,4 +309,4 @@ def _cache_tokens(model: Any, max_num_seqs: int, max_model_len: int) -> int:
     per_token = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
     mask = max(_MAX_BATCH_TOKENS, max_num_seqs) * model.dtype.itemsize  # bytes per token of the cache
     room = int(_CACHE_SHARE * min(available_bytes(), 2.0**45)) // (per_token + mask)
-    return min(wanted, room)
+    return min(wanted, int(room))

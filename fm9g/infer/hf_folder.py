@@ -20,7 +20,7 @@ from fm9g.engine.fsdp import has_fast_bf16
 from fm9g.errors import UserError, error_text
 from fm9g.import_utils import import_bitsandbytes
 from fm9g.io.json_file import read_object
-from fm9g.io.lazy_tensor import LazyConcat
+from fm9g.io.lazy_tensor import LazyConcat, TensorMeta
 from fm9g.path_kind import MODEL, check_kind
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,8 @@ def load_hf_model(
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # hides its report on weights, many lines that we log as one
     device = _device(options.device)
-    stored = next(iter((weights or open_hf_tensors(folder)).values())).dtype
+    tensors: Mapping[str, TensorMeta] = weights or open_hf_tensors(folder)
+    stored = next(iter(tensors.values())).dtype
     model_class: Any = transformers.AutoModelForCausalLM
     source: dict[str, Any] = {"pretrained_model_name_or_path": folder, "local_files_only": True}
     if weights is not None:

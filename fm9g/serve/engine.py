@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
 from fm9g.infer.completion import Piece
@@ -37,7 +37,7 @@ class Engine(Protocol):
     def token_text(self, model: str, token_id: int) -> str:
         """The text of one token, special tokens included; for log-probabilities."""
 
-    def stream(self, model: str, prompt: Sequence[int], options: GenerationOptions) -> AsyncIterator[Piece]:
+    def stream(self, model: str, prompt: Sequence[int], options: GenerationOptions) -> AsyncGenerator[Piece, None]:
         """The pieces of the continuations of a prompt, as they come, those of several continuations interleaved.
 
         The last piece of each continuation has its finish_reason. Closing the iterator (aclose) frees its place.
