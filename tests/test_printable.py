@@ -115,11 +115,11 @@ def test_names_in_weights_and_configurations_do_nothing(here: Path, capsys: pyte
 def test_generated_text_is_shown_on_a_terminal_and_kept_elsewhere(
     is_terminal: bool, here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def generate(folder: Path, prompt: str, on_text: Any, **settings: Any) -> None:
+    def generate(self: Any, prompt: str, options: Any, on_text: Any) -> None:
         for piece in ("", " 中\x1b", "[31m", "文\n", "👩‍👧"):
             on_text(piece)
 
-    monkeypatch.setattr("fm9g.infer.generate.generate", generate)
+    monkeypatch.setattr("fm9g.infer.open_model.open_model", lambda *given: type("Model", (), {"generate": generate})())
     monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal, raising=False)
     assert main(["generate", "hf", "--prompt", "a\x9b"]) == 0
     expected = "a\x9b 中\x1b[31m文\n👩‍👧\n"

@@ -1,5 +1,7 @@
 """The commands of the chat. Each is a line that begins with a slash."""
 
+# ruff: noqa: RUF001 - Chinese has its own punctuation
+
 from __future__ import annotations
 
 import os
@@ -55,8 +57,8 @@ def help_lines() -> list[str]:
 
 def completions(chat: Chat) -> Mapping[str, list[str]]:
     """Commands, and the arguments that each can be given."""
-    known = {name: [] for name in COMMANDS} | {"/set": OPTIONS, "/adapter": ["none", *_adapters(chat)]}
-    return known | {"/compare": ["on", "off"]}
+    known: dict[str, list[str]] = {name: [] for name in COMMANDS}
+    return known | {"/set": OPTIONS, "/adapter": ["none", *_adapters(chat)], "/compare": ["on", "off"]}
 
 
 def _help(chat: Chat, argument: str) -> None:

@@ -47,7 +47,7 @@ class Conversation:
 
     def first_turn_that_fits(self, question: str, fits: Callable[[list[Message]], bool]) -> int:
         """Number of turns that must be left out before a conversation with the question fits; at most all."""
-        if fits(self.messages(question)):
+        if not self.turns or fits(self.messages(question)):
             return 0
         return bisect_left(range(len(self.turns)), True, lo=1, key=lambda first: fits(self.messages(question, first)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -42,7 +42,7 @@ class ChatModel(Protocol):
     def count_tokens(self, messages: Messages) -> int:
         """Tokens of a conversation, with the beginning of the answer."""
 
-    def stream(self, messages: Messages, options: GenerationOptions) -> Iterator[Piece]:
+    def stream(self, messages: Messages, options: GenerationOptions) -> Generator[Piece, None, None]:
         """The pieces of an answer. Closing the generator stops the generation. Raises UserError."""
 
 
@@ -67,10 +67,10 @@ class LocalChatModel:
     def count_tokens(self, messages: Messages) -> int:
         return len(self._model.prompts.encode_chat(messages))
 
-    def stream(self, messages: Messages, options: GenerationOptions) -> Iterator[Piece]:
+    def stream(self, messages: Messages, options: GenerationOptions) -> Generator[Piece, None, None]:
         from fm9g.infer.generate import stream
 
-        return stream(self._model, self._model.prompts.encode_chat(messages), options, chat=True)
+        yield from stream(self._model, self._model.prompts.encode_chat(messages), options, chat=True)
 
 
 class OpenAIChatModel:
@@ -117,7 +117,7 @@ class OpenAIChatModel:
         """An estimate, because the OpenAI API does not count tokens: one for each 4 bytes."""
         return sum(8 + len(str(message["content"]).encode(errors="replace")) // 4 for message in messages)
 
-    def stream(self, messages: Messages, options: GenerationOptions) -> Iterator[Piece]:
+    def stream(self, messages: Messages, options: GenerationOptions) -> Generator[Piece, None, None]:
         default = GenerationOptions()
         request: dict[str, Any] = {
             "model": self._adapter or self.name,

@@ -119,7 +119,7 @@ class Chat:
         shown = show and self._stream
         reason = ""
         try:
-            with closing(model.stream(messages, options)) as pieces:  # type: ignore[type-var]
+            with closing(model.stream(messages, options)) as pieces:
                 for piece in pieces:
                     parts.append(piece.text)
                     reason = piece.finish_reason or reason
@@ -128,6 +128,8 @@ class Chat:
         except KeyboardInterrupt:
             if not self.screen.interactive:
                 raise
+            if not any(parts):
+                raise UserError("stopped before the answer began") from None
             reason = "interrupted"
         except BaseException:
             if shown and any(parts):

@@ -1,5 +1,7 @@
 """The chat in a terminal, or with lines from a pipe."""
 
+# ruff: noqa: RUF001 - Chinese has its own punctuation
+
 from __future__ import annotations
 
 import os
@@ -88,6 +90,8 @@ def prompt_session(chat: Chat, history: History | None = None) -> PromptSession[
     from prompt_toolkit.application import get_app_session
     from prompt_toolkit.completion import CompleteEvent, Completer, Completion
     from prompt_toolkit.document import Document
+    from prompt_toolkit.enums import DEFAULT_BUFFER
+    from prompt_toolkit.filters import has_focus
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
     from prompt_toolkit.output import create_output
 
@@ -101,7 +105,7 @@ def prompt_session(chat: Chat, history: History | None = None) -> PromptSession[
 
     keys = KeyBindings()
 
-    @keys.add("enter")
+    @keys.add("enter", filter=has_focus(DEFAULT_BUFFER))  # and not in a search, which Enter ends
     def send(event: KeyPressEvent) -> None:
         event.current_buffer.validate_and_handle()
 

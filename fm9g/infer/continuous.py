@@ -16,7 +16,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -268,7 +268,7 @@ def _choose_tokens(choose: Any) -> Any:
     from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
     class ChooseTokens(ContinuousBatchingLogitsProcessor):
-        supported_kwargs: dict[str, type] = {}
+        supported_kwargs: ClassVar[dict[str, type]] = {}
         ignored_kwargs = ()
 
         def __init__(self) -> None:

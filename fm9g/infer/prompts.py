@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fm9g.config.mixture import NO_TEMPLATE, TOKENIZER_TEMPLATE
+from fm9g.config.mixture import NO_TEMPLATE
 from fm9g.data.encode.encoding_limits import panics_as_user_error
 from fm9g.data.encode.stop_tokens import stop_token_ids
 from fm9g.data.encode.template import Template, load_template
@@ -46,9 +46,10 @@ class Prompts:
                 f"{self._name}: has no chat template; leave out --chat, take a model that has one, or give one with "
                 "--chat_template (chatml, for example; none joins question and answer as training without one does)"
             )
-        template = load_template(self._chat_template or TOKENIZER_TEMPLATE, tokenizer)
-        if not self._chat_template:
-            template.name = f"of {self._name}"
+        if self._chat_template:
+            template = load_template(self._chat_template, tokenizer)
+        else:
+            template = Template(f"of {self._name}", tokenizer.chat_template, tokenizer.special_tokens)
         return template, stop_token_ids(tokenizer, template)
 
     @property

@@ -170,7 +170,7 @@ def test_a_memory_that_does_not_suffice_is_one_message_for_every_verb(
 
     for target in (
         "fm9g.convert.hf_export.export_folder",
-        "fm9g.infer.generate.generate",
+        "fm9g.infer.open_model.open_model",
         "fm9g.data.prepare.index_builder.build_index",
     ):
         monkeypatch.setattr(target, fail)

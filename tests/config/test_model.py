@@ -46,7 +46,7 @@ def test_a_size_that_no_model_has_is_named_in_a_config_json(key: str) -> None:
 
 
 def test_a_config_json_of_such_a_size_is_not_made_for_a_tokenizer_or_a_generation(tmp_path: Path) -> None:
-    from fm9g.infer.generate import generate
+    from fm9g.api import generate
 
     train_tokenizer(["a b"], 300, tmp_path / "t")
     hf = to_hf_config(small_model(qkv_bias=True), "float32", 1, 2) | {"num_hidden_layers": HUGE}

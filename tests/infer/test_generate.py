@@ -15,13 +15,18 @@ import torch
 from helpers.common import small_model
 from safetensors.torch import load_file, save_file
 
+from fm9g.api import generate
 from fm9g.cli import main
 from fm9g.convert.hf_export import export_folder
 from fm9g.convert.hf_import import import_folder
 from fm9g.errors import UserError
-from fm9g.infer.generate import GenerationOptions, generate, open_hf_tokenizer, prompt_ids
+from fm9g.infer.hf_folder import open_hf_tokenizer
+from fm9g.infer.options import GenerationOptions
+from fm9g.infer.prompts import Prompts
 from fm9g.io.pt_file import write_weights
 from fm9g.model.transformer import weight_shapes
+
+QUESTION = [{"role": "user", "content": "the"}]
 
 
 class Weights:
@@ -70,10 +75,10 @@ def test_generation_stops_at_each_of_several_tokens(folder: Path, file: str) -> 
     assert generate(folder, "the", GenerationOptions(max_new_tokens=8)) == tokenizer.decode(ids)
     stop = next(token for token in ids if ids.index(token) > 1)
     change(folder / file, eos_token_id=[1, stop], bos_token_id=[0, 2])
-    assert generate(folder, "the", GenerationOptions(max_new_tokens=8)) == tokenizer.decode(ids[: ids.index(stop) + 1])
+    assert generate(folder, "the", GenerationOptions(max_new_tokens=8)) == tokenizer.decode(ids[: ids.index(stop)])
     (folder / "generation_config.json").unlink()
     change(folder / "config.json", eos_token_id=[1, stop])
-    assert generate(folder, "the", GenerationOptions(max_new_tokens=8)) == tokenizer.decode(ids[: ids.index(stop) + 1])
+    assert generate(folder, "the", GenerationOptions(max_new_tokens=8)) == tokenizer.decode(ids[: ids.index(stop)])
 
 
 def test_a_model_without_a_token_that_ends_it_goes_on_to_the_last(folder: Path) -> None:
@@ -103,26 +108,29 @@ def test_lists_of_end_tokens_are_kept_on_the_way_in_and_out(folder: Path, tmp_pa
 
 def test_what_a_generation_starts_from(folder: Path, tokenizer_path: Path) -> None:
     from tokenizers import processors
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    prompts = Prompts(folder, AutoConfig.from_pretrained(folder), [1])
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     the = tokenizer("the", add_special_tokens=False)["input_ids"]
-    assert prompt_ids(tokenizer, "the", chat=False) == [0, *the]
-    assert prompt_ids(tokenizer, "the", chat=True) == the  # a template has written what begins it
-    assert prompt_ids(tokenizer, "", chat=False) == [0]
+    assert prompts.encode_text("the") == [0, *the]
+    assert prompts.encode_chat(QUESTION) == the  # a template has written what begins it
+    assert prompts.encode_text("") == [0]
     assert generate(folder, "", GenerationOptions(max_new_tokens=3))
     # One that ends each text, and one without a token that begins a text.
     ends = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
-    tokenizer.backend_tokenizer.post_processor = ends
-    assert prompt_ids(tokenizer, "the", chat=False) == [0, *the]
-    assert prompt_ids(tokenizer, "the</s>", chat=False)[-1] == 1
-    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
-    tokenizer.bos_token = None
-    assert prompt_ids(tokenizer, "the", chat=False) == the
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    assert prompt_ids(tokenizer, "the", chat=False) == the
+    prompts.tokenizer.backend_tokenizer.post_processor = ends
+    assert prompts.encode_text("the") == [0, *the]
+    assert prompts.encode_text("the</s>")[-1] == 1
+    prompts.tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
+    prompts.tokenizer.bos_token = None
+    assert prompts.encode_text("the") == the
+    ends = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    prompts.tokenizer.backend_tokenizer.post_processor = ends
+    assert prompts.encode_text("the") == the
     with pytest.raises(UserError, match="prompt: it is empty, and the tokenizer has no token that starts a text"):
-        prompt_ids(tokenizer, "", chat=False)
+        prompts.encode_text("")
 
 
 def test_what_is_no_hugging_face_folder_says_how_to_make_one(folder: Path, tmp_path: Path) -> None:
@@ -139,14 +147,12 @@ def test_what_is_no_hugging_face_folder_says_how_to_make_one(folder: Path, tmp_p
     bare.mkdir()
     shutil.copy(folder / "config.json", bare)
     for path, message in {
-        tmp_path
-        / "m.pt": "m.pt: found the weights of a 9G model, expected a Hugging Face .*`fm9g convert .*m.pt FOLDER`",
-        run / "2": r"2: found a 9G checkpoint, expected a Hugging Face folder.*`fm9g convert .*/2 FOLDER`",
-        run / "10": r"10: found an adapter, .*`fm9g lora merge BASE .*/10 FOLDER`",
+        run / "2": r"2/manifest.json: not a manifest; the checkpoint is damaged",
+        run / "10": r"10: does not say which model it is for; give the model, and --adapter .*/10",
         run: r"run: found the checkpoints of a run.* `fm9g convert .*/last FOLDER` makes a Hugging Face",
         dataset: r"dataset: found an indexed dataset, expected a Hugging Face folder\. A mixture",
-        tmp_path / "none": "none: no such folder",
-        bare: "bare: transformers cannot load it",
+        tmp_path / "none": "none: no such folder or file",
+        bare: "bare: has no weights",
     }.items():
         with pytest.raises(UserError, match=message):
             generate(path, "the")
@@ -173,7 +179,7 @@ def test_weights_of_half_precision_are_computed_in_what_is_fast_here(
         LlamaForCausalLM, "generate", lambda self, *a, **k: used.append(self.dtype) or own(self, *a, **k)
     )
     for fast in (True, False):
-        monkeypatch.setattr("fm9g.engine.fsdp.has_fast_bf16", lambda device, fast=fast: fast)
+        monkeypatch.setattr("fm9g.infer.hf_folder.has_fast_bf16", lambda device, fast=fast: fast)
         generate(folder, "the", GenerationOptions(max_new_tokens=2))
     if not torch.cuda.is_available():
         assert used == [torch.bfloat16, torch.float32]
@@ -186,11 +192,14 @@ def test_a_9g_configuration_is_not_taken_for_one_of_transformers(folder: Path) -
 
 
 @pytest.mark.parametrize(
-    ("kind", "advice"),
-    [("internlm2", "fm9g convert .* write it for a class of transformers"), ("own", "its family is unknown")],
+    ("kind", "problem"),
+    [
+        ("internlm2", "config.json: bias is not false"),  # its weights are mapped, as in a conversion
+        ("own", r"its model \(own\) is code in the folder, which fm9g does not run; its family is unknown"),
+    ],
 )
 def test_code_that_lies_in_a_folder_is_not_run(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str, advice: str
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str, problem: str
 ) -> None:
     import io
 
@@ -201,7 +210,7 @@ def test_code_that_lies_in_a_folder_is_not_run(
     code = {"AutoConfig": "configuration_own.C", "AutoModelForCausalLM": "modeling_own.M"}
     plain = (folder / "config.json").read_text()
     change(folder / "config.json", model_type=kind, auto_map=code)
-    with pytest.raises(UserError, match=rf"its model \({kind}\) is code in the folder, .* not run; .*{advice}"):
+    with pytest.raises(UserError, match=problem):
         generate(folder, "the")
     (folder / "config.json").write_text(plain)
     (folder / "tokenizer.json").rename(folder / "own.tiktoken")
@@ -232,7 +241,7 @@ def test_generation_does_not_import_what_takes_seconds_and_is_not_used(folder: P
     program = f"""
 import sys
 from pathlib import Path
-from fm9g.infer.generate import GenerationOptions, generate
+from fm9g import GenerationOptions, generate
 generate(Path({str(folder)!r}), "the", GenerationOptions(max_new_tokens=2))
 assert "bitsandbytes" not in sys.modules
 """
@@ -271,7 +280,7 @@ def test_what_transformers_says_is_told_on_one_line(
 def test_a_chat_template_that_is_not_jinja_is_named(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{")
     with pytest.raises(UserError, match=rf"chat template of {folder}, line 1"):
-        generate(folder, "the", GenerationOptions(chat=True))
+        generate(folder, QUESTION)
 
 
 @pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id"])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers.common import make_records, small_model
 
+from fm9g.api import generate
 from fm9g.checkpoint.checkpoint import Checkpoint
 from fm9g.config.model import ModelConfig, load_model_config
 from fm9g.convert.adapters import import_peft, read_adapter
@@ -23,7 +24,7 @@ from fm9g.convert.merge import merge
 from fm9g.convert.peft import write_peft
 from fm9g.data.encode.tokenizer_loading import load_tokenizer
 from fm9g.errors import UserError
-from fm9g.infer.generate import GenerationOptions, generate
+from fm9g.infer.options import GenerationOptions
 from fm9g.io.pt_file import read_weights, write_weights
 from fm9g.lora.adapter_file import open_adapter
 from fm9g.lora.inject import load_adapter_into
