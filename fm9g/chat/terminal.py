@@ -94,6 +94,7 @@ def prompt_session(chat: Chat, history: History | None = None) -> PromptSession[
     from prompt_toolkit.filters import has_focus
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
     from prompt_toolkit.output import create_output
+    from prompt_toolkit.shortcuts import CompleteStyle
 
     class CommandCompleter(Completer):
         def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
@@ -120,6 +121,7 @@ def prompt_session(chat: Chat, history: History | None = None) -> PromptSession[
         prompt_continuation="  ",
         key_bindings=keys,
         completer=CommandCompleter(),
+        complete_style=CompleteStyle.READLINE_LIKE,  # a menu would need empty lines below the prompt
         history=history,
         input=get_app_session().input,
         output=create_output(out if out.isatty() else raw_stream(sys.stderr)),

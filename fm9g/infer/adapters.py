@@ -75,11 +75,9 @@ def is_adapter(path: Path) -> bool:
     folder = path if path.is_dir() else path.parent
     if not (folder / ADAPTER_CONFIG).is_file():
         return False
-    return (
-        path.is_file()
-        or not (folder / "config.json").is_file()
-        or not read_object(folder / "config.json").get("model_type")
-    )
+    # A Hugging Face folder may hold an adapter beside the weights of the model.
+    is_model = (folder / "config.json").is_file() and not (folder / MANIFEST).is_file()
+    return path.is_file() or not is_model
 
 
 def base_of(path: Path) -> str:

@@ -21,6 +21,7 @@ from fm9g.convert.hf_export import write_native_files
 from fm9g.convert.hf_reader import main_dtype
 from fm9g.convert.source import open_source
 from fm9g.data.encode.tokenizer import as_id_list
+from fm9g.data.encode.tokenizer_files import tokenizer_files
 from fm9g.errors import UserError
 from fm9g.infer.adapters import AdapterSet, as_peft, base_of, is_adapter, own_tokenizer
 from fm9g.infer.hf_folder import OpenOptions, check_hf_folder, load_hf_config, load_hf_model, needs_mapping
@@ -244,6 +245,10 @@ def _as_hf_folder(path: Path, temporary: Path) -> tuple[Path, Mapping[str, LazyC
         if not needs_mapping(path):
             return path, None
     source = open_source(path)
+    if source.tokenizer is None and path.is_file():
+        source = replace(source, tokenizer=path.parent)
+    if source.tokenizer is None or not tokenizer_files(source.tokenizer):
+        raise UserError(f"{path}: has no tokenizer; put the files of its tokenizer into {path.parent}")
     folder = temporary / "model"
     folder.mkdir()
     weights = to_hf_weights(FAMILIES["llama"], source.config, source.weights)

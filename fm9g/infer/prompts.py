@@ -11,6 +11,7 @@ from fm9g.config.mixture import NO_TEMPLATE
 from fm9g.data.encode.encoding_limits import panics_as_user_error
 from fm9g.data.encode.stop_tokens import stop_token_ids
 from fm9g.data.encode.template import Template, load_template
+from fm9g.data.encode.tokenizer import Tokenizer
 from fm9g.data.encode.tokenizer_loading import load_tokenizer
 from fm9g.errors import UserError
 from fm9g.infer.hf_folder import open_hf_tokenizer
@@ -32,13 +33,20 @@ class Prompts:
     def __init__(
         self, folder: Path, config: Any, stop_ids: Sequence[int], chat_template: str = "", name: str = ""
     ) -> None:
-        self.folder, self.tokenizer, self._name = folder, open_hf_tokenizer(folder, config), name or str(folder)
+        self.tokenizer, self._name = open_hf_tokenizer(folder, config), name or str(folder)
         self._stop_ids, self._chat_template = list(dict.fromkeys(stop_ids)), chat_template
+        self._native: Tokenizer | UserError  # some tokenizers only transformers opens; they have no chats here
+        try:
+            self._native = load_tokenizer(folder)
+        except UserError as error:
+            self._native = error
 
     @cached_property
     def _template(self) -> tuple[Template | None, list[int]]:
         """The chat template, None for joined contents, and the token ids that end its turns."""
-        tokenizer = load_tokenizer(self.folder)
+        tokenizer = self._native
+        if isinstance(tokenizer, UserError):
+            raise tokenizer
         if self._chat_template == NO_TEMPLATE:
             return None, [tokenizer.eos_id]
         if not self._chat_template and not tokenizer.chat_template:
