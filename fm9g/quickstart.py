@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ast
 import json
+import sys
 import sysconfig
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from fm9g.chat.model import LocalChatModel
+from fm9g.chat.terminal import run_chat
 from fm9g.config.load import require_config
+from fm9g.config.mixture import NO_TEMPLATE
 from fm9g.config.model import load_model_config
 from fm9g.config.run import load_run
 from fm9g.convert.hf_export import ExportOptions, export_folder
@@ -21,6 +25,7 @@ from fm9g.data.prepare.records import text_records, to_line
 from fm9g.data.prepare.sources import find_sources
 from fm9g.data.prepare.texts import iter_texts
 from fm9g.errors import UserError
+from fm9g.infer.hf_folder import OpenOptions
 from fm9g.infer.open_model import open_model
 from fm9g.infer.options import GenerationOptions
 from fm9g.progress import Progress
@@ -79,9 +84,14 @@ def quickstart(out: Path, steps: int, overwrite: bool = False) -> None:
     plot_loss(second_half.metrics_file, picture, {half: "stopped, resumed"})
     _print_step(6, f"Generation: {name}, with transformers alone")
     options = GenerationOptions(120, temperature=0.6, top_p=0.9, repetition_penalty=1.1)
-    text = open_model(out / "hf").generate(PROMPT, options)
-    print(_indented(PROMPT + text))
+    model = open_model(out / "hf", OpenOptions(chat_template=NO_TEMPLATE))
+    print(_indented(PROMPT + model.generate(PROMPT, options)))
     _print_table(out, second_half, [first_half, second_half], picture, time.monotonic() - started)
+    _print_step(7, "Chat: it continues what you write")
+    print(f"  fm9g chat {out / 'hf'} --chat_template {NO_TEMPLATE}    this chat again")
+    print(f"  fm9g serve {out / 'hf'} --page    an address for programs, and a page", flush=True)
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        run_chat([LocalChatModel(model)], options)
 
 
 MIXTURE = [
@@ -139,7 +149,7 @@ def _train(settings: dict[str, str]) -> TrainResult:
 
 
 def _print_step(number: int, text: str) -> None:
-    print(f"\n[{number}/6] {text}", flush=True)
+    print(f"\n[{number}/7] {text}", flush=True)
 
 
 def _indented(text: str) -> str:

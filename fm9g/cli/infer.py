@@ -294,6 +294,8 @@ def _run_chat(options: argparse.Namespace) -> int:
         opened = [_open(options)]
         if options.compare:
             opened.append(_open(options, options.compare))
+        for model in opened:
+            model.prompts.stop_ids(chat=True)  # a model without a chat template is refused before the first question
         models, defaults = [LocalChatModel(model) for model in opened], opened[0].sampling
     sampling = _sampling(options, {"temperature": 0.7, **defaults}, _CHAT_TOKENS)
     return run_chat(models, sampling, system=options.system, stream=not options.no_stream)

@@ -16,7 +16,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -268,10 +268,8 @@ def _choose_tokens(choose: Any) -> Any:
     from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
     class ChooseTokens(ContinuousBatchingLogitsProcessor):
-        supported_kwargs: ClassVar[dict[str, type]] = {}
-        ignored_kwargs = ()
-
         def __init__(self) -> None:
+            self.supported_kwargs, self.ignored_kwargs = {}, ()
             self._names: list[str] = []
 
         def fill_defaults(self, int32_tensor: torch.Tensor) -> None:

@@ -49,15 +49,16 @@ class Prompts:
             raise tokenizer
         if self._chat_template == NO_TEMPLATE:
             return None, [tokenizer.eos_id]
-        if not self._chat_template and not tokenizer.chat_template:
+        own = tokenizer.chat_template
+        if self._chat_template:
+            template = load_template(self._chat_template, tokenizer)
+        elif own:
+            template = Template(f"of {self._name}", own, tokenizer.special_tokens)
+        else:
             raise UserError(
                 f"{self._name}: has no chat template; leave out --chat, take a model that has one, or give one with "
                 "--chat_template (chatml, for example; none joins question and answer as training without one does)"
             )
-        if self._chat_template:
-            template = load_template(self._chat_template, tokenizer)
-        else:
-            template = Template(f"of {self._name}", tokenizer.chat_template, tokenizer.special_tokens)
         return template, stop_token_ids(tokenizer, template)
 
     @property
