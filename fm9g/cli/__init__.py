@@ -16,7 +16,7 @@ from fm9g import __version__
 from fm9g.cli.ckpt import add_ckpt_commands
 from fm9g.cli.convert import add_convert_commands
 from fm9g.cli.data import add_data_commands
-from fm9g.cli.infer import add_infer_commands
+from fm9g.cli.infer import add_infer_commands, split_foreign_words
 from fm9g.cli.init import add_init_command
 from fm9g.cli.lora import add_lora_commands
 from fm9g.cli.report import add_report_commands
@@ -119,6 +119,10 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         known = {option.replace("-", "_"): option for option in self._option_string_actions if option[:2] == "--"}
         args = [_with_known_spelling(word, known) for word in (sys.argv[1:] if args is None else args)]
+        if (own := self.get_default("own_words")) and "--from" in args:
+            # Which word is a value, and of which argument, the other tool says.
+            args, foreign = split_foreign_words(args, own)
+            return super().parse_known_args(args, namespace)[0], foreign
         words = [word.partition("=")[0] for word in args]
         for action in dict.fromkeys(self._option_string_actions.values()):
             given = [word for word in words if word in action.option_strings]

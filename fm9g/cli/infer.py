@@ -18,7 +18,7 @@ from fm9g.infer.options import GenerationOptions
 from fm9g.printable import raw_stream
 
 if TYPE_CHECKING:
-    from fm9g.config.dialects.infer import InferRequest
+    from fm9g.config.dialects.infer import InferRequest, Verb
     from fm9g.infer.open_model import LoadedModel
     from fm9g.infer.prompt_source import PromptRecord
 
@@ -123,6 +123,7 @@ def _add_serve(subcommand: Any) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(own_words=_OWN_WORDS)
     parser.add_argument("model", nargs="?", help=_MODEL_HELP)
     parser.add_argument(
         "--adapter", action="append", default=[], metavar="[NAME=]PATH", help="an adapter on the model; may be repeated"
@@ -229,12 +230,16 @@ def _write_answers(options: argparse.Namespace, sampling: GenerationOptions, rec
     if options.output and options.output.exists() and not options.overwrite:
         raise UserError(f"{options.output}: exists; choose another --output, or add --overwrite")
     model = _open(options)
-    chat = options.chat or any(not isinstance(record.prompt, str) for record in records)
+    # Records were trained on in the chat template, if there is one.
+    chat = (
+        options.chat
+        or any(not isinstance(record.prompt, str) for record in records)
+        or (options.data is not None and model.prompts.can_chat)
+    )
     prompts = []
     for record in records:
         if chat:
-            prompt = _messages(record.prompt, options.system) if isinstance(record.prompt, str) else record.prompt
-            prompts.append(model.prompts.encode_chat(prompt, record.tools))
+            prompts.append(model.prompts.encode_chat(_messages(record.prompt, options.system), record.tools))
         else:
             prompts.append(model.prompts.encode_text(str(record.prompt)))
     answers = generate_batches(model, prompts, sampling, chat=chat, batch_size=options.batch_size)
@@ -349,9 +354,12 @@ def _require_serve_packages() -> None:
         )
 
 
-def _messages(question: str, system: str) -> list[dict[str, Any]]:
-    before = [{"role": "system", "content": system}] if system else []
-    return [*before, {"role": "user", "content": question}]
+def _messages(prompt: str | list[dict[str, Any]], system: str) -> list[dict[str, Any]]:
+    """A question or a conversation, with a system message before it unless it has one."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if system and messages[0].get("role") != "system":
+        return [{"role": "system", "content": system}, *messages]
+    return messages
 
 
 def _open(options: argparse.Namespace, path: str = "") -> LoadedModel:
@@ -400,7 +408,7 @@ def _save_generation_config(file: Path, sampling: GenerationOptions) -> None:
     logger.info(f"{file}: written")
 
 
-def _translate(options: argparse.Namespace, verb: str) -> InferRequest | None:
+def _translate(options: argparse.Namespace, verb: Verb) -> InferRequest | None:
     """The request that the words in another tool's spelling make; None: they are our own."""
     if not options.dialect:
         if options.rest:
@@ -408,25 +416,31 @@ def _translate(options: argparse.Namespace, verb: str) -> InferRequest | None:
         return None
     from fm9g.config.command_line import parse_words
     from fm9g.config.dialects.infer import translate_inference
-    from fm9g.io.yaml_file import read_config
+    from fm9g.io.yaml_file import read_config_object
+    from fm9g.shorthand.load import split_file
 
-    given: dict[str, Any] = {}
-    origin = "command line"
-    if options.model and options.model.endswith((".yaml", ".yml", ".json")):
-        origin = options.model
-        given |= read_config(Path(options.model))
-    elif options.model:
-        raise UserError(
-            f"--from {options.dialect}: {options.model}: expected a .yaml or .json file, or arguments alone"
-        )
-    own = {name: value for name in _SPELLED_ALIKE if (value := getattr(options, name, None)) not in (None, [], "")}
-    given |= own | {key: " ".join(values) if values else "true" for key, values in parse_words(options.rest).items()}
-    return translate_inference(options.dialect, given, origin, verb)  # type: ignore[arg-type]
+    file, words = split_file(list(options.rest))
+    given: dict[str, Any] = dict(read_config_object(Path(file))) if file else {}
+    given |= {key: " ".join(values) if values else "true" for key, values in parse_words(words).items()}
+    return translate_inference(options.dialect, given, str(file or "command line"), verb)
 
 
-# Arguments that our parser takes although they were written as another tool's.
-_SPELLED_ALIKE = (*_SAMPLING, "dtype", "device", "system", "stop", "logprobs", "host", "port", "served_model_name",
-                  "max_model_len", "max_num_seqs")  # fmt: skip
+# Options that are ours in any spelling: what to answer, and where the answers go. True: takes a value.
+_OWN_WORDS = {"--from": True, "--prompt": True, "--prompts": True, "--output": True, "--overwrite": False}
+
+
+def split_foreign_words(words: Sequence[str], own: dict[str, bool]) -> tuple[list[str], list[str]]:
+    """Divides the words of a command with --from: those of our options, and those of the other tool."""
+    ours: list[str] = []
+    foreign: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        name, equals, _ = word.partition("=")
+        if name in own:
+            ours += [word, *([next(rest, "")] if own[name] and not equals else [])]
+        else:
+            foreign.append(word)
+    return ours, foreign
 
 
 def _run_request(request: InferRequest, options: argparse.Namespace) -> int | None:
@@ -449,6 +463,8 @@ def _run_request(request: InferRequest, options: argparse.Namespace) -> int | No
 
 def _words(request: InferRequest, options: argparse.Namespace) -> list[str]:
     """The command of fm9g for a request."""
+    from fm9g.infer.open_model import short_name
+
     values = dict(request.options)
     if request.verb == "merge":
         from fm9g.infer.adapters import base_of
@@ -460,12 +476,13 @@ def _words(request: InferRequest, options: argparse.Namespace) -> list[str]:
         words += [word for adapter in request.adapters for word in ("--adapter", adapter)]
     for name in ("prompt", "prompts", "data", "output"):  # what to answer is said in our own words
         if (value := getattr(options, name, None)) is not None:
-            values.pop("data", None)
             values[name] = value
+            if name in ("prompt", "prompts"):
+                values.pop("data", None)
     if "data" not in values:
         values = {key: value for key, value in values.items() if key not in ("val_split", "split_seed", "sample")}
     if values.pop("save_generation_config", False):
-        values["save_generation_config"] = "generation_config.json"
+        values["save_generation_config"] = f"{short_name(request.model)}-generation_config.json"
     if "max_num_seqs" in values and request.verb == "generate":
         values["batch_size"] = values.pop("max_num_seqs")
     values["no_stream"] = not values.pop("stream", True) and request.verb == "chat"
@@ -473,5 +490,6 @@ def _words(request: InferRequest, options: argparse.Namespace) -> list[str]:
         values.pop(name, None)
     for name, value in values.items():
         for each in value if isinstance(value, (list, tuple)) else [value]:
-            words += [f"--{name}"] if each is True else [] if each in (False, "") else [f"--{name}", str(each)]
+            if each is not False and each != "":
+                words += [f"--{name}"] if each is True else [f"--{name}", str(each)]
     return words
