@@ -39,7 +39,7 @@ def test_the_examples_of_the_page_run(
     for block in code_blocks("library.md"):
         exec(block, namespace)
     printed = capsys.readouterr().out
-    assert "missing.pt: no such file" in printed
+    assert "missing.pt: no such folder or file" in printed
     assert (tmp_path / "sums-hf" / "model.safetensors").is_file()
 
 

@@ -58,8 +58,8 @@ def test_best_and_last_are_paths_wherever_a_checkpoint_is_meant(
         assert expected in capsys.readouterr().out
     assert main(["ckpt", "diff", str(root / "2"), str(root / "best")]) == 0
     assert "all bits equal" in capsys.readouterr().out
-    assert main(["generate", str(root / "best"), "--prompt", "the"]) == 2
-    assert f"{root / '2'}: found a 9G checkpoint" in capsys.readouterr().err
+    assert main(["generate", str(root / "best"), "--prompt", "the", "--max_new_tokens", "2"]) == 0
+    assert capsys.readouterr().out.startswith("the")
 
     adapters = {"lora_layer": '["project_q"]', "train_iters": 2, "save_iters": 1}
     lora = train("lora", pretrained_model=root / "best", **adapters)
