@@ -118,6 +118,14 @@ def _add_serve(subcommand: Any) -> None:
         ("shutdown_timeout", 60, "seconds for what runs when the server is stopped"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default: {default})")
+    parser.add_argument("--page", action="store_true", help="also serve a chat page, at /page")
+    parser.add_argument(
+        "--feedback",
+        type=Path,
+        default=Path("feedback"),
+        help="folder for what people on the page think of answers (default: %(default)s)",
+    )
+    parser.add_argument("--system", default="", help="with --page: the system message that the page begins with")
     _add_sampling(parser, "for requests that do not say: ")
     _add_opening(parser)
 
@@ -316,7 +324,7 @@ def _run_serve(options: argparse.Namespace) -> None:
         return
     keys = load_keys(options.api_keys)
     check_exposure(options.host, keys)
-    _require_serve_packages()
+    _require_serve_packages(options.page)
     from fm9g.infer.continuous import ContinuousEngine
     from fm9g.serve.app import create_app, engine_backend
     from fm9g.serve.limits import Limits
@@ -338,16 +346,31 @@ def _run_serve(options: argparse.Namespace) -> None:
         app = create_app(engine_backend(engine, limits, {**model.sampling, **given}), limits, keys)
         address = address_of(listener)
 
+        if options.page:
+            _add_page(app, options, address, bool(keys), {**model.sampling, **given})
+
         def announce() -> None:
-            print(f"serving {', '.join(engine.model_names)} at {address}/v1 (Ctrl-C stops)", flush=True)
+            page = f", and a page at {address}/page" if options.page else ""
+            print(f"serving {', '.join(engine.model_names)} at {address}/v1{page} (Ctrl-C stops)", flush=True)
 
         serve(app, listener, limits, announce)
 
 
-def _require_serve_packages() -> None:
+def _add_page(app: Any, options: argparse.Namespace, address: str, needs_key: bool, sampling: dict[str, Any]) -> None:
+    from fm9g.serve.page.page import build_page, mount_page
+
+    beginning = GenerationOptions(**{"max_new_tokens": _CHAT_TOKENS, "temperature": 0.7, **sampling})
+    page = build_page(
+        f"{address}/v1", feedback=options.feedback, needs_key=needs_key, system=options.system, options=beginning
+    )
+    mount_page(app, page, "/page")
+
+
+def _require_serve_packages(with_page: bool) -> None:
     from importlib.util import find_spec
 
-    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if not find_spec(name)]
+    names = ["fastapi", "uvicorn", "prometheus_client", *(["gradio", "openai"] if with_page else [])]
+    missing = [name for name in names if not find_spec(name)]
     if missing:
         raise UserError(
             f"serve: the packages {', '.join(missing)} are missing; pip install 'fm9g[serve]' installs them"

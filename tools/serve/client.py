@@ -1,7 +1,7 @@
 """Talks to a server of `fm9g serve` with OpenAI's package.
 
-    pip install openai
-    FM9G_API_KEY=sk-fm9g-... python tools/serve/client.py "Who are you?" --url http://127.0.0.1:8000/v1
+pip install openai
+FM9G_API_KEY=sk-fm9g-... python tools/serve/client.py "Who are you?" --url http://127.0.0.1:8000/v1
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from openai import OpenAI
 def main() -> None:
     parser = argparse.ArgumentParser(description="Asks a server a question, and prints the answer as it comes.")
     parser.add_argument("question")
-    parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="address of the server (default: %(default)s)")
+    parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="of the server (default: %(default)s)")
     parser.add_argument("--model", default="", help="a model or an adapter (default: the first that the server has)")
     parser.add_argument("--max_tokens", type=int, default=256, help="maximum length of the answer")
     options = parser.parse_args()

@@ -1,0 +1,1 @@
+"""The chat page: a client of an OpenAI-compatible address."""
