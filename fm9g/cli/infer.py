@@ -347,7 +347,8 @@ def _run_serve(options: argparse.Namespace) -> None:
         address = address_of(listener)
 
         if options.page:
-            _add_page(app, options, address, bool(keys), {**model.sampling, **given})
+            room = {"max_new_tokens": min(_CHAT_TOKENS, engine.max_model_len // 2)}
+            _add_page(app, options, address, bool(keys), {**room, **model.sampling, **given})
 
         def announce() -> None:
             page = f", and a page at {address}/page" if options.page else ""
@@ -359,7 +360,7 @@ def _run_serve(options: argparse.Namespace) -> None:
 def _add_page(app: Any, options: argparse.Namespace, address: str, needs_key: bool, sampling: dict[str, Any]) -> None:
     from fm9g.serve.page.page import build_page, mount_page
 
-    beginning = GenerationOptions(**{"max_new_tokens": _CHAT_TOKENS, "temperature": 0.7, **sampling})
+    beginning = GenerationOptions(**{"temperature": 0.7, **sampling})
     page = build_page(
         f"{address}/v1", feedback=options.feedback, needs_key=needs_key, system=options.system, options=beginning
     )

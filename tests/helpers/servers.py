@@ -15,11 +15,11 @@ from fm9g.serve.server import address_of, bind
 
 
 @contextmanager
-def running(app: Any) -> Iterator[str]:
-    """Serves an application in a thread; gives its address."""
+def running(app: Any, port: int = 0) -> Iterator[str]:
+    """Serves an application in a thread; gives its address. port: 0: a free one."""
     import uvicorn
 
-    listener = bind("127.0.0.1", 0)
+    listener = bind("127.0.0.1", port)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5))
     started = threading.Event()
     own = server.startup
