@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from fm9g.config.dialects.infer import InferRequest, Verb
     from fm9g.infer.open_model import LoadedModel
     from fm9g.infer.prompt_source import PromptRecord
+    from fm9g.serve.app import Backend
+    from fm9g.serve.limits import Limits
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ _SAMPLING: dict[str, tuple[type, str]] = {
     "seed": (int, "random seed of the sampling"),
 }
 _CHAT_TOKENS = 1024
+_VLLM = ("vllm_executable", "tensor_parallel_size", "gpu_memory_utilization")  # options of that backend alone
 _DEFAULT_PORT = 8000
 
 
@@ -95,7 +98,10 @@ def _add_serve(subcommand: Any) -> None:
         "--served_model_name", default="", help="what requests call the model (default: its folder's name)"
     )
     parser.add_argument(
-        "--backend", default="transformers", choices=["transformers"], help="who generates (default: %(default)s)"
+        "--backend",
+        default="transformers",
+        choices=["transformers", "vllm"],
+        help="who generates (default: %(default)s)",
     )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen at; others than this machine's own need keys"
@@ -118,6 +124,12 @@ def _add_serve(subcommand: Any) -> None:
         ("shutdown_timeout", 60, "seconds for what runs when the server is stopped"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default: {default})")
+    parser.add_argument(
+        "--vllm_executable", help="vLLM's program, in an environment of its own (default: vllm on PATH)"
+    )
+    parser.add_argument("--vllm_log", default="vllm.log", help="file for vLLM's output (default: %(default)s)")
+    parser.add_argument("--tensor_parallel_size", type=int, default=0, help="with vLLM: GPUs that share the model")
+    parser.add_argument("--gpu_memory_utilization", type=float, default=0, help="with vLLM: share of the GPU's memory")
     parser.add_argument("--page", action="store_true", help="also serve a chat page, at /page")
     parser.add_argument(
         "--feedback",
@@ -324,9 +336,8 @@ def _run_serve(options: argparse.Namespace) -> None:
         return
     keys = load_keys(options.api_keys)
     check_exposure(options.host, keys)
-    _require_serve_packages(options.page)
-    from fm9g.infer.continuous import ContinuousEngine
-    from fm9g.serve.app import create_app, engine_backend
+    _require_serve_packages(options.page, options.backend)
+    from fm9g.serve.app import create_app
     from fm9g.serve.limits import Limits
     from fm9g.serve.server import address_of, bind, serve
 
@@ -341,20 +352,77 @@ def _run_serve(options: argparse.Namespace) -> None:
     given = {name: getattr(options, name) for name in _SAMPLING if getattr(options, name) is not None}
     GenerationOptions(**given)  # a wrong value is said before the model is opened
     with bind(options.host, options.port) as listener:
-        model = _open(options)
-        engine = ContinuousEngine(model, options.served_model_name, options.max_num_seqs, options.max_model_len)
-        app = create_app(engine_backend(engine, limits, {**model.sampling, **given}), limits, keys)
+        start = _start_vllm if options.backend == "vllm" else _start_engine
+        backend, names, beginning = start(options, limits, given)
+        app = create_app(backend, limits, keys)
         address = address_of(listener)
-
         if options.page:
-            room = {"max_new_tokens": min(_CHAT_TOKENS, engine.max_model_len // 2)}
-            _add_page(app, options, address, bool(keys), {**room, **model.sampling, **given})
+            _add_page(app, options, address, bool(keys), beginning)
 
         def announce() -> None:
             page = f", and a page at {address}/page" if options.page else ""
-            print(f"serving {', '.join(engine.model_names)} at {address}/v1{page} (Ctrl-C stops)", flush=True)
+            print(f"serving {', '.join(names)} at {address}/v1{page} (Ctrl-C stops)", flush=True)
 
         serve(app, listener, limits, announce)
+
+
+def _start_engine(
+    options: argparse.Namespace, limits: Limits, given: dict[str, Any]
+) -> tuple[Backend, Sequence[str], dict[str, Any]]:
+    """The embedded backend, the names of its models, and the sampling options that the page begins with."""
+    from fm9g.infer.continuous import ContinuousEngine
+    from fm9g.serve.app import engine_backend
+
+    if unused := [name for name in _VLLM if getattr(options, name)]:
+        raise UserError(f"--{unused[0]}: is for --backend vllm")
+    model = _open(options)
+    engine = ContinuousEngine(model, options.served_model_name, options.max_num_seqs, options.max_model_len)
+    sampling = {**model.sampling, **given}
+    room = {"max_new_tokens": min(_CHAT_TOKENS, engine.max_model_len // 2)}
+    return engine_backend(engine, limits, sampling), engine.model_names, {**room, **sampling}
+
+
+def _start_vllm(
+    options: argparse.Namespace, limits: Limits, given: dict[str, Any]
+) -> tuple[Backend, Sequence[str], dict[str, Any]]:
+    """As `_start_engine`, with vLLM behind this server."""
+    from fm9g.config.mixture import BUILTIN_TEMPLATES, TEMPLATE_FOLDER
+    from fm9g.infer.adapters import is_adapter
+    from fm9g.infer.open_model import locate, locate_base, short_name
+    from fm9g.serve.export_cache import hf_folder_of, peft_folder_of
+    from fm9g.serve.proxy import proxy_backend
+    from fm9g.serve.vllm_process import VllmCommand, VllmProcess
+
+    if options.device:
+        raise UserError("--device: vLLM takes the GPUs that CUDA_VISIBLE_DEVICES names")
+    if options.quantization == "int8":
+        raise UserError("--quantization int8: vLLM has nf4 (bitsandbytes) alone; or use --backend transformers")
+    if given or options.stop:
+        raise UserError("sampling options: with --backend vllm, requests say them; vLLM takes generation_config.json's")
+    path, template = locate(_require_model(options))
+    adapters = _adapters(options)
+    if is_adapter(path):
+        adapters = {short_name(options.model): path, **adapters}
+        path, template = locate_base(path)
+    template = options.chat_template or template
+    folder = hf_folder_of(path)
+    name = options.served_model_name or short_name(str(path))
+    command = VllmCommand(
+        options.vllm_executable or "vllm",
+        folder,
+        name,
+        {adapter: peft_folder_of(locate(str(where))[0]) for adapter, where in adapters.items()},
+        dtype=options.dtype or "auto",
+        max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        chat_template=TEMPLATE_FOLDER / f"{template}.jinja" if template in BUILTIN_TEMPLATES else template or None,
+        quantization="bitsandbytes" if options.quantization else "",
+        tensor_parallel_size=options.tensor_parallel_size,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+    )
+    process = VllmProcess(command, Path(options.vllm_log))
+    process.start()
+    return proxy_backend(process, limits), [name, *command.adapters], {"max_new_tokens": _CHAT_TOKENS}
 
 
 def _add_page(app: Any, options: argparse.Namespace, address: str, needs_key: bool, sampling: dict[str, Any]) -> None:
@@ -367,10 +435,12 @@ def _add_page(app: Any, options: argparse.Namespace, address: str, needs_key: bo
     mount_page(app, page, "/page")
 
 
-def _require_serve_packages(with_page: bool) -> None:
+def _require_serve_packages(with_page: bool, backend: str) -> None:
     from importlib.util import find_spec
 
-    names = ["fastapi", "uvicorn", "prometheus_client", *(["gradio", "openai"] if with_page else [])]
+    names = ["fastapi", "uvicorn", "prometheus_client"]
+    names += ["gradio", "openai"] if with_page else []
+    names += ["httpx"] if backend == "vllm" else []
     missing = [name for name in names if not find_spec(name)]
     if missing:
         raise UserError(
@@ -386,24 +456,36 @@ def _messages(prompt: str | list[dict[str, Any]], system: str) -> list[dict[str,
     return messages
 
 
-def _open(options: argparse.Namespace, path: str = "") -> LoadedModel:
-    """The model of a command, with the first of its adapters active."""
-    from fm9g.infer.hf_folder import OpenOptions
-    from fm9g.infer.open_model import open_model, short_name
-
-    path = path or options.model
-    if not path:
+def _require_model(options: argparse.Namespace) -> str:
+    if not options.model:
         raise UserError(f"{options.command}: give a model: {_MODEL_HELP}")
-    opening = {
-        field.name: getattr(options, field.name) for field in fields(OpenOptions) if getattr(options, field.name)
-    }
-    adapters = {}
-    for text in options.adapter if path == options.model else []:
+    return str(options.model)
+
+
+def _adapters(options: argparse.Namespace) -> dict[str, str | Path]:
+    """Name -> path of the adapters that were given."""
+    from fm9g.infer.open_model import short_name
+
+    adapters: dict[str, str | Path] = {}
+    for text in options.adapter:
         name, equals, adapter = text.rpartition("=")
         name = name if equals else short_name(adapter)
         if name in adapters:
             raise UserError(f"--adapter {text}: another one is called {name}, too; give NAME=PATH")
         adapters[name] = adapter
+    return adapters
+
+
+def _open(options: argparse.Namespace, path: str = "") -> LoadedModel:
+    """The model of a command, with the first of its adapters active."""
+    from fm9g.infer.hf_folder import OpenOptions
+    from fm9g.infer.open_model import open_model
+
+    path = path or _require_model(options)
+    opening = {
+        field.name: getattr(options, field.name) for field in fields(OpenOptions) if getattr(options, field.name)
+    }
+    adapters = _adapters(options) if path == options.model else {}
     model = open_model(path, OpenOptions(**opening), adapters)
     if options.command != "serve" and options.max_model_len:
         model.max_model_len = min(model.max_model_len, options.max_model_len)

@@ -19,7 +19,7 @@ from fm9g.config.registry import find_model
 from fm9g.convert.families import FAMILIES, to_hf_weights
 from fm9g.convert.hf_export import write_native_files
 from fm9g.convert.hf_reader import main_dtype
-from fm9g.convert.source import open_source
+from fm9g.convert.source import Source, open_source
 from fm9g.data.encode.tokenizer import as_id_list
 from fm9g.data.encode.tokenizer_files import tokenizer_files
 from fm9g.errors import UserError
@@ -156,16 +156,16 @@ def open_model(
     Raises:
         UserError: there is no such model, or it cannot be opened.
     """
-    found, template = _find(str(path))
+    found, template = locate(str(path))
     named = {short_name(str(path)): found} if is_adapter(found) else {}
     pairs = adapters.items() if isinstance(adapters, Mapping) else [(short_name(str(item)), item) for item in adapters]
     for name, adapter in pairs:
         if name in named:
             raise UserError(f"adapter {adapter}: another one is called {name}, too; give NAME=PATH")
-        named[name] = _find(str(adapter))[0]
+        named[name] = locate(str(adapter))[0]
         if not is_adapter(named[name]):
             raise UserError(f"adapter {adapter}: is not an adapter (it has no adapter_config.json)")
-    base, base_template = _base(found) if is_adapter(found) else (found, template)
+    base, base_template = locate_base(found) if is_adapter(found) else (found, template)
     options = options if options.chat_template else replace(options, chat_template=base_template)
     temporary = tempfile.TemporaryDirectory(prefix="fm9g-")
     try:
@@ -184,7 +184,7 @@ def short_name(text: str) -> str:
     return path.stem if path.suffix == ".pt" else path.name or path.resolve().name
 
 
-def _find(text: str) -> tuple[Path, str]:
+def locate(text: str) -> tuple[Path, str]:
     """The path of a model or an adapter, and the chat template that a registered name stands for."""
     path = resolve_checkpoint_path(Path(text))
     if path.exists():
@@ -198,13 +198,13 @@ def _find(text: str) -> tuple[Path, str]:
     ) else ""
 
 
-def _base(adapter: Path) -> tuple[Path, str]:
-    """The model that an adapter belongs to, as in `_find`."""
+def locate_base(adapter: Path) -> tuple[Path, str]:
+    """The model that an adapter belongs to, as in `locate`."""
     name = base_of(adapter)
     if not name:
         raise UserError(f"{adapter}: does not say which model it is for; give the model, and --adapter {adapter}")
     try:
-        base, template = _find(name)
+        base, template = locate(name)
     except UserError as error:
         raise UserError(
             f"{adapter}: its model {name} is not there ({error}); give the model, and --adapter {adapter}"
@@ -238,17 +238,29 @@ def _open(
     return LoadedModel(name, model, prompts, AdapterSet(model, peft) if peft else None, temporary)
 
 
-def _as_hf_folder(path: Path, temporary: Path) -> tuple[Path, Mapping[str, LazyConcat] | None]:
-    """A Hugging Face folder of the model, and its weights if they are not in the folder."""
-    if path.is_dir() and not (path / MANIFEST).is_file():
-        check_hf_folder(path)
-        if not needs_mapping(path):
-            return path, None
+def is_hf_folder(path: Path) -> bool:
+    """Whether transformers opens a path as it is. Raises UserError if nothing can open it."""
+    if not path.is_dir() or (path / MANIFEST).is_file():
+        return False
+    check_hf_folder(path)
+    return not needs_mapping(path)
+
+
+def open_with_tokenizer(path: Path) -> Source:
+    """A model that transformers does not open as it is. Raises UserError if it has no tokenizer."""
     source = open_source(path)
     if source.tokenizer is None and path.is_file():
         source = replace(source, tokenizer=path.parent)
     if source.tokenizer is None or not tokenizer_files(source.tokenizer):
         raise UserError(f"{path}: has no tokenizer; put the files of its tokenizer into {path.parent}")
+    return source
+
+
+def _as_hf_folder(path: Path, temporary: Path) -> tuple[Path, Mapping[str, LazyConcat] | None]:
+    """A Hugging Face folder of the model, and its weights if they are not in the folder."""
+    if is_hf_folder(path):
+        return path, None
+    source = open_with_tokenizer(path)
     folder = temporary / "model"
     folder.mkdir()
     weights = to_hf_weights(FAMILIES["llama"], source.config, source.weights)

@@ -10,24 +10,22 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from fm9g.errors import UserError
 from fm9g.infer.completion import Piece, TokenLogprob
+from fm9g.serve.disconnect import unless_client_leaves
 from fm9g.serve.engine import Engine
 from fm9g.serve.errors import ApiError
 from fm9g.serve.limits import Limits
 from fm9g.serve.metrics import Metrics
 from fm9g.serve.protocol import Request
-
-T = TypeVar("T")
-_CLIENT_LEFT = 499  # nginx's status; nobody receives it
 
 
 class CompletionService:
@@ -68,7 +66,7 @@ class CompletionService:
                 async for piece in pieces:
                     collected[piece.index].append(piece)
 
-        await _unless_client_leaves(http, collect())
+        await unless_client_leaves(http, collect())
         choices = [shape.choice(index, part, self._token_text(model)) for index, part in enumerate(collected)]
         return JSONResponse({**shape.header(shape.kind), "choices": choices, "usage": usage.to_json()})
 
@@ -269,23 +267,3 @@ def _text_logprobs(logprobs: Sequence[TokenLogprob], text_of: Any) -> dict[str, 
 
 def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
-
-
-async def _unless_client_leaves(http: HttpRequest, work: Awaitable[T]) -> T:
-    """The result of work, which is cancelled if the client closes its connection."""
-    task = asyncio.ensure_future(work)
-
-    async def client_leaves() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-
-    leaving = asyncio.create_task(client_leaves())
-    try:
-        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ApiError(_CLIENT_LEFT, "the client left")
-        return task.result()
-    finally:
-        for each in (task, leaving):
-            each.cancel()
-        await asyncio.gather(task, leaving, return_exceptions=True)
