@@ -126,7 +126,7 @@ class _Parser(argparse.ArgumentParser):
         words = [word.partition("=")[0] for word in args]
         for action in dict.fromkeys(self._option_string_actions.values()):
             given = [word for word in words if word in action.option_strings]
-            if action.nargs != 0 and len(given) > 1:
+            if action.nargs != 0 and len(given) > 1 and not isinstance(action, argparse._AppendAction):
                 twice = f"argument {given[0]}: is given twice; keep one of them"
                 same = f"{given[0]} and {given[1]} are both given; they are the same, keep one of them"
                 self.error(twice if given[0] == given[1] else same)

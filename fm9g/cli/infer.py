@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fm9g.config.mixture import NO_TEMPLATE
 from fm9g.errors import UserError
 from fm9g.infer.options import GenerationOptions
 from fm9g.printable import raw_stream
@@ -318,7 +319,7 @@ def _run_chat(options: argparse.Namespace) -> int:
     else:
         opened = [_open(options)]
         if options.compare:
-            opened.append(_open(options, options.compare))
+            opened.append(_open(options, options.compare, adapters=False))
         for model in opened:
             model.prompts.stop_ids(chat=True)  # a model without a chat template is refused before the first question
         models, defaults = [LocalChatModel(model) for model in opened], opened[0].sampling
@@ -349,7 +350,9 @@ def _run_serve(options: argparse.Namespace) -> None:
     )
     if options.max_num_seqs < 1 or options.max_model_len < 0:
         raise UserError("--max_num_seqs and --max_model_len: expected positive numbers")
-    given = {name: getattr(options, name) for name in _SAMPLING if getattr(options, name) is not None}
+    given: dict[str, Any] = {name: getattr(options, name) for name in _SAMPLING if getattr(options, name) is not None}
+    if options.stop:
+        given["stop"] = tuple(options.stop)
     GenerationOptions(**given)  # a wrong value is said before the model is opened
     with bind(options.host, options.port) as listener:
         start = _start_vllm if options.backend == "vllm" else _start_engine
@@ -397,7 +400,7 @@ def _start_vllm(
         raise UserError("--device: vLLM takes the GPUs that CUDA_VISIBLE_DEVICES names")
     if options.quantization == "int8":
         raise UserError("--quantization int8: vLLM has nf4 (bitsandbytes) alone; or use --backend transformers")
-    if given or options.stop:
+    if given:
         raise UserError("sampling options: with --backend vllm, requests say them; vLLM takes generation_config.json's")
     path, template = locate(_require_model(options))
     adapters = _adapters(options)
@@ -476,8 +479,12 @@ def _adapters(options: argparse.Namespace) -> dict[str, str | Path]:
     return adapters
 
 
-def _open(options: argparse.Namespace, path: str = "") -> LoadedModel:
-    """The model of a command, with the first of its adapters active."""
+def _open(options: argparse.Namespace, path: str = "", adapters: bool = True) -> LoadedModel:
+    """The model of a command, or another one, with the first of its adapters active.
+
+    Args:
+        adapters: whether it gets the adapters that were given.
+    """
     from fm9g.infer.hf_folder import OpenOptions
     from fm9g.infer.open_model import open_model
 
@@ -485,8 +492,7 @@ def _open(options: argparse.Namespace, path: str = "") -> LoadedModel:
     opening = {
         field.name: getattr(options, field.name) for field in fields(OpenOptions) if getattr(options, field.name)
     }
-    adapters = _adapters(options) if path == options.model else {}
-    model = open_model(path, OpenOptions(**opening), adapters)
+    model = open_model(path, OpenOptions(**opening), _adapters(options) if adapters else {})
     if options.command != "serve" and options.max_model_len:
         model.max_model_len = min(model.max_model_len, options.max_model_len)
     return model
@@ -585,6 +591,7 @@ def _words(request: InferRequest, options: argparse.Namespace) -> list[str]:
             values[name] = value
             if name in ("prompt", "prompts"):
                 values.pop("data", None)
+                values["chat"] = values.get("chat_template") != NO_TEMPLATE  # the other tools have no plain prompts
     if "data" not in values:
         values = {key: value for key, value in values.items() if key not in ("val_split", "split_seed", "sample")}
     if values.pop("save_generation_config", False):

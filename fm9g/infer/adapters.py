@@ -28,7 +28,10 @@ class AdapterSet:
     """
 
     def __init__(self, model: Any, folders: Mapping[str, Path]) -> None:
-        from peft import PeftModel
+        from fm9g.import_utils import without_bitsandbytes
+
+        with without_bitsandbytes():
+            from peft import PeftModel
 
         self.names, self.active = tuple(folders), next(iter(folders))
         self._peft: Any = None

@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fm9g.printable import printable
 from fm9g.serve.auth import ApiKeys
 from fm9g.serve.completions import CompletionService
 from fm9g.serve.engine import Engine
@@ -122,9 +123,12 @@ def create_app(backend: Backend, limits: Limits, keys: ApiKeys) -> FastAPI:
 
 async def _json(request: Request) -> Any:
     try:
-        return json.loads(await request.body())
+        text = (await request.body()).decode("utf-8")
+        content = json.loads(text)
+        json.dumps(content, ensure_ascii=False).encode("utf-8")  # half of a character, written as \\ud800
+        return content
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON: {error}") from None
+        raise ApiError(400, f"the body is not JSON in UTF-8: {error}") from None
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
@@ -178,6 +182,9 @@ class _Front:
             await response(scope, receive, note_status)
         except ClientDisconnect:
             status = 499
+        except Exception:
+            status = 500  # FastAPI answers it outside of this
+            raise
         finally:
             if path.startswith(_API):
                 self._log(scope, path, status, time.monotonic() - started)
@@ -202,4 +209,4 @@ class _Front:
         self._metrics.duration.observe(seconds)
         usage = scope["state"].get("usage")
         tokens = f", {usage.prompt_tokens} + {usage.completion_tokens} tokens" if usage else ""
-        logger.info(f"{scope['method']} {path} {status}{tokens}, {seconds:.2f} s")
+        logger.info(f"{scope['method']} {printable(path)} {status}{tokens}, {seconds:.2f} s")

@@ -11,6 +11,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from fm9g.errors import UserError
+from fm9g.io.atomic import atomic_file
 from fm9g.io.lock import wait_lock
 
 ENVIRONMENT = "FM9G_API_KEY"
@@ -41,7 +42,7 @@ def load_keys(file: Path | None) -> ApiKeys:
 
     Raises UserError that names the file and the line.
     """
-    hashes = [_hash(key) for key in os.environ.get(ENVIRONMENT, "").split(",") if key]
+    hashes = [_hash(key.strip()) for key in os.environ.get(ENVIRONMENT, "").split(",") if key.strip()]
     if file is None:
         return ApiKeys(hashes)
     try:
@@ -67,11 +68,13 @@ def add_key(name: str, file: Path) -> str:
         raise UserError(f"--new_api_key: found {name!r}, expected a word")
     key = _PREFIX + secrets.token_urlsafe(32)
     with wait_lock(file.with_name(f"{file.name}.lock"), f"{file}: waiting for another process that adds a key"):
-        if file.exists() and any(line.split()[:1] == [name] for line in file.read_text(encoding="utf-8").splitlines()):
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        if any(line.split()[:1] == [name] for line in lines):
             raise UserError(f"{file}: has a key called {name} already; take another name, or remove its line")
-        handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        with open(handle, "w", encoding="utf-8") as output:
-            output.write(f"{name} sha256:{_hash(key)}\n")
+        with atomic_file(file) as temporary:
+            temporary.touch(mode=0o600)
+            temporary.chmod(0o600)
+            temporary.write_text("\n".join([*lines, f"{name} sha256:{_hash(key)}", ""]), encoding="utf-8")
     return key
 
 

@@ -46,11 +46,11 @@ class CompletionService:
         if model not in self._engine.model_names:
             known = ", ".join(self._engine.model_names)
             raise ApiError(404, f"model: {model!r} is unknown; this server has {known}", "model", "model_not_found")
+        num_new = max(len(request.prompts), 1) * request.options.num_return_sequences
+        self._limits.check_count(num_new, self._engine.num_waiting)
         prompts = self._encode(request, model)
         for prompt in prompts:
             self._check_room(prompt, request)
-        num_new = len(prompts) * request.options.num_return_sequences
-        self._limits.check_count(num_new, self._engine.num_waiting)
         shape = _Chat(model) if request.messages else _Text(model)
         usage = _Usage(prompt_tokens=sum(map(len, prompts)))
         http.state.usage = usage
@@ -187,6 +187,7 @@ class _Shape:
 
     def __init__(self, model: str) -> None:
         self.model = model
+        self._lengths: dict[int, int] = {}  # of the texts of tokens that were sent, by choice
         self._id, self._created = f"{self.prefix}-{secrets.token_hex(12)}", int(time.time())
 
     def header(self, kind: str) -> dict[str, Any]:
@@ -232,7 +233,12 @@ class _Text(_Shape):
         }
 
     def chunk(self, piece: Piece, is_first: bool, text_of: Any) -> dict[str, Any]:
-        return self.choice(piece.index, [piece], text_of) | {"finish_reason": piece.finish_reason or None}
+        choice = self.choice(piece.index, [piece], text_of) | {"finish_reason": piece.finish_reason or None}
+        if piece.logprobs:
+            sent = self._lengths.get(piece.index, 0)
+            choice["logprobs"]["text_offset"] = [sent + offset for offset in choice["logprobs"]["text_offset"]]
+            self._lengths[piece.index] = sent + sum(map(len, choice["logprobs"]["tokens"]))
+        return choice
 
 
 def _chat_logprobs(logprobs: Sequence[TokenLogprob], text_of: Any) -> dict[str, Any] | None:

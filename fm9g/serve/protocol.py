@@ -68,7 +68,7 @@ class _Fields:
     def take(self, name: str, kinds: type | tuple[type, ...], default: Any = None) -> Any:
         value = self._body.pop(name, default)
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-        if float in kinds and type(value) is int:
+        if float in kinds and type(value) is int and abs(value) < 2**53:
             value = float(value)
         if value is not default and type(value) not in kinds:
             expected = " or ".join(_KINDS[kind] for kind in kinds)
@@ -154,7 +154,7 @@ def _request(
     logprobs: int | None,
     **content: Any,
 ) -> Request:
-    stop = given.take("stop", (str, list), [])
+    stop = given.take("stop", (str, list), list(defaults.get("stop", ())))
     stop = [stop] if isinstance(stop, str) else stop
     if len(stop) > MAX_STOP or not all(isinstance(text, str) and text for text in stop):
         raise ApiError(400, f"stop: expected a text, or a list of at most {MAX_STOP} texts", "stop")
@@ -162,15 +162,16 @@ def _request(
         raise ApiError(400, f"logprobs: found {logprobs}, expected 0 to {MAX_LOGPROBS}", "logprobs")
     stream = given.take("stream", bool, False)
     stream_options = given.take("stream_options", dict, {})
-    if stream_options and (not stream or set(stream_options) - {"include_usage"}):
+    include_usage = stream_options.get("include_usage", False)
+    if stream_options and (not stream or set(stream_options) - {"include_usage"} or type(include_usage) is not bool):
         raise ApiError(400, "stream_options: expected include_usage alone, with stream true", "stream_options")
-    values: dict[str, Any] = {"temperature": 1.0, **defaults}
+    values: dict[str, Any] = {"temperature": 1.0, **defaults, "stop": tuple(stop)}
     for name in _SAMPLING:
         kind = float if isinstance(_DEFAULTS[name], float) else int
-        values[name] = given.take(name, kind, values.get(name, _DEFAULTS[name]))
+        # Without a seed, answers differ from each other.
+        otherwise = secrets.randbits(62) if name == "seed" else _DEFAULTS[name]
+        values[name] = given.take(name, kind, values.get(name, otherwise))
     values["top_k"] = max(values["top_k"], 0)  # -1 is vLLM's word for all tokens
-    if "seed" not in defaults and values["seed"] == _DEFAULTS["seed"]:
-        values["seed"] = secrets.randbits(62)
     n = given.take("n", int, 1)
     model = given.take("model", str, "")
     given.check_rest()
@@ -181,14 +182,14 @@ def _request(
     if values["temperature"] == 0 and n > 1:
         raise ApiError(400, f"n: {n} answers would all be the same at temperature 0", "n")
     try:
-        options = GenerationOptions(**values, stop=tuple(stop), num_return_sequences=n, logprobs=logprobs)
+        options = GenerationOptions(**values, num_return_sequences=n, logprobs=logprobs)
     except UserError as error:
         name = str(error).partition(":")[0]
         api_names = {"max_new_tokens": "max_tokens", "num_return_sequences": "n"}
         raise ApiError(400, str(error).replace(name, api_names.get(name, name), 1), api_names.get(name, name)) from None
     return Request(
         model, options, max_tokens_given=max_tokens is not None, stream=stream,
-        include_usage=bool(stream_options.get("include_usage")), **content,
+        include_usage=include_usage, **content,
     )  # fmt: skip
 
 
@@ -217,6 +218,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise ApiError(400, f"{where}.content: found {_shown(content)}, expected a text", "messages")
     result = {key: message[key] for key in ("name", "tool_call_id", "reasoning_content") if message.get(key)}
     if calls:
+        if not isinstance(calls, list):
+            raise ApiError(400, f"{where}.tool_calls: found {_shown(calls)}, expected a list", "messages")
         result["tool_calls"] = [_call(call, where) for call in calls]
     return {"role": "system" if role == "developer" else role, "content": content or "", **result}
 
@@ -228,7 +231,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
         arguments = function["arguments"]
         parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
         return {**call, "function": {**function, "arguments": parsed}}
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, RecursionError):
         raise ApiError(
             400, f"{where}.tool_calls: expected objects with function.name and function.arguments in JSON", "messages"
         ) from None

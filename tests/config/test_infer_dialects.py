@@ -224,7 +224,7 @@ def test_llamafactory_serves_with_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.options["gpu_memory_utilization"] == 0.7
     assert found.notes == (
         "API_PORT: is not read; write --port",
-        "host: --host 0.0.0.0 serves all addresses, as there",
+        "host: --host 0.0.0.0 --api_keys FILE serves all addresses, as there, but with keys",
         "api.yaml: default_system: no effect on `fm9g serve`",
     )
     assert "backend" not in factory("serve", vllm_maxlen=100).options

@@ -66,6 +66,8 @@ def test_options_are_those_of_openai_and_of_vllm(client: Any, engine: FakeEngine
     assert (first.top_k, first.min_p, first.repetition_penalty) == (0, 0.1, 1.2)
     client.chat.completions.create(messages=HELLO, model="base")
     assert second.seed != engine.requests[2][2].seed  # without a seed, answers differ
+    client.chat.completions.create(messages=HELLO, model="base", seed=1234)
+    assert engine.requests[3][2].seed == 1234
 
 
 def test_several_answers_with_log_probabilities(client: Any) -> None:
@@ -147,6 +149,10 @@ def test_messages_and_tools_reach_the_template(client: Any, engine: FakeEngine) 
         ({"response_format": {"type": "json_object"}}, "response_format", "is not supported"),
         ({"tool_choice": "required"}, "tool_choice", "expected none or auto"),
         ({"extra_body": {"beam": 3}}, "beam", "this server knows no such field"),
+        ({"temperature": 10**400}, "temperature", "expected a number"),
+        ({"messages": [{"role": "assistant", "tool_calls": 5}]}, "messages", "found 5, expected a list"),
+        ({"messages": [{"role": "assistant", "tool_calls": [5]}]}, "messages", "expected objects with function.name"),
+        ({"stream": True, "stream_options": {"include_usage": "yes"}}, "stream_options", "expected include_usage"),
     ],
 )
 def test_a_wrong_field_is_named(client: Any, changes: dict[str, Any], param: str, message: str) -> None:
@@ -171,8 +177,9 @@ def test_other_errors_have_the_shape_that_clients_know(client: Any, address: str
     large = httpx.post(f"{address}/v1/completions", content=b"x" * 3000, headers=right)
     chunked = httpx.post(f"{address}/v1/completions", content=iter([b"x" * 1500] * 2), headers=right)
     assert (large.status_code, chunked.status_code) == (413, 413)
-    broken = httpx.post(f"{address}/v1/completions", content=b"{", headers=right)
-    assert (broken.status_code, broken.json()["error"]["type"]) == (400, "invalid_request_error")
+    for body in (b"{", b"\xff", b'{"\\ud800": 1}', b"[" * 1900):
+        broken = httpx.post(f"{address}/v1/completions", content=body, headers=right)
+        assert (broken.status_code, broken.json()["error"]["type"]) == (400, "invalid_request_error")
     assert httpx.get(f"{address}/nothing", headers=right).json()["error"]["message"] == "GET /nothing: Not Found"
     assert httpx.get(f"{address}/v1/completions", headers=right).status_code == 405
     engine.failure = "out of memory"
@@ -180,6 +187,20 @@ def test_other_errors_have_the_shape_that_clients_know(client: Any, address: str
         client.completions.create(model="base", prompt="a")
     assert failed.value.status_code == 503
     assert httpx.get(f"{address}/health").json() == {"status": "out of memory"}
+
+
+def test_a_request_writes_one_line_without_control_characters(
+    address: str, caplog: pytest.LogCaptureFixture, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", "fm9g")
+    httpx.get(f"{address}/v1/%0Aforged")
+    monkeypatch.setattr(FakeEngine, "model_names", None)  # a mistake of the server
+    answer = httpx.get(f"{address}/v1/models", headers={"Authorization": "Bearer right"})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+    lines = [message for message in caplog.messages if message.startswith("GET")]
+    assert lines[0].startswith("GET /v1/␊forged 401") or "\\n" in lines[0]
+    assert lines[1].startswith("GET /v1/models 500")
+    assert not any("\n" in line for line in lines)
 
 
 def test_keys_are_asked_for_everywhere_but_for_the_health(address: str) -> None:

@@ -16,6 +16,8 @@ def test_a_new_key_is_accepted_and_only_its_hash_is_kept(tmp_path: Path, capsys:
     file = tmp_path / "keys.txt"
     assert main(["serve", "--new_api_key", "team", "--api_keys", str(file)]) == 0
     key = capsys.readouterr().out.strip()
+    file.write_text(file.read_text().rstrip())
+    file.chmod(0o644)
     other = add_key("other", file)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert key not in file.read_text()
@@ -31,7 +33,7 @@ def test_a_new_key_is_accepted_and_only_its_hash_is_kept(tmp_path: Path, capsys:
 
 def test_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not load_keys(None)
-    monkeypatch.setenv("FM9G_API_KEY", "one,two")
+    monkeypatch.setenv("FM9G_API_KEY", "one, two,")
     keys = load_keys(None)
     assert keys.accepts("one")
     assert keys.accepts("two")

@@ -19,7 +19,7 @@ from fm9g.serve.page.texts import _TEXTS, CHINESE, ENGLISH, LANGUAGES, preferred
 CHROMIUM = next(
     (path for name in ("chromium", "google-chrome", "chromium-browser") if (path := shutil.which(name))), ""
 )
-PROMPT = [{"role": "system", "content": "be short"}, {"role": "user", "content": "九格是什么？"}]
+PROMPT = [{"role": "system", "content": "be short"}, {"role": "user", "content": "九格是什么"}]
 
 
 def test_feedback_can_be_indexed_for_preference_training(tmp_path: Path) -> None:

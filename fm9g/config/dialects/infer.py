@@ -110,7 +110,7 @@ def translate_inference(
     if verb == "serve" and dialect == "llamafactory":
         notes += [f"{name}: is not read; write {option}" for name, option in _VARIABLES.items() if name in os.environ]
     if verb == "serve" and dialect in _LISTENING and "host" not in keys:
-        notes.append("host: --host 0.0.0.0 serves all addresses, as there")
+        notes.append("host: --host 0.0.0.0 --api_keys FILE serves all addresses, as there, but with keys")
     model, adapters = keys.pop("model", ""), keys.pop("adapters", ())
     if not model and len(adapters) != 1:
         name = next(row.name for row in found.dialect.rows if row.ours == "model")
