@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import secrets
@@ -33,6 +32,14 @@ _INSTALL = (
 )
 _ERROR_WORDS = ("Error", "error:", "Exception", "not supported", "out of memory")
 _LOG_LINES = 8
+# Makes the kernel end the process when its parent dies, however that happens, and becomes vLLM. As a program, since
+# Python code between fork and exec may wait forever where the parent has several threads.
+_END_WITH_PARENT = """
+import ctypes, os, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, 15)  # PR_SET_PDEATHSIG, SIGTERM
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
 @dataclass(frozen=True)
@@ -171,13 +178,12 @@ class VllmProcess:
         with self._log.open("ab") as output:
             self._log_start = output.tell()
             self._process = subprocess.Popen(
-                self._words,
+                [sys.executable, "-I", "-S", "-c", _END_WITH_PARENT, *self._words],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
             )
         logger.info(f"vLLM: process {self._process.pid}, output in {self._log}")
 
@@ -231,13 +237,6 @@ class VllmProcess:
             lines = [line.strip() for line in output.read().decode(errors="replace").splitlines() if line.strip()]
         decisive = [line for line in lines if any(word in line for word in _ERROR_WORDS)] or lines
         return printable(" | ".join(decisive[-_LOG_LINES:])) + f" (all of it: {self._log})"
-
-
-def _end_with_parent() -> None:
-    """Makes the kernel end this process when its parent dies, however that happens."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _free_port() -> int:

@@ -26,7 +26,7 @@ from fm9g.serve.proxy import proxy_backend  # noqa: E402
 from fm9g.serve.vllm_process import Patience, VllmCommand, VllmProcess  # noqa: E402
 
 FAKE = Path(__file__).resolve().parents[1] / "helpers" / "fake_vllm.py"
-QUICK = Patience(poll=0.02, hang=0.6, healthy=60, first_delay=0.01, longest_delay=0.05, max_deaths=3, stop=5)
+QUICK = Patience(poll=0.02, hang=3, healthy=60, first_delay=0.01, longest_delay=0.05, max_deaths=3, stop=5)
 
 
 def wait_for(condition: Callable[[], object]) -> None:
