@@ -62,7 +62,9 @@ def make_model(folder: Path, hidden_size: int, layers: int) -> int:
     """Writes a Llama of random weights with a tokenizer; returns the number of its weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    train_tokenizer([str(file) for file in library_sources()[:200]], VOCAB_SIZE, folder)
+    text = folder.with_suffix(".txt")
+    text.write_text("\n".join(file.read_text(errors="replace") for file in library_sources()[:200]))
+    train_tokenizer(text, VOCAB_SIZE, folder)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE, hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=layers,
         num_attention_heads=hidden_size // 64, num_key_value_heads=hidden_size // 128, max_position_embeddings=2048,
