@@ -112,7 +112,7 @@ def test_a_person_asks_compares_and_votes(address: str, tmp_path: Path) -> None:
         box.press("Enter")
         expect(tab.get_by_text("服务器未接受 API 密钥").first).to_be_visible(timeout=20_000)
         tab.locator("#api-key input").fill("right")
-        tab.locator("#api-key input").press("Tab")
+        tab.locator("#api-key input").press("Enter")
         expect(tab.get_by_label("模型", exact=True)).to_have_value("base", timeout=20_000)
         tab.locator("#retry").click()
         expect(tab.locator("#left")).to_contain_text("base0.0 base0.1 base0.2 base0.3", timeout=20_000)

@@ -31,8 +31,9 @@ CSS = """
 footer {display: none !important}
 .gradio-container {max-width: 1100px !important; margin: auto}
 """
-_DOWNLOAD = """(messages) => {
-    const plain = messages.map(({role, content}) => ({
+_DOWNLOAD = """(messages, system) => {
+    const before = system.trim() ? [{role: "system", content: system}] : [];
+    const plain = before.concat(messages).map(({role, content}) => ({
         role, content: typeof content === "string" ? content : content.map(part => part.text ?? "").join("")}));
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([JSON.stringify({messages: plain}) + "\\n"], {type: "application/jsonl"}));
@@ -148,7 +149,7 @@ def build_page(
 
         page.load(load, None, [language, choice, *components]).then(find_models, [api_key, language], [model, second])
         choice.change(lambda chosen: [chosen, *in_language(chosen)], choice, [language, *components])
-        api_key.change(find_models, [api_key, language], [model, second])
+        gr.on([api_key.blur, api_key.submit], find_models, [api_key, language], [model, second])
 
         def show_second(is_on: bool, messages: Messages) -> list[Any]:
             shown = gr.update(visible=is_on)
@@ -160,7 +161,9 @@ def build_page(
             if not question.strip():
                 return [question, left, right]
             turn = {"role": "user", "content": question}
-            return ["", [*left, turn], [*right, turn] if is_on else right]
+            # A question without an answer is replaced, since templates want roles in turn.
+            sides = [side[:-1] if side and side[-1]["role"] == "user" else side for side in (left, right or left)]
+            return ["", [*sides[0], turn], [*sides[1], turn] if is_on else right]
 
         settings_of = [system_text, *numbers, seed, api_key, language]
 
@@ -195,7 +198,8 @@ def build_page(
             run(trigger(ask, [question, left, right, compare], [question, left, right]))
             for trigger in (question.submit, send.click)
         ]
-        answers.append(run(retry.click(lambda *sides: [_to_question(side) for side in sides], both, both)))
+        again = retry.click(lambda *sides: [_to_question(side) for side in sides], both, both, cancels=answers)
+        answers.append(run(again))
         stop.click(*swap_back, cancels=answers)
 
         def take_back(left: Messages, right: Messages) -> list[Any]:
@@ -203,31 +207,50 @@ def build_page(
             asked = plain[-1]["content"] if plain else ""
             return [plain[:-1], _to_question(right)[:-1], asked]
 
-        undo.click(take_back, both, [*both, question])
-        clear.click(lambda: [[], []], None, both)
-        download.click(None, left, None, js=_DOWNLOAD)
+        undo.click(take_back, both, [*both, question], cancels=answers).then(*swap_back)
+        clear.click(lambda: [[], []], None, both, cancels=answers).then(*swap_back)
+        download.click(None, [left, system_text], None, js=_DOWNLOAD)
 
-        def thumb(data: gr.LikeData, left: Messages, system: str, language: str) -> None:
+        async def may_judge(key: str, language: str) -> bool:
+            """Whether feedback is taken: of those alone who may use the server."""
+            try:
+                async with _client(base_url, key) as client:
+                    await client.models.list()
+            except openai.OpenAIError as error:
+                gr.Warning(_explain(error, language))
+                return False
+            return True
+
+        async def thumb(data: gr.LikeData, left: Messages, system: str, key: str, language: str) -> None:
+            if not await may_judge(key, language):
+                return
             number = data.index if isinstance(data.index, int) else data.index[0]
             add_thumb(feedback, _with_system(_plain(left)[: number + 1], system), bool(data.liked))
             gr.Info(text("noted", language))
 
-        left.like(thumb, [left, system_text, language], None)
+        left.like(thumb, [left, system_text, api_key, language], None)
 
-        def vote(better: int) -> Callable[..., None]:
-            def record(left: Messages, right: Messages, system: str, language: str) -> None:
+        def vote(better: int) -> Callable[..., Any]:
+            async def record(left: Messages, right: Messages, system: str, key: str, language: str) -> list[Any]:
                 sides = [_plain(left), _plain(right)]
                 ends = [side[-1]["content"] if side and side[-1]["role"] == "assistant" else "" for side in sides]
                 if not all(ends) or ends[0] == ends[1]:
                     gr.Warning(text("nothing_to_judge", language))
-                    return
+                    return [left, right]
+                if sides[0][:-1] != sides[1][:-1]:  # the answers are to different conversations
+                    gr.Warning(text("different", language))
+                    return [left, right]
+                if not await may_judge(key, language):
+                    return [left, right]
                 add_preference(feedback, _with_system(sides[better][:-1], system), ends[better], ends[1 - better])
                 gr.Info(text("noted", language))
+                return [sides[better], sides[better]]  # both go on from the better answer
 
             return record
 
         for number, button in enumerate((left_better, right_better)):
-            button.click(vote(number), [left, right, system_text, language], None)
+            button.click(vote(number), [left, right, system_text, api_key, language], both)
+    page.queue(default_concurrency_limit=64)  # as many people at a time; the server behind it has limits of its own
     return page
 
 
@@ -256,7 +279,9 @@ async def _stream_all(
         asked: Any = _with_system(messages, system)
         try:
             async with _client(base_url, key) as client:
-                stream: Any = await client.chat.completions.create(model=model, messages=asked, stream=True, **request)
+                stream: Any = await client.chat.completions.create(
+                    model=model or "", messages=asked, stream=True, **request
+                )
                 async for chunk in stream:
                     for choice in chunk.choices:
                         texts[number] += choice.delta.content or ""

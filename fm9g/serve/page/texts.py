@@ -9,9 +9,6 @@ LANGUAGES = (ENGLISH, CHINESE)
 
 # Name of a part -> its text in each language, in the order of LANGUAGES.
 _TEXTS: dict[str, tuple[str, str]] = {
-    "title": ("Chat", "对话"),
-    "language": ("Language", "语言"),
-    "question": ("Your message", "输入消息"),
     "question_hint": ("Enter sends, Shift-Enter begins a new line", "回车发送，Shift-回车换行"),
     "send": ("Send", "发送"),
     "stop": ("Stop", "停止"),
@@ -36,6 +33,10 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "api_key": ("API key", "API 密钥"),
     "noted": ("Noted, thank you", "已记录，谢谢"),
     "nothing_to_judge": ("There are no two different answers to judge", "没有两个不同的回答可以比较"),
+    "different": (
+        "The conversations differ before these answers; clear them to compare again",
+        "两边此前的对话不同，清空后再比较",
+    ),
     "key_refused": (
         "The server did not accept the API key; enter it under Settings",
         "服务器未接受 API 密钥，请在设置中填写",
