@@ -205,6 +205,8 @@ def _run_generate(options: argparse.Namespace) -> None:
     given = [name for name in ("prompt", "prompts", "data") if getattr(options, name) is not None]
     if len(given) != 1:
         raise UserError("generate: give one of --prompt TEXT, --prompts FILE and --data DATA")
+    if given != ["data"]:
+        _refuse(options, ("val_split", "split_seed", "sample"), "--data")
     if options.system and not options.chat and given == ["prompt"]:
         raise UserError("system: needs a chat (--chat)")
     if options.logprobs is not None and not options.output:
@@ -308,6 +310,10 @@ def _run_chat(options: argparse.Namespace) -> int:
     from fm9g.chat.terminal import run_chat
 
     if options.url:
+        _refuse(options, ("dtype", "quantization", "device", "chat_template", "max_model_len"), "a model, not --url")
+    else:
+        _refuse(options, ("api_key",), "--url")
+    if options.url:
         from fm9g.serve.auth import ENVIRONMENT
 
         if options.adapter:
@@ -335,6 +341,8 @@ def _run_serve(options: argparse.Namespace) -> None:
             raise UserError("--new_api_key: needs --api_keys FILE, to which the hash of the key is added")
         print(add_key(options.new_api_key, options.api_keys))
         return
+    if not options.page:
+        _refuse(options, ("system",), "--page")
     keys = load_keys(options.api_keys)
     check_exposure(options.host, keys)
     _require_serve_packages(options.page, options.backend)
@@ -376,8 +384,7 @@ def _start_engine(
     from fm9g.infer.continuous import ContinuousEngine
     from fm9g.serve.app import engine_backend
 
-    if unused := [name for name in _VLLM if getattr(options, name)]:
-        raise UserError(f"--{unused[0]}: is for --backend vllm")
+    _refuse(options, _VLLM, "--backend vllm")
     model = _open(options)
     engine = ContinuousEngine(model, options.served_model_name, options.max_num_seqs, options.max_model_len)
     sampling = {**model.sampling, **given}
@@ -425,7 +432,11 @@ def _start_vllm(
     )
     process = VllmProcess(command, Path(options.vllm_log))
     process.start()
-    return proxy_backend(process, limits), [name, *command.adapters], {"max_new_tokens": _CHAT_TOKENS}
+    return (
+        proxy_backend(process, limits, options.max_num_seqs),
+        [name, *command.adapters],
+        {"max_new_tokens": _CHAT_TOKENS},
+    )
 
 
 def _add_page(app: Any, options: argparse.Namespace, address: str, needs_key: bool, sampling: dict[str, Any]) -> None:
@@ -457,6 +468,13 @@ def _messages(prompt: str | list[dict[str, Any]], system: str) -> list[dict[str,
     if system and messages[0].get("role") != "system":
         return [{"role": "system", "content": system}, *messages]
     return messages
+
+
+def _refuse(options: argparse.Namespace, names: Sequence[str], needed: str) -> None:
+    """Raises UserError for an option that was given and would have no effect. needed: what it is for."""
+    for name in names:
+        if getattr(options, name):
+            raise UserError(f"--{name}: needs {needed}")
 
 
 def _require_model(options: argparse.Namespace) -> str:

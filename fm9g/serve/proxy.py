@@ -21,13 +21,18 @@ from fm9g.serve.vllm_process import VllmProcess
 _PASSED_ON = ("content-type", "accept")  # headers; all others are between two neighbours
 
 
-def proxy_backend(process: VllmProcess, limits: Limits) -> Backend:
-    """The backend of a vLLM process that is running."""
+def proxy_backend(process: VllmProcess, limits: Limits, max_num_seqs: int = 64) -> Backend:
+    """The backend of a vLLM process that is running. max_num_seqs: answers at a time; further requests wait in vLLM."""
     client = httpx.AsyncClient(base_url=process.url, timeout=httpx.Timeout(limits.request_timeout), trust_env=False)
     running = 0
 
+    def num_waiting() -> int:
+        return max(0, running - max_num_seqs)
+
     async def forward(request: Request) -> Response:
         nonlocal running
+        if request.method == "POST":
+            limits.check_count(1, num_waiting())
         if not process.is_ready:
             problem = process.failure or "vLLM is being started again"
             raise ApiError(503, problem, retry_after=0 if process.failure else RETRY_SECONDS)
@@ -79,4 +84,4 @@ def proxy_backend(process: VllmProcess, limits: Limits) -> Backend:
         Route("/v1/chat/completions", forward, methods=["POST"]),
         Route("/v1/completions", forward, methods=["POST"]),
     ]
-    return Backend(routes, failure, Metrics(lambda: running, lambda: 0), close, more_metrics)
+    return Backend(routes, failure, Metrics(lambda: running - num_waiting(), num_waiting), close, more_metrics)
